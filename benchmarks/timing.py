@@ -1,0 +1,33 @@
+"""Timing of compiled functions: interleaved rounds in one process, medians, ratios to a floor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], rounds: int = 15
+) -> dict[str, np.ndarray]:
+    """Seconds of each function in each round, after one warm-up call.
+
+    All functions run in every round, so that a slow moment of the machine hits them alike.
+    """
+    for fn in functions.values():
+        jax.block_until_ready(fn())
+    seconds = {name: np.empty(rounds) for name in functions}
+    for i in range(rounds):
+        for name, fn in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(fn())
+            seconds[name][i] = time.perf_counter() - start
+    return seconds
+
+
+def ratio(seconds: Mapping[str, np.ndarray], name: str, floor: str) -> float:
+    """Median over rounds of time(name) / time(floor)."""
+    return float(np.median(seconds[name] / seconds[floor]))

@@ -1,0 +1,16 @@
+"""nyscaled: ScaledGD from Nyström starts, low-rank factorization, and NoRA adapters, in JAX."""
+
+from nyscaled import dynamics as dynamics
+from nyscaled import initializers as initializers
+from nyscaled import linalg as linalg
+from nyscaled import optimality as optimality
+from nyscaled import problems as problems
+from nyscaled import solvers as solvers
+from nyscaled import spectra as spectra
+from nyscaled.precondition import FactorSpec as FactorSpec
+from nyscaled.precondition import default_spec as default_spec
+from nyscaled.precondition import scale_by_gram as scale_by_gram
+from nyscaled.precondition import scaled_gd as scaled_gd
+from nyscaled.typing import Factors as Factors
+
+__version__ = "0.1.0"

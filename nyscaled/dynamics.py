@@ -1,0 +1,188 @@
+"""The reduced dynamics of the paper, and the exact trajectories behind them.
+
+Write A = QΣQᵀ. From a Nyström start X_t = QΦ_t for ever (Lemmas 2, 4, 12), so the iteration on
+m×r factors is one on r_A×r matrices. `spectrum` is diag(Σ) throughout, a vector (r_A,), and
+`learning_rate` is η.
+
+The paper writes B_t for two things; here `core` is ΦΦᵀ (r_A, r_A), of the exactly and
+over-parametrized problems, and `weak_gram` is ΦᵀΣ⁻¹Φ (r, r), of the under-parametrized one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from nyscaled import linalg
+from nyscaled.linalg import full_precision
+from nyscaled.typing import Factors
+
+
+@full_precision
+def phi_step(
+    phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Any
+) -> Float[Array, "k r"]:
+    """Φ⁺ = (1−η)Φ + ηΣΦ(ΦᵀΦ)⁻¹: (11) if r = r_A, (15) if r < r_A. Φ has full column rank.
+
+    Example:
+        >>> phi_step(jnp.array([[1.0]]), jnp.array([1.0]), 0.5)
+        Array([[1.]], dtype=float32)
+    """
+    f = linalg.factor(phi)
+    return (1 - learning_rate) * phi + learning_rate * f.dual_of(spectrum[:, None] * f.z)
+
+
+@full_precision
+def phi_step_over(
+    phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Any
+) -> Float[Array, "k r"]:
+    """Φ⁺ = (1−η)Φ + ηΣ(Φ†)ᵀ, (27), over-parametrized: r > r_A and Φ has full row rank."""
+    pseudo = linalg.dual(phi.T).T  # (Φ†)ᵀ = (ΦΦᵀ)⁻¹Φ, and Φᵀ is the thin factor
+    return (1 - learning_rate) * phi + learning_rate * (spectrum[:, None] * pseudo)
+
+
+@full_precision
+def core_step(
+    core: Float[Array, "k k"], spectrum: Float[Array, " k"], learning_rate: Any
+) -> Float[Array, "k k"]:
+    """B⁺ = (1−η)²B + 2η(1−η)Σ + η²ΣB⁻¹Σ with B = ΦΦᵀ (or ΦΨᵀ): (12), (28), (32)."""
+    eta = learning_rate
+    sigma = jnp.diag(spectrum)
+    new = (1 - eta) ** 2 * core + 2 * eta * (1 - eta) * sigma
+    return new + eta**2 * sigma @ jnp.linalg.solve(core, sigma)
+
+
+@full_precision
+def relative_core_step(c: Float[Array, "k k"], learning_rate: Any) -> Float[Array, "k k"]:
+    """C⁺ = (1−η)²C + 2η(1−η)I + η²C⁻¹ for C = Σ⁻¹B (Lemma 8), free of A."""
+    eta = learning_rate
+    eye = jnp.eye(c.shape[0], dtype=c.dtype)
+    return (1 - eta) ** 2 * c + 2 * eta * (1 - eta) * eye + eta**2 * jnp.linalg.inv(c)
+
+
+@full_precision
+def weak_gram(phi: Float[Array, "k r"], spectrum: Float[Array, " k"]) -> Float[Array, "r r"]:
+    """B = ΦᵀΣ⁻¹Φ = XᵀA†X, the identity at weak optima (Definition 1)."""
+    scaled = phi / jnp.sqrt(spectrum)[:, None]
+    return scaled.T @ scaled
+
+
+@full_precision
+def weak_gram_step(
+    gram: Float[Array, "r r"],
+    phi: Float[Array, "k r"],
+    spectrum: Float[Array, " k"],
+    learning_rate: Any,
+) -> Float[Array, "r r"]:
+    """B⁺ = (1−η)²B + 2η(1−η)I + η²ΘᵀΣΘ with B = ΦᵀΣ⁻¹Φ and Θ = Φ(ΦᵀΦ)⁻¹: (16)."""
+    eta = learning_rate
+    theta = linalg.dual(phi)
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    new = (1 - eta) ** 2 * gram + 2 * eta * (1 - eta) * eye
+    return new + eta**2 * theta.T @ (spectrum[:, None] * theta)
+
+
+@full_precision
+def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Any) -> Factors:
+    """(30): Φ⁺ = (1−η)Φ + ηΣΨ^{−T}, Ψ⁺ = (1−η)Ψ + ηΣΦ^{−T}, for t ≥ 1; `Factors(Φ, Ψ)`, r = r_A.
+
+    The product ΦΨᵀ then obeys (31) = (32), which is `core_step`.
+    """
+    phi, psi = factors
+    eta = learning_rate
+    return Factors(
+        (1 - eta) * phi + eta * spectrum[:, None] * linalg.dual(psi),
+        (1 - eta) * psi + eta * spectrum[:, None] * linalg.dual(phi),
+    )
+
+
+def scalar_step(d: Any, learning_rate: Any) -> Any:
+    """d⁺ = (1−η)d + η/d: each singular value of Σ^{-1/2}Φ, on its own. At η = 1/2, Heron's rule.
+
+    The fixed point is 1 and the multiplier 1 − 2η: linear but for η = 1/2, where it is quadratic.
+    """
+    return (1 - learning_rate) * d + learning_rate / d
+
+
+@full_precision
+def symmetric_errors(
+    phi0: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Any, num_steps: int
+) -> Float[Array, " t"]:
+    """The whole curve ‖X_tX_tᵀ − A‖_F, t = 0 … num_steps, of (2) or (26) from Φ_0 alone. r ≥ r_A.
+
+    This is a result of this project, not of the paper. With S = Σ^{-1/2}Φ_0 = V diag(d_0) Wᵀ, the
+    iteration reads S⁺ = (1−η)S + η(S†)ᵀ: V and W stay for ever, every d moves on its own by
+    `scalar_step`, and X_tX_tᵀ − A = QΣ^{1/2} V diag(d_t² − 1) VᵀΣ^{1/2}Qᵀ. For η = 1/2 the
+    recursion has the closed form d_t = coth(2ᵗ artanh(min(d_0, 1/d_0))), t ≥ 1, so that
+    d_t² − 1 = sinh(2ᵗ …)⁻² decays below any rounding; for other η the scalars are iterated.
+
+    Args:
+        phi0: QᵀX_0 (r_A, r), of full row rank.
+        spectrum: diag(Σ) (r_A,), positive.
+        learning_rate: a constant η in (0, 1].
+        num_steps: a Python integer.
+
+    Returns:
+        (num_steps + 1,) errors, in units of A.
+
+    Example:
+        >>> errors = symmetric_errors(jnp.array([[3.0]]), jnp.array([1.0]), 0.5, 3)
+        >>> [f"{float(e):.3g}" for e in errors]
+        ['8', '1.78', '0.284', '0.0157']
+    """
+    root = jnp.sqrt(spectrum)[:, None]
+    v, d0, _ = jnp.linalg.svd(phi0 / root, full_matrices=False)
+
+    def error(gap: Array) -> Array:
+        core = root * (v * gap) @ v.T * root.T
+        return jnp.linalg.norm(core)
+
+    def closed(t: Array) -> Array:
+        rate = jnp.arctanh(jnp.minimum(d0, 1 / d0))
+        return jnp.where(t == 0, (d0 - 1) * (d0 + 1), jnp.sinh(2.0**t * rate) ** -2)
+
+    def iterated(d: Array, _: None) -> tuple[Array, Array]:
+        return scalar_step(d, learning_rate), (d - 1) * (d + 1)
+
+    newton = closed(jnp.arange(num_steps + 1, dtype=d0.dtype)[:, None])
+    _, general = lax.scan(iterated, d0, length=num_steps + 1)
+    return lax.map(error, jnp.where(jnp.asarray(learning_rate) == 0.5, newton, general))
+
+
+def asymmetric_scale(learning_rate: Any, num_steps: int) -> Float[Array, " t"]:
+    """c_t − 1 for t = 1 … num_steps, where X_tY_tᵀ = c_t A exactly under (5), (6). r ≥ r_A.
+
+    This is a result of this project, not of the paper: c_1 = η and c⁺ = (1−η)²c + 2η(1−η) + η²/c,
+    whatever A, Ω, the sizes and κ. At η = 1 it is Theorem 3. Iterated in e = c − 1, as
+    e⁺ = (1−2η)e + η²e²/(1+e), which does not cancel.
+
+    Example:
+        >>> [f"{float(e):.2g}" for e in asymmetric_scale(0.5, 4)]
+        ['-0.5', '0.12', '0.0035', '3e-06']
+    """
+    eta = jnp.asarray(learning_rate, jnp.result_type(float))
+
+    def body(e: Array, _: None) -> tuple[Array, Array]:
+        return (1 - 2 * eta) * e + eta**2 * e**2 / (1 + e), e
+
+    return lax.scan(body, eta - 1, length=num_steps)[1]
+
+
+def subspace_rate(spectrum: Float[Array, " k"], rank: int, learning_rate: Any) -> Any:
+    """ρ = 1 − η(1 − σ_{r+1}/σ_r), the rate per step of the under-parametrized iteration. r < r_A.
+
+    This is a result of this project, not of the paper: (2) is a damped subspace iteration, whose
+    only attracting fixed points span the top r eigenvectors. The angle to them decays as ρᵗ, the
+    excess loss f − f* as ρ²ᵗ; a weak optimum is passed, not where it ends.
+
+    Example:
+        >>> float(subspace_rate(jnp.array([1.0, 0.5]), rank=1, learning_rate=0.5))
+        0.75
+    """
+    ordered = jnp.sort(jnp.asarray(spectrum))[::-1]
+    if not 1 <= rank < ordered.size:
+        raise ValueError(f"rank is {rank}; wanted 1 ≤ rank < r_A = {ordered.size}")
+    return 1 - learning_rate * (1 - ordered[rank] / ordered[rank - 1])

@@ -1,0 +1,243 @@
+"""Starting points: Nyström (3), (5), from gradients (A.4), perturbed, small, spectral, AltGD's.
+
+Standard deviations follow the paper: `scale` is ξ for a sketch Ω and ζ for a small start,
+`noise` is ξ_n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from nyscaled import validation
+from nyscaled.linalg import default_rcond, full_precision
+from nyscaled.problems import Asymmetric, Symmetric
+from nyscaled.typing import Factors, Scalar
+
+Sketch = Literal["gaussian", "stiefel"]
+
+
+def _sketch(
+    key: Key[Array, ""], n: int, rank: int, scale: Any, sketch: Sketch, dtype: Any
+) -> Float[Array, "n r"]:
+    """Ω (n, rank): N(0, scale²) entries, or `scale` times a uniform orthonormal frame."""
+    validation.require_scalar("scale", scale, 0, float("inf"), open_low=True)
+    if sketch == "gaussian":
+        return scale * jax.random.normal(key, (n, rank), dtype)
+    if sketch == "stiefel":
+        return scale * jax.random.orthogonal(key, n, m=rank, dtype=dtype)
+    raise ValueError(f"sketch is {sketch!r}; wanted 'gaussian' or 'stiefel'")
+
+
+def _require_semidefinite(form: Float[Array, "r r"], m: int) -> None:
+    """Raises ValueError if a known compression ΩᵀAΩ of A has a negative eigenvalue."""
+    if not validation.is_concrete(form):
+        return
+    values = jnp.linalg.eigvalsh((form + form.T) / 2)
+    low, high = float(values[0]), float(jnp.max(jnp.abs(values)))
+    if low < -10 * default_rcond(m, form.dtype) * high:
+        raise ValueError(
+            f"A is not positive semidefinite: xᵀAx takes the values {low:.2e} … {float(values[-1]):.2e} "
+            "on the sketched subspace; problem (1) wants a PSD matrix (problems.Asymmetric takes any)"
+        )
+
+
+@full_precision
+def nystrom(
+    key: Key[Array, ""], a: Any, rank: int, scale: Any = 1.0, *, sketch: Sketch = "gaussian"
+) -> Float[Array, "m r"]:
+    """Nyström initialization (3) of a symmetric problem: X_0 = AΩ.
+
+    Args:
+        key: PRNG key for Ω.
+        a: A (m, m), PSD: dense, sparse or an operator.
+        rank: columns r of X_0, 1 ≤ r ≤ m.
+        scale: ξ, the standard deviation of Ω's entries. For a Stiefel sketch, the length of
+            Ω's orthonormal columns.
+        sketch: "gaussian", or "stiefel" for a uniform draw of an orthonormal Ω.
+
+    Returns:
+        X_0 (m, r) in the dtype of A. Full column rank, almost surely, if rank(A) ≥ r (Lemma 1);
+        rank(A) otherwise (Lemma 11).
+
+    Raises:
+        ValueError: on a bad rank or scale, a non-square, non-symmetric, non-finite, zero or
+            integer A, or an A whose compression ΩᵀAΩ has a negative eigenvalue (outside of jit).
+
+    Example:
+        >>> a = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
+        >>> nystrom(jax.random.key(0), a, rank=2).shape
+        (3, 2)
+    """
+    a = Symmetric(a).a
+    validation.require_rank(rank, a.shape)
+    omega = _sketch(key, a.shape[1], rank, scale, sketch, a.dtype)
+    x0 = a @ omega
+    _require_semidefinite(omega.T @ x0, a.shape[0])
+    return x0
+
+
+@full_precision
+def nystrom_factors(
+    key: Key[Array, ""], a: Any, rank: int, scale: Any = 1.0, *, sketch: Sketch = "gaussian"
+) -> Factors:
+    """Nyström initialization (5) of an asymmetric problem: X_0 = AΩ, Y_0 = 0.
+
+    Args:
+        key: PRNG key for Ω (n, r).
+        a: A (m, n): dense, sparse or an operator.
+        rank: 1 ≤ r ≤ min(m, n).
+        scale: ξ; see `nystrom`.
+        sketch: see `nystrom`.
+
+    Returns:
+        Factors: left AΩ (m, r), right zeros (n, r).
+
+    Raises:
+        ValueError: on a bad rank or scale, or a non-finite, zero or integer A.
+
+    Example:
+        >>> x0, y0 = nystrom_factors(jax.random.key(0), jnp.ones((4, 3)), rank=1)
+        >>> x0.shape, y0.shape
+        ((4, 1), (3, 1))
+    """
+    a = Asymmetric(a).a
+    validation.require_rank(rank, a.shape)
+    omega = _sketch(key, a.shape[1], rank, scale, sketch, a.dtype)
+    return Factors(a @ omega, jnp.zeros((a.shape[1], rank), a.dtype))
+
+
+@full_precision
+def nystrom_from_gradient(
+    key: Key[Array, ""],
+    gradient: Callable[[Float[Array, "m r"]], Float[Array, "m r"]],
+    m: int,
+    rank: int,
+    scale: Any = 1.0,
+    *,
+    sketch: Sketch = "gaussian",
+    dtype: Any = None,
+) -> Float[Array, "m r"]:
+    """(3) from a gradient oracle of (1), without A (A.4): X_0 = −∇f(Ω) + ΩΩᵀΩ = AΩ.
+
+    Example:
+        >>> a = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
+        >>> x0 = nystrom_from_gradient(jax.random.key(0), Symmetric(a).gradient, m=3, rank=2)
+        >>> bool(jnp.allclose(x0, nystrom(jax.random.key(0), a, rank=2), atol=1e-5))
+        True
+    """
+    validation.require_rank(rank, (m, m))
+    omega = _sketch(key, m, rank, scale, sketch, dtype or jnp.result_type(float))
+    return omega @ (omega.T @ omega) - gradient(omega)
+
+
+@full_precision
+def nystrom_factors_from_gradient(
+    key: Key[Array, ""],
+    gradient: Callable[[Factors], Factors],
+    shape: tuple[int, int],
+    rank: int,
+    scale: Any = 1.0,
+    *,
+    sketch: Sketch = "gaussian",
+    dtype: Any = None,
+) -> Factors:
+    """(5) from a gradient oracle of (4), without A (A.4): X_0 = −∇_X f(0, Ω) = AΩ, Y_0 = 0.
+
+    For any other loss of XYᵀ the same line gives a descent direction of it: this is how the
+    adapters of a network start from their first gradients.
+    """
+    validation.require_rank(rank, shape)
+    m, n = shape
+    omega = _sketch(key, n, rank, scale, sketch, dtype or jnp.result_type(float))
+    grads = gradient(Factors(jnp.zeros((m, rank), omega.dtype), omega))
+    return Factors(-grads.left, jnp.zeros_like(omega))
+
+
+@full_precision
+def perturbed(
+    key: Key[Array, ""], a: Any, rank: int, scale: Any = 1.0, noise: Any = 1e-4
+) -> Float[Array, "m r"]:
+    """Perturbed Nyström, Fig. 1 (b) and 4 (b): X_0 = AΩ + N, N_ij ~ N(0, noise²).
+
+    Ω is the one of `nystrom(key, a, rank, scale)`, so the two starts differ by N alone. N leaves
+    range(A), and the rate drops from quadratic to linear.
+    """
+    validation.require_scalar("noise", noise, 0, float("inf"), open_low=False)
+    x0 = nystrom(key, a, rank, scale)
+    return x0 + noise * jax.random.normal(jax.random.fold_in(key, 1), x0.shape, x0.dtype)
+
+
+def small(
+    key: Key[Array, ""], m: int, rank: int, scale: Any = 1e-3, dtype: Any = None
+) -> Float[Array, "m r"]:
+    """Small random initialization: [X_0]_ij ~ N(0, scale²), scale = ζ.
+
+    Example:
+        >>> small(jax.random.key(0), m=5, rank=2).shape
+        (5, 2)
+    """
+    validation.require_rank(rank, (m, m))
+    return _sketch(key, m, rank, scale, "gaussian", dtype or jnp.result_type(float))
+
+
+def small_factors(
+    key: Key[Array, ""], shape: tuple[int, int], rank: int, scale: Any = 1e-3, dtype: Any = None
+) -> Factors:
+    """Small random initialization of both factors of (4)."""
+    validation.require_rank(rank, shape)
+    keys = jax.random.split(key)
+    dtype = dtype or jnp.result_type(float)
+    return Factors(
+        *(_sketch(k, s, rank, scale, "gaussian", dtype) for k, s in zip(keys, shape, strict=True))
+    )
+
+
+def spectral(problem: Symmetric | Asymmetric, rank: int) -> Array | Factors:
+    """Spectral initialization: the best rank-r approximation of A, balanced, by LAPACK.
+
+    For (1) and (4) themselves it is the solution; it is the start that ScaledGD's local theory
+    asks for, and the cost that Nyström saves.
+    """
+    return problem.optimum(rank)
+
+
+# Ward and Kolda's constants: C, ν and D = Cν/9.
+_ALTGD_C = 8.0
+_ALTGD_NU = 0.5
+_ALTGD_D = _ALTGD_C * _ALTGD_NU / 9
+
+
+def altgd_learning_rate(norm: Any) -> Any:
+    """η = 9 / (4 C ν ‖A‖), the step size that goes with `altgd`; `norm` is ‖A‖."""
+    return 9 / (4 * _ALTGD_C * _ALTGD_NU * norm)
+
+
+@full_precision
+def altgd(key: Key[Array, ""], a: Any, rank: int, norm: float | Scalar) -> Factors:
+    """The special start of alternating gradient descent: X_0 = AΦ₁/(√η C ‖A‖), Y_0 = √η D ‖A‖ Φ₂.
+
+    Args:
+        key: PRNG key for Φ₁ (n, r), entries N(0, 1/r), and Φ₂ (n, r), entries N(0, 1/n).
+        a: A (m, n).
+        rank: columns of the factors.
+        norm: ‖A‖, the largest singular value (`linalg.spectral_norm` estimates it).
+
+    References:
+        Ward and Kolda, Convergence of alternating gradient descent for matrix factorization,
+        NeurIPS 2023.
+    """
+    a = Asymmetric(a).a
+    validation.require_rank(rank, a.shape)
+    validation.require_scalar("norm", norm, 0, float("inf"), open_low=True)
+    n = a.shape[1]
+    first, second = jax.random.split(key)
+    root = jnp.sqrt(altgd_learning_rate(norm))
+    phi1 = jax.random.normal(first, (n, rank), a.dtype) / rank**0.5
+    phi2 = jax.random.normal(second, (n, rank), a.dtype) / n**0.5
+    x0 = (a @ phi1) / (root * _ALTGD_C * norm)
+    return Factors(x0.astype(a.dtype), (root * _ALTGD_D * norm * phi2).astype(a.dtype))

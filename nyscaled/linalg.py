@@ -1,0 +1,311 @@
+"""Algebra of thin factors X (m, r), m ≥ r, from matrix products and r×r factorizations alone.
+
+The one primitive of this package is the dual X(XᵀX)†: every iteration of the paper is a line
+in it. It is taken from X = Z T₃⁻¹T₂⁻¹T₁⁻¹ with Z orthonormal but for rounding and each T_i r×r
+upper triangular, never from the inverse of the Gram matrix, whose error grows with κ(X)².
+A pass of Cholesky QR, shifted by s, divides the condition number by about s^(-1/2). The shifts
+are chosen so that no T_i is badly conditioned alone, and the T_i are applied one after another,
+which keeps the backward error at Σκ(T_i) where their product would have κ(X). That is as
+accurate as Householder QR, without a tall LAPACK call: on CPUs those run in another thread pool
+than XLA's products and slow them down, and across devices a Gram matrix needs one all-reduce of
+r² numbers where Householder QR gathers X.
+
+A column of X that is exactly zero has no direction: its dual is zero, as the pseudo-inverse
+has it. This is the whole of the rank handling inside the loops; `compress` makes such columns.
+
+References:
+    Fukaya et al., Shifted Cholesky QR for computing the QR factorization of ill-conditioned
+    matrices, SIAM J. Sci. Comput. 42, 2020.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Key
+
+from nyscaled.typing import Scalar, as_partial, pytree_dataclass, static_field
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_BLOCK = 512  # rows of a residual held at once
+
+
+def full_precision(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Runs `fn` with float32 products in full float32 (accelerators round to bfloat16 or TF32)."""
+
+    @functools.wraps(fn)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with jax.default_matmul_precision("highest"):
+            return fn(*args, **kwargs)
+
+    return wrapped
+
+
+class ThinFactorization(NamedTuple):
+    """X = Z T₃⁻¹T₂⁻¹T₁⁻¹, from `factor`; with damping λ, of [X; √λ I], of which `z` keeps m rows.
+
+    `core` is a root of (ZᵀZ)⁻¹ = core coreᵀ, so `z @ core` is orthonormal on live columns.
+    """
+
+    z: Float[Array, "m r"]
+    transforms: tuple[Float[Array, "r r"], ...]
+    core: Float[Array, "r r"]
+    live: Bool[Array, " r"]
+
+    def dual_of(self, image: Float[Array, "k r"]) -> Float[Array, "k r"]:
+        """A X(XᵀX + λI)⁻¹ from `image` = A z: mapping first keeps the digits of small directions."""
+        *rest, last = self.transforms
+        image = image @ ((self.core @ self.core.T) @ last.T)
+        for t in reversed(rest):
+            image = image @ t.T
+        return image
+
+    def solve(self, g: Float[Array, "k r"]) -> Float[Array, "k r"]:
+        """G(XᵀX + λI)⁻¹."""
+        *rest, last = self.transforms
+        for t in rest:
+            g = g @ t
+        return self.dual_of(g @ last)
+
+
+def _inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """The upper triangular T with Tᵀ gram T = I."""
+    lower = lax.linalg.cholesky(gram, symmetrize_input=False)
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return lax.linalg.triangular_solve(lower.T, eye, left_side=True, lower=False)
+
+
+@full_precision
+def factor(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> ThinFactorization:
+    """Factors X, or [X; √λ I], to thin-QR accuracy for κ up to 1/eps.
+
+    Args:
+        x: thin matrix (m, r); columns that are exactly zero are allowed.
+        damping: λ ≥ 0, in units of XᵀX.
+
+    Returns:
+        The factorization; see `ThinFactorization`.
+    """
+    m, r = x.shape
+    if not _is_zero(damping):
+        root = jnp.sqrt(jnp.asarray(damping, x.dtype))
+        x = jnp.concatenate([x, root * jnp.eye(r, dtype=x.dtype)])
+    eye = jnp.eye(r, dtype=x.dtype)
+    norms = jnp.linalg.norm(x, axis=0)
+    live = norms != 0  # NaN counts as live, so that it shows in the result
+    dead = jnp.diag(jnp.where(live, 0, 1).astype(x.dtype))
+    scale = jnp.where(live, 1 / jnp.where(live, norms, 1), 0)
+    # With unit columns ‖Z‖² ≤ r, and the Gram matrix carries a rounding error of about r·eps.
+    eps = float(jnp.finfo(x.dtype).eps)
+    floor = 2 * r * eps
+    z, transforms = x * scale, []
+    for shift in (max(eps**0.5, floor), max(eps**0.5, floor), floor):
+        t = _inverse_cholesky(z.T @ z + dead + shift * eye)
+        z = z @ t
+        transforms.append(t)
+    core = _inverse_cholesky(z.T @ z + dead)
+    transforms[0] = scale[:, None] * transforms[0]
+    return ThinFactorization(z[:m], tuple(transforms), core, live)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
+
+
+@full_precision
+def orthonormalize(x: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """An orthonormal basis of range(X), column j in the span of the first j columns of X.
+
+    Zero columns stay zero. As accurate as Householder QR for κ(X) up to 1/eps.
+
+    Example:
+        >>> x = jnp.array([[3.0, 1.0], [4.0, 1.0], [0.0, 1e-3]])
+        >>> z = orthonormalize(x)
+        >>> bool(jnp.allclose(z.T @ z, jnp.eye(2), atol=1e-6))
+        True
+    """
+    f = factor(x)
+    return f.z @ f.core
+
+
+@full_precision
+def dual(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> Float[Array, "m r"]:
+    """The dual X(XᵀX + λI)⁻¹ of a thin factor; at λ = 0 it is (X†)ᵀ.
+
+    Args:
+        x: (m, r), of full column rank but for columns that are exactly zero, whose dual is
+            zero. For numerically deficient X see `compress` and `pinv`.
+        damping: λ ≥ 0, in units of XᵀX.
+
+    Returns:
+        (m, r), the dtype of `x`.
+
+    Example:
+        >>> x = jnp.array([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+        >>> dual(x)
+        Array([[0.5 , 0.  ],
+               [0.  , 0.25],
+               [0.  , 0.  ]], dtype=float32)
+    """
+    f = factor(x, damping)
+    return f.dual_of(f.z)
+
+
+@full_precision
+def gram_solve(
+    x: Float[Array, "m r"], g: Float[Array, "k r"], damping: float | Scalar = 0.0
+) -> Float[Array, "k r"]:
+    """G(XᵀX + λI)⁻¹, the preconditioned gradient of (2) and (6), as G R⁻¹R⁻ᵀ.
+
+    Args:
+        x: (m, r), as in `dual`; directions of zero columns are dropped from the result.
+        g: (k, r), a gradient with the same r.
+        damping: λ ≥ 0, in units of XᵀX.
+
+    Example:
+        >>> x = jnp.array([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+        >>> gram_solve(x, jnp.ones((1, 2)))
+        Array([[0.25  , 0.0625]], dtype=float32)
+    """
+    return factor(x, damping).solve(g)
+
+
+def default_rcond(m: int, dtype: Any) -> float:
+    """√m · eps: where the singular values of an m-row product of rounded matrices are noise."""
+    return float(m**0.5 * jnp.finfo(dtype).eps)
+
+
+class Compressed(NamedTuple):
+    """X = factor · rotationᵀ; columns of `factor` below the cut are exactly zero."""
+
+    factor: Float[Array, "m r"]
+    rotation: Float[Array, "r r"]
+    rank: Array
+
+
+@full_precision
+def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
+    """Cuts the numerical rank of X: singular values up to `rcond` times the largest become zero.
+
+    The cut is made on X, not on XᵀX, whose eigenvalues are squared and drown at √eps.
+
+    Args:
+        x: (m, r).
+        rcond: relative cut; √m · eps by default.
+
+    Example:
+        >>> x = jnp.ones((4, 3))
+        >>> int(compress(x).rank)
+        1
+    """
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    cut = default_rcond(x.shape[0], x.dtype) if rcond is None else rcond
+    live = s > cut * s[0]
+    return Compressed(jnp.where(live, u * s, 0), vt.T, jnp.sum(live))
+
+
+@full_precision
+def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r m"]:
+    """The pseudo-inverse X† of a thin factor with a rank-revealing cut on X; X(XᵀX)† = (X†)ᵀ.
+
+    Example:
+        >>> bool(jnp.allclose(pinv(jnp.ones((2, 2))), 0.25))
+        True
+    """
+    factored, rotation, _ = compress(x, rcond)
+    return rotation @ dual(factored).T
+
+
+@full_precision
+def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
+    """‖L Rᵀ − A‖_F², entry by entry in blocks: O(512·(m + n)) memory and no cancellation.
+
+    The expansion ‖A‖² − 2⟨A, LRᵀ⟩ + ‖LRᵀ‖² would lose every residual under √eps·‖A‖. An operator
+    is read through products with blocks of the identity.
+    """
+    m, n = a.shape
+    dense = isinstance(a, jax.Array)
+    size = m if dense else n
+    block = min(_BLOCK, size)
+
+    @jax.checkpoint
+    def squared(start: Array) -> Scalar:
+        rows = start + jnp.arange(block)
+        if dense:
+            part = lax.dynamic_slice_in_dim(left, start, block)
+            difference = part @ right.T - lax.dynamic_slice_in_dim(a, start, block)
+        else:
+            part = lax.dynamic_slice_in_dim(right, start, block)
+            columns = a @ jax.nn.one_hot(rows, n, dtype=left.dtype, axis=0)
+            difference = (left @ part.T - columns).T
+        # The last block is moved up to fit; the rows that it repeats do not count again.
+        fresh = rows >= block * ((start + block - 1) // block)
+        return jnp.sum(jnp.where(fresh[:, None], difference, 0) ** 2)
+
+    def add(i: Any, total: Scalar) -> Scalar:
+        return total + squared(jnp.minimum(i * block, size - block))
+
+    return lax.fori_loop(0, -(-size // block), add, jnp.zeros((), left.dtype))
+
+
+@full_precision
+def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50) -> Scalar:
+    """‖A‖ by power iteration on AᵀA: a lower bound, tight to about 1 % or better.
+
+    Args:
+        a: a matrix or operator (m, n).
+        key: for the starting vector; `jax.random.key(0)` by default.
+        num_steps: pairs of products with A and Aᵀ.
+    """
+    key = jax.random.key(0) if key is None else key
+    start = jax.random.normal(key, (a.shape[1], 1), a.dtype)
+
+    def body(_: Any, v: Array) -> Array:
+        w = a.T @ (a @ (v / jnp.linalg.norm(v)))
+        return w
+
+    v = lax.fori_loop(0, num_steps, body, start)
+    return jnp.sqrt(jnp.linalg.norm(v))
+
+
+@pytree_dataclass
+class Operator:
+    """A matrix known only by its products: `matmat(x)` is A @ x, `rmatmat(y)` is Aᵀ @ y.
+
+    Both take and return 2-d arrays, (n, k) → (m, k) and (m, k) → (n, k). For arrays inside them
+    pass `jax.tree_util.Partial(fn, array)`: they are then arguments of the compiled loop and
+    not constants in it.
+
+    Example:
+        >>> d = jnp.array([[1.0], [2.0]])
+        >>> a = Operator(lambda x: d * x, lambda y: d * y, shape=(2, 2))
+        >>> a @ jnp.ones((2, 1))
+        Array([[1.],
+               [2.]], dtype=float32)
+    """
+
+    matmat: Any
+    rmatmat: Any
+    shape: tuple[int, int] = static_field()
+    dtype: Any = static_field(default=jnp.dtype("float32"))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matmat", as_partial(self.matmat))
+        object.__setattr__(self, "rmatmat", as_partial(self.rmatmat))
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+    @property
+    def T(self) -> Operator:
+        """The transpose."""
+        return Operator(self.rmatmat, self.matmat, self.shape[::-1], self.dtype)
+
+    def __matmul__(self, other: Array) -> Array:
+        return self.matmat(other)

@@ -1,0 +1,121 @@
+"""How far a factor is from the optimum, measured without cancellation.
+
+‖XXᵀ − A‖_F directly is `problems.Symmetric.residual`, O(m² r); with an eigenbasis Q of A known,
+`residual_in_basis` is O(m r r_A) and exact down to the rounding of X. The expansion
+‖A‖² − 2 tr(XᵀAX) + ‖XᵀX‖² is used nowhere: it loses everything under √eps.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nyscaled.linalg import full_precision, orthonormalize
+from nyscaled.typing import Factors, Scalar
+
+
+@full_precision
+def residual_in_basis(
+    x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
+) -> Scalar:
+    """‖XXᵀ − A‖_F for A = Q diag(spectrum) Qᵀ, the optimality error of Fig. 1 (a), (b) and 4.
+
+    With Φ = QᵀX and the residual part X⊥ = X − QΦ it is the root of
+    ‖ΦΦᵀ − Σ‖_F² + 2‖X⊥Φᵀ‖_F² + ‖X⊥ᵀX⊥‖_F², a sum of squares.
+
+    Args:
+        x: (m, r).
+        basis: Q (m, k), orthonormal columns.
+        spectrum: the k eigenvalues that go with them.
+
+    Example:
+        >>> basis, spectrum = jnp.eye(4)[:, :2], jnp.array([4.0, 1.0])
+        >>> residual_in_basis(basis * jnp.sqrt(spectrum), basis, spectrum)
+        Array(0., dtype=float32)
+    """
+    phi = basis.T @ x
+    rest = x - basis @ phi
+    inner = jnp.sum((phi @ phi.T - jnp.diag(spectrum)) ** 2)
+    cross = jnp.sum((rest @ phi.T) ** 2)
+    outer = jnp.sum((rest.T @ rest) ** 2)
+    return jnp.sqrt(inner + 2 * cross + outer)
+
+
+@full_precision
+def weak_gram(
+    x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
+) -> Float[Array, "r r"]:
+    """XᵀA†X = ΦᵀΣ⁻¹Φ, the B_t of the under-parametrized analysis (16)."""
+    scaled = (basis.T @ x) / jnp.sqrt(spectrum)[:, None]
+    return scaled.T @ scaled
+
+
+@full_precision
+def weak_optimality(
+    x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
+) -> Scalar:
+    """‖XᵀA†X − I_r‖_F for A = Q diag(spectrum) Qᵀ: zero at weak optima, Definition 1, Fig. 1 (c).
+
+    Every global optimum is weakly optimal (Lemma 3); a weak optimum need not be one.
+
+    Example:
+        >>> basis, spectrum = jnp.eye(4)[:, :2], jnp.array([4.0, 1.0])
+        >>> weak_optimality(basis[:, :1] * 2.0, basis, spectrum)
+        Array(0., dtype=float32)
+    """
+    gram = weak_gram(x, basis, spectrum)
+    return jnp.linalg.norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
+
+
+@full_precision
+def generalized_weak_optimality(
+    factors: Factors,
+    left: Float[Array, "m k"],
+    right: Float[Array, "n k"],
+    spectrum: Float[Array, " k"],
+) -> Scalar:
+    """‖YᵀA†X − I_r‖_F for A = U diag(spectrum) Vᵀ, Definition 2; `left` is U, `right` is V."""
+    x, y = factors
+    gram = (right.T @ y).T @ ((left.T @ x) / spectrum[:, None])
+    return jnp.linalg.norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
+
+
+@full_precision
+def residual_space(x: Float[Array, "m r"], basis: Float[Array, "m k"]) -> Scalar:
+    """‖(I − QQᵀ)X‖_F, what X has outside range(A): zero from a Nyström start (Lemmas 2, 4)."""
+    rest = x - basis @ (basis.T @ x)
+    return jnp.linalg.norm(rest - basis @ (basis.T @ rest))
+
+
+@full_precision
+def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Array, " q"]:
+    """Principal angles between range(X) and range(Y) in radians, ascending, q = min(r, k).
+
+    Small angles come from sines and large ones from cosines (Björck and Golub 1973), so all are
+    accurate to about eps.
+
+    Example:
+        >>> principal_angles(jnp.eye(3)[:, :1], jnp.array([[1.0], [1e-4], [0.0]]))
+        Array([0.0001], dtype=float32)
+    """
+    if x.shape[1] > y.shape[1]:
+        x, y = y, x
+    qx, qy = orthonormalize(x), orthonormalize(y)
+    inner = qy.T @ qx
+    rest = qx - qy @ inner
+    rest = rest - qy @ (qy.T @ rest)
+    cosines = jnp.clip(jnp.linalg.svd(inner, compute_uv=False), 0, 1)
+    sines = jnp.clip(jnp.linalg.svd(rest, compute_uv=False)[::-1], 0, 1)
+    return jnp.where(sines**2 < 0.5, jnp.arcsin(sines), jnp.arccos(cosines))
+
+
+@full_precision
+def distance(x: Float[Array, "m r"], optimum: Float[Array, "m r"]) -> Scalar:
+    """min over orthogonal U of ‖X − X*U‖_F, the distance to the solution set of (1) (Procrustes).
+
+    Example:
+        >>> distance(-jnp.eye(3)[:, :2], jnp.eye(3)[:, :2])
+        Array(0., dtype=float32)
+    """
+    u, _, vt = jnp.linalg.svd(optimum.T @ x)
+    return jnp.linalg.norm(x - optimum @ (u @ vt))

@@ -1,0 +1,4 @@
+"""Problems: one file each, with its loss, gradient and, where known, global optimum."""
+
+from nyscaled.problems.asymmetric import Asymmetric as Asymmetric
+from nyscaled.problems.symmetric import Symmetric as Symmetric

@@ -1,0 +1,89 @@
+"""The asymmetric problem (4): min over X, Y of ½‖XYᵀ − A‖_F²."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nyscaled import linalg, validation
+from nyscaled.typing import Factors, Scalar, pytree_dataclass
+
+
+@pytree_dataclass
+class Asymmetric:
+    """Problem (4), f(X, Y) = ½‖XYᵀ − A‖_F² with X (m, r) and Y (n, r), given as `Factors`.
+
+    A LoRA layer W₀ + XYᵀ fitted to B on whitened data is this problem with A = B − W₀ (A.2).
+
+    Args:
+        a: A (m, n), float32 or float64: a dense array, a sparse BCOO matrix or a
+            `linalg.Operator`. A pytree leaf, so equal shapes share compiled solvers.
+
+    Raises:
+        ValueError: if A is not a finite, non-zero floating matrix. Values are checked by four
+            products with random vectors, and only outside of jit.
+
+    Example:
+        >>> problem = Asymmetric(jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        >>> problem.loss(problem.optimum(rank=1))
+        Array(0.5, dtype=float32)
+    """
+
+    a: Any
+
+    def __post_init__(self) -> None:
+        a = validation.as_linear_map("A", self.a)
+        validation.require_sound_matrix("A", a, symmetric=False)
+        object.__setattr__(self, "a", a)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.a.shape
+
+    @property
+    def dtype(self) -> Any:
+        """float32 or float64."""
+        return self.a.dtype
+
+    def residual(self, factors: Factors) -> Scalar:
+        """‖XYᵀ − A‖_F, without cancellation: O(m n r) operations."""
+        return jnp.sqrt(linalg.squared_residual(self.a, *factors))
+
+    def loss(self, factors: Factors) -> Scalar:
+        """f(X, Y) = ½‖XYᵀ − A‖_F²."""
+        return linalg.squared_residual(self.a, *factors) / 2
+
+    @linalg.full_precision
+    def gradient(self, factors: Factors) -> Factors:
+        """(X(YᵀY) − AY, Y(XᵀX) − AᵀX), with no m×n intermediate."""
+        x, y = factors
+        return Factors(x @ (y.T @ y) - self.a @ y, y @ (x.T @ x) - self.a.T @ x)
+
+    def optimum(self, rank: int) -> Factors:
+        """The balanced global optimum (U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of Lemma 13 (dense A only; an SVD)."""
+        validation.require_rank(rank, self.shape)
+        if not isinstance(self.a, jax.Array):
+            raise ValueError(f"A is a {type(self.a).__name__}; optimum wants a dense matrix")
+        u, s, vt = jnp.linalg.svd(self.a, full_matrices=False)
+        root = jnp.sqrt(s[:rank])
+        return Factors(u[:, :rank] * root, vt[:rank].T * root)
+
+    def check(self, factors: Any) -> Factors:
+        """`factors` as a point of this problem; ValueError if it cannot be one."""
+        if not isinstance(factors, tuple) or len(factors) != 2:
+            raise ValueError(
+                f"factors are a {type(factors).__name__}; wanted nyscaled.Factors(left, right)"
+            )
+        for name, x, side in zip(("left", "right"), factors, self.shape, strict=True):
+            if not hasattr(x, "shape") or len(x.shape) != 2 or x.shape[0] != side:
+                got = getattr(x, "shape", type(x).__name__)
+                raise ValueError(f"{name} has shape {got}; wanted ({side}, r) for A {self.shape}")
+            validation.require_rank(x.shape[1], self.shape)
+            validation.require_floating(name, x)
+        if factors[0].shape[1] != factors[1].shape[1]:
+            got = f"{factors[0].shape} and {factors[1].shape}"
+            raise ValueError(f"left and right have shapes {got}; wanted as many columns in both")
+        return Factors(*(jnp.asarray(x, self.dtype) for x in factors))

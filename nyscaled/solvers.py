@@ -1,0 +1,429 @@
+"""Steps, the paper's iterations as triples of pure functions, and the two loops that run them.
+
+A step has `init(factors) -> state`, `update(state) -> state` and `params(state) -> factors`. It is
+a pytree: the matrix and the step size are arguments of the compiled loop, so equal shapes never
+compile twice, and steps can be built inside `jit` and `vmap`.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from nyscaled import linalg, validation
+from nyscaled.precondition import require_step_size
+from nyscaled.problems import Asymmetric, Symmetric
+from nyscaled.typing import Factors, as_partial, pytree_dataclass, static_field
+
+Params = Any
+
+
+class Status(enum.IntEnum):
+    """How a run ended; an int32 array under jit and vmap."""
+
+    CONVERGED = 0
+    """The measure fell to the tolerance (`run_until` only)."""
+    MAX_STEPS = 1
+    """All steps were made."""
+    NON_FINITE = 2
+    """NaN or Inf in the factors or the measure."""
+    DIVERGED = 3
+    """The factors outgrew the range in which a quartic loss is finite, or A is indefinite."""
+
+
+class Solution(NamedTuple):
+    """What a loop returns.
+
+    Attributes:
+        params: the final factors.
+        history: outputs of `record`, stacked, `num_steps + 1` rows from the start on (`run`);
+            the last value of `measure` (`run_until`); None without `record`.
+        status: a `Status`, or its integer under jit and vmap.
+        num_steps: how many steps were made.
+    """
+
+    params: Params
+    history: Any
+    status: Any
+    num_steps: Any
+
+
+class Step:
+    """Base of the steps; subclasses add `problem`, `init`, `update` and `params`."""
+
+    def init(self, params: Params) -> Any:
+        raise NotImplementedError
+
+    def update(self, state: Any) -> Any:
+        raise NotImplementedError
+
+    def params(self, state: Any) -> Params:
+        raise NotImplementedError
+
+    def diverged(self, state: Any) -> Bool[Array, ""]:
+        """Whether ‖factors‖ passed the fourth root of the largest float."""
+        params = self.params(state)
+        limit = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).max) ** 0.25
+        return optax.tree.norm(params) > limit
+
+
+class ScaledState(NamedTuple):
+    """State of `ScaledStep`: factors in rotated coordinates, X = factors · rotationᵀ."""
+
+    step: Int[Array, ""]
+    factors: Any
+    rotation: Float[Array, "r r"]
+    indefinite: Bool[Array, ""]
+
+
+@pytree_dataclass
+class ScaledStep(Step):
+    """The fused ScaledGD step; see `scaled_step`."""
+
+    problem: Any
+    learning_rate: Any
+    damping: Any = 0.0
+
+    @linalg.full_precision
+    def init(self, params: Params) -> ScaledState:
+        """Checks the factors and, without damping, cuts their rank once (E7 in the README's terms).
+
+        Under (26) and (35) the row space of the factors never changes: X_t = X̃_t Vᵀ with X̃_t an
+        iterate of full column rank. A direction is cut when its singular value in X_0 *and* its
+        image under A are both within √m·eps of the largest: then neither tells it from zero.
+        """
+        params = self.problem.check(params)
+        factors = params if isinstance(params, Factors) else (params,)
+        dtype, r = factors[0].dtype, factors[0].shape[1]
+        sizes = [jnp.linalg.norm(f) for f in factors]
+        scaled = [f / jnp.where(s > 0, s, 1) for f, s in zip(factors, sizes, strict=True)]
+        u, singular, vt = jnp.linalg.svd(jnp.concatenate(scaled), full_matrices=False)
+        # One Newton-Schulz step: LAPACK's V is orthogonal to several eps only, and XXᵀ shows it.
+        v = vt.T @ (1.5 * jnp.eye(r, dtype=dtype) - 0.5 * vt @ vt.T)
+        tol = linalg.default_rcond(max(self.problem.shape), dtype)
+        noise = singular <= tol * singular[0]
+        indefinite = jnp.zeros((), bool)
+        parts = jnp.split(u, [factors[0].shape[0]]) if len(factors) == 2 else [u]
+        maps = [self.problem.a.T, self.problem.a] if len(factors) == 2 else [self.problem.a]
+        for part, size, a in zip(parts, sizes, maps, strict=True):
+            lengths = jnp.linalg.norm(part, axis=0)
+            directions = part / jnp.where(lengths > 0, lengths, 1)
+            image = a @ directions
+            reach = jnp.linalg.norm(image, axis=0)
+            noise &= (reach <= tol * jnp.max(reach)) | (size == 0)
+            if len(factors) == 1:
+                form = directions.T @ image
+                values = jnp.linalg.eigvalsh((form + form.T) / 2)
+                indefinite = values[0] < -10 * tol * jnp.max(jnp.abs(values))
+        cut = jnp.any(noise) & _is_undamped(self.damping)
+        rotation = jnp.where(cut, v, jnp.eye(r, dtype=dtype))
+        rotated = tuple(jnp.where(cut, jnp.where(noise, 0, f @ v), f) for f in factors)
+        rotated = Factors(*rotated) if len(factors) == 2 else rotated[0]
+        return ScaledState(jnp.zeros((), jnp.int32), rotated, rotation, indefinite)
+
+    @linalg.full_precision
+    def update(self, state: ScaledState) -> ScaledState:
+        """One step; A is met only in A @ thin (and Aᵀ @ thin)."""
+        eta = self.learning_rate
+        eta = eta(state.step) if callable(eta) else eta
+        eta = jnp.asarray(eta, self.problem.dtype)
+        advance: Any = _asymmetric if isinstance(state.factors, Factors) else _symmetric
+        factors = advance(self.problem.a, state.factors, eta, self.damping)
+        return state._replace(step=state.step + 1, factors=factors)
+
+    @linalg.full_precision
+    def params(self, state: ScaledState) -> Params:
+        """The factors in the caller's coordinates."""
+        return jax.tree.map(lambda f: f @ state.rotation.T, state.factors)
+
+    def diverged(self, state: ScaledState) -> Bool[Array, ""]:
+        return state.indefinite | super().diverged(state)
+
+
+def _is_undamped(damping: Any) -> Any:
+    return jnp.asarray(damping) == 0
+
+
+def _symmetric(a: Any, x: Array, eta: Array, damping: Any) -> Array:
+    """X⁺ = X + η((A + λI) X(XᵀX + λI)⁻¹ − X), which is X − η(XXᵀ − A)X(XᵀX + λI)⁻¹."""
+    f = linalg.factor(x, damping)
+    return (1 - eta) * x + eta * f.dual_of(a @ f.z + damping * f.z)
+
+
+def _asymmetric(a: Any, factors: Factors, eta: Array, damping: Any) -> Factors:
+    """X⁺ = X + η(A dual(Y) − X P_Y), Y⁺ = Y + η(Aᵀ dual(X) − Y P_X), P_Y = Yᵀ dual(Y)."""
+    x, y = factors
+    fx, fy = linalg.factor(x, damping), linalg.factor(y, damping)
+
+    def project(f: linalg.ThinFactorization) -> Array:
+        # Yᵀ dual(Y) = I − λ(YᵀY + λI)⁻¹ on live columns, 0 on the others
+        identity = jnp.diag(f.live.astype(x.dtype))
+        return identity - damping * f.solve(identity)
+
+    new_x = x + eta * (fy.dual_of(a @ fy.z) - x @ project(fy))
+    new_y = y + eta * (fx.dual_of(a.T @ fx.z) - y @ project(fx))
+    return Factors(new_x, new_y)
+
+
+def scaled_step(
+    problem: Symmetric | Asymmetric,
+    learning_rate: optax.ScalarOrSchedule = 0.5,
+    damping: Any = 0.0,
+) -> ScaledStep:
+    """ScaledGD, fused: (2) and (26) on a symmetric problem, (6) and (35) on an asymmetric one.
+
+    The update is (1−η)X + ηA X(XᵀX)†, with the dual taken from an orthonormal factor: float32 does
+    not lose accuracy with κ, and over a product with A it costs O(m r²). The numerical rank is
+    decided once, by `init`: exactly and under-parametrized starts keep all columns; the zero
+    directions of an over-parametrized Nyström start are cut. At Y_0 = 0 the left factor rests,
+    X_1 = X_0, as (6a) asks.
+
+    Args:
+        problem: `problems.Symmetric` or `problems.Asymmetric`.
+        learning_rate: η in (0, 1], or a schedule of the step count. On (1) 0.5 is quadratic; on
+            (4) 1 is exact in one step (Theorems 3, 6).
+        damping: λ ≥ 0 of ScaledGD(λ), in units of XᵀX; the rank is not cut where it is positive.
+
+    Raises:
+        ValueError: on η outside (0, 1] or a negative damping; by `init`, on factors whose shape or
+            dtype does not fit the problem.
+
+    Example:
+        >>> import nyscaled as nys
+        >>> a, left, right = nys.spectra.rectangular(jax.random.key(0), 40, 30, [3.0, 2.0, 1.0])
+        >>> step = scaled_step(nys.problems.Asymmetric(a), learning_rate=1.0)
+        >>> start = nys.initializers.nystrom_factors(jax.random.key(1), a, rank=3)
+        >>> x, y = run(step, start, num_steps=1).params
+        >>> bool(jnp.allclose(x @ y.T, a, atol=1e-5))
+        True
+    """
+    require_step_size(learning_rate)
+    validation.require_scalar("damping", damping, 0, float("inf"), open_low=False)
+    if callable(learning_rate):
+        learning_rate = as_partial(learning_rate)
+    return ScaledStep(problem, learning_rate, damping)
+
+
+class GradientState(NamedTuple):
+    """State of `GradientStep`."""
+
+    factors: Any
+    opt_state: Any
+
+
+@pytree_dataclass
+class GradientStep(Step):
+    """A step by the problem's gradient; see `gradient_step`."""
+
+    problem: Any
+    tx: Any = static_field()
+    alternating: bool = static_field(default=False)
+
+    def init(self, params: Params) -> GradientState:
+        """The start and the transformation's state."""
+        params = self.problem.check(params)
+        return GradientState(params, self.tx.init(params))
+
+    def update(self, state: GradientState) -> GradientState:
+        """One step, or one sweep over both factors if alternating."""
+        params, opt_state = state
+        keeps = ((1, 0), (0, 1)) if self.alternating else (None,)
+        for keep in keeps:
+            grads = self.problem.gradient(params)
+            if keep is not None:
+                grads = Factors(*(k * g for k, g in zip(keep, grads, strict=True)))
+            updates, opt_state = self.tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return GradientState(params, opt_state)
+
+    def params(self, state: GradientState) -> Params:
+        """The factors."""
+        return state.factors
+
+
+def gradient_step(
+    problem: Symmetric | Asymmetric, tx: optax.GradientTransformation
+) -> GradientStep:
+    """X⁺ = X + tx(∇f(X)), for any optax transformation: `optax.sgd` is GD, `scaled_gd` is ScaledGD.
+
+    Example:
+        >>> import nyscaled as nys
+        >>> problem = nys.problems.Symmetric(jnp.eye(3))
+        >>> step = gradient_step(problem, optax.sgd(0.1))
+        >>> run(step, jnp.ones((3, 1)), num_steps=100, record=problem.loss).history.shape
+        (101,)
+    """
+    return GradientStep(problem, tx)
+
+
+def alternating_step(problem: Asymmetric, tx: optax.GradientTransformation) -> GradientStep:
+    """X⁺ = X + tx(∇_X f(X, Y)), then Y⁺ = Y + tx(∇_Y f(X⁺, Y)): AltGD with `optax.sgd`.
+
+    Args:
+        problem: an asymmetric problem.
+        tx: a transformation without memory (`optax.sgd` without momentum, `scaled_gd`): it sees
+            zeros for the factor that waits.
+    """
+    if not isinstance(problem, Asymmetric):
+        raise ValueError(f"problem is {type(problem).__name__}; alternating wants Asymmetric")
+    return GradientStep(problem, tx, True)
+
+
+def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> optax.Schedule:
+    """η = initial, initial·factor, …, a level every `every` steps, as the paper advises after Theorem 2.
+
+    Example:
+        >>> [round(float(staircase(0.1, every=10)(t)), 4) for t in (0, 9, 10, 20)]
+        [0.1, 0.1, 0.01, 0.001]
+    """
+    return optax.exponential_decay(initial, every, factor, staircase=True)
+
+
+def _outcome(step: Any, state: Any, value: Any) -> Array:
+    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((state, value))]))
+    status = jnp.where(step.diverged(state), Status.DIVERGED, Status.MAX_STEPS)
+    return jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _scan(step: Any, params: Params, num_steps: int, record: Any) -> Solution:
+    def body(state: Any, _: None) -> tuple[Any, Any]:
+        return step.update(state), record(step.params(state))
+
+    state, history = lax.scan(body, step.init(params), length=num_steps)
+    final = step.params(state)
+    last = record(final)
+    history = jax.tree.map(lambda h, x: jnp.concatenate([h, jnp.asarray(x)[None]]), history, last)
+    return Solution(final, history, _outcome(step, state, final), jnp.int32(num_steps))
+
+
+@jax.jit
+def _while(step: Any, params: Params, measure: Any, tol: Any, max_steps: Any) -> Solution:
+    def evaluate(state: Any, count: Any) -> tuple[Any, Any, Any, Any]:
+        params = step.params(state)
+        value = measure(params)
+        status = jnp.where(value <= tol, Status.CONVERGED, _outcome(step, state, value))
+        status = jnp.where(step.diverged(state), Status.DIVERGED, status)
+        return state, count, value, status.astype(jnp.int32)
+
+    def unfinished(carry: Any) -> Array:
+        _, count, _, status = carry
+        return (status == Status.MAX_STEPS) & (count < max_steps)
+
+    def body(carry: Any) -> Any:
+        return evaluate(step.update(carry[0]), carry[1] + 1)
+
+    state, count, value, status = lax.while_loop(
+        unfinished, body, evaluate(step.init(params), jnp.int32(0))
+    )
+    return Solution(step.params(state), value, status, count)
+
+
+def _no_record(params: Params) -> None:
+    return None
+
+
+def _check_start(params: Params) -> None:
+    validation.require_finite("the start", params)
+    leaves = jax.tree.leaves(params)
+    if validation.is_concrete(params) and not any(bool(jnp.any(x)) for x in leaves):
+        raise ValueError("the start is zero in all factors, a saddle point; wanted a non-zero one")
+
+
+def _finish(solution: Solution, throw: bool) -> Solution:
+    if not validation.is_concrete(solution.status) or jnp.ndim(solution.status):
+        return solution
+    solution = solution._replace(status=Status(int(solution.status)))
+    if throw and solution.status in (Status.NON_FINITE, Status.DIVERGED):
+        raise ValueError(
+            f"the run ended {solution.status.name} by step {int(solution.num_steps)}: {_WHY[solution.status]} "
+            "(throw=False returns the solution with its status and history)"
+        )
+    return solution
+
+
+_WHY = {
+    Status.NON_FINITE: "NaN or Inf in the factors; the learning rate is too large, "
+    "or a factor lost its rank",
+    Status.DIVERGED: "the learning rate is too large, or A is not positive semidefinite "
+    "on the range of the start",
+}
+
+
+def run(
+    step: Any,
+    params: Params,
+    num_steps: int,
+    record: Callable[[Params], Any] | None = None,
+    *,
+    throw: bool = True,
+) -> Solution:
+    """Makes `num_steps` steps in one compiled scan.
+
+    Args:
+        step: a step, from `scaled_step`, `gradient_step`, ….
+        params: the start: X for a symmetric problem, `Factors` for an asymmetric one.
+        num_steps: ≥ 0.
+        record: a pure function of the factors, evaluated at the start and after every step. Arrays
+            that it needs are best bound with `jax.tree_util.Partial(fn, array)`; methods of
+            problems (`problem.loss`) may be passed as they are.
+        throw: raise if the run fails; otherwise read `status`. Under jit and vmap nothing is
+            raised, and `status` is an array.
+
+    Returns:
+        A `Solution`; `history` has num_steps + 1 rows.
+
+    Raises:
+        ValueError: on a start that does not fit, is not finite or is zero, and on failed runs.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
+        raise ValueError(f"num_steps is {num_steps!r}; wanted an integer ≥ 0")
+    _check_start(params)
+    recorder = as_partial(_no_record if record is None else record)
+    return _finish(_scan(step, params, num_steps, recorder), throw)
+
+
+def run_until(
+    step: Any,
+    params: Params,
+    measure: Callable[[Params], Any],
+    tol: Any,
+    max_steps: int = 1000,
+    *,
+    throw: bool = True,
+) -> Solution:
+    """Steps until `measure(factors) <= tol`, at most `max_steps` times, in one compiled loop.
+
+    Args:
+        step: as in `run`.
+        params: as in `run`.
+        measure: a pure function of the factors to a scalar; bind arrays as in `run`.
+        tol: the tolerance, in units of `measure`.
+        max_steps: ≥ 0.
+        throw: as in `run`. Not reaching the tolerance is no failure: read `status`.
+
+    Returns:
+        A `Solution`, whose `history` is the last value of `measure`.
+
+    Example:
+        >>> import nyscaled as nys
+        >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.5, 0.1])
+        >>> problem = nys.problems.Symmetric(a)
+        >>> start = nys.initializers.nystrom(jax.random.key(1), a, rank=3)
+        >>> solution = run_until(scaled_step(problem), start, problem.residual, tol=1e-5)
+        >>> solution.status.name
+        'CONVERGED'
+    """
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
+        raise ValueError(f"max_steps is {max_steps!r}; wanted an integer ≥ 0")
+    validation.require_scalar("tol", tol, 0, float("inf"), open_low=False)
+    _check_start(params)
+    return _finish(_while(step, params, as_partial(measure), tol, max_steps), throw)

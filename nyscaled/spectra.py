@@ -1,0 +1,98 @@
+"""Random matrices with a prescribed spectrum; the paper's four by name (its Appendix E.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from nyscaled.linalg import full_precision
+from nyscaled.validation import is_concrete
+
+_EXACT = (*(1.0 - 0.01 * i for i in range(19)), 0.01)
+_UNDER = (*(1.0 - 0.01 * i for i in range(37)), 0.05, 0.025, 0.01)
+_PAPER = {"fig1ab": _EXACT, "fig1c": _UNDER, "fig4a": _EXACT, "fig4b": _EXACT}
+
+
+def _spectrum(values: Any, limit: int, dtype: Any) -> Float[Array, " k"]:
+    spectrum = jnp.asarray(values, dtype or jnp.result_type(float))
+    if spectrum.ndim != 1 or not 1 <= spectrum.size <= limit:
+        raise ValueError(
+            f"spectrum has shape {spectrum.shape}; wanted 1 to {limit} singular values, (k,)"
+        )
+    if is_concrete(spectrum) and not bool(jnp.all(spectrum > 0)):
+        raise ValueError(f"spectrum is {np.asarray(spectrum)}; wanted positive singular values")
+    return spectrum
+
+
+@full_precision
+def psd(
+    key: Key[Array, ""], m: int, spectrum: Any, dtype: Any = None
+) -> tuple[Float[Array, "m m"], Float[Array, "m k"]]:
+    """A random positive semidefinite matrix A = Q diag(spectrum) Qᵀ, Q uniform on the Stiefel manifold.
+
+    Args:
+        key: PRNG key.
+        m: side of A.
+        spectrum: its k ≤ m non-zero eigenvalues, all positive, in any order.
+        dtype: float32, or float64 where enabled; JAX's default float if None.
+
+    Returns:
+        A (m, m), exactly symmetric, and Q (m, k), whose columns go with `spectrum`.
+
+    Raises:
+        ValueError: if the spectrum is empty, too long or not positive.
+
+    Example:
+        >>> a, basis = psd(jax.random.key(0), 50, [1.0, 0.5])
+        >>> bool(jnp.allclose(a @ basis[:, 1], 0.5 * basis[:, 1], atol=1e-6))
+        True
+    """
+    values = _spectrum(spectrum, m, dtype)
+    basis = jax.random.orthogonal(key, m, m=values.size, dtype=values.dtype)
+    a = (basis * values) @ basis.T
+    return (a + a.T) / 2, basis
+
+
+@full_precision
+def rectangular(
+    key: Key[Array, ""], m: int, n: int, spectrum: Any, dtype: Any = None
+) -> tuple[Float[Array, "m n"], Float[Array, "m k"], Float[Array, "n k"]]:
+    """A random A = U diag(spectrum) Vᵀ (m, n), with its singular vectors U and V.
+
+    Example:
+        >>> a, left, right = rectangular(jax.random.key(0), 6, 5, [2.0, 1.0])
+        >>> a.shape, left.shape, right.shape
+        ((6, 5), (6, 2), (5, 2))
+    """
+    values = _spectrum(spectrum, min(m, n), dtype)
+    left_key, right_key = jax.random.split(key)
+    left = jax.random.orthogonal(left_key, m, m=values.size, dtype=values.dtype)
+    right = jax.random.orthogonal(right_key, n, m=values.size, dtype=values.dtype)
+    return (left * values) @ right.T, left, right
+
+
+def paper_spectrum(name: str) -> np.ndarray:
+    """The non-zero singular values of one of the paper's test matrices.
+
+    Args:
+        name: "fig1ab", "fig4a", "fig4b" (20 values: 1, 0.99, …, 0.82, 0.01) or
+            "fig1c" (40 values: 1, 0.99, …, 0.64, 0.05, 0.025, 0.01).
+
+    Example:
+        >>> paper_spectrum("fig1c").shape
+        (40,)
+    """
+    if name not in _PAPER:
+        raise ValueError(f"name is {name!r}; wanted one of {', '.join(_PAPER)}")
+    return np.array(_PAPER[name])
+
+
+def paper(
+    name: str, key: Key[Array, ""], m: int = 1000, dtype: Any = None
+) -> tuple[Float[Array, "m m"], Float[Array, "m k"]]:
+    """One of the paper's test matrices, as `psd` returns it; see `paper_spectrum` for the names."""
+    return psd(key, m, paper_spectrum(name), dtype)

@@ -1,0 +1,112 @@
+"""Checks of what a user hands in; each failure says what was got and what was wanted.
+
+Shapes and dtypes are static and are always checked. Values are checked where they are known:
+not under `jit`, `vmap` or `grad`, where an array is a tracer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.experimental.sparse import JAXSparse
+
+from nyscaled.typing import LinearMap
+
+
+def is_concrete(tree: Any) -> bool:
+    """Whether every leaf of `tree` holds values (none is a tracer or an abstract shape)."""
+    abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
+    return not any(isinstance(leaf, abstract) for leaf in jax.tree.leaves(tree))
+
+
+def require_floating(name: str, array: Any) -> None:
+    """Raises ValueError unless `array` is float32 or float64 (the r×r work needs no less)."""
+    if array.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name} has dtype {array.dtype}; wanted float32 or float64 (convert it with .astype)"
+        )
+
+
+def as_linear_map(name: str, a: Any) -> Any:
+    """`a` as something with `@` and `.T`: arrays become jax arrays, operators pass through."""
+    is_operator = isinstance(a, JAXSparse) or (
+        not hasattr(a, "__array__") and isinstance(a, LinearMap)
+    )
+    if not is_operator:
+        try:
+            a = jnp.asarray(a)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is a {type(a).__name__}; wanted a matrix or an operator with `@` and `.T`"
+            ) from error
+    if len(a.shape) != 2:
+        raise ValueError(f"{name} has shape {tuple(a.shape)}; wanted a matrix, (m, n)")
+    require_floating(name, a)
+    return a
+
+
+def require_rank(rank: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless 1 ≤ rank ≤ min(shape)."""
+    if isinstance(rank, bool) or not hasattr(rank, "__index__"):
+        raise ValueError(f"rank is {rank!r}; wanted an integer")
+    if not 1 <= rank <= min(shape):
+        raise ValueError(
+            f"rank is {rank}; wanted 1 ≤ rank ≤ {min(shape)} for a matrix {tuple(shape)}"
+        )
+
+
+def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: bool) -> None:
+    """Raises ValueError if the value of `value` is known and lies outside the interval."""
+    if callable(value) or not is_concrete(value) or jnp.ndim(value) != 0:
+        return
+    number = float(value)
+    inside = (low < number if open_low else low <= number) and number <= high
+    if not inside or math.isnan(number):
+        bracket = "(" if open_low else "["
+        interval = f"{bracket}{low:g}, {high:g}" + (")" if math.isinf(high) else "]")
+        raise ValueError(f"{name} is {number:g}; wanted a number in {interval}")
+
+
+def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
+    """Raises ValueError on NaN, Inf, an all-zero or (if asked) a non-symmetric matrix.
+
+    Read off four products with random vectors, so it costs less than one step, for operators
+    too. The antisymmetric part is seen through Uᵀ(A − Aᵀ)U, almost surely non-zero when it is.
+    """
+    if not is_concrete(a):
+        return
+    probe = jax.random.normal(jax.random.key(0), (a.shape[1], 4), a.dtype)
+    with jax.default_matmul_precision("highest"):
+        image = a @ probe
+        form = probe.T @ image if symmetric else None
+    size = float(jnp.linalg.norm(image))
+    if not math.isfinite(size):
+        raise ValueError(
+            f"{name} has NaN or Inf entries (or its products overflow {a.dtype}); wanted finite ones"
+        )
+    if size == 0.0:
+        raise ValueError(f"{name} is the zero matrix {tuple(a.shape)}; wanted a non-zero one")
+    if form is None:
+        return
+    skew = float(jnp.max(jnp.abs(form - form.T)))
+    # ‖A U‖_F ≈ 2‖A‖_F for four Gaussian columns; entries of UᵀEU have the size of ‖E‖_F.
+    if skew > 1e3 * float(jnp.finfo(a.dtype).eps) * size:
+        raise ValueError(
+            f"{name} is not symmetric: its antisymmetric part is about {skew / size:.1e} of its "
+            "norm; wanted A = Aᵀ (take (A + A.T) / 2 if the difference is rounding, "
+            "or problems.Asymmetric)"
+        )
+
+
+def require_finite(name: str, tree: Any) -> None:
+    """Raises ValueError if a known array of `tree` has NaN or Inf entries."""
+    if not is_concrete(tree):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            where = name + jax.tree_util.keystr(path)
+            raise ValueError(f"{where} has NaN or Inf entries; wanted finite ones")
