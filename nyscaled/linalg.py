@@ -305,7 +305,7 @@ class Operator:
     @property
     def T(self) -> Operator:
         """The transpose."""
-        return Operator(self.rmatmat, self.matmat, self.shape[::-1], self.dtype)
+        return Operator(self.rmatmat, self.matmat, (self.shape[1], self.shape[0]), self.dtype)
 
     def __matmul__(self, other: Array) -> Array:
         return self.matmat(other)

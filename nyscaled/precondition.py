@@ -156,7 +156,7 @@ class ScaleByGramState(NamedTuple):
 
 def scale_by_gram(
     damping: Any = 0.0, *, pseudo_inverse: bool = False, spec: Spec = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients of factors by (damped) inverse Gram matrices.
 
     The exact form (λ = 0) never forms an inverse Gram matrix; see `linalg.gram_solve`. Factors are
@@ -215,7 +215,10 @@ def scale_by_gram(
         return linalg.gram_solve(x @ row_space, g @ row_space) @ row_space.T
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         if params is None:
             raise ValueError(
@@ -235,7 +238,7 @@ def scale_by_gram(
             grads = [new.get(j, g) for j, g in enumerate(grads)]
         return treedef.unflatten(grads), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def require_step_size(learning_rate: Any) -> None:

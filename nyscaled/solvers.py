@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -56,23 +56,20 @@ class Solution(NamedTuple):
     num_steps: Any
 
 
-class Step:
-    """Base of the steps; subclasses add `problem`, `init`, `update` and `params`."""
+class Step(Protocol):
+    """What the loops ask of a step: pure functions, on a pytree that is the step itself."""
 
     def init(self, params: Params) -> Any:
-        raise NotImplementedError
+        """The state at the start; ValueError if `params` do not fit."""
+        ...
 
     def update(self, state: Any) -> Any:
-        raise NotImplementedError
+        """One iteration."""
+        ...
 
     def params(self, state: Any) -> Params:
-        raise NotImplementedError
-
-    def diverged(self, state: Any) -> Bool[Array, ""]:
-        """Whether ‖factors‖ passed the fourth root of the largest float."""
-        params = self.params(state)
-        limit = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).max) ** 0.25
-        return optax.tree.norm(params) > limit
+        """The factors, in the caller's coordinates."""
+        ...
 
 
 class ScaledState(NamedTuple):
@@ -85,7 +82,7 @@ class ScaledState(NamedTuple):
 
 
 @pytree_dataclass
-class ScaledStep(Step):
+class ScaledStep:
     """The fused ScaledGD step; see `scaled_step`."""
 
     problem: Any
@@ -94,7 +91,7 @@ class ScaledStep(Step):
 
     @linalg.full_precision
     def init(self, params: Params) -> ScaledState:
-        """Checks the factors and, without damping, cuts their rank once (E7 in the README's terms).
+        """Checks the factors and, without damping, cuts their numerical rank, once and for all.
 
         Under (26) and (35) the row space of the factors never changes: X_t = X̃_t Vᵀ with X̃_t an
         iterate of full column rank. A direction is cut when its singular value in X_0 *and* its
@@ -143,9 +140,6 @@ class ScaledStep(Step):
     def params(self, state: ScaledState) -> Params:
         """The factors in the caller's coordinates."""
         return jax.tree.map(lambda f: f @ state.rotation.T, state.factors)
-
-    def diverged(self, state: ScaledState) -> Bool[Array, ""]:
-        return state.indefinite | super().diverged(state)
 
 
 def _is_undamped(damping: Any) -> Any:
@@ -220,7 +214,7 @@ class GradientState(NamedTuple):
 
 
 @pytree_dataclass
-class GradientStep(Step):
+class GradientStep:
     """A step by the problem's gradient; see `gradient_step`."""
 
     problem: Any
@@ -287,14 +281,20 @@ def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> op
     return optax.exponential_decay(initial, every, factor, staircase=True)
 
 
-def _outcome(step: Any, state: Any, value: Any) -> Array:
-    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((state, value))]))
-    status = jnp.where(step.diverged(state), Status.DIVERGED, Status.MAX_STEPS)
+def _outcome(step: Step, state: Any, value: Any) -> Array:
+    """NON_FINITE, DIVERGED or, if neither, MAX_STEPS."""
+    params = step.params(state)
+    leaves = jax.tree.leaves((params, value))
+    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
+    # A quartic loss overflows once the factors pass the fourth root of the largest float.
+    limit = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).max) ** 0.25
+    diverged = (optax.tree.norm(params) > limit) | getattr(state, "indefinite", False)
+    status = jnp.where(diverged, Status.DIVERGED, Status.MAX_STEPS)
     return jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _scan(step: Any, params: Params, num_steps: int, record: Any) -> Solution:
+def _scan(step: Step, params: Params, num_steps: int, record: Any) -> Solution:
     def body(state: Any, _: None) -> tuple[Any, Any]:
         return step.update(state), record(step.params(state))
 
@@ -302,17 +302,17 @@ def _scan(step: Any, params: Params, num_steps: int, record: Any) -> Solution:
     final = step.params(state)
     last = record(final)
     history = jax.tree.map(lambda h, x: jnp.concatenate([h, jnp.asarray(x)[None]]), history, last)
-    return Solution(final, history, _outcome(step, state, final), jnp.int32(num_steps))
+    return Solution(final, history, _outcome(step, state, None), jnp.int32(num_steps))
 
 
 @jax.jit
-def _while(step: Any, params: Params, measure: Any, tol: Any, max_steps: Any) -> Solution:
+def _while(step: Step, params: Params, measure: Any, tol: Any, max_steps: Any) -> Solution:
     def evaluate(state: Any, count: Any) -> tuple[Any, Any, Any, Any]:
         params = step.params(state)
         value = measure(params)
-        status = jnp.where(value <= tol, Status.CONVERGED, _outcome(step, state, value))
-        status = jnp.where(step.diverged(state), Status.DIVERGED, status)
-        return state, count, value, status.astype(jnp.int32)
+        status = _outcome(step, state, value)
+        reached = (status == Status.MAX_STEPS) & (value <= tol)
+        return state, count, value, jnp.where(reached, jnp.int32(Status.CONVERGED), status)
 
     def unfinished(carry: Any) -> Array:
         _, count, _, status = carry
@@ -359,7 +359,7 @@ _WHY = {
 
 
 def run(
-    step: Any,
+    step: Step,
     params: Params,
     num_steps: int,
     record: Callable[[Params], Any] | None = None,
@@ -392,7 +392,7 @@ def run(
 
 
 def run_until(
-    step: Any,
+    step: Step,
     params: Params,
     measure: Callable[[Params], Any],
     tol: Any,

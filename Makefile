@@ -1,0 +1,60 @@
+# Each target makes .venv where it is missing and installs what it needs into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DIGITS := build/digits_rbf.npy
+
+.PHONY: fig1 figures report test test-peers lint bench clean
+
+fig1: $(VENV)/.experiments
+	$(BIN)/python experiments/fig1.py
+
+figures: $(VENV)/.experiments $(DIGITS)
+	$(BIN)/python experiments/fig1.py
+	$(BIN)/python experiments/fig1.py --matrix $(DIGITS) --rank 20
+	$(BIN)/python experiments/fig4.py
+	$(BIN)/python experiments/order.py
+
+report: $(VENV)/.experiments
+	$(BIN)/python -m paper_checks --report paper_checks/REPORT.md
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --ignore=tests/peers tests nyscaled
+	$(BIN)/python -m pytest paper_checks
+
+test-peers: $(VENV)/.peers
+	$(BIN)/python -m pytest tests/peers
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.experiments
+	$(BIN)/python benchmarks/step.py
+
+$(DIGITS): $(VENV)/.experiments experiments/_matrix.py
+	$(BIN)/python experiments/_matrix.py $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.experiments: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.peers: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'  # the version that was tested
+	$(BIN)/python -m pip install --quiet --editable '.[test,peers]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,110 @@
+"""What every experiment leaves behind: a CSV of its curves, a JSON of how they came, a picture."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+Curves = Mapping[str, Mapping[str, Any]]
+"""panel → series → errors by iteration."""
+
+# Okabe and Ito's colours, told apart by readers with any colour vision; line styles and markers
+# carry the same information for print without colours.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+plt.switch_backend("agg")
+matplotlib.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "legend.fontsize": 7.5,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 4,
+        "pdf.fonttype": 42,
+        "savefig.dpi": 200,
+    }
+)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside `path`, then renames: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def save(out: Path, name: str, figure: Any, curves: Curves, config: Any, **notes: Any) -> None:
+    """Writes `name`.png, .pdf, .csv (panel, series, iteration, error) and .json (how it was made)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["panel", "series", "iteration", "error"])
+    for panel, series in curves.items():
+        for label, errors in series.items():
+            for iteration, error in enumerate(np.asarray(errors)):
+                writer.writerow([panel, label, iteration, f"{error:.6e}"])
+    write_atomically(out / f"{name}.csv", text.getvalue().encode())
+    packages = ("nyscaled", "jax", "jaxlib", "optax", "numpy", "matplotlib")
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "config": dataclasses.asdict(config),
+        "versions": {p: importlib.metadata.version(p) for p in packages},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "float": str(jax.numpy.result_type(float)),
+        **notes,
+    }
+    write_atomically(
+        out / f"{name}.json", (json.dumps(record, indent=1, default=str) + "\n").encode()
+    )
+    for suffix in ("png", "pdf"):
+        # Without the creation date, equal runs write equal files.
+        metadata = {"CreationDate": None} if suffix == "pdf" else {}
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, bbox_inches="tight", metadata=metadata)
+        write_atomically(out / f"{name}.{suffix}", buffer.getvalue())
+    plt.close(figure)
+
+
+def draw(axes: Any, errors: Any, index: int, label: str, **kwargs: Any) -> None:
+    """One curve on log axes: colour, marker and style all differ between series."""
+    errors = np.asarray(errors)
+    options = {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markevery": max(1, len(errors) // 12),
+        "label": label,
+    }
+    axes.plot(np.arange(len(errors)), errors, **(options | kwargs))
+
+
+def draw_prediction(axes: Any, errors: Any, floor: float, label: str | None = None) -> None:
+    """An exact prediction: thin, dashed and dark, on top of the measured curve, down to `floor`."""
+    errors = np.asarray(errors)
+    shown = np.where(errors > floor, errors, np.nan)
+    axes.plot(
+        np.arange(len(errors)), shown, color="0.1", lw=0.9, ls=(0, (4, 3)), label=label, zorder=5
+    )

@@ -1,0 +1,166 @@
+"""Figure 1: ScaledGD from Nyström starts, exactly (a, b) and under-parametrized (c).
+
+    python experiments/fig1.py                       # figures/fig1.png, .pdf, .csv, .json
+    python experiments/fig1.py --quick --out /tmp    # a small version
+    python experiments/fig1.py --matrix kernel.npy --rank 20   # panel (a) for a PSD matrix of yours
+
+The matrices and step sizes are the paper's (its Appendix E.1). Where it gives no number: ξ = 0.1 in
+(a), ξ over 1e-3 … 10 in (b), ζ = 1e-3, ξ_n over 1e-2, 1e-4, 1e-6 added to ξ = 0.1, η over 0.5, 0.1,
+0.01 in (c).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from _matrix import load
+from _panels import draw_comparison, draw_learning_rates, draw_sensitivity
+from _record import save
+from _series import Panels, comparison, compiled, learning_rates, residual, sensitivity, weak
+from tqdm import tqdm
+
+import nyscaled as nys
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Figure 1 of the paper, or its panel (a) for a matrix of your own."""
+
+    out: Path = Path("figures")
+    """Folder for the picture and its record."""
+    seed: int = 0
+    """Seed of the matrices and the starts."""
+    precision: Literal["float32", "float64"] = "float64"
+    """Floating-point type of the whole computation."""
+    quick: bool = False
+    """m = 200 instead of 1000, and fewer steps in (c)."""
+    matrix: Path | None = None
+    """A PSD matrix (.npy, .npz, .mtx): draw the comparison of panel (a) for it instead."""
+    rank: int = 20
+    """Columns of X, with --matrix."""
+
+
+SCALE = 0.1
+STEPS = 60
+GD_STEPS = 2000
+
+
+def synthetic(config: Config) -> None:
+    """The three panels."""
+    m = 200 if config.quick else 1000
+    under_steps = 400 if config.quick else 2000
+    key = jax.random.key(config.seed)
+    bar = tqdm(total=3, desc="fig1", unit="panel", file=sys.stderr)
+
+    def data(name: str) -> tuple[nys.problems.Symmetric, jax.Array, jax.Array]:
+        a, basis = nys.spectra.paper(name, key, m)
+        spectrum = jax.numpy.asarray(nys.spectra.paper_spectrum(name), a.dtype)
+        return nys.problems.Symmetric(a), basis, spectrum
+
+    start_key = jax.random.fold_in(key, 1)
+    problem, basis, spectrum = data("fig1ab")
+    record = residual(basis, spectrum)
+
+    def exactly(problem: Any) -> Panels:
+        curves = comparison(problem, record, 20, start_key, SCALE, STEPS, GD_STEPS, False)
+        return curves | sensitivity(problem, record, basis, spectrum, 20, start_key, SCALE, STEPS)
+
+    curves = compiled(exactly, problem)
+    bar.update(2)
+    problem, basis, spectrum = data("fig1c")
+    weak_record = weak(basis, spectrum)
+
+    def under(problem: Any) -> Panels:
+        return learning_rates(problem, weak_record, spectrum, 20, start_key, SCALE, under_steps)
+
+    curves |= compiled(under, problem)
+    bar.update()
+    bar.close()
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    floor = 1e-16 if config.precision == "float64" else 1e-8
+    draw_comparison(axes[0], curves["a"], curves["b exact"][f"Nyström, ξ = {SCALE:g}"], floor)
+    axes[0].set(title="(a) exactly parametrized, r = 20, κ = 100", ylabel=r"$\|XX^\top - A\|_F$")
+    draw_sensitivity(axes[1], curves["b"], curves["b exact"], floor)
+    axes[1].set(title="(b) scale and perturbation of the start", ylabel=r"$\|XX^\top - A\|_F$")
+    draw_learning_rates(axes[2], curves["c"], curves["c predicted decay"], floor)
+    axes[2].set(
+        title="(c) under-parametrized, rank 40, r = 20", ylabel=r"$\|X^\top A^\dagger X - I\|_F$"
+    )
+    save(config.out, "fig1", figure, curves, config)
+
+
+def own_matrix(config: Config, path: Path) -> None:
+    """Panel (a) for a user's matrix, scaled to ‖A‖ = 1; the error is the excess over the best rank r."""
+    matrix = load(path)
+    rank = config.rank
+    nys.problems.Symmetric(jax.numpy.asarray(matrix))  # the checks of shape, symmetry and values
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    if values[-1] < -1e-8 * values[0] or values[0] <= 0:
+        raise ValueError(
+            f"{path} has eigenvalues from {values[-1]:.3g} to {values[0]:.3g}; wanted a PSD matrix"
+        )
+    if not 1 <= rank < np.sum(values > 1e-12 * values[0]):
+        top = np.sum(values > 1e-12 * values[0]) - 1
+        raise ValueError(f"rank is {rank}; wanted 1 ≤ rank ≤ {top}, below the rank of {path}")
+    spectrum = np.maximum(values / values[0], 0)
+    a = jax.numpy.asarray(matrix / values[0])
+    basis, spectrum = jax.numpy.asarray(vectors), jax.numpy.asarray(spectrum)
+
+    def excess(basis: jax.Array, spectrum: jax.Array, x: jax.Array) -> jax.Array:
+        """(‖XXᵀ − A‖² − ‖A_r − A‖²) / ‖A‖², as ‖XXᵀ − A_r‖² − 2⟨XXᵀ, A − A_r⟩."""
+        phi = basis.T @ x
+        top = jax.numpy.where(jax.numpy.arange(spectrum.size) < rank, spectrum, 0)
+        head = phi[:rank] @ phi[:rank].T - jax.numpy.diag(top[:rank])
+        tail = phi[rank:]
+        rest = 2 * jax.numpy.sum((tail @ phi[:rank].T) ** 2) + jax.numpy.sum((tail.T @ tail) ** 2)
+        cross = jax.numpy.sum((spectrum - top)[:, None] * phi**2)
+        return (jax.numpy.sum(head**2) + rest - 2 * cross) / jax.numpy.sum(spectrum**2)
+
+    record = jax.tree_util.Partial(excess, basis, spectrum)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    steps, gd_steps = (100, 200) if config.quick else (400, GD_STEPS)
+
+    def panel(problem: Any) -> Panels:
+        return comparison(problem, record, rank, key, SCALE, steps, gd_steps, False)
+
+    with tqdm(total=1, desc=path.name, unit="panel", file=sys.stderr) as bar:
+        curves = compiled(panel, nys.problems.Symmetric((a + a.T) / 2))
+        bar.update()
+    rate = float(nys.dynamics.subspace_rate(spectrum, rank, 0.5)) ** 2
+    nystrom = np.asarray(curves["a"]["ScaledGD, Nyström"])
+    middle, iterations = steps // 2, np.arange(steps // 8, steps + 1)
+    slope = np.full(steps + 1, np.nan)
+    slope[iterations] = nystrom[middle] * rate ** (iterations - middle)
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    label = f"rate that the gap predicts, ρ² = {rate:.4f}"
+    draw_comparison(axes, curves["a"], slope, 1e-16, label, "lower left")
+    axes.set(
+        ylabel=r"$(\|XX^\top - A\|_F^2 - \|A_r - A\|_F^2)\,/\,\|A\|_F^2$",
+        title=f"{path.stem}, {matrix.shape[0]} × {matrix.shape[0]}, r = {rank}",
+    )
+    save(config.out, f"fig1_{path.stem}", figure, curves, config, predicted_rate=rate)
+
+
+def main(config: Config) -> None:
+    """Runs the experiment in the asked precision."""
+    jax.config.update("jax_enable_x64", config.precision == "float64")
+    if config.matrix is None:
+        synthetic(config)
+    else:
+        own_matrix(config, config.matrix)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

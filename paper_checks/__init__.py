@@ -1,0 +1,5 @@
+"""Every numbered statement of the paper as a claim that runs, with a control that must fail.
+
+Li, Zhang, Mokhtari, He, On the Crucial Role of Initialization for Matrix Factorization, ICLR 2025.
+`python -m paper_checks` runs all of them; `REPORT.md` is what they measured.
+"""

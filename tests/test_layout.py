@@ -1,0 +1,89 @@
+"""The house: a module imports only from floors below it, and `import nyscaled` needs little."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nyscaled"
+FLOORS = {
+    "typing": 0,
+    "linalg": 0,
+    "validation": 0,
+    "spectra": 1,
+    "problems": 1,
+    "initializers": 1,
+    "precondition": 1,
+    "optimality": 1,
+    "dynamics": 1,
+    "solvers": 2,
+    "factorize": 2,
+    "lora": 3,
+    "models": 4,
+    "checkpoints": 4,
+    "finetune": 5,
+    "cli": 5,
+}
+# Rooms that may be used from their own floor: starts belong to problems.
+SHARED = {"typing", "linalg", "validation"} | {"problems"}
+MODULES = sorted(
+    p for p in PACKAGE.rglob("*.py") if p.name != "conftest.py" and p != PACKAGE / "__init__.py"
+)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of every import in the file, those inside functions too."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        rooms |= {n.split(".")[1] for n in names if n.startswith("nyscaled.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_from_floors_below(path):
+    mine = room(path)
+    for other in imported_rooms(path) - {mine}:
+        below = FLOORS[other] < FLOORS[mine]
+        assert below or (FLOORS[other] == FLOORS[mine] and other in SHARED), f"{mine} → {other}"
+
+
+def test_library_needs_only_jax_optax_jaxtyping_numpy():
+    code = "import sys, nyscaled; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = {"flax", "matplotlib", "tyro", "tqdm", "scipy.io", "chex", "torch", "sklearn", "mpmath"}
+    assert not heavy & set(loaded.stdout.split())
+
+
+def test_library_leaves_global_configuration_alone():
+    code = (
+        "import jax; before = dict(jax.config.values); import nyscaled;"
+        "assert dict(jax.config.values) == before; import os"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_scripts_use_public_names_only():
+    for folder in ("experiments", "paper_checks", "benchmarks"):
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nyscaled"):
+                    private = [a.name for a in node.names if a.name.startswith("_")]
+                    assert not private, f"{path} imports {private}"
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    assert not (node.value.id == "nys" and node.attr.startswith("_")), path

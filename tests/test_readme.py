@@ -1,0 +1,34 @@
+"""The README's snippets run, in order, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_snippets_run(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) >= 3
+    names = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    solved, trained, predicted = capsys.readouterr().out.split("\n")[:3]
+    assert solved.startswith("CONVERGED")
+    assert float(trained) < 1e-6
+    assert float(predicted) < 1e-4
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    local = [link for link in links if not link.startswith("http")]
+    assert len(local) > 10
+    for link in local:
+        assert (ROOT / link.split("#")[0]).exists(), link
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w[\w-]*)", README):
+        if target != "are":
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
