@@ -35,6 +35,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _BLOCK = 512  # rows of a residual held at once
+_ONE_THREAD = 32  # side of a triangular solve
 
 
 def full_precision(fn: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -77,9 +78,24 @@ class ThinFactorization(NamedTuple):
 
 def _inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
     """The upper triangular T with Tᵀ gram T = I."""
-    lower = lax.linalg.cholesky(gram, symmetrize_input=False)
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    return lax.linalg.triangular_solve(lower.T, eye, left_side=True, lower=False)
+    return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).T)
+
+
+def _inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """By halves, [A B; 0 C]⁻¹ = [A⁻¹ −A⁻¹BC⁻¹; 0 C⁻¹], down to sizes that one thread solves.
+
+    Larger triangular solves wake the BLAS threads, which costs milliseconds where this takes
+    microseconds.
+    """
+    r = upper.shape[0]
+    if r <= _ONE_THREAD:
+        eye = jnp.eye(r, dtype=upper.dtype)
+        return lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False)
+    half = r // 2
+    first = _inverse_upper(upper[:half, :half])
+    second = _inverse_upper(upper[half:, half:])
+    corner = -first @ (upper[:half, half:] @ second)
+    return jnp.block([[first, corner], [jnp.zeros((r - half, half), upper.dtype), second]])
 
 
 @full_precision

@@ -95,8 +95,9 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
     accurate to about eps.
 
     Example:
-        >>> principal_angles(jnp.eye(3)[:, :1], jnp.array([[1.0], [1e-4], [0.0]]))
-        Array([0.0001], dtype=float32)
+        >>> angles = principal_angles(jnp.eye(3)[:, :1], jnp.array([[1.0], [1e-4], [0.0]]))
+        >>> f"{float(angles[0]):.3g}"
+        '0.0001'
     """
     if x.shape[1] > y.shape[1]:
         x, y = y, x

@@ -3,6 +3,8 @@
     single factor X           G  ←  G (XᵀX + λI)⁻¹                                    (2), (26)
     pair X Yᵀ                 G_X ← G_X (YᵀY + λI)⁻¹,   G_Y ← G_Y (XᵀX + λI)⁻¹        (6), (35)
 
+    normalized (NoRA+)        as the pair, divided by ‖(·)⁻¹‖_F                       Algorithm 2
+
 Which leaves of a tree of parameters are factors is a *spec*: a tree like the parameters with a
 `FactorSpec` or None at each leaf, or a callable that makes one from the parameters.
 
@@ -14,8 +16,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,134 +24,13 @@ import optax
 from jaxtyping import Array
 
 from nyscaled import linalg, validation
-
-
-@dataclasses.dataclass(frozen=True)
-class FactorSpec:
-    """How a leaf is read as thin factors.
-
-    Attributes:
-        pair: None for a symmetric factor, preconditioned by its own Gram matrix. Otherwise a
-            name that exactly two leaves carry, each preconditioned by the other's.
-        rank_axis: the axis of length r.
-        batch_axes: axes that index independent factors (stacked layers); both leaves of a pair
-            must agree in them. What remains is flattened to the long axis.
-    """
-
-    pair: Hashable | None = None
-    rank_axis: int = -1
-    batch_axes: tuple[int, ...] = ()
-
-
-Spec = Any
-"""A tree of `FactorSpec` or None like the parameters, or a callable that makes one from them."""
-
-_PAIRS = {"left": ("left", "right"), "right": ("left", "right")}
-_PAIRS |= {"lora_a": ("lora_a", "lora_b"), "lora_b": ("lora_a", "lora_b")}
-
-
-def _name(entry: Any) -> Any:
-    return next((getattr(entry, k) for k in ("key", "name", "idx") if hasattr(entry, k)), entry)
-
-
-def default_spec(params: Any) -> Any:
-    """Reads `params` by name: pairs are `left`/`right` (`Factors`) and `lora_a`/`lora_b` siblings.
-
-    Every other array is a symmetric factor. The last two axes are (long, rank), but (rank, long)
-    for `lora_b`; axes before them are batch axes.
-
-    Raises:
-        ValueError: on an array of fewer than two axes; it names the leaf.
-    """
-
-    def of_leaf(path: Any, leaf: Any) -> FactorSpec:
-        if jnp.ndim(leaf) < 2:
-            raise ValueError(
-                f"leaf {_show(path)} has shape {jnp.shape(leaf)}; a factor wants (…, long, rank): "
-                "keep other leaves away with optax.masked or optax.partition, or pass a spec"
-            )
-        last = _name(path[-1]) if path else None
-        pair = (path[:-1], _PAIRS[last]) if last in _PAIRS else None
-        return FactorSpec(pair, -2 if last == "lora_b" else -1, tuple(range(jnp.ndim(leaf) - 2)))
-
-    return jax.tree_util.tree_map_with_path(of_leaf, params)
-
-
-def _show(path: Any) -> str:
-    return jax.tree_util.keystr(path) or "params"
-
-
-class _Member(NamedTuple):
-    leaf: int
-    path: Any
-    spec: FactorSpec
-
-
-def _groups(spec: Spec, params: Any) -> list[tuple[_Member, ...]]:
-    """The leaves of `params` that go together: one member if symmetric, two if a pair."""
-    tree = default_spec(params) if spec is None else spec(params) if callable(spec) else spec
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    groups: dict[tuple[str, Any], list[_Member]] = {}
-    for index, ((path, leaf), s) in enumerate(
-        zip(leaves, treedef.flatten_up_to(tree), strict=True)
-    ):
-        if s is None:
-            continue
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"leaf {_show(path)} has dtype {leaf.dtype}; wanted a floating one")
-        key = ("single", index) if s.pair is None else ("pair", s.pair)
-        groups.setdefault(key, []).append(_Member(index, path, s))
-    arrays = [leaf for _, leaf in leaves]
-    for key, members in groups.items():
-        if key[0] == "pair" and len(members) != 2:
-            named = ", ".join(_show(m.path) for m in members)
-            raise ValueError(
-                f"leaf {named} belongs to a pair with {len(members)} member(s); wanted exactly two: "
-                "its partner is missing, masked away or named otherwise"
-            )
-        shapes = [_canonical(arrays[m.leaf], m.spec).shape for m in members]
-        if any(s[:-2] != shapes[0][:-2] or s[-1] != shapes[0][-1] for s in shapes) or not all(
-            shapes[0]
-        ):
-            named = " and ".join(f"{_show(m.path)} {arrays[m.leaf].shape}" for m in members)
-            raise ValueError(
-                f"{named} do not go together; wanted the same batch axes and the same rank ≥ 1"
-            )
-    return [tuple(members) for members in groups.values()]
-
-
-def _canonical(leaf: Any, spec: FactorSpec) -> Any:
-    """(batch…, long, rank), in float32 at least."""
-    batch = tuple(a % leaf.ndim for a in spec.batch_axes)
-    rank = spec.rank_axis % leaf.ndim
-    rest = tuple(a for a in range(leaf.ndim) if a not in (*batch, rank))
-    moved = jnp.transpose(leaf, (*batch, *rest, rank))
-    lengths = [leaf.shape[a] for a in batch]
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    return moved.reshape((*lengths, -1, leaf.shape[rank])).astype(wide)
-
-
-def _restore(value: Any, leaf: Any, spec: FactorSpec) -> Any:
-    """The inverse of `_canonical`, in the layout and dtype of `leaf`."""
-    batch = tuple(a % leaf.ndim for a in spec.batch_axes)
-    rank = spec.rank_axis % leaf.ndim
-    rest = tuple(a for a in range(leaf.ndim) if a not in (*batch, rank))
-    order = (*batch, *rest, rank)
-    moved = value.reshape([leaf.shape[a] for a in order])
-    inverse = [order.index(a) for a in range(leaf.ndim)]
-    return jnp.transpose(moved, inverse).astype(leaf.dtype)
-
-
-def _over_batch(fn: Callable[..., Any], value: Any, *args: Any) -> Any:
-    for _ in range(value.ndim - 2):
-        fn = jax.vmap(fn)
-    return fn(value, *args)
+from nyscaled.pairing import Spec, canonical, groups, map_gradients, over_batch, pair_spec
 
 
 class ScaleByGramState(NamedTuple):
-    """Row spaces found at `init`, one r×r matrix a group, for the pseudo-inverse form; else empty."""
+    """Row spaces found at `init`, r×r at each factor's leaf, for the pseudo-inverse form; else ()."""
 
-    row_spaces: tuple[Array, ...]
+    row_spaces: Any
 
 
 def scale_by_gram(
@@ -201,42 +80,82 @@ def scale_by_gram(
         return jnp.where(jnp.arange(stacked.shape[1]) < cut.rank, cut.rotation, 0)
 
     def init(params: optax.Params) -> ScaleByGramState:
-        groups = _groups(spec, params)
+        found = groups(spec, params)
         if not pseudo_inverse:
             return ScaleByGramState(())
-        leaves = jax.tree.leaves(params)
-        factors = [[_canonical(leaves[m.leaf], m.spec) for m in group] for group in groups]
-        return ScaleByGramState(tuple(_over_batch(row_space, *group) for group in factors))
+        leaves, treedef = jax.tree.flatten(params)
+        spaces = [jnp.zeros((0,))] * len(leaves)
+        for group in found:
+            space = over_batch(row_space, *(canonical(leaves[m.leaf], m.spec) for m in group))
+            for member in group:
+                spaces[member.leaf] = space
+        return ScaleByGramState(treedef.unflatten(spaces))
 
     @linalg.full_precision
-    def precondition(x: Array, g: Array, row_space: Array | None) -> Array:
-        if row_space is None:
-            return linalg.gram_solve(x, g, damping)
-        return linalg.gram_solve(x @ row_space, g @ row_space) @ row_space.T
+    def precondition(_: int, g: Array, factor: Array, partner: Array, *space: Array) -> Array:
+        if not space:
+            return linalg.gram_solve(partner, g, damping)
+        return linalg.gram_solve(partner @ space[0], g @ space[0]) @ space[0].T
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError(
-                "params is None; wanted the current parameters: update(grads, state, params)"
-            )
-        leaves, treedef = jax.tree.flatten(params)
-        grads = treedef.flatten_up_to(updates)
-        for i, group in enumerate(_groups(spec, params)):
-            space = state.row_spaces[i] if pseudo_inverse else None
-            new = {}
-            for mine, other in zip(group, group[::-1], strict=True):
-                x = _canonical(leaves[other.leaf], other.spec)
-                g = _canonical(grads[mine.leaf], mine.spec)
-                args = (g,) if space is None else (g, space)
-                solved = _over_batch(lambda x, g, v=None: precondition(x, g, v), x, *args)
-                new[mine.leaf] = _restore(solved, grads[mine.leaf], mine.spec)
-            grads = [new.get(j, g) for j, g in enumerate(grads)]
-        return treedef.unflatten(grads), state
+        spaces = (state.row_spaces,) if pseudo_inverse else ()
+        return map_gradients(precondition, spec, updates, params, *spaces), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class ScaleByNormalizedGramState(NamedTuple):
+    """How many updates were made."""
+
+    steps: Any
+
+
+def scale_by_normalized_gram(
+    damping: Any = 1e-6, *, spec: Spec = None
+) -> optax.GradientTransformationExtraArgs:
+    """Algorithm 2's preconditioner: G_X ← G_X M / ‖M‖_F with M = (YᵀY + λI)⁻¹, and G_Y alike.
+
+    In the first update the factor whose partner is zero, or else the first of each pair, keeps its
+    gradient (line 5 of the algorithm). Both sides use the factors before the step. The norm makes
+    the scale of the update independent of λ, so that λ needs no tuning.
+
+    Args:
+        damping: λ > 0, in units of XᵀX.
+        spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
+
+    Raises:
+        ValueError: as `scale_by_gram`, and on damping ≤ 0.
+
+    Example:
+        >>> from nyscaled import Factors
+        >>> tx = scale_by_normalized_gram()
+        >>> params = Factors(jnp.ones((3, 1)), jnp.zeros((2, 1)))
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates.left[0]
+        Array([1.], dtype=float32)
+    """
+    validation.require_scalar("damping", damping, 0, float("inf"), open_low=True)
+    spec = pair_spec if spec is None else spec
+
+    def init(params: optax.Params) -> ScaleByNormalizedGramState:
+        groups(spec, params)
+        return ScaleByNormalizedGramState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        @linalg.full_precision
+        def precondition(position: int, g: Array, factor: Array, partner: Array) -> Array:
+            f = linalg.factor(partner, damping)
+            inverse = f.solve(jnp.eye(g.shape[1], dtype=g.dtype))
+            first = jnp.any(factor) if position == 0 else jnp.zeros((), bool)
+            rests = (state.steps == 0) & (first | ~jnp.any(partner))
+            return jnp.where(rests, g, f.solve(g) / jnp.linalg.norm(inverse))
+
+        new = map_gradients(precondition, spec, updates, params)
+        return new, ScaleByNormalizedGramState(optax.safe_increment(state.steps))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -281,4 +200,29 @@ def scaled_gd(
     return optax.chain(
         scale_by_gram(damping, pseudo_inverse=pseudo_inverse, spec=spec),
         optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def nora_plus(
+    inner: optax.GradientTransformation, damping: Any = 1e-6, *, spec: Spec = None
+) -> optax.GradientTransformationExtraArgs:
+    """NoRA+ (Algorithm 2): `scale_by_normalized_gram` before any optimizer.
+
+    Under gradient accumulation wrap the result in `optax.MultiSteps`, so that it is applied once
+    per optimizer step. The start is Algorithm 1's: `initializers.nystrom_factors`.
+
+    Args:
+        inner: the optimizer, `optax.adamw(1e-4)` say.
+        damping: λ > 0; the paper uses 1e-6 throughout.
+        spec: see `scale_by_normalized_gram`.
+
+    Example:
+        >>> tx = nora_plus(optax.adamw(1e-4))
+        >>> params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["lora_b"].shape
+        (2, 4)
+    """
+    return optax.with_extra_args_support(
+        optax.chain(scale_by_normalized_gram(damping, spec=spec), inner)
     )

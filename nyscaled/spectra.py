@@ -23,8 +23,10 @@ def _spectrum(values: Any, limit: int, dtype: Any) -> Float[Array, " k"]:
         raise ValueError(
             f"spectrum has shape {spectrum.shape}; wanted 1 to {limit} singular values, (k,)"
         )
-    if is_concrete(spectrum) and not bool(jnp.all(spectrum > 0)):
-        raise ValueError(f"spectrum is {np.asarray(spectrum)}; wanted positive singular values")
+    if is_concrete(spectrum) and not bool(jnp.all((spectrum > 0) & jnp.isfinite(spectrum))):
+        raise ValueError(
+            f"spectrum is {np.asarray(spectrum)}; wanted positive finite singular values"
+        )
     return spectrum
 
 

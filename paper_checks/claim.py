@@ -13,11 +13,11 @@ SECTIONS = (
     "symmetric_exact",
     "symmetric_under",
     "symmetric_over",
-    # "asymmetric",
-    # "helpers",
-    # "adapters",
-    # "order",
-    # "ours",
+    "asymmetric",
+    "helpers",
+    "adapters",
+    "order",
+    "ours",
 )
 """The modules that hold claims, in the order of the report."""
 

@@ -2,6 +2,9 @@
 
 import os
 
+# Two workers with two BLAS threads each wait for one another most of the time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from jaxtyping import install_import_hook
 
 # Before anything imports nyscaled: each annotation of the package is then checked in each call.

@@ -248,14 +248,12 @@ INITIALIZERS = {
     "nystrom_stiefel": lambda key, s: nys.initializers.nystrom(
         key, psd()[0], R, s, sketch="stiefel"
     ),
-    "nystrom_factors": lambda key, s: nys.initializers.nystrom_factors(
-        key, rectangular()[0], R, s
-    ),
+    "nystrom_factors": lambda key, s: nys.initializers.nystrom_factors(key, rectangular()[0], R, s),
     "nystrom_factors_stiefel": lambda key, s: nys.initializers.nystrom_factors(
         key, rectangular()[0], R, s, sketch="stiefel"
     ),
-    "nystrom_factors_from_gradient": lambda key, s: (
-        nys.initializers.nystrom_factors_from_gradient(key, _problems()[1].gradient, (M, N), R, s)
+    "nystrom_factors_from_gradient": lambda key, s: nys.initializers.nystrom_factors_from_gradient(
+        key, _problems()[1].gradient, (M, N), R, s
     ),
     "nystrom_from_gradient": lambda key, s: nys.initializers.nystrom_from_gradient(
         key, _problems()[0].gradient, M, R, s
@@ -344,7 +342,9 @@ def test_step_is_a_triple_of_pure_functions_that_run_agrees_with(kind, name):
 def test_steps_are_batched_over_matrices_and_starts_by_vmap(kind, name):
     build = (SYMMETRIC_STEPS if kind == "symmetric" else ASYMMETRIC_STEPS)[name]
     problem = instance(kind, 0)[1]
-    matrices, starts = zip(*((a, x) for a, _, x in (instance(kind, s) for s in (0, 1))), strict=True)
+    matrices, starts = zip(
+        *((a, x) for a, _, x in (instance(kind, s) for s in (0, 1))), strict=True
+    )
 
     def final(a, start):
         return nys.solvers.run(build(problem(a)), start, 2).params

@@ -32,7 +32,9 @@ def test_symmetric_iterates_agree_with_one_device(rows):
     sharded = jax.device_put(a, rows)
     assert len(sharded.sharding.device_set) == 8
     found = jax.jit(history)(sharded, jax.device_put(x0, rows))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(wanted))))
+    np.testing.assert_allclose(
+        found, wanted, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(wanted)))
+    )
 
 
 def test_asymmetric_iterates_agree_with_one_device(rows):

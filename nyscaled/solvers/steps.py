@@ -1,21 +1,12 @@
-"""Steps, the paper's iterations as triples of pure functions, and the two loops that run them.
-
-A step has `init(factors) -> state`, `update(state) -> state` and `params(state) -> factors`. It is
-a pytree: the matrix and the step size are arguments of the compiled loop, so equal shapes never
-compile twice, and steps can be built inside `jit` and `vmap`.
-"""
+"""The steps: ScaledGD fused with its matrix, and any optax transformation of a gradient."""
 
 from __future__ import annotations
 
-import enum
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled import linalg, validation
@@ -24,52 +15,6 @@ from nyscaled.problems import Asymmetric, Symmetric
 from nyscaled.typing import Factors, as_partial, pytree_dataclass, static_field
 
 Params = Any
-
-
-class Status(enum.IntEnum):
-    """How a run ended; an int32 array under jit and vmap."""
-
-    CONVERGED = 0
-    """The measure fell to the tolerance (`run_until` only)."""
-    MAX_STEPS = 1
-    """All steps were made."""
-    NON_FINITE = 2
-    """NaN or Inf in the factors or the measure."""
-    DIVERGED = 3
-    """The factors outgrew the range in which a quartic loss is finite, or A is indefinite."""
-
-
-class Solution(NamedTuple):
-    """What a loop returns.
-
-    Attributes:
-        params: the final factors.
-        history: outputs of `record`, stacked, `num_steps + 1` rows from the start on (`run`);
-            the last value of `measure` (`run_until`); None without `record`.
-        status: a `Status`, or its integer under jit and vmap.
-        num_steps: how many steps were made.
-    """
-
-    params: Params
-    history: Any
-    status: Any
-    num_steps: Any
-
-
-class Step(Protocol):
-    """What the loops ask of a step: pure functions, on a pytree that is the step itself."""
-
-    def init(self, params: Params) -> Any:
-        """The state at the start; ValueError if `params` do not fit."""
-        ...
-
-    def update(self, state: Any) -> Any:
-        """One iteration."""
-        ...
-
-    def params(self, state: Any) -> Params:
-        """The factors, in the caller's coordinates."""
-        ...
 
 
 class ScaledState(NamedTuple):
@@ -195,7 +140,7 @@ def scaled_step(
         >>> a, left, right = nys.spectra.rectangular(jax.random.key(0), 40, 30, [3.0, 2.0, 1.0])
         >>> step = scaled_step(nys.problems.Asymmetric(a), learning_rate=1.0)
         >>> start = nys.initializers.nystrom_factors(jax.random.key(1), a, rank=3)
-        >>> x, y = run(step, start, num_steps=1).params
+        >>> x, y = nys.solvers.run(step, start, num_steps=1).params
         >>> bool(jnp.allclose(x @ y.T, a, atol=1e-5))
         True
     """
@@ -252,7 +197,7 @@ def gradient_step(
         >>> import nyscaled as nys
         >>> problem = nys.problems.Symmetric(jnp.eye(3))
         >>> step = gradient_step(problem, optax.sgd(0.1))
-        >>> run(step, jnp.ones((3, 1)), num_steps=100, record=problem.loss).history.shape
+        >>> nys.solvers.run(step, jnp.ones((3, 1)), num_steps=100, record=problem.loss).history.shape
         (101,)
     """
     return GradientStep(problem, tx)
@@ -279,151 +224,3 @@ def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> op
         [0.1, 0.1, 0.01, 0.001]
     """
     return optax.exponential_decay(initial, every, factor, staircase=True)
-
-
-def _outcome(step: Step, state: Any, value: Any) -> Array:
-    """NON_FINITE, DIVERGED or, if neither, MAX_STEPS."""
-    params = step.params(state)
-    leaves = jax.tree.leaves((params, value))
-    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
-    # A quartic loss overflows once the factors pass the fourth root of the largest float.
-    limit = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).max) ** 0.25
-    diverged = (optax.tree.norm(params) > limit) | getattr(state, "indefinite", False)
-    status = jnp.where(diverged, Status.DIVERGED, Status.MAX_STEPS)
-    return jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _scan(step: Step, params: Params, num_steps: int, record: Any) -> Solution:
-    def body(state: Any, _: None) -> tuple[Any, Any]:
-        return step.update(state), record(step.params(state))
-
-    state, history = lax.scan(body, step.init(params), length=num_steps)
-    final = step.params(state)
-    last = record(final)
-    history = jax.tree.map(lambda h, x: jnp.concatenate([h, jnp.asarray(x)[None]]), history, last)
-    return Solution(final, history, _outcome(step, state, None), jnp.int32(num_steps))
-
-
-@jax.jit
-def _while(step: Step, params: Params, measure: Any, tol: Any, max_steps: Any) -> Solution:
-    def evaluate(state: Any, count: Any) -> tuple[Any, Any, Any, Any]:
-        params = step.params(state)
-        value = measure(params)
-        status = _outcome(step, state, value)
-        reached = (status == Status.MAX_STEPS) & (value <= tol)
-        return state, count, value, jnp.where(reached, jnp.int32(Status.CONVERGED), status)
-
-    def unfinished(carry: Any) -> Array:
-        _, count, _, status = carry
-        return (status == Status.MAX_STEPS) & (count < max_steps)
-
-    def body(carry: Any) -> Any:
-        return evaluate(step.update(carry[0]), carry[1] + 1)
-
-    state, count, value, status = lax.while_loop(
-        unfinished, body, evaluate(step.init(params), jnp.int32(0))
-    )
-    return Solution(step.params(state), value, status, count)
-
-
-def _no_record(params: Params) -> None:
-    return None
-
-
-def _check_start(params: Params) -> None:
-    validation.require_finite("the start", params)
-    leaves = jax.tree.leaves(params)
-    if validation.is_concrete(params) and not any(bool(jnp.any(x)) for x in leaves):
-        raise ValueError("the start is zero in all factors, a saddle point; wanted a non-zero one")
-
-
-def _finish(solution: Solution, throw: bool) -> Solution:
-    if not validation.is_concrete(solution.status) or jnp.ndim(solution.status):
-        return solution
-    solution = solution._replace(status=Status(int(solution.status)))
-    if throw and solution.status in (Status.NON_FINITE, Status.DIVERGED):
-        raise ValueError(
-            f"the run ended {solution.status.name} by step {int(solution.num_steps)}: {_WHY[solution.status]} "
-            "(throw=False returns the solution with its status and history)"
-        )
-    return solution
-
-
-_WHY = {
-    Status.NON_FINITE: "NaN or Inf in the factors; the learning rate is too large, "
-    "or a factor lost its rank",
-    Status.DIVERGED: "the learning rate is too large, or A is not positive semidefinite "
-    "on the range of the start",
-}
-
-
-def run(
-    step: Step,
-    params: Params,
-    num_steps: int,
-    record: Callable[[Params], Any] | None = None,
-    *,
-    throw: bool = True,
-) -> Solution:
-    """Makes `num_steps` steps in one compiled scan.
-
-    Args:
-        step: a step, from `scaled_step`, `gradient_step`, ….
-        params: the start: X for a symmetric problem, `Factors` for an asymmetric one.
-        num_steps: ≥ 0.
-        record: a pure function of the factors, evaluated at the start and after every step. Arrays
-            that it needs are best bound with `jax.tree_util.Partial(fn, array)`; methods of
-            problems (`problem.loss`) may be passed as they are.
-        throw: raise if the run fails; otherwise read `status`. Under jit and vmap nothing is
-            raised, and `status` is an array.
-
-    Returns:
-        A `Solution`; `history` has num_steps + 1 rows.
-
-    Raises:
-        ValueError: on a start that does not fit, is not finite or is zero, and on failed runs.
-    """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
-        raise ValueError(f"num_steps is {num_steps!r}; wanted an integer ≥ 0")
-    _check_start(params)
-    recorder = as_partial(_no_record if record is None else record)
-    return _finish(_scan(step, params, num_steps, recorder), throw)
-
-
-def run_until(
-    step: Step,
-    params: Params,
-    measure: Callable[[Params], Any],
-    tol: Any,
-    max_steps: int = 1000,
-    *,
-    throw: bool = True,
-) -> Solution:
-    """Steps until `measure(factors) <= tol`, at most `max_steps` times, in one compiled loop.
-
-    Args:
-        step: as in `run`.
-        params: as in `run`.
-        measure: a pure function of the factors to a scalar; bind arrays as in `run`.
-        tol: the tolerance, in units of `measure`.
-        max_steps: ≥ 0.
-        throw: as in `run`. Not reaching the tolerance is no failure: read `status`.
-
-    Returns:
-        A `Solution`, whose `history` is the last value of `measure`.
-
-    Example:
-        >>> import nyscaled as nys
-        >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.5, 0.1])
-        >>> problem = nys.problems.Symmetric(a)
-        >>> start = nys.initializers.nystrom(jax.random.key(1), a, rank=3)
-        >>> solution = run_until(scaled_step(problem), start, problem.residual, tol=1e-5)
-        >>> solution.status.name
-        'CONVERGED'
-    """
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
-        raise ValueError(f"max_steps is {max_steps!r}; wanted an integer ≥ 0")
-    validation.require_scalar("tol", tol, 0, float("inf"), open_low=False)
-    _check_start(params)
-    return _finish(_while(step, params, as_partial(measure), tol, max_steps), throw)

@@ -1,0 +1,144 @@
+"""Appendix A.2, A.4 and Algorithm 1: the linear adapter, starts from gradients, NoRA's start."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nyscaled as nys
+from paper_checks import common
+from paper_checks.claim import Measured, claim, worst
+from paper_checks.common import M, N, eps, frobenius
+
+RANK = 5
+
+
+@claim(
+    "a2-linear-lora",
+    "½‖(W_0 + XYᵀ)D − BD‖_F² with DDᵀ = I is f(X, Y) of (4) with A = B − W_0: equal losses and gradients",
+    hypotheses="W_0, B 60 × 40, D 40 × 200 with orthonormal rows, 20 random (X, Y), r = 5",
+    without="whitening: Gaussian D/√200 with no correction",
+    whitened=False,
+)
+def linear_lora(whitened: bool = True) -> Measured:
+    """A.2, with the gradient by automatic differentiation of the layer's loss."""
+    rng = np.random.default_rng((common.SEED, 70))
+    base, target = rng.standard_normal((2, M, N))
+    data = rng.standard_normal((N, 200)) / 200**0.5
+    if whitened:
+        data = np.linalg.qr(data.T)[0].T
+    problem = nys.problems.Asymmetric(jnp.asarray(target - base))
+
+    def layer_loss(f: nys.Factors) -> jax.Array:
+        return jnp.sum(((base + f.left @ f.right.T) @ data - target @ data) ** 2) / 2
+
+    both = jax.jit(jax.value_and_grad(layer_loss))
+    losses, gradients = [], []
+    for _ in range(20):
+        f = nys.Factors(
+            jnp.asarray(rng.standard_normal((M, RANK))), jnp.asarray(rng.standard_normal((N, RANK)))
+        )
+        loss, gradient = both(f)
+        expected = problem.gradient(f)
+        losses.append(abs(float(loss / problem.loss(f)) - 1))
+        for mine, other in zip(gradient, expected, strict=True):
+            gradients.append(float(frobenius(mine - other) / frobenius(other)))
+    return worst("relative", loss=(max(losses), 1e-12), gradient=(max(gradients), 1e-12))
+
+
+@claim(
+    "a4-symmetric",
+    "X_0 = −∇f(Ω) + ΩΩᵀΩ = AΩ: the start (3) from one gradient of (1)",
+    hypotheses="m = 60, r = 5, κ = 2, 1e3, 1e6, ξ = .1, 1, 3; float64 and float32; the same Ω",
+    without="a gradient of (1): that of (1) plus a ridge ½·0.1‖X‖²",
+    ridge=0.1,
+)
+def gradient_start_symmetric(ridge: float = 0.0) -> Measured:
+    """A.4, symmetric."""
+    parts = {}
+    for dtype in common.DTYPES:
+        gaps = []
+        for i, (kappa, scale) in enumerate(zip((2.0, 1e3, 1e6), (0.1, 1.0, 3.0), strict=True)):
+            a, _ = nys.spectra.psd(
+                common.key(71, i), M, common.spectrum("geometric", RANK, kappa), jnp.dtype(dtype)
+            )
+            problem = nys.problems.Symmetric(a)
+            expected = nys.initializers.nystrom(common.key(72), a, RANK, scale)
+            x0 = nys.initializers.nystrom_from_gradient(
+                common.key(72),
+                lambda x, p=problem: p.gradient(x) + ridge * x,
+                M,
+                RANK,
+                scale,
+                dtype=jnp.dtype(dtype),
+            )
+            # Ω(ΩᵀΩ) is subtracted again: its rounding stays
+            unit = frobenius(expected) + (scale * M**0.5) ** 3
+            gaps.append(float(frobenius(x0 - expected) / unit) / eps(dtype))
+        parts[dtype] = (max(gaps), 10.0)
+    return worst("difference in units of eps·(‖AΩ‖ + (ξ√m)³)", **parts)
+
+
+@claim(
+    "a4-asymmetric",
+    "X_0 = −∇_X f(0, Ω) = AΩ, Y_0 = 0: the start (5) from one gradient of (4)",
+    hypotheses="60 × 40, r = 5, κ = 2, 1e3, 1e6, ξ = .1, 1, 3; float64 and float32; the same Ω",
+    without="the point X = 0: the gradient at (1e-3, Ω)",
+    shift=1e-3,
+)
+def gradient_start_asymmetric(shift: float = 0.0) -> Measured:
+    """A.4, asymmetric."""
+    parts = {}
+    for dtype in common.DTYPES:
+        gaps, zeros = [], []
+        for i, (kappa, scale) in enumerate(zip((2.0, 1e3, 1e6), (0.1, 1.0, 3.0), strict=True)):
+            spectrum = common.spectrum("geometric", RANK, kappa)
+            a, _, _ = nys.spectra.rectangular(common.key(73, i), M, N, spectrum, jnp.dtype(dtype))
+            problem = nys.problems.Asymmetric(a)
+
+            def oracle(f: nys.Factors, p: nys.problems.Asymmetric = problem) -> nys.Factors:
+                return p.gradient(nys.Factors(f.left + shift, f.right))
+
+            expected = nys.initializers.nystrom_factors(common.key(74), a, RANK, scale)
+            x0, y0 = nys.initializers.nystrom_factors_from_gradient(
+                common.key(74), oracle, (M, N), RANK, scale, dtype=jnp.dtype(dtype)
+            )
+            gap = frobenius(x0 - expected.left) / frobenius(expected.left)
+            gaps.append(float(gap) / eps(dtype))
+            zeros.append(float(jnp.max(jnp.abs(y0))))
+        parts |= {f"X_{dtype}": (max(gaps), 10.0), f"Y_{dtype}": (max(zeros), 1e-300)}
+    return worst("X_0 in units of eps·‖AΩ‖, and the largest entry of Y_0", **parts)
+
+
+@claim(
+    "alg-1",
+    "NoRA's start X_0 = W_0Ω, Y_0 = 0: W_0 + X_0Y_0ᵀ is W_0 to the last bit, and X_0 is in range(W_0)",
+    hypotheses="W_0 60 × 40 of rank 20 in float64 and float32 and a full 60 × 40 one, r = 8, ξ = .05, .1, .2; range by optimality.residual_space in units of eps·‖X_0‖",
+    without="Nyström's start: the balanced SVD start (PiSSA's), which must be taken from W_0",
+    spectral=True,
+)
+def algorithm_1(spectral: bool = False) -> Measured:
+    """Algorithm 1, lines 1 and 2: the adapter's start. The optimizer that follows is any."""
+    changed, outside = 0.0, []
+    for dtype in common.DTYPES:
+        for i, (rank, scale) in enumerate(((20, 0.05), (20, 0.1), (40, 0.2))):
+            kind = jnp.dtype(dtype)
+            weight, left, _ = nys.spectra.rectangular(
+                common.key(75, i), M, N, common.spectrum("geometric", rank, 50.0), kind
+            )
+            before = np.array(weight)
+            if spectral:
+                x0, y0 = nys.initializers.spectral(nys.problems.Asymmetric(weight), 8)
+            else:
+                x0, y0 = nys.initializers.nystrom_factors(common.key(76), weight, 8, scale)
+            after = np.asarray(weight + x0 @ y0.T)
+            changed = max(changed, float(np.sum(after.tobytes() != before.tobytes())))
+            changed = max(changed, float(np.max(np.abs(np.asarray(x0 @ y0.T)))))
+            rest = nys.optimality.residual_space(x0, left) / jnp.linalg.norm(x0)
+            outside.append(float(rest) / eps(dtype))
+    return worst(
+        "difference of W_0 + X_0Y_0ᵀ from W_0 (must be 0), and ‖(I − UUᵀ)X_0‖/‖X_0‖ in eps",
+        changed=(changed, 1e-300),
+        outside=(max(outside), 30.0),
+    )

@@ -1,0 +1,390 @@
+"""This project's own statements: exact trajectories, true rates, and where the paper's are loose."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nyscaled as nys
+from paper_checks import common
+from paper_checks.claim import Measured, claim, worst
+from paper_checks.common import (
+    DTYPES,
+    M,
+    Regime,
+    Start,
+    eps,
+    family,
+    frobenius,
+    over_time,
+    pair_family,
+    singular_values,
+)
+from paper_checks.symmetric_exact import large_starts
+from paper_checks.symmetric_under import random_weak_optima
+
+
+def residuals(f: common.Family) -> np.ndarray:
+    """‖X_tX_tᵀ − A‖_F."""
+    return np.asarray(
+        over_time(nys.optimality.residual_in_basis, 0, None, None)(f.x, f.basis, f.spectrum)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _curves(phi0: jax.Array, spectrum: jax.Array, eta: jax.Array, steps: int) -> jax.Array:
+    return jax.vmap(lambda p, s, e: nys.dynamics.symmetric_errors(p, s, e, steps))(
+        phi0, spectrum, eta
+    )
+
+
+@claim(
+    "E1-closed-form",
+    "with d_0 the singular values of Σ^{−1/2}Φ_0 and d⁺ = (1−η)d + η/d, ‖X_tX_tᵀ − A‖_F = ‖Σ^{1/2}V diag(d_t²−1)VᵀΣ^{1/2}‖_F for all t",
+    source="ours",
+    hypotheses="r ≥ r_A, Nyström start; m = 60, r_A = 5, r = 5 and 8, κ = 2 … 1e6, η = .1, .3, .5, .9; 64 curves of 48 steps against dynamics.symmetric_errors",
+    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    start="perturbed",
+)
+def closed_form(start: Start = "nystrom") -> Measured:
+    """E1 on full trajectories."""
+    gaps = []
+    regimes: tuple[Regime, ...] = ("exact", "over")
+    for regime in regimes:
+        f = family(regime, "float64", start)
+        expected = np.asarray(_curves(f.phi[:, 0], f.spectrum, jnp.asarray(f.eta), 48))
+        gaps.append(np.max(np.abs(residuals(f) - expected) / (expected + 1e-8)))
+    return Measured(float(max(gaps)), 1e-5, detail="|curve − closed form|/(closed form + 1e-8)")
+
+
+@claim(
+    "E1-count",
+    "η = 1/2: ‖X_tX_tᵀ − A‖_F ≤ ε‖A‖_F after at most log2 max(d_0, 1/d_0) + log2 log2(4/ε) + 2 steps: the count grows like log κ, not κ³",
+    source="ours",
+    hypotheses="Nyström start with any ξ: ξ = 1e-3, 1, 1e3; m = 60, r = r_A = 5, κ = 2 … 1e6, two kinds of spectrum, ε = 1e-10",
+    without="η = 0.3 in place of 1/2",
+    eta=0.3,
+)
+def logarithmic_count(eta: float = 0.5) -> Measured:
+    """E1: no phase 1, no κ³, no condition on ξ."""
+    excess, slow = [], {}
+    for scale in (1e-3, 1.0, 1e3):
+        f = family("exact", etas=(eta,), scale=scale)
+        errors = residuals(f) / frobenius(f.a)[:, None]
+        reached = errors <= 1e-10
+        counts = np.where(reached.any(axis=1), np.argmax(reached, axis=1), errors.shape[1])
+        scaled = np.asarray(f.phi[:, 0]) / np.sqrt(np.asarray(f.spectrum))[:, :, None]
+        d = singular_values(scaled)
+        extreme = np.maximum(d[:, 0], 1 / d[:, -1])
+        allowed = np.log2(extreme) + np.log2(np.log2(4e10)) + 2
+        excess.append(np.max(counts - allowed))
+        for kappa in np.unique(f.kappa) if scale == 1.0 else ():
+            slow[f"steps at κ = {kappa:.0e}"] = float(np.max(counts[f.kappa == kappa]))
+    return Measured(float(max(excess)), 0.0, detail="steps minus the bound, largest", facts=slow)
+
+
+@claim(
+    "E2",
+    "X_tY_tᵀ = c_tA exactly, t ≥ 1, c_1 = η, c⁺ = (1−η)²c + 2η(1−η) + η²/c: no dependence on A, κ, Ω or the sizes",
+    source="ours",
+    hypotheses="r ≥ r_A, start (5); 60 × 40, r_A = 5, r = 5 and 8, κ = 2 … 1e6 (float32: 2 … 1e3), η = .1, .3, .5, 1, 12 steps; c_t by dynamics.asymmetric_scale",
+    without="Y_0 = 0: both factors small and random (ζ = 1e-3)",
+    start="small",
+)
+def asymmetric_scale(start: str = "nystrom") -> Measured:
+    """E2."""
+    parts = {}
+    regimes: tuple[Regime, ...] = ("exact", "over")
+    for dtype in DTYPES:
+        gaps = []
+        for regime in regimes:
+            f = pair_family(regime, dtype, start)  # pyright: ignore[reportArgumentType]
+            c = 1 + np.array([np.asarray(nys.dynamics.asymmetric_scale(e, 12)) for e in f.eta])
+            a = np.asarray(f.a, np.float64)
+            product = np.einsum("btmr,btnr->btmn", np.asarray(f.x), np.asarray(f.y))[:, 1:]
+            unit = (frobenius(f.x) * frobenius(f.y))[:, 1:] + frobenius(a)[:, None]
+            gaps.append(np.max(frobenius(product - c[:, :, None, None] * a[:, None]) / unit))
+        parts[dtype] = (max(gaps) / eps(dtype), 100.0)
+    return worst("‖X_tY_tᵀ − c_tA‖_F in units of eps·(‖X_t‖‖Y_t‖ + ‖A‖)", **parts)
+
+
+GAP_SPECTRUM = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2])
+GAP_ETAS = np.array([0.2, 0.3, 0.5, 0.9] * 2)
+GAP_STEPS = 500
+
+
+@functools.cache
+def gap_family(blind: bool, eta: float | None = None) -> common.Family:
+    """Under-parametrized runs with the gap .6 / .4; `blind` takes the first eigenvector out of X_0."""
+    etas = GAP_ETAS if eta is None else np.full(8, eta)
+    spectra = np.tile(GAP_SPECTRUM, (8, 1))
+    a, basis = common.psd_batch(common.keys(8, 90), M, spectra)
+    x0 = common.start_batch(common.keys(8, 91), a, 5, np.ones(8), 0.0)
+    if blind:
+        first = basis[:, :, :1]
+        x0 = x0 - first @ (jnp.swapaxes(first, 1, 2) @ x0)
+    x = common.trajectories(a, x0, etas, 0.0, GAP_STEPS)
+    return common.Family(a, basis, jnp.asarray(spectra), etas, np.full(8, 5.0), x)
+
+
+def excess_loss(f: common.Family) -> np.ndarray:
+    """(‖XXᵀ − A‖² − ‖A_r − A‖²)/‖A‖² without cancellation, from Φ: r = 5."""
+    phi, s = np.asarray(f.phi), GAP_SPECTRUM
+    top, tail = phi[..., :5, :], phi[..., 5:, :]
+    head = frobenius(top @ np.swapaxes(top, -1, -2) - np.diag(s[:5])) ** 2
+    mixed = 2 * frobenius(tail @ np.swapaxes(top, -1, -2)) ** 2
+    outer = frobenius(tail @ np.swapaxes(tail, -1, -2)) ** 2
+    cross = 2 * np.sum(s[5:, None] * tail**2, axis=(-2, -1))
+    return (head + mixed + outer - cross) / np.sum(s**2)
+
+
+def decay(values: np.ndarray, high: float, low: float) -> np.ndarray:
+    """The factor a step between first falling under `high` and under `low`; 1 if it never does."""
+    first, last = (np.argmax(values < level, axis=1) for level in (high, low))
+    reached = (values < low).any(axis=1)
+    rows = np.arange(len(values))
+    ratio = values[rows, last] / values[rows, first]
+    return np.where(reached, ratio ** (1 / np.maximum(last - first, 1)), 1.0)
+
+
+@claim(
+    "E3-rate",
+    "r < r_A: the angle to the top-r eigenspace decays by ρ = 1 − η(1 − σ_{r+1}/σ_r) a step, the excess loss f − f* by ρ²",
+    source="ours",
+    hypotheses="σ = 1, .9, .8, .7, .6 | .4, .3, .2, r = 5, m = 60, η = .2, .3, .5, .9, two starts each; angle between 1e-7 and 1e-10, excess between 1e-12 and 1e-17; ρ by dynamics.subspace_rate",
+    without="a start that sees all of range(A): the first eigenvector is projected out of X_0",
+    blind=True,
+)
+def gap_rate(blind: bool = False) -> Measured:
+    """E3, the rate."""
+    f = gap_family(blind)
+    top = f.basis[:, :, :5]
+    angles = np.asarray(over_time(nys.optimality.principal_angles, 0, None)(f.x, top))[..., -1]
+    rho = np.asarray(nys.dynamics.subspace_rate(jnp.asarray(GAP_SPECTRUM), 5, f.eta))
+    return worst(
+        "distance of the measured factor from ρ and ρ², largest over runs",
+        angle=(np.max(np.abs(decay(angles, 1e-7, 1e-10) - rho)), 5e-3),
+        excess=(np.max(np.abs(decay(excess_loss(f), 1e-12, 1e-17) - rho**2)), 1e-2),
+    )
+
+
+@claim(
+    "E3-global",
+    "r < r_A, σ_r > σ_{r+1}: ScaledGD ends at a global optimum, not only at a weak one",
+    source="ours",
+    hypotheses="the runs of E3-rate, X_500",
+    without="a start that sees all of range(A): the first eigenvector is projected out of X_0",
+    blind=True,
+)
+def gap_global(blind: bool = False) -> Measured:
+    """E3, the limit; at the control's end X is weakly optimal and not optimal."""
+    f = gap_family(blind)
+    weak = jax.vmap(nys.optimality.weak_optimality)(f.x[:, 100], f.basis, f.spectrum)
+    excess = np.maximum(np.max(excess_loss(f)[:, 100 if blind else -1]), 0)
+    return Measured(
+        float(excess),
+        1e-14,
+        detail="(f − f*)/f(0), largest",
+        facts={"‖XᵀA†X − I‖_F at t = 100, least": float(np.min(np.asarray(weak)))},
+    )
+
+
+@claim(
+    "E3-projection",
+    "asymmetric, η = 1: X_1Y_1ᵀ = P_{range(AΩ)}A, the randomized range projection",
+    source="ours",
+    hypotheses="60 × 40, r = 5, r_A = 8, κ = 2 … 1e6, start (5)",
+    without="η = 0.9 in place of 1",
+    eta=0.9,
+)
+def range_projection(eta: float = 1.0) -> Measured:
+    """E3, what one step computes."""
+    f = pair_family("under", etas=(eta,))
+    basis = np.linalg.qr(np.asarray(f.x[:, 0]))[0]
+    projected = basis @ (np.swapaxes(basis, 1, 2) @ np.asarray(f.a))
+    product = np.asarray(f.x[:, 1]) @ np.swapaxes(np.asarray(f.y[:, 1]), 1, 2)
+    unit = frobenius(f.x[:, 1]) * frobenius(f.y[:, 1]) + 1
+    gap = np.max(frobenius(product - projected) / unit) / eps("float64")
+    # range(AΩ) itself is known to eps·κ
+    return Measured(float(gap), 1e3, detail="difference in units of eps·(‖X_1‖‖Y_1‖ + 1)")
+
+
+@claim(
+    "E6-range",
+    "Theorem 4's point is weakly optimal, and its error exceeds the best of rank r by 5 % and more",
+    source="ours",
+    hypotheses="100 × 100, r = 20, η = 1, one step of (6) from (5): the spectrum of Fig. 1 (c); σ_i = 1/i; rank 20 plus noise of level 0.01. ‖Y_1ᵀA†X_1 − I‖_F ≤ 1e-9 at each",
+    without="the stop after one step: 200 steps with η = 1",
+    steps=200,
+)
+def weak_without_accuracy(steps: int = 1) -> Measured:
+    """E6: weak optimality is not accuracy."""
+    spectra = {
+        "Fig. 1 (c)": nys.spectra.paper_spectrum("fig1c"),
+        "1/i": 1 / np.arange(1.0, 101.0),
+        "rank 20 + noise": np.where(np.arange(100) < 20, 1.0, 0.01),
+    }
+    ratios = {}
+    for i, (name, spectrum) in enumerate(spectra.items()):
+        a, left, right = nys.spectra.rectangular(common.key(92, i), 100, 100, spectrum)
+        problem = nys.problems.Asymmetric(a)
+        start = nys.initializers.nystrom_factors(common.key(93, i), a, 20, 1.0)
+        step = nys.solvers.scaled_step(problem, 1.0)
+        factors = nys.solvers.run(step, start, steps).params
+        weak = nys.optimality.generalized_weak_optimality(
+            factors, left, right, jnp.asarray(spectrum)
+        )
+        if float(weak) > 1e-9:
+            raise ValueError(f"{name}: weak optimality is {float(weak):.1e}; wanted ≤ 1e-9")
+        best = float(np.linalg.norm(np.sort(spectrum)[::-1][20:]))
+        ratios[f"error over the best, {name}"] = float(problem.residual(factors)) / best
+    return Measured(
+        min(ratios.values()), 1.05, "≥", "error over that of the best rank 20, least", ratios
+    )
+
+
+@claim(
+    "E4",
+    "float32: with the dual from an orthonormal factor ScaledGD ends at 1e-6 whatever κ",
+    source="ours",
+    hypotheses="m = 200, r = r_A = 20, spectrum near 1 but for σ_20 = 1/κ, κ = 1e2 … 1e5, η = 1/2, Nyström start, X_60",
+    without="the orthonormal factor: the textbook (XᵀX)^{−1} in float32",
+    textbook=True,
+)
+def rounding(textbook: bool = False) -> Measured:
+    """E4."""
+    finals = {}
+    for kappa in (1e2, 1e3, 1e4, 1e5):
+        spectrum = jnp.asarray(common.spectrum("last", 20, kappa), jnp.float32)
+        a, basis = nys.spectra.psd(common.key(94), 200, spectrum, jnp.float32)
+        x = nys.initializers.nystrom(common.key(95), a, 20, 1.0)
+        if textbook:
+            plain, matrix = np.asarray(x), np.asarray(a)
+            for _ in range(60):
+                inverse = np.linalg.inv(plain.T @ plain)
+                plain = plain - np.float32(0.5) * (plain @ (plain.T @ plain) - matrix @ plain) @ inverse
+            x = jnp.asarray(plain)
+        else:
+            step = nys.solvers.scaled_step(nys.problems.Symmetric(a), 0.5)
+            x = nys.solvers.run(step, x, 60).params
+        error = nys.optimality.residual_in_basis(
+            jnp.asarray(x, jnp.float64), jnp.asarray(basis, jnp.float64), jnp.asarray(spectrum)
+        )
+        finals[f"error at κ = {kappa:.0e}"] = float(error)
+    return Measured(max(finals.values()), 5e-6, detail="‖X_60X_60ᵀ − A‖_F, largest", facts=finals)
+
+
+@claim(
+    "E6-lem-5",
+    "XᵀA†X = I alone gives min_U ‖X − X*U‖_F ≤ 2√r, below √(3r + 2r^{3/2}) of Lemma 5's proof for every r, and below r^{3/4} for r > 16",
+    source="ours",
+    hypotheses="σ_1(A) = 1; 50 random weak optima each of r = 1, 4, 8, 17, 30, r_A = 34, κ = 2, 100",
+    without="weak optimality: the same points times 3",
+    stretch=3.0,
+)
+def simple_distance(stretch: float = 1.0) -> Measured:
+    """E6: no convergence and no proof of it is needed for Lemma 5."""
+    ratios, facts = [], {}
+    for kappa in (2.0, 100.0):
+        spectrum = common.spectrum("geometric", 34, kappa)
+        for rank in (1, 4, 8, 17, 30):
+            points = jnp.asarray(stretch * random_weak_optima(50, rank, spectrum))
+            best = jnp.asarray(np.diag(np.sqrt(spectrum))[:, :rank])
+            gaps = jax.vmap(nys.optimality.distance, in_axes=(0, None))(points, best)
+            ratios.append(float(jnp.max(gaps)) / (2 * rank**0.5))
+        facts = {"2√r at r = 30": 2 * 30**0.5, "√(3r+2r^{3/2}) at r = 30": (90 + 2 * 30**1.5) ** 0.5}
+    return Measured(max(ratios), 1.0, detail="distance over 2√r, largest", facts=facts)
+
+
+@claim(
+    "E6-phase-1",
+    "η = 1/2 from the start reaches ‖X_tX_tᵀ − A‖_F ≤ 1e-10 in less than 5 % of the steps of Theorem 1's phase 1",
+    source="ours",
+    hypotheses="the starts of lem-7 at κ = 5; T₁ = ⌈log(κ²‖B_0 − Σ‖_F)/η⌉ with η = 1/(κ³‖A‖_F)",
+    without="η = 1/2: the step size of phase 1 itself",
+    eta=0.0,
+)
+def no_phase_one(eta: float = 0.5) -> Measured:
+    """E6: Theorem 1's first phase is not needed."""
+    a, basis, spectra, x0, kappa = large_starts("exact", "nystrom", (5.0, 5.0))
+    norm = np.linalg.norm(spectra, axis=1)
+    own = 1 / (kappa**3 * norm)
+    step_size = np.full_like(kappa, eta) if eta else own
+    curves = np.asarray(common.residual_curves(a, basis, spectra, x0, step_size, 0.0, 500)[0])
+    counts = np.where((curves <= 1e-10).any(axis=1), np.argmax(curves <= 1e-10, axis=1), 500)
+    phase = np.log(kappa**2 * curves[:, 0]) / own
+    at_100 = 100**3 * np.linalg.norm(nys.spectra.paper_spectrum("fig1ab")) * np.log(100**2 * 3.35)
+    facts = {
+        "steps with η = 1/2": float(np.max(counts)),
+        "T₁": float(np.max(phase)),
+        "T₁ for the matrix of Fig. 1 (a), κ = 100, ‖B_0 − Σ‖_F = 3.35": float(at_100),
+    }
+    return Measured(
+        float(np.max(counts / phase)), 0.05, detail="steps over T₁, largest", facts=facts
+    )
+
+
+@claim(
+    "E6-thm-2",
+    "with a constant η the weak-optimality error goes on to 0: after 500 steps it is below 1e-9 times Theorem 2's floor η√r + 3ηr",
+    source="ours",
+    hypotheses="the runs of E3-rate",
+    without="η < 1: η = 1, where σ(Σ^{−1/2}Φ) turns in a circle of two",
+    eta=1.0,
+)
+def no_floor(eta: float | None = None) -> Measured:
+    """E6: Theorem 2's neighbourhood is not where the iteration ends."""
+    f = gap_family(False, eta)
+    measure = jax.vmap(nys.optimality.weak_optimality)
+    errors = np.asarray(measure(f.x[:, -1], f.basis, f.spectrum))
+    return Measured(
+        float(np.max(errors / (f.eta * 5**0.5 + 15 * f.eta))), 1e-9, detail="error over floor, largest"
+    )
+
+
+@claim(
+    "E7",
+    "(26) with the rank cut once, at X_0, stays at the rounding level; r > r_A",
+    source="ours",
+    hypotheses="m = 100, r = 40, r_A = 10, κ = 1e6, η = 1/2, Nyström start, 400 steps, the largest error over the last 350",
+    without="the single cut: the pseudo-inverse of X at every step, cut at √m·eps (linalg.pinv)",
+    every_step=True,
+)
+def rank_cut_once(every_step: bool = False) -> Measured:
+    """E7, and the textbook pinv(XᵀX) of (26) beside it."""
+    spectrum = jnp.asarray(common.spectrum("last", 10, 1e6))
+    a, basis = nys.spectra.psd(common.key(96), 100, spectrum)
+    x0 = nys.initializers.nystrom(common.key(97), a, 40, 1.0)
+
+    def record(x: jax.Array) -> jax.Array:
+        return nys.optimality.residual_in_basis(x, basis, spectrum)
+
+    @jax.jit
+    def cut_again(x: jax.Array) -> jax.Array:
+        return 0.5 * x + 0.5 * a @ nys.linalg.pinv(x).T
+
+    if every_step:
+        curve, x = [], x0
+        for _ in range(400):
+            x = cut_again(x)
+            curve.append(float(record(x)))
+        return Measured(max(curve[50:]), 1e-13, detail="‖X_tX_tᵀ − A‖_F, 50 < t ≤ 400, largest")
+    step = nys.solvers.scaled_step(nys.problems.Symmetric(a), 0.5)
+    curve = np.asarray(nys.solvers.run(step, x0, 400, record).history)
+    facts = {}
+    for rcond in (1e-15, 1e-10):
+        x, worst_error = np.asarray(x0), 0.0
+        matrix = np.asarray(a)
+        for t in range(400):
+            x = x / 2 + matrix @ x @ np.linalg.pinv(x.T @ x, rcond=rcond, hermitian=True) / 2
+            worst_error = max(worst_error, float(record(jnp.asarray(x)))) if t > 50 else 0.0
+        facts[f"pinv(XᵀX), rcond = {rcond:.0e}"] = worst_error
+    return Measured(
+        float(np.max(curve[50:])),
+        1e-13,
+        detail="‖X_tX_tᵀ − A‖_F, 50 < t ≤ 400, largest",
+        facts=facts,
+    )

@@ -1,0 +1,120 @@
+"""precondition: updates are the formulas of the paper; specs say what a leaf is."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import M, N, R, normal, psd, rectangular
+
+import nyscaled as nys
+from nyscaled import FactorSpec
+
+
+def updates(tx, grads, params):
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+def inverse_gram(x, damping=0.0):
+    x = np.asarray(x, np.float64)
+    return np.linalg.inv(x.T @ x + damping * np.eye(x.shape[1]))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_single_factor_is_scaled_by_its_own_gram_matrix(damping):
+    x, g = normal(1, (M, R)), normal(2, (M, R))
+    found = updates(nys.scale_by_gram(damping), g, x)
+    np.testing.assert_allclose(found, g @ inverse_gram(x, damping), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_each_factor_of_a_pair_is_scaled_by_the_gram_matrix_of_the_other(damping):
+    x, y = normal(1, (M, R)), normal(2, (N, R))
+    gx, gy = normal(3, (M, R)), normal(4, (N, R))
+    wanted = nys.Factors(gx @ inverse_gram(y, damping), gy @ inverse_gram(x, damping))
+    found = updates(nys.scale_by_gram(damping), nys.Factors(gx, gy), nys.Factors(x, y))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-6)
+    lora = updates(
+        nys.scale_by_gram(damping),
+        {"lora_a": gx, "lora_b": gy.T},
+        {"lora_a": x, "lora_b": y.T},
+    )
+    chex.assert_trees_all_close(lora, {"lora_a": wanted.left, "lora_b": wanted.right.T}, rtol=1e-4)
+
+
+def test_scaled_gd_is_the_scaled_gradient_times_minus_the_learning_rate():
+    x, g = normal(1, (M, R)), normal(2, (M, R))
+    wanted = -0.3 * updates(nys.scale_by_gram(0.1), g, x)
+    np.testing.assert_allclose(updates(nys.scaled_gd(0.3, 0.1), g, x), wanted, rtol=1e-5)
+
+
+def test_pseudo_inverse_form_is_the_pseudo_inverse_of_a_deficient_factor():
+    x = normal(1, (M, R)) @ normal(2, (R, R + 3))
+    g = normal(3, (M, R)) @ normal(2, (R, R + 3))
+    wide = np.asarray(x, np.float64)
+    wanted = g @ np.linalg.pinv(wide.T @ wide, rcond=1e-8)
+    found = updates(nys.scale_by_gram(pseudo_inverse=True), g, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pseudo_inverse", [False, True])
+def test_left_factor_rests_while_the_right_one_is_zero(pseudo_inverse):
+    a, _, _ = rectangular()
+    problem = nys.problems.Asymmetric(a)
+    start = nys.initializers.nystrom_factors(jax.random.key(0), a, R)
+    tx = nys.scaled_gd(1.0, pseudo_inverse=pseudo_inverse)
+    step = updates(tx, problem.gradient(start), start)
+    chex.assert_trees_all_equal(step.left, jnp.zeros((M, R)))
+    np.testing.assert_allclose(start.left @ step.right.T, a, atol=1e-5)  # Theorem 3
+
+
+def test_over_parametrized_gradient_descent_converges_with_the_pseudo_inverse():
+    a, _ = psd()
+    problem = nys.problems.Symmetric(a)
+    x0 = nys.initializers.nystrom(jax.random.key(1), a, R + 3)
+    step = nys.solvers.gradient_step(problem, nys.scaled_gd(0.5, pseudo_inverse=True))
+    errors = nys.solvers.run(step, x0, 15, problem.residual).history
+    assert errors[-1] < 1e-5 < errors[0]
+
+
+def test_spec_may_put_the_axes_anywhere():
+    """Heads as a batch axis in the middle, the long side split over two axes, rank first."""
+    a, b = normal(1, (2, 5, 3, 4)), normal(2, (7, 3, 2))
+    ga, gb = normal(3, (2, 5, 3, 4)), normal(4, (7, 3, 2))
+    spec = {
+        "down": FactorSpec(pair="p", rank_axis=0, batch_axes=(2,)),
+        "up": FactorSpec(pair="p", rank_axis=2, batch_axes=(1,)),
+    }
+    found = updates(nys.scale_by_gram(spec=spec), {"down": ga, "up": gb}, {"down": a, "up": b})
+    for head in range(3):
+        x, gx = (jnp.moveaxis(t[:, :, head], 0, -1).reshape(20, 2) for t in (a, ga))
+        y, gy = b[:, head], gb[:, head]
+        wanted_x = jnp.moveaxis((gx @ inverse_gram(y)).reshape(5, 4, 2), -1, 0)
+        np.testing.assert_allclose(found["down"][:, :, head], wanted_x, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found["up"][:, head], gy @ inverse_gram(x), rtol=1e-3, atol=1e-5)
+
+
+def test_leaves_without_a_spec_pass_through():
+    params = {"x": normal(1, (M, R)), "bias": jnp.ones(3)}
+    grads = {"x": normal(2, (M, R)), "bias": jnp.full(3, 2.0)}
+    tx = nys.scale_by_gram(spec={"x": FactorSpec(), "bias": None})
+    found = updates(tx, grads, params)
+    chex.assert_trees_all_equal(found["bias"], grads["bias"])
+    chex.assert_trees_all_close(found["x"], updates(nys.scale_by_gram(), grads["x"], params["x"]))
+
+
+def test_default_spec_reads_names():
+    x, y = jnp.ones((4, 2)), jnp.ones((2, 3))
+    spec = nys.default_spec({"layer": {"lora_a": x, "lora_b": y}, "other": jnp.ones((5, 4, 2))})
+    assert spec["layer"]["lora_a"].pair == spec["layer"]["lora_b"].pair is not None
+    assert (spec["layer"]["lora_a"].rank_axis, spec["layer"]["lora_b"].rank_axis) == (-1, -2)
+    assert spec["other"] == FactorSpec(batch_axes=(0,))
+
+
+def test_bfloat16_factors_are_preconditioned_in_float32():
+    x, g = normal(1, (M, R)), normal(2, (M, R))
+    x16, g16 = x.astype(jnp.bfloat16), g.astype(jnp.bfloat16)
+    found = updates(nys.scale_by_gram(), g16, x16)
+    wanted = np.asarray(g16, np.float64) @ inverse_gram(x16)
+    # One rounding to bfloat16, at the end.
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=1e-6)
