@@ -153,6 +153,14 @@ def over_batch(fn: Callable[..., Any], value: Any, *args: Any) -> Any:
     return fn(value, *args)
 
 
+def require_params(params: Any) -> None:
+    """Raises ValueError if an update was called without the current parameters."""
+    if params is None:
+        raise ValueError(
+            "params is None; wanted the current parameters: update(grads, state, params)"
+        )
+
+
 def map_gradients(
     fn: Callable[..., Any], spec: Spec, updates: Any, params: Any, *extra: Any
 ) -> Any:
@@ -161,14 +169,7 @@ def map_gradients(
     `position` is 0 for single factors and for the first of a pair, 1 for the second; a single
     factor is its own partner. Arrays are canonical, without batch axes; other leaves pass through.
     Each of `extra` is a tree like the parameters, whose leaves have the batch axes in front.
-
-    Raises:
-        ValueError: without params.
     """
-    if params is None:
-        raise ValueError(
-            "params is None; wanted the current parameters: update(grads, state, params)"
-        )
     leaves, treedef = jax.tree.flatten(params)
     grads = treedef.flatten_up_to(updates)
     others = [treedef.flatten_up_to(tree) for tree in extra]

@@ -16,21 +16,33 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
-from nyscaled.pairing import Spec, canonical, groups, map_gradients, over_batch, pair_spec
+from nyscaled.pairing import (
+    Spec,
+    canonical,
+    groups,
+    map_gradients,
+    over_batch,
+    pair_spec,
+    require_params,
+)
 
 
 class ScaleByGramState(NamedTuple):
-    """Row spaces found at `init`, r×r at each factor's leaf, for the pseudo-inverse form; else ()."""
+    """Row spaces found at `init`, r×r for each group, flattened and joined; empty in other forms.
 
-    row_spaces: Any
+    One array whatever the parameters: the structure of an optax state must not depend on them.
+    """
+
+    row_spaces: Float[Array, " k"]
 
 
 def scale_by_gram(
@@ -80,16 +92,26 @@ def scale_by_gram(
         return jnp.where(jnp.arange(stacked.shape[1]) < cut.rank, cut.rotation, 0)
 
     def init(params: optax.Params) -> ScaleByGramState:
-        found = groups(spec, params)
-        if not pseudo_inverse:
-            return ScaleByGramState(())
+        leaves, spaces = jax.tree.leaves(params), []
+        for group in groups(spec, params):  # checked in every form
+            if not pseudo_inverse:
+                continue
+            factors = [canonical(leaves[m.leaf], m.spec) for m in group]
+            spaces.append(over_batch(row_space, *factors).ravel())
+        return ScaleByGramState(jnp.concatenate(spaces) if spaces else jnp.zeros((0,)))
+
+    def unflatten(row_spaces: Array, params: Any) -> Any:
+        """The row space of each factor, at its leaf."""
         leaves, treedef = jax.tree.flatten(params)
-        spaces = [jnp.zeros((0,))] * len(leaves)
-        for group in found:
-            space = over_batch(row_space, *(canonical(leaves[m.leaf], m.spec) for m in group))
+        spaces, start = [jnp.zeros((0,))] * len(leaves), 0
+        for group in groups(spec, params):
+            factor = canonical(leaves[group[0].leaf], group[0].spec)
+            shape = (*factor.shape[:-2], factor.shape[-1], factor.shape[-1])
+            stop = start + math.prod(shape)
             for member in group:
-                spaces[member.leaf] = space
-        return ScaleByGramState(treedef.unflatten(spaces))
+                spaces[member.leaf] = row_spaces[start:stop].reshape(shape).astype(factor.dtype)
+            start = stop
+        return treedef.unflatten(spaces)
 
     @linalg.full_precision
     def precondition(_: int, g: Array, factor: Array, partner: Array, *space: Array) -> Array:
@@ -100,7 +122,8 @@ def scale_by_gram(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        spaces = (state.row_spaces,) if pseudo_inverse else ()
+        require_params(params)
+        spaces = (unflatten(state.row_spaces, params),) if pseudo_inverse else ()
         return map_gradients(precondition, spec, updates, params, *spaces), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -146,6 +169,8 @@ def scale_by_normalized_gram(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
+        require_params(params)
+
         @linalg.full_precision
         def precondition(position: int, g: Array, factor: Array, partner: Array) -> Array:
             f = linalg.factor(partner, damping)

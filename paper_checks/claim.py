@@ -43,9 +43,7 @@ class Measured:
     @property
     def satisfied(self) -> bool:
         """Whether the bound holds; never with NaN."""
-        return (
-            self.measured <= self.bound if self.sense == "≤" else self.measured >= self.bound
-        )
+        return self.measured <= self.bound if self.sense == "≤" else self.measured >= self.bound
 
     @property
     def violated(self) -> bool:

@@ -21,6 +21,7 @@ SEED = 20250
 M, N = 60, 40
 STEPS = 48
 ETAS = (0.1, 0.3, 0.5, 0.9)
+PAIR_ETAS = (0.1, 0.5, 0.9, 1.0)
 KAPPAS = {"float64": (2.0, 1e2, 1e4, 1e6), "float32": (2.0, 1e1, 1e2, 1e3)}
 SCALES = (0.1, 1.0, 10.0)  # ξ, in turn
 
@@ -93,8 +94,8 @@ def start_batch(batch_keys: Any, a: Any, rank: int, scale: Any, noise: Any) -> A
     )
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def trajectories(a: Any, x0: Any, eta: Any, damping: Any, steps: int) -> Any:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def trajectories(a: Any, x0: Any, eta: Any, damping: float, steps: int) -> Any:
     """X_0 … X_steps of ScaledGD by `solvers.scaled_step`, over a batch."""
 
     def one(a: Any, x: Any, eta: Any) -> Any:
@@ -156,9 +157,9 @@ def family(
     return Family(a, basis, sigma, eta, kappa, x)
 
 
-@functools.partial(jax.jit, static_argnums=6)
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def residual_curves(
-    a: Any, basis: Any, spectrum: Any, x0: Any, eta: Any, damping: Any, steps: int
+    a: Any, basis: Any, spectrum: Any, x0: Any, eta: Any, damping: float, steps: int
 ) -> Any:
     """‖X_tX_tᵀ − A‖_F, t = 0 … steps, and X_steps, over a batch."""
 
@@ -203,7 +204,7 @@ def pair_family(
     regime: Regime,
     dtype: Dtype = "float64",
     start: Literal["nystrom", "small"] = "nystrom",
-    etas: tuple[float, ...] = (0.1, 0.3, 0.5, 1.0),
+    etas: tuple[float, ...] = PAIR_ETAS,
     steps: int = 12,
 ) -> PairFamily:
     """The trajectories of (6) or (35) over `grid`, m × n = 60 × 40."""
@@ -235,6 +236,15 @@ def _pair_problems(
         return a, left, right, nys.initializers.small_factors(start_key, (M, N), rank, 1e-3)
 
     return jax.vmap(one)(matrix_keys, start_keys, spectra, scales)
+
+
+def at_eta(family: Any, eta: float) -> Any:
+    """The runs of a family that have this step size."""
+    rows = np.flatnonzero(family.eta == eta)
+    if not len(rows):
+        raise ValueError(f"no run has η = {eta}; the family has {sorted(set(family.eta))}")
+    values = {f.name: getattr(family, f.name)[rows] for f in dataclasses.fields(family)}
+    return type(family)(**values)
 
 
 def over_time(fn: Any, *in_axes: int | None) -> Any:

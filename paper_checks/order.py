@@ -66,7 +66,8 @@ def orders(errors: Any) -> list[float]:
     """Computational orders log(e_{t+1}/e_t)/log(e_t/e_{t−1}), above the last 40 digits."""
     seen = [e for e in errors if e > mp.mpf(10) ** (40 - DIGITS)]
     return [
-        float(mp.log(c / b) / mp.log(b / a)) for a, b, c in zip(seen, seen[1:], seen[2:], strict=False)
+        float(mp.log(c / b) / mp.log(b / a))
+        for a, b, c in zip(seen, seen[1:], seen[2:], strict=False)
     ]
 
 

@@ -41,6 +41,9 @@ def _curves(phi0: jax.Array, spectrum: jax.Array, eta: jax.Array, steps: int) ->
     )
 
 
+_scales = jax.jit(jax.vmap(lambda eta: nys.dynamics.asymmetric_scale(eta, 12)))
+
+
 @claim(
     "E1-closed-form",
     "with d_0 the singular values of Σ^{−1/2}Φ_0 and d⁺ = (1−η)d + η/d, ‖X_tX_tᵀ − A‖_F = ‖Σ^{1/2}V diag(d_t²−1)VᵀΣ^{1/2}‖_F for all t",
@@ -72,7 +75,7 @@ def logarithmic_count(eta: float = 0.5) -> Measured:
     """E1: no phase 1, no κ³, no condition on ξ."""
     excess, slow = [], {}
     for scale in (1e-3, 1.0, 1e3):
-        f = family("exact", etas=(eta,), scale=scale)
+        f = common.at_eta(family("exact", scale=scale), eta)
         errors = residuals(f) / frobenius(f.a)[:, None]
         reached = errors <= 1e-10
         counts = np.where(reached.any(axis=1), np.argmax(reached, axis=1), errors.shape[1])
@@ -80,17 +83,17 @@ def logarithmic_count(eta: float = 0.5) -> Measured:
         d = singular_values(scaled)
         extreme = np.maximum(d[:, 0], 1 / d[:, -1])
         allowed = np.log2(extreme) + np.log2(np.log2(4e10)) + 2
-        excess.append(np.max(counts - allowed))
+        excess.append(np.max(counts / allowed))
         for kappa in np.unique(f.kappa) if scale == 1.0 else ():
             slow[f"steps at κ = {kappa:.0e}"] = float(np.max(counts[f.kappa == kappa]))
-    return Measured(float(max(excess)), 0.0, detail="steps minus the bound, largest", facts=slow)
+    return Measured(float(max(excess)), 1.0, detail="steps over the bound, largest", facts=slow)
 
 
 @claim(
     "E2",
     "X_tY_tᵀ = c_tA exactly, t ≥ 1, c_1 = η, c⁺ = (1−η)²c + 2η(1−η) + η²/c: no dependence on A, κ, Ω or the sizes",
     source="ours",
-    hypotheses="r ≥ r_A, start (5); 60 × 40, r_A = 5, r = 5 and 8, κ = 2 … 1e6 (float32: 2 … 1e3), η = .1, .3, .5, 1, 12 steps; c_t by dynamics.asymmetric_scale",
+    hypotheses="r ≥ r_A, start (5); 60 × 40, r_A = 5, r = 5 and 8, κ = 2 … 1e6 (float32: 2 … 1e3), η = .1, .5, .9, 1, 12 steps; c_t by dynamics.asymmetric_scale",
     without="Y_0 = 0: both factors small and random (ζ = 1e-3)",
     start="small",
 )
@@ -102,7 +105,7 @@ def asymmetric_scale(start: str = "nystrom") -> Measured:
         gaps = []
         for regime in regimes:
             f = pair_family(regime, dtype, start)  # pyright: ignore[reportArgumentType]
-            c = 1 + np.array([np.asarray(nys.dynamics.asymmetric_scale(e, 12)) for e in f.eta])
+            c = 1 + np.asarray(_scales(jnp.asarray(f.eta)))
             a = np.asarray(f.a, np.float64)
             product = np.einsum("btmr,btnr->btmn", np.asarray(f.x), np.asarray(f.y))[:, 1:]
             unit = (frobenius(f.x) * frobenius(f.y))[:, 1:] + frobenius(a)[:, None]
@@ -152,7 +155,7 @@ def decay(values: np.ndarray, high: float, low: float) -> np.ndarray:
 
 @claim(
     "E3-rate",
-    "r < r_A: the angle to the top-r eigenspace decays by ρ = 1 − η(1 − σ_{r+1}/σ_r) a step, the excess loss f − f* by ρ²",
+    "r < r_A: the angle to the top-r eigenspace decays by ρ = 1 − η(1 − σ_{r+1}/σ_r) a step, the excess loss f − f* by max(ρ, |1−2η|)²",
     source="ours",
     hypotheses="σ = 1, .9, .8, .7, .6 | .4, .3, .2, r = 5, m = 60, η = .2, .3, .5, .9, two starts each; angle between 1e-7 and 1e-10, excess between 1e-12 and 1e-17; ρ by dynamics.subspace_rate",
     without="a start that sees all of range(A): the first eigenvector is projected out of X_0",
@@ -164,10 +167,12 @@ def gap_rate(blind: bool = False) -> Measured:
     top = f.basis[:, :, :5]
     angles = np.asarray(over_time(nys.optimality.principal_angles, 0, None)(f.x, top))[..., -1]
     rho = np.asarray(nys.dynamics.subspace_rate(jnp.asarray(GAP_SPECTRUM), 5, f.eta))
+    # The core inside the subspace obeys E1's recursion, which is the slower one near η = 1.
+    slowest = np.maximum(rho, np.abs(1 - 2 * f.eta))
     return worst(
-        "distance of the measured factor from ρ and ρ², largest over runs",
+        "distance of the measured factor from ρ and max(ρ, |1−2η|)², largest over runs",
         angle=(np.max(np.abs(decay(angles, 1e-7, 1e-10) - rho)), 5e-3),
-        excess=(np.max(np.abs(decay(excess_loss(f), 1e-12, 1e-17) - rho**2)), 1e-2),
+        excess=(np.max(np.abs(decay(excess_loss(f), 1e-12, 1e-17) - slowest**2)), 1e-2),
     )
 
 
@@ -202,7 +207,7 @@ def gap_global(blind: bool = False) -> Measured:
 )
 def range_projection(eta: float = 1.0) -> Measured:
     """E3, what one step computes."""
-    f = pair_family("under", etas=(eta,))
+    f = common.at_eta(pair_family("under"), eta)
     basis = np.linalg.qr(np.asarray(f.x[:, 0]))[0]
     projected = basis @ (np.swapaxes(basis, 1, 2) @ np.asarray(f.a))
     product = np.asarray(f.x[:, 1]) @ np.swapaxes(np.asarray(f.y[:, 1]), 1, 2)
@@ -265,7 +270,9 @@ def rounding(textbook: bool = False) -> Measured:
             plain, matrix = np.asarray(x), np.asarray(a)
             for _ in range(60):
                 inverse = np.linalg.inv(plain.T @ plain)
-                plain = plain - np.float32(0.5) * (plain @ (plain.T @ plain) - matrix @ plain) @ inverse
+                plain = (
+                    plain - np.float32(0.5) * (plain @ (plain.T @ plain) - matrix @ plain) @ inverse
+                )
             x = jnp.asarray(plain)
         else:
             step = nys.solvers.scaled_step(nys.problems.Symmetric(a), 0.5)
@@ -295,7 +302,10 @@ def simple_distance(stretch: float = 1.0) -> Measured:
             best = jnp.asarray(np.diag(np.sqrt(spectrum))[:, :rank])
             gaps = jax.vmap(nys.optimality.distance, in_axes=(0, None))(points, best)
             ratios.append(float(jnp.max(gaps)) / (2 * rank**0.5))
-        facts = {"2√r at r = 30": 2 * 30**0.5, "√(3r+2r^{3/2}) at r = 30": (90 + 2 * 30**1.5) ** 0.5}
+        facts = {
+            "2√r at r = 30": 2 * 30**0.5,
+            "√(3r+2r^{3/2}) at r = 30": (90 + 2 * 30**1.5) ** 0.5,
+        }
     return Measured(max(ratios), 1.0, detail="distance over 2√r, largest", facts=facts)
 
 
@@ -341,7 +351,9 @@ def no_floor(eta: float | None = None) -> Measured:
     measure = jax.vmap(nys.optimality.weak_optimality)
     errors = np.asarray(measure(f.x[:, -1], f.basis, f.spectrum))
     return Measured(
-        float(np.max(errors / (f.eta * 5**0.5 + 15 * f.eta))), 1e-9, detail="error over floor, largest"
+        float(np.max(errors / (f.eta * 5**0.5 + 15 * f.eta))),
+        1e-9,
+        detail="error over floor, largest",
     )
 
 
@@ -349,7 +361,7 @@ def no_floor(eta: float | None = None) -> Measured:
     "E7",
     "(26) with the rank cut once, at X_0, stays at the rounding level; r > r_A",
     source="ours",
-    hypotheses="m = 100, r = 40, r_A = 10, κ = 1e6, η = 1/2, Nyström start, 400 steps, the largest error over the last 350",
+    hypotheses="m = 100, r = 40, r_A = 10, κ = 1e6, η = 1/2, Nyström start, 200 steps, the largest error over the last 150",
     without="the single cut: the pseudo-inverse of X at every step, cut at √m·eps (linalg.pinv)",
     every_step=True,
 )
@@ -359,6 +371,7 @@ def rank_cut_once(every_step: bool = False) -> Measured:
     a, basis = nys.spectra.psd(common.key(96), 100, spectrum)
     x0 = nys.initializers.nystrom(common.key(97), a, 40, 1.0)
 
+    @jax.jit
     def record(x: jax.Array) -> jax.Array:
         return nys.optimality.residual_in_basis(x, basis, spectrum)
 
@@ -368,23 +381,23 @@ def rank_cut_once(every_step: bool = False) -> Measured:
 
     if every_step:
         curve, x = [], x0
-        for _ in range(400):
+        for _ in range(200):
             x = cut_again(x)
             curve.append(float(record(x)))
-        return Measured(max(curve[50:]), 1e-13, detail="‖X_tX_tᵀ − A‖_F, 50 < t ≤ 400, largest")
+        return Measured(max(curve[50:]), 1e-13, detail="‖X_tX_tᵀ − A‖_F, 50 < t ≤ 200, largest")
     step = nys.solvers.scaled_step(nys.problems.Symmetric(a), 0.5)
-    curve = np.asarray(nys.solvers.run(step, x0, 400, record).history)
+    curve = np.asarray(nys.solvers.run(step, x0, 200, record).history)
     facts = {}
     for rcond in (1e-15, 1e-10):
         x, worst_error = np.asarray(x0), 0.0
         matrix = np.asarray(a)
-        for t in range(400):
+        for t in range(200):
             x = x / 2 + matrix @ x @ np.linalg.pinv(x.T @ x, rcond=rcond, hermitian=True) / 2
             worst_error = max(worst_error, float(record(jnp.asarray(x)))) if t > 50 else 0.0
         facts[f"pinv(XᵀX), rcond = {rcond:.0e}"] = worst_error
     return Measured(
         float(np.max(curve[50:])),
         1e-13,
-        detail="‖X_tX_tᵀ − A‖_F, 50 < t ≤ 400, largest",
+        detail="‖X_tX_tᵀ − A‖_F, 50 < t ≤ 200, largest",
         facts=facts,
     )

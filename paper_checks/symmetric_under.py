@@ -52,8 +52,8 @@ def definition_1(stretch: float = 1.0) -> Measured:
         inverse = np.linalg.pinv(np.asarray(a), rcond=1e-10, hermitian=True)
         for rank in (1, 3, 5, 8):
             x = stretch * np.asarray(basis) @ random_weak_optima(20, rank, spectrum)
-            measure = jax.vmap(lambda x: nys.optimality.weak_optimality(x, basis, spectrum))
-            library = np.asarray(measure(x))
+            measure = jax.vmap(nys.optimality.weak_optimality, in_axes=(0, None, None))
+            library = np.asarray(measure(x, basis, spectrum))
             plain = frobenius(np.swapaxes(x, 1, 2) @ inverse @ x - np.eye(rank))
             zero.append(np.max(library))
             agree.append(np.max(np.abs(library - plain)) / kappa)
@@ -213,9 +213,7 @@ def lemma_10_repaired(factor: bool = True) -> Measured:
         norms, least, kappa = _theta_terms(rank, False)
         constant = (kappa + 1) ** 2 / (4 * kappa) if factor else 1.0
         ratios.append(np.max(norms * least / (constant * rank**0.5)))
-    return Measured(
-        float(max(ratios)), 1.0 + 1e-6, detail="‖ΘᵀΣΘ‖_F σ_r(B)/(√r·factor), largest"
-    )
+    return Measured(float(max(ratios)), 1.0 + 1e-6, detail="‖ΘᵀΣΘ‖_F σ_r(B)/(√r·factor), largest")
 
 
 @functools.cache
@@ -295,7 +293,7 @@ def theorem_2_ii(tied: bool = True) -> Measured:
 )
 def lemma_5(limit: bool = True) -> Measured:
     """Lemma 5 with the constant that (21) to (23) give."""
-    f = family("under", etas=(0.5,), scale=10.0)
+    f = common.at_eta(family("under", scale=10.0), 0.5)
     r = f.x.shape[-1]
     x = f.x[:, -1] if limit else f.x[:, 0]
     best = jax.vmap(lambda a: nys.problems.Symmetric(a).optimum(r))(f.a)

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import M, N, R, normal, psd, rectangular
 
@@ -118,3 +119,52 @@ def test_bfloat16_factors_are_preconditioned_in_float32():
     wanted = np.asarray(g16, np.float64) @ inverse_gram(x16)
     # One rounding to bfloat16, at the end.
     np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=1e-6)
+
+
+def algorithm_2(gradients, x, y, t, damping):
+    """Lines 5 to 8 of Algorithm 2, in plain NumPy and float64."""
+    gx, gy = (np.asarray(g, np.float64) for g in gradients)
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    eye = damping * np.eye(x.shape[1])
+    if t > 0:
+        inverse = np.linalg.inv(y.T @ y + eye)
+        gx = gx @ inverse / np.linalg.norm(inverse)
+    inverse = np.linalg.inv(x.T @ x + eye)
+    return gx, gy @ inverse / np.linalg.norm(inverse)
+
+
+@pytest.mark.parametrize("zero_start", [True, False])
+def test_nora_plus_is_algorithm_2(zero_start):
+    x, y = normal(1, (9, 3)), normal(2, (7, 3))
+    y = 0 * y if zero_start else y
+    tx = nys.nora_plus(optax.sgd(0.3), damping=1e-6)
+    params = {"lora_a": x, "lora_b": y.T, "bias": normal(3, (7,))}
+    state = tx.init(params)
+    for t in range(3):
+        grads = {k: normal(10 + t, v.shape) for k, v in params.items()}
+        if zero_start and t == 0:
+            grads["lora_a"] = 0 * grads["lora_a"]
+        given = grads["lora_a"], grads["lora_b"].T
+        wanted = algorithm_2(given, params["lora_a"], params["lora_b"].T, t, 1e-6)
+        updates, state = tx.update(grads, state, params)
+        np.testing.assert_allclose(updates["lora_a"], -0.3 * wanted[0], rtol=2e-4, atol=2e-6)
+        np.testing.assert_allclose(updates["lora_b"].T, -0.3 * wanted[1], rtol=2e-4, atol=2e-6)
+        np.testing.assert_allclose(updates["bias"], -0.3 * grads["bias"], rtol=1e-6)
+        params = optax.apply_updates(params, updates)
+
+
+def test_nora_plus_rests_the_started_factor_on_either_side():
+    """With the zero factor first, it is the second whose gradient passes in the first update."""
+    params = {"lora_a": jnp.zeros((9, 3)), "lora_b": normal(2, (3, 7))}
+    grads = {"lora_a": normal(3, (9, 3)), "lora_b": normal(4, (3, 7))}
+    tx = nys.scale_by_normalized_gram()
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates["lora_b"], grads["lora_b"])
+    assert not np.allclose(updates["lora_a"], grads["lora_a"])
+
+
+def test_nora_plus_names_an_orphan_and_wants_positive_damping():
+    with pytest.raises(ValueError, match="lora_a"):
+        nys.nora_plus(optax.sgd(1.0)).init({"q": {"lora_a": jnp.ones((4, 2))}})
+    with pytest.raises(ValueError, match="damping"):
+        nys.nora_plus(optax.sgd(1.0), damping=0.0)

@@ -1,0 +1,126 @@
+"""The order of convergence, in 600 digits: Nyström against small and perturbed starts.
+
+    python experiments/order.py                      # figures/order.png, .pdf, .csv, .json
+    python experiments/order.py --quick --out /tmp   # r = 6, fewer digits
+
+Iteration (2) itself, η = 1/2, on mpmath matrices in the basis of A's eigenvectors, where A is
+diag(Σ, 0): from range(A) alone, from range(A) plus noise in the four other coordinates, and from
+small noise in all. The dashed curve is the closed form of dynamics.symmetric_errors, in digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import mpmath as mp
+import numpy as np
+import tyro
+from _record import COLOURS, MARKERS, save
+from tqdm import tqdm
+
+import nyscaled as nys
+
+FLOOR = mp.mpf(10) ** -300  # what the picture and the CSV show
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Error down to 1e-300 from three kinds of start."""
+
+    out: Path = Path("figures")
+    """Folder for the picture and its record."""
+    seed: int = 0
+    """Seed of the starts."""
+    quick: bool = False
+    """r = 6 and 350 digits instead of r = 20 and 600."""
+
+
+def matrix(values: np.ndarray) -> Any:
+    """An mpmath matrix, to the bit."""
+    return mp.matrix(values.tolist())
+
+
+def errors(a: Any, start: np.ndarray, steps: int, bar: Any) -> list[Any]:
+    """‖X_tX_tᵀ − A‖_F of (2) with η = 1/2, t = 0 … steps."""
+    x, curve = matrix(start), []
+    for _ in range(steps + 1):
+        curve.append(mp.mnorm(x * x.T - a, "f"))
+        if curve[-1] < FLOOR:
+            break
+        x = (x + a * (x * (x.T * x) ** -1)) / 2
+        bar.update()
+    return curve
+
+
+def closed_form(phi: np.ndarray, spectrum: np.ndarray, steps: int) -> list[Any]:
+    """The curve of dynamics.symmetric_errors from y_t = y_0^{2^t}, past the range of doubles."""
+    root = mp.diag([mp.sqrt(float(s)) for s in spectrum])
+    scaled = root**-1 * matrix(phi)
+    values, vectors = mp.eigsy(scaled * scaled.T)
+    y = [(mp.sqrt(v) - 1) / (mp.sqrt(v) + 1) for v in values]
+    curve = []
+    for _ in range(steps + 1):
+        gaps = mp.diag([4 * v / (1 - v) ** 2 for v in y])
+        curve.append(mp.mnorm(root * vectors * gaps * vectors.T * root, "f"))
+        y = [v**2 for v in y]
+    return curve
+
+
+def logarithms(curve: list[Any]) -> tuple[list[int], list[float]]:
+    """Iterations and log10 errors, down to the floor."""
+    shown = [(t, float(mp.log10(e))) for t, e in enumerate(curve) if e > FLOOR]
+    return [t for t, _ in shown], [e for _, e in shown]
+
+
+def main(config: Config) -> None:
+    """Runs the three starts and draws them."""
+    rank, extra, steps = (6, 2, 36) if config.quick else (20, 4, 36)
+    mp.mp.dps = 350 if config.quick else 600
+    spectrum = nys.spectra.paper_spectrum("fig1ab")
+    spectrum = spectrum[np.linspace(0, 19, rank).round().astype(int)]
+    rng = np.random.default_rng(config.seed)
+    a = mp.diag([*(mp.mpf(float(s)) for s in spectrum), *([0] * extra)])
+    # In the basis of its eigenvectors A is diag(Σ, 0), and QᵀΩ is Gaussian as Ω is: ξ = 0.1.
+    phi = 0.1 * spectrum[:, None] * rng.standard_normal((rank, rank))
+    outside = rng.standard_normal((extra, rank))
+    starts = {"Nyström": np.vstack([phi, 0 * outside])}
+    for noise in (1e-2, 1e-6):
+        starts[f"perturbed, ξₙ = {noise:g}"] = np.vstack([phi, noise * outside])
+    starts["small, ζ = 0.001"] = 1e-3 * rng.standard_normal((rank + extra, rank))
+    panel = {}
+    with tqdm(total=len(starts) * steps, desc="order", unit="step", file=sys.stderr) as bar:
+        for label, start in starts.items():
+            panel[label] = errors(a, start, steps, bar)
+    exact = closed_form(phi, spectrum, len(panel["Nyström"]) - 1)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for i, (label, curve) in enumerate(panel.items()):
+        for ax in axes:
+            ax.plot(*logarithms(curve), color=COLOURS[i], marker=MARKERS[i], label=label)
+    label = "closed form (of Nyström)"
+    for ax in axes:
+        ax.plot(*logarithms(exact), color="0.1", lw=1, ls=(0, (4, 3)), label=label, zorder=5)
+        ax.axhline(np.log10(2.0**-52), color="0.5", lw=0.8, ls=":")
+        ax.set(xlabel="iteration", ylabel=r"$\log_{10}\,\|XX^\top - A\|_F$")
+    axes[0].text(0, np.log10(2.0**-52) - 4, "double precision ends here", fontsize=7.5, va="top")
+    axes[0].set_title(f"η = 1/2, r = {rank}, κ = 100, {mp.mp.dps} digits")
+    axes[0].legend(loc="lower left")
+    # A slope to compare with: what halving looks like, beside the curves that halve.
+    t = np.array([steps - 8, steps])
+    axes[1].plot(t, -13.2 - np.log10(2) * (t - t[0]), color="0.4", lw=1)
+    axes[1].text(steps - 8, -14.9, "halving", fontsize=7.5, ha="right")
+    axes[1].set(title="the same above 1e-18", ylim=(-18, 8))
+    panel["closed form (Nyström)"] = exact
+    curves = {
+        "order": {s: [float(e) for e in c if e > FLOOR] for s, c in panel.items()},
+    }
+    tail = [e for e in panel["Nyström"] if e > FLOOR][-3:]
+    order = float(mp.log(tail[2] / tail[1]) / mp.log(tail[1] / tail[0]))
+    save(config.out, "order", figure, curves, config, digits=mp.mp.dps, last_order=order)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
