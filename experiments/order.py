@@ -110,8 +110,8 @@ def main(config: Config) -> None:
     axes[0].legend(loc="lower left")
     # A slope to compare with: what halving looks like, beside the curves that halve.
     t = np.array([steps - 8, steps])
-    axes[1].plot(t, -13.2 - np.log10(2) * (t - t[0]), color="0.4", lw=1)
-    axes[1].text(steps - 8, -14.9, "halving", fontsize=7.5, ha="right")
+    axes[1].plot(t, -11.9 - np.log10(2) * (t - t[0]), color="0.4", lw=1)
+    axes[1].text(steps - 8.3, -12.1, "halving", fontsize=7.5, ha="right")
     axes[1].set(title="the same above 1e-18", ylim=(-18, 8))
     panel["closed form (Nyström)"] = exact
     curves = {

@@ -62,7 +62,17 @@ def exact_residual(x, a, y=None):
 def run_pytest(folder, **environment):
     """Runs the tests of a folder in a process of its own; fails with their output."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=",
+    ]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / folder)],
         env=inherited | environment,

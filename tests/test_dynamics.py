@@ -165,5 +165,5 @@ def test_nystrom_iterates_never_leave_the_range():
         step, x, 20, Partial(lambda q, x: nys.optimality.residual_space(x, q), basis)
     ).history
     assert float(jnp.max(history)) < 1e-5
-    generic = nys.solvers.run(step, normal(0, (M, R)), 1).params
+    generic = nys.solvers.run(step, normal(1000, (M, R)), 1).params
     assert nys.optimality.residual_space(generic, basis) > 1.0

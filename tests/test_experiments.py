@@ -140,20 +140,31 @@ def test_committed_figures_belong_to_the_code():
         assert best < 1e-12
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".mtx"])
-def test_own_matrix_in_each_format(tmp_path, suffix):
+def decaying_matrix():
     rng = np.random.default_rng(0)
     basis, _ = np.linalg.qr(rng.normal(size=(40, 40)))
-    matrix = (basis * 0.6 ** np.arange(40)) @ basis.T
-    path = tmp_path / f"mine{suffix}"
-    if suffix == ".npy":
-        np.save(path, matrix)
-    elif suffix == ".npz":
-        np.savez(path, matrix)
-    else:
-        import scipy.io
+    return (basis * 0.6 ** np.arange(40)) @ basis.T
 
-        scipy.io.mmwrite(path, matrix)
+
+def test_matrix_files_of_each_format(tmp_path, monkeypatch):
+    import scipy.io
+
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import _matrix
+
+    matrix = decaying_matrix()
+    np.save(tmp_path / "a.npy", matrix)
+    np.savez(tmp_path / "a.npz", matrix)
+    np.savez(tmp_path / "named.npz", a=matrix, b=np.ones(3))
+    scipy.io.mmwrite(tmp_path / "a.mtx", matrix, precision=17)
+    scipy.io.mmwrite(tmp_path / "sparse.mtx", scipy.sparse.csr_array(matrix), precision=17)
+    for name in ("a.npy", "a.npz", "named.npz", "a.mtx", "sparse.mtx"):
+        np.testing.assert_allclose(_matrix.load(tmp_path / name), matrix, rtol=1e-12)
+
+
+def test_own_matrix(tmp_path):
+    path = tmp_path / "mine.npy"
+    np.save(path, decaying_matrix())
     result = run("fig1.py", "--quick", "--matrix", path, "--rank", 5, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     curves = read(tmp_path / "fig1_mine.csv")["a"]

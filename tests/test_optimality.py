@@ -100,7 +100,7 @@ def test_distance_does_not_see_rotations_and_sees_the_rest(seed):
     best = nys.problems.Symmetric(a).optimum(R)
     u = jax.random.orthogonal(jax.random.key(seed), R)
     assert optimality.distance(best @ u, best) < 1e-5
-    outside = normal(seed, (M, R))
+    outside = normal(1000 + seed, (M, R))  # not the key of the basis
     outside = outside - best @ jnp.linalg.solve(best.T @ best, best.T @ outside)
     found = optimality.distance(best @ u + 1e-2 * outside, best)
     np.testing.assert_allclose(found, 1e-2 * jnp.linalg.norm(outside), rtol=1e-3)

@@ -180,7 +180,7 @@ def test_methods_of_a_problem_as_record_do_not_compile_again():
         problem = nys.problems.Symmetric(a)
         x0 = nys.initializers.nystrom(jax.random.key(seed), a, R)
         nys.solvers.run(step(problem, tx), x0, 7, problem.loss)
-        sizes.append(nys.solvers._scan._cache_size())
+        sizes.append(nys.solvers.loops._scan._cache_size())
     assert sizes[1] == sizes[2]
 
 

@@ -294,9 +294,9 @@ def test_counts_and_tolerances():
         ([], r"spectrum has shape \(0,\); wanted 1 to 5"),
         ([1.0] * 6, r"spectrum has shape \(6,\); wanted 1 to 5"),
         ([[1.0]], r"spectrum has shape \(1, 1\); wanted 1 to 5"),
-        ([1.0, 0.0], "wanted positive singular values"),
-        ([1.0, -1.0], "wanted positive singular values"),
-        ([1.0, float("nan")], "wanted positive singular values"),
+        ([1.0, 0.0], "wanted positive finite singular values"),
+        ([1.0, -1.0], "wanted positive finite singular values"),
+        ([1.0, float("nan")], "wanted positive finite singular values"),
         ([1.0, float("inf")], "wanted (positive|finite)"),
     ],
 )

@@ -153,7 +153,7 @@ def test_symmetric_run_follows_its_closed_form_to_rounding(seed, learning_rate, 
 
 def test_closed_form_goes_on_below_rounding_and_squares():
     phi = jnp.asarray(conditioned(0, 4, 4, 10.0))
-    errors = np.asarray(nys.dynamics.symmetric_errors(phi, jnp.ones(4), 0.5, 9))
+    errors = np.asarray(nys.dynamics.symmetric_errors(phi, jnp.ones(4), 0.5, 11))
     assert np.all(errors[5:] < errors[4:-1])
     small = errors[(errors < 1e-3) & (errors > 1e-150)]
     assert small.min() < 1e-60
