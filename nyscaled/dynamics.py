@@ -10,8 +10,10 @@ over-parametrized problems, and `weak_gram` is ΦᵀΣ⁻¹Φ (r, r), of the und
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -107,6 +109,7 @@ def scalar_step(d: Any, learning_rate: Any) -> Any:
     return (1 - learning_rate) * d + learning_rate / d
 
 
+@functools.partial(jax.jit, static_argnames="num_steps")
 @full_precision
 def symmetric_errors(
     phi0: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Any, num_steps: int
@@ -152,6 +155,7 @@ def symmetric_errors(
     return lax.map(error, jnp.where(jnp.asarray(learning_rate) == 0.5, newton, general))
 
 
+@functools.partial(jax.jit, static_argnames="num_steps")
 def asymmetric_scale(learning_rate: Any, num_steps: int) -> Float[Array, " t"]:
     """c_t − 1 for t = 1 … num_steps, where X_tY_tᵀ = c_t A exactly under (5), (6). r ≥ r_A.
 
@@ -176,7 +180,8 @@ def subspace_rate(spectrum: Float[Array, " k"], rank: int, learning_rate: Any) -
 
     This is a result of this project, not of the paper: (2) is a damped subspace iteration, whose
     only attracting fixed points span the top r eigenvectors. The angle to them decays as ρᵗ, the
-    excess loss f − f* as ρ²ᵗ; a weak optimum is passed, not where it ends.
+    excess loss f − f* as max(ρ, |1−2η|)²ᵗ, where the second is the rate within the subspace; a
+    weak optimum is passed, not where it ends.
 
     Example:
         >>> float(subspace_rate(jnp.array([1.0, 0.5]), rank=1, learning_rate=0.5))

@@ -239,6 +239,7 @@ def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r 
     return rotation @ dual(factored).T
 
 
+@jax.jit
 @full_precision
 def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
     """‖L Rᵀ − A‖_F², entry by entry in blocks: O(512·(m + n)) memory and no cancellation.
@@ -271,6 +272,7 @@ def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r
     return lax.fori_loop(0, -(-size // block), add, jnp.zeros((), left.dtype))
 
 
+@functools.partial(jax.jit, static_argnames="num_steps")
 @full_precision
 def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50) -> Scalar:
     """‖A‖ by power iteration on AᵀA: a lower bound, tight to about 1 % or better.
