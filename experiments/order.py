@@ -109,9 +109,9 @@ def main(config: Config) -> None:
     axes[0].set_title(f"η = 1/2, r = {rank}, κ = 100, {mp.mp.dps} digits")
     axes[0].legend(loc="lower left")
     # A slope to compare with: what halving looks like, beside the curves that halve.
-    t = np.array([steps - 8, steps])
-    axes[1].plot(t, -11.9 - np.log10(2) * (t - t[0]), color="0.4", lw=1)
-    axes[1].text(steps - 8.3, -12.1, "halving", fontsize=7.5, ha="right")
+    t = np.array([steps - 18, steps - 10])
+    axes[1].plot(t, -12.4 - np.log10(2) * (t - t[0]), color="0.4", lw=1)
+    axes[1].text(steps - 18.3, -12.6, "halving", fontsize=7.5, ha="right")
     axes[1].set(title="the same above 1e-18", ylim=(-18, 8))
     panel["closed form (Nyström)"] = exact
     curves = {

@@ -26,7 +26,7 @@ TITLES = {
 
 def number(value: float) -> str:
     """Two or three digits."""
-    return f"{value:.3g}" if 1 <= abs(value) < 1e5 else f"{value:.2g}"
+    return f"{value:.4g}" if 1 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
 def margin(measured: Measured) -> str:

@@ -27,6 +27,12 @@ def test_links_lead_to_files():
         assert (ROOT / link.split("#")[0]).exists(), link
 
 
+def test_each_claim_is_linked_and_each_link_is_a_claim():
+    linked = set(re.findall(r"REPORT\.md#([\w-]+)", README))
+    report = (ROOT / "paper_checks" / "REPORT.md").read_text()
+    assert linked == {name.lower() for name in re.findall(r"^### (\S+)$", report, re.MULTILINE)}
+
+
 def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w[\w-]*)", README):
