@@ -122,6 +122,17 @@ def test_fig4_pseudo_inverse_is_quadratic_and_damping_is_not(fig4):
     assert (damped[21:] / damped[20:-1]).min() > 0.5
 
 
+def test_order_shows_the_quadratic_phase_far_below_double_precision(tmp_path_factory):
+    curves = read(record(tmp_path_factory, "order") / "order.csv")["order"]
+    errors = curves["Nyström"]
+    assert 0 < errors[-1] < 1e-100
+    # With 350 digits the last steps square the error; the perturbed ones halve it.
+    logs = np.log10(errors[-3:])
+    np.testing.assert_allclose(logs[1:] / logs[:-1], 2, atol=0.05)
+    (perturbed,) = (e for s, e in curves.items() if s.startswith("perturbed") and "1e-06" in s)
+    np.testing.assert_allclose(perturbed[-3:] / perturbed[-4:-1], 0.5, atol=0.01)
+
+
 def test_record_names_seed_command_and_versions(fig1):
     how = json.loads((fig1 / "fig1.json").read_text())
     assert how["config"]["seed"] == 0
@@ -132,11 +143,12 @@ def test_record_names_seed_command_and_versions(fig1):
 
 def test_committed_figures_belong_to_the_code():
     """The committed records carry the panels and series that the scripts write."""
-    for name in ("fig1", "fig4", "fig1_digits_rbf"):
+    for name in ("fig1", "fig4", "fig1_digits_rbf", "order"):
         how = json.loads((ROOT / "figures" / f"{name}.json").read_text())
         assert not how["config"].get("quick")
         curves = read(ROOT / "figures" / f"{name}.csv")
-        best = min(e.min() for s, e in curves["a"].items() if "Nyström" in s)
+        panel = curves["order" if name == "order" else "a"]
+        best = min(e.min() for s, e in panel.items() if "Nyström" in s)
         assert best < 1e-12
 
 
