@@ -31,8 +31,13 @@ def draw_comparison(
     axes.legend(loc=legend)
 
 
-def draw_sensitivity(axes: Any, curves: Any, exact: Any, floor: float) -> None:
-    """Panel (b). Solid: Nyström, with its exact curve. Dotted grey: perturbed."""
+def draw_sensitivity(
+    axes: Any, curves: Any, exact: Any, floor: float, top: float | None = None
+) -> None:
+    """Panel (b). Solid: Nyström, with its exact curve. Dotted grey: perturbed.
+
+    `top` ends the axis above the curves where the legend needs the room.
+    """
     for index, (label, errors) in enumerate(curves.items()):
         grey = index - len(exact)
         look = (
@@ -44,7 +49,7 @@ def draw_sensitivity(axes: Any, curves: Any, exact: Any, floor: float) -> None:
     for index, errors in enumerate(exact.values()):
         draw_prediction(axes, errors, floor, None if index else "exact prediction, Nyström")
     axes.set(yscale="log", xlabel="iteration")
-    axes.set_ylim(floor, None)
+    axes.set_ylim(floor, top)
     axes.legend(loc="upper right")
 
 

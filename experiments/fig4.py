@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     floor = 1e-16 if config.precision == "float64" else 1e-8
     draw_comparison(axes[0], curves["a"], curves["b exact"][f"Nyström, ξ = {SCALE:g}"], floor)
     axes[0].set(title="(a) over-parametrized, rank 20, r = 60", ylabel=r"$\|XX^\top - A\|_F$")
-    draw_sensitivity(axes[1], curves["b"], curves["b exact"], floor)
+    draw_sensitivity(axes[1], curves["b"], curves["b exact"], floor, top=1e12)
     axes[1].set(title="(b) scale and perturbation of the start", ylabel=r"$\|XX^\top - A\|_F$")
     save(config.out, "fig4", figure, curves, config)
 
