@@ -25,7 +25,7 @@ TITLES = {
 
 
 def number(value: float) -> str:
-    """Two or three digits."""
+    """Two digits, or four from 1 to 1e5, where bounds like 1.999 live."""
     return f"{value:.4g}" if 1 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
