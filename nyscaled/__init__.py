@@ -1,5 +1,9 @@
 """nyscaled: ScaledGD from Nyström starts, low-rank factorization, and NoRA adapters, in JAX."""
 
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from nyscaled import dynamics as dynamics
 from nyscaled import initializers as initializers
 from nyscaled import linalg as linalg
@@ -16,4 +20,19 @@ from nyscaled.precondition import scale_by_normalized_gram as scale_by_normalize
 from nyscaled.precondition import scaled_gd as scaled_gd
 from nyscaled.typing import Factors as Factors
 
+if _TYPE_CHECKING:
+    from nyscaled import lora as lora
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    # Flax and safetensors are wanted by `lora` alone, and imported when it is first asked for.
+    if name != "lora":
+        raise AttributeError(f"module 'nyscaled' has no attribute {name!r}")
+    try:
+        return _importlib.import_module("nyscaled.lora")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"nyscaled.lora needs {error.name}: pip install 'nyscaled[lora]'"
+        ) from error

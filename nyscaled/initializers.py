@@ -21,7 +21,7 @@ from nyscaled.typing import Factors, Scalar
 Sketch = Literal["gaussian", "stiefel"]
 
 
-def _sketch(
+def random_sketch(
     key: Key[Array, ""], n: int, rank: int, scale: Any, sketch: Sketch, dtype: Any
 ) -> Float[Array, "n r"]:
     """Ω (n, rank): N(0, scale²) entries, or `scale` times a uniform orthonormal frame."""
@@ -75,7 +75,7 @@ def nystrom(
     """
     a = Symmetric(a).a
     validation.require_rank(rank, a.shape)
-    omega = _sketch(key, a.shape[1], rank, scale, sketch, a.dtype)
+    omega = random_sketch(key, a.shape[1], rank, scale, sketch, a.dtype)
     x0 = a @ omega
     _require_semidefinite(omega.T @ x0, a.shape[0])
     return x0
@@ -107,7 +107,7 @@ def nystrom_factors(
     """
     a = Asymmetric(a).a
     validation.require_rank(rank, a.shape)
-    omega = _sketch(key, a.shape[1], rank, scale, sketch, a.dtype)
+    omega = random_sketch(key, a.shape[1], rank, scale, sketch, a.dtype)
     return Factors(a @ omega, jnp.zeros((a.shape[1], rank), a.dtype))
 
 
@@ -131,7 +131,7 @@ def nystrom_from_gradient(
         True
     """
     validation.require_rank(rank, (m, m))
-    omega = _sketch(key, m, rank, scale, sketch, dtype or jnp.result_type(float))
+    omega = random_sketch(key, m, rank, scale, sketch, dtype or jnp.result_type(float))
     return omega @ (omega.T @ omega) - gradient(omega)
 
 
@@ -153,7 +153,7 @@ def nystrom_factors_from_gradient(
     """
     validation.require_rank(rank, shape)
     m, n = shape
-    omega = _sketch(key, n, rank, scale, sketch, dtype or jnp.result_type(float))
+    omega = random_sketch(key, n, rank, scale, sketch, dtype or jnp.result_type(float))
     grads = gradient(Factors(jnp.zeros((m, rank), omega.dtype), omega))
     return Factors(-grads.left, jnp.zeros_like(omega))
 
@@ -182,7 +182,7 @@ def small(
         (5, 2)
     """
     validation.require_rank(rank, (m, m))
-    return _sketch(key, m, rank, scale, "gaussian", dtype or jnp.result_type(float))
+    return random_sketch(key, m, rank, scale, "gaussian", dtype or jnp.result_type(float))
 
 
 def small_factors(
@@ -193,7 +193,10 @@ def small_factors(
     keys = jax.random.split(key)
     dtype = dtype or jnp.result_type(float)
     return Factors(
-        *(_sketch(k, s, rank, scale, "gaussian", dtype) for k, s in zip(keys, shape, strict=True))
+        *(
+            random_sketch(k, s, rank, scale, "gaussian", dtype)
+            for k, s in zip(keys, shape, strict=True)
+        )
     )
 
 

@@ -1,0 +1,174 @@
+"""Starts of an adapter: from its layer's kernel W_0, or from the gradient there.
+
+Each is a function `(key, kernel, rank, scaling, **options) -> (a, b)` of one matrix, kernel
+(in, out), a (in, r), b (r, out). The layer adds s·a·b with s = `scaling` (α/r or α/√r). Where
+neither is zero (None) the caller subtracts the start's product again, so that training starts at
+W_0. Starts from gradients are in `gradients.py`.
+
+References:
+    Hu et al., LoRA, ICLR 2022. Meng, Wang, Zhang, PiSSA, NeurIPS 2024. Büyükakyüz, OLoRA, 2024.
+    NoRA is Algorithm 1 of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from nyscaled import validation
+from nyscaled.initializers import Sketch, random_sketch
+from nyscaled.linalg import full_precision, orthonormalize
+
+
+class Start(NamedTuple):
+    """The factors that an adapter starts from, float32 at least; None stands for zeros."""
+
+    a: Float[Array, "m r"] | None
+    b: Float[Array, "r n"] | None
+
+
+Init = Callable[..., Start]
+
+_OVERSAMPLING = 8  # columns beyond r in the randomized SVD
+
+
+def _dtype(kernel: Any) -> Any:
+    return jnp.promote_types(kernel.dtype, jnp.float32)
+
+
+def _times(x: Array, y: Array) -> Array:
+    """x @ y accumulated in float32 at least, without a float32 copy of a bfloat16 kernel."""
+    narrow = min(x.dtype, y.dtype, key=lambda d: jnp.dtype(d).itemsize)
+    wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+    return jnp.matmul(x.astype(narrow), y.astype(narrow), preferred_element_type=wide)
+
+
+def lora(
+    key: Key[Array, ""],
+    kernel: Float[Array, "m n"],
+    rank: int,
+    scaling: float,
+    *,
+    distribution: Literal["kaiming", "gaussian"] = "kaiming",
+) -> Start:
+    """LoRA: a random, b = 0. "kaiming" is U(±1/√m), "gaussian" N(0, 1/r²); both as in PEFT."""
+    m = kernel.shape[0]
+    if distribution == "kaiming":
+        a = jax.random.uniform(key, (m, rank), _dtype(kernel), -1, 1) / m**0.5
+    elif distribution == "gaussian":
+        a = jax.random.normal(key, (m, rank), _dtype(kernel)) / rank
+    else:
+        raise ValueError(f"distribution is {distribution!r}; wanted 'kaiming' or 'gaussian'")
+    return Start(a, None)
+
+
+@full_precision
+def nora(
+    key: Key[Array, ""],
+    kernel: Float[Array, "m n"],
+    rank: int,
+    scaling: float,
+    *,
+    scale: float = 0.1,
+    sketch: Sketch = "gaussian",
+    side: Literal["input", "output"] = "input",
+) -> Start:
+    """NoRA (Algorithm 1): a = W_0Ω/s, b = 0, with Ω ~ N(0, ξ²), ξ = `scale`.
+
+    Args:
+        key: PRNG key for Ω.
+        kernel: W_0.
+        rank: r.
+        scaling: s; the start is divided by it.
+        scale: ξ. The paper tunes it among 0.02, 0.05, 0.1, 0.2.
+        sketch: "gaussian", or "stiefel" for ξ times an orthonormal Ω.
+        side: "input" as above. "output" is the same for W_0ᵀ: a = 0, b = ΩᵀW_0/s.
+    """
+    m, n = kernel.shape
+    dtype = _dtype(kernel)
+    if side == "input":
+        omega = random_sketch(key, n, rank, scale, sketch, dtype) / scaling
+        return Start(_times(kernel, omega), None)
+    if side == "output":
+        omega = random_sketch(key, m, rank, scale, sketch, dtype) / scaling
+        return Start(None, _times(omega.T, kernel))
+    raise ValueError(f"side is {side!r}; wanted 'input' or 'output'")
+
+
+@full_precision
+def pissa(
+    key: Key[Array, ""],
+    kernel: Float[Array, "m n"],
+    rank: int,
+    scaling: float,
+    *,
+    niter: int | None = None,
+) -> Start:
+    """PiSSA: s·a·b is the best rank-r approximation of W_0, balanced.
+
+    Args:
+        key: PRNG key of the randomized form; not used by the exact one.
+        kernel: W_0.
+        rank: r.
+        scaling: s.
+        niter: None for a full SVD by LAPACK; else that many power iterations of a randomized one
+            (PEFT's `pissa_niter_4` is 4), in products alone.
+    """
+    if niter is None:
+        u, s, vt = jnp.linalg.svd(kernel.astype(_dtype(kernel)), full_matrices=False)
+        u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    else:
+        columns = min(rank + _OVERSAMPLING, *kernel.shape)
+        omega = jax.random.normal(key, (kernel.shape[1], columns), _dtype(kernel))
+        basis = orthonormalize(_times(kernel, omega))
+        for _ in range(niter):
+            basis = orthonormalize(_times(kernel, orthonormalize(_times(basis.T, kernel).T)))
+        u, s, vt = _leading(basis, _times(basis.T, kernel), rank)
+    root = jnp.sqrt(s / scaling)
+    return Start(u * root, root[:, None] * vt)
+
+
+def _leading(basis: Array, compressed: Array, rank: int) -> tuple[Array, Array, Array]:
+    """The leading singular triples of basis @ compressed, by an SVD of the side of `basis`."""
+    rows = orthonormalize(compressed.T)
+    u, s, vt = jnp.linalg.svd(compressed @ rows)
+    return basis @ u[:, :rank], s[:rank], vt[:rank] @ rows.T
+
+
+@full_precision
+def olora(key: Key[Array, ""], kernel: Float[Array, "m n"], rank: int, scaling: float) -> Start:
+    """OLoRA: W_0ᵀ = QR, b = Q_rᵀ, a = R_rᵀ = W_0Q_r; Q_r needs the first r rows of W_0 only."""
+    leading = orthonormalize(kernel[:rank].astype(_dtype(kernel)).T)
+    return Start(_times(kernel, leading), leading.T)
+
+
+@full_precision
+def orthogonal(
+    key: Key[Array, ""], kernel: Float[Array, "m n"], rank: int, scaling: float
+) -> Start:
+    """PEFT's "orthogonal": a and b Gaussian in complementary halves of a random basis, so a·b ≈ 0.
+
+    Raises:
+        ValueError: on an odd rank.
+    """
+    if rank % 2:
+        raise ValueError(f"rank is {rank}; wanted an even one for the init 'orthogonal'")
+    (m, n), dtype = kernel.shape, _dtype(kernel)
+    first, second, third = jax.random.split(key, 3)
+    q = jax.random.orthogonal(first, rank, dtype=dtype)
+    a = jax.random.normal(second, (m, rank // 2), dtype) @ q[0::2]
+    b = q[1::2].T @ jax.random.normal(third, (rank // 2, n), dtype)
+    return Start(a / 10, b / 10)
+
+
+KERNEL_INITS: dict[str, Init] = {
+    "lora": lora,
+    "nora": nora,
+    "pissa": pissa,
+    "olora": olora,
+    "orthogonal": orthogonal,
+}

@@ -1,0 +1,92 @@
+"""Which adapters act, and folding them into the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from nyscaled.lora import kernels
+from nyscaled.lora.axes import from_matrices, split
+from nyscaled.lora.inject import adapted_layers, require_name
+from nyscaled.lora.layer import Adapter, AdapterState
+
+
+def activate(
+    model: nnx.Module, names: str | Sequence[str] = (), *, rows: Sequence[str | None] | None = None
+) -> None:
+    """Says which adapters act. Only arrays change, so nothing is compiled anew.
+
+    Args:
+        model: with adapters.
+        names: the sets that act, for every input; none by default, which gives the base.
+        rows: in place of `names`, the set for each row of the batch (None for the base): one call
+            then serves several adapters from one W_0 (A.3). The batch is the input's first axis.
+            Going from sets to rows, or to another number of rows, changes shapes and compiles once.
+
+    Raises:
+        ValueError: on an unknown name.
+
+    Example:
+        >>> import jax, nyscaled as nys
+        >>> model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+        >>> for name in ("english", "french"):
+        ...     _ = nys.lora.apply(model, 2, targets=".*", key=jax.random.key(0), name=name)
+        >>> activate(model, "french")
+        >>> activate(model, rows=["english", None, "french"])
+    """
+    layers = adapted_layers(model)
+    wanted = [names] if isinstance(names, str) else list(names)
+    for name in {n for n in (*wanted, *(rows or ())) if n is not None}:
+        require_name(layers, name)
+    for layer in layers.values():
+        for name, adapter in layer.adapters.items():
+            value = float(name in wanted) if rows is None else [float(name == r) for r in rows]
+            gate = jnp.asarray(value, adapter.gate.dtype)
+            adapter.gate = AdapterState(jnp.broadcast_to(gate, (*adapter.stack, *gate.shape)))
+
+
+def merge(model: nnx.Module, name: str = "default") -> None:
+    """Adds an adapter's update to the kernels: W_0 + s·a·b. Its own path is then skipped.
+
+    The sum is taken in float32 and rounded to the kernel's dtype, which in bfloat16 may lose
+    much of a small update. `remove` afterwards leaves plain layers with the merged kernels.
+
+    Raises:
+        ValueError: on an unknown name, one that is merged already, or a quantized kernel;
+            nothing has been changed then.
+    """
+    _fold(model, name, merged=True)
+
+
+def unmerge(model: nnx.Module, name: str = "default") -> None:
+    """Takes a merged update out of the kernels again, to rounding (no copy of W_0 is kept).
+
+    Raises:
+        ValueError: on an unknown name or one that is not merged.
+    """
+    _fold(model, name, merged=False)
+
+
+def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
+    layers = {p: m for p, m in adapted_layers(model).items() if name in m.adapters}
+    require_name(layers, name)
+    for path, layer in layers.items():
+        if layer.adapters[name].merged == merged:
+            raise ValueError(f"{path}: the adapter {name!r} is {'' if merged else 'not '}merged")
+        if kernels.is_quantized(layer.kernel):
+            raise ValueError(
+                f"{path} has a quantized kernel; wanted one to merge into: dequantize it"
+            )
+    for layer in layers.values():
+        adapter = layer.adapters[name]
+        _add(layer, adapter, 1 if merged else -1)
+        adapter.merged = merged
+
+
+def _add(layer: Any, adapter: Adapter, sign: int) -> None:
+    kernel = layer.kernel[...]
+    change = from_matrices(adapter.product(), split(layer), len(adapter.stack), kernel.shape)
+    layer.kernel[...] = (kernel.astype(change.dtype) + sign * change).astype(kernel.dtype)
