@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from nyscaled import validation
 from nyscaled.initializers import Sketch, random_sketch
 from nyscaled.linalg import full_precision, orthonormalize
 

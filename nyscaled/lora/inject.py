@@ -81,7 +81,7 @@ def apply(
 
     Args:
         model: any NNX model. Layers that can carry adapters are `nnx.Linear`,
-            `nnx.LinearGeneral` and `nnx.Einsum`, plain or quantized by qwix.
+            `nnx.LinearGeneral` and `nnx.Einsum`.
         rank: r.
         alpha: α; r if None, so that s = 1 (s = √r if rank-stabilized).
         targets: a regular expression for whole module paths (`.*(q_proj|v_proj)`), or a mapping
@@ -100,7 +100,7 @@ def apply(
 
     Raises:
         ValueError: on a pattern that matches nothing, a rank above a layer's sides, a name in use,
-            an unknown init, a kernel that is not floating, or NaN in one.
+            an unknown init, a kernel that is not floating (quantized, say), or NaN in one.
 
     Example:
         >>> from flax import nnx
@@ -112,43 +112,90 @@ def apply(
     """
     ranks = {targets: rank} if isinstance(targets, str) else dict(targets)
     validation.require_scalar("dropout", dropout, 0, 1, open_low=False)
-    if not re.fullmatch(r"\w+", name):
-        raise ValueError(f"name is {name!r}; wanted letters, digits and underscores")
+    if alpha is not None:
+        validation.require_scalar("alpha", alpha, 0, float("inf"), open_low=True)
+    require_new_name(name)
     found, draw = _find(model, ranks), kernels.resolve(init)
-    for path, (layer, layer_rank) in found.items():
-        _require_room(path, layer, layer_rank, name)
-    drawn, adapters = {}, {}
     for path, (layer, r) in found.items():
-        scaling = scaling_of(r if alpha is None else alpha, r, rank_stabilized)
-        drawn[path] = draw_for(layer, path, r, scaling, dtype, key, draw, options)
+        require_room(path, layer, r, name)
+    drawn = {
+        path: draw_for(
+            layer, path, r, scaling_of(alpha or r, r, rank_stabilized), dtype, key, draw, options
+        )
+        for path, (layer, r) in found.items()
+    }
     kernels.require_finite(drawn)
+    adapters = {}
     for path, (layer, r) in found.items():
-        stack = stack_of(layer, layer.kernel)
-        adapters[path] = Adapter(
+        adapters[path] = new_adapter(
+            layer,
+            path,
             drawn[path].a,
             drawn[path].b,
-            stack=stack,
-            alpha=r if alpha is None else alpha,
+            alpha=alpha or r,
             rank_stabilized=rank_stabilized,
-            dropout=_dropout(dropout, kernels.path_key(key, f"{path}.dropout"), stack),
-            names=_declared_names(layer, len(stack)),
+            dropout=dropout,
+            key=key,
         )
         adapters[path].restart(drawn[path], key, init, options)
-    for path, (layer, _) in found.items():
+    return attach({path: layer for path, (layer, _) in found.items()}, adapters, name)
+
+
+def new_adapter(
+    layer: Any,
+    path: str,
+    a: Array,
+    b: Array,
+    *,
+    alpha: float,
+    rank_stabilized: bool,
+    dropout: float,
+    key: Key[Array, ""] | None,
+) -> Adapter:
+    """An adapter with these factors for a layer; without dropout if there is no key for it."""
+    stack = stack_of(layer, layer.kernel)
+    rate = dropout if key is not None else 0.0
+    return Adapter(
+        a,
+        b,
+        stack=stack,
+        alpha=alpha,
+        rank_stabilized=rank_stabilized,
+        dropout=_dropout(rate, key, path, stack),
+        names=_declared_names(layer, len(stack)),
+    )
+
+
+def attach(layers: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str) -> dict[str, Any]:
+    """Gives each layer its adapter, and the class that uses it."""
+    for path, adapter in adapters.items():
+        layer = layers[path]
         if not isinstance(layer, Adapted):
             layer.adapters = nnx.Dict({})
             layer.__class__ = adapted_class(type(layer))
-        layer.adapters[name] = adapters[path]
-    return {path: layer for path, (layer, _) in found.items()}
+        layer.adapters[name] = adapter
+    return {path: layers[path] for path in adapters}
 
 
-def _require_room(path: str, layer: Any, rank: int, name: str) -> None:
+def require_new_name(name: str) -> None:
+    """Raises ValueError unless `name` can be that of a set of adapters."""
+    if not re.fullmatch(r"\w+", name):
+        raise ValueError(f"name is {name!r}; wanted letters, digits and underscores")
+
+
+def require_room(path: str, layer: Any, rank: int, name: str) -> None:
+    """Raises ValueError unless the layer can take an adapter of this rank and name."""
     if isinstance(layer, nnx.LoRALinear) or any(k.endswith("_lora_a") for k in vars(layer)):
         raise ValueError(
             f"{path} has adapters of flax or qwix; wanted a plain layer (`initialize` fills those)"
         )
     if isinstance(layer, Adapted) and name in layer.adapters:
         raise ValueError(f"{path} has an adapter named {name!r}; wanted another name, or `remove`")
+    if kernels.is_quantized(layer.kernel):
+        raise ValueError(
+            f"{path} was quantized by qwix, which reads every product of the model; wanted a plain "
+            "layer: let qwix.LoraProvider put the adapters in, and fill them with `initialize`"
+        )
     stack_of(layer, layer.kernel)
     sides = jax.eval_shape(
         lambda: to_matrices(jnp.zeros(declared_shape(layer)), split(layer), 0)
@@ -187,15 +234,15 @@ def _declared_names(layer: Any, depth: int) -> Any:
     return kernels.names_like(kernel, split(layer), depth)
 
 
-def _dropout(rate: float, key: Any, stack: tuple[int, ...]) -> nnx.Dropout | None:
+def _dropout(rate: float, key: Any, path: str, stack: tuple[int, ...]) -> nnx.Dropout | None:
     """A dropout with a stream of its own for each layer of a stack."""
     if not rate:
         return None
-    keys = jax.random.split(key, stack) if stack else key
+    key = kernels.path_key(key, f"{path}.dropout")
     make = lambda key: nnx.Dropout(rate, rngs=nnx.Rngs(dropout=key))  # noqa: E731
     for _ in stack:
         make = nnx.vmap(make)
-    return make(keys)
+    return make(jax.random.split(key, stack) if stack else key)
 
 
 def remove(model: nnx.Module, name: str | None = None) -> None:

@@ -31,11 +31,10 @@ def dense(kernel: Any, path: str) -> jax.Array:
     Raises:
         ValueError: on a kernel of another kind, or of integers.
     """
-    quantized = getattr(kernel, "array", None)
-    if hasattr(quantized, "qvalue"):
+    if is_quantized(kernel):
         import qwix
 
-        return qwix.dequantize(nnx.as_pure(quantized))
+        return qwix.dequantize(nnx.as_pure(kernel.array))
     value = kernel[...] if isinstance(kernel, nnx.Variable) else kernel
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
         kind = getattr(value, "dtype", type(value).__name__)
@@ -73,8 +72,8 @@ class Drawn(NamedTuple):
     Shapes are a (stack…, batch…, in, r), b (stack…, batch…, r, out).
     """
 
-    a: Float[Array, "..."]
-    b: Float[Array, "..."]
+    a: Float[Array, "*shape"]
+    b: Float[Array, "*shape"]
     subtracted: Start | None
 
 
@@ -90,7 +89,7 @@ def _over(fn: Callable[..., Drawn], keys: Any, kernels: Array) -> Drawn:
 )
 def draw(
     key: Key[Array, ""],
-    kernel: Float[Array, "..."],
+    kernel: Float[Array, "*shape"],
     *,
     init: Init,
     rank: int,
@@ -156,8 +155,6 @@ def names_like(kernel: Any, parts: Split, depth: int) -> tuple[Any, Any] | None:
 
 
 def _sharding(kernel: Any) -> NamedSharding | None:
-    if is_quantized(kernel):
-        return None
     value = kernel[...] if isinstance(kernel, nnx.Variable) else kernel
     sharding = getattr(value, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None

@@ -141,9 +141,13 @@ class Adapted(nnx.Module):
     """What `apply` mixes into the class of a layer: the sum over its adapters."""
 
     adapters: nnx.Dict
+    kernel: Any
+    dtype: Any
+    precision: Any
 
     def __call__(self, inputs: Array, *args: Any, out_sharding: Any = None, **kwargs: Any) -> Array:
-        y = super().__call__(inputs, *args, out_sharding=out_sharding, **kwargs)
+        base: Any = super()
+        y = base.__call__(inputs, *args, out_sharding=out_sharding, **kwargs)
         lengths, parts = declared_shape(self), split(self)
         contraction = Contraction(
             equations(self, inputs.ndim),
@@ -162,4 +166,5 @@ class Adapted(nnx.Module):
 def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass of a layer's class that carries adapters; one object a class, as jit caches want."""
     name = f"LoRA{base.__name__}"
-    return type(base)(name, (Adapted, base), {"__module__": __name__, "base_class": base})
+    meta: Any = type(base)
+    return meta(name, (Adapted, base), {"__module__": __name__, "base_class": base})

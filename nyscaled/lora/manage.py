@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from nyscaled.lora import kernels
 from nyscaled.lora.axes import from_matrices, split
 from nyscaled.lora.inject import adapted_layers, require_name
 from nyscaled.lora.layer import Adapter, AdapterState
@@ -55,8 +54,7 @@ def merge(model: nnx.Module, name: str = "default") -> None:
     much of a small update. `remove` afterwards leaves plain layers with the merged kernels.
 
     Raises:
-        ValueError: on an unknown name, one that is merged already, or a quantized kernel;
-            nothing has been changed then.
+        ValueError: on an unknown name or one that is merged already; nothing has been changed then.
     """
     _fold(model, name, merged=True)
 
@@ -76,10 +74,6 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
     for path, layer in layers.items():
         if layer.adapters[name].merged == merged:
             raise ValueError(f"{path}: the adapter {name!r} is {'' if merged else 'not '}merged")
-        if kernels.is_quantized(layer.kernel):
-            raise ValueError(
-                f"{path} has a quantized kernel; wanted one to merge into: dequantize it"
-            )
     for layer in layers.values():
         adapter = layer.adapters[name]
         _add(layer, adapter, 1 if merged else -1)

@@ -1,0 +1,172 @@
+"""Starts from the gradient of the loss at W_0, through the adapters alone (Appendix A.4).
+
+With a = 0 the network is the base's, and the gradient in a is s·G·bᵀ, where G is the gradient in
+W_0; with b = 0 the gradient in b is s·aᵀG. So G is multiplied from either side, for all layers at
+once, by a gradient that the training loop computes anyway, and no array of W_0's size is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from nyscaled.initializers import Sketch, random_sketch
+from nyscaled.linalg import full_precision, orthonormalize
+from nyscaled.lora.kernels import path_key
+from nyscaled.lora.pairs import Pair, Path, leading
+
+
+class Matrices(NamedTuple):
+    """An adapter's factors, or their gradients, as stacks of matrices in float32 at least."""
+
+    a: Float[Array, "k m r"]
+    b: Float[Array, "k r n"]
+
+
+Factors = dict[str, Matrices]
+"""By the layer's path."""
+
+Gradient = Callable[[Factors], Factors]
+
+
+def _zeros(
+    starts: Factors, a: Mapping[str, Array] | None, b: Mapping[str, Array] | None
+) -> Factors:
+    """`starts` with a or b replaced and the other factor zero."""
+    return {
+        path: Matrices(
+            jnp.zeros_like(s.a) if a is None else a[path],
+            jnp.zeros_like(s.b) if b is None else b[path],
+        )
+        for path, s in starts.items()
+    }
+
+
+def _sketches(key: Key[Array, ""], starts: Factors, sketch: Sketch) -> dict[str, Array]:
+    """Ωᵀ (k, r, out) for each layer."""
+
+    def draw(path: str, b: Array) -> Array:
+        keys = jax.random.split(path_key(key, path), len(b))
+        rank, n = b.shape[1:]
+        return jax.vmap(lambda k: random_sketch(k, n, rank, 1.0, sketch, b.dtype).T)(keys)
+
+    return {path: draw(path, s.b) for path, s in starts.items()}
+
+
+def _require_gradient(images: Mapping[str, Array]) -> None:
+    """Raises ValueError where the loss does not depend on a layer, or is not finite there."""
+    sizes = jax.device_get({p: jnp.min(jnp.linalg.norm(x, axis=(1, 2))) for p, x in images.items()})
+    for path, size in sizes.items():
+        if not (0 < size < math.inf):
+            raise ValueError(
+                f"the loss has a gradient of norm {size} at {path}; wanted a finite one, not zero "
+                "(is the adapter active, and does the loss depend on the layer?)"
+            )
+
+
+@full_precision
+def nora_grad(
+    gradient: Gradient,
+    starts: Factors,
+    key: Key[Array, ""],
+    *,
+    scale: float = 3**-0.5,
+    sketch: Sketch = "gaussian",
+) -> Factors:
+    """A.4: a = −GΩ, the negative gradient in a at (0, Ωᵀ), and b = 0.
+
+    The length of a gradient is in units of the loss and means nothing for a start, so each a is
+    scaled to columns of root mean square length `scale`; 1/√3 is that of LoRA's Kaiming start.
+    """
+    images = {
+        p: g.a for p, g in gradient(_zeros(starts, None, _sketches(key, starts, sketch))).items()
+    }
+    _require_gradient(images)
+    size = {p: jnp.linalg.norm(x, axis=(1, 2), keepdims=True) for p, x in images.items()}
+    return _zeros(
+        starts, {p: -x * (scale * x.shape[-1] ** 0.5 / size[p]) for p, x in images.items()}, None
+    )
+
+
+@full_precision
+def lora_one(
+    gradient: Gradient,
+    starts: Factors,
+    key: Key[Array, ""],
+    *,
+    gamma: float = 16.0,
+    niter: int = 2,
+) -> Factors:
+    """LoRA-One: a = c·U√(S/S_1), b = c·√(S/S_1)Vᵀ of the leading r singular triples of −G.
+
+    c² = √out/γ. The product is not subtracted: the model starts one rank-r gradient step ahead of
+    W_0, which is the idea of the method. The triples come from `niter` rounds of subspace
+    iteration, two gradients each, and two more.
+
+    References:
+        Zhang, Liu, Chen, LoRA-One: one-step full gradient could suffice for fine-tuning large
+        language models, ICML 2025.
+    """
+    b = _sketches(key, starts, "gaussian")
+    rows: dict[str, Array] = {}
+    bases: dict[str, Array] = {}
+    for _ in range(niter + 1):
+        images = {p: -g.a for p, g in gradient(_zeros(starts, None, b)).items()}
+        _require_gradient(images)
+        bases = {p: _orthonormal(x) for p, x in images.items()}
+        rows = {p: -g.b for p, g in gradient(_zeros(starts, bases, None)).items()}
+        b = {p: _orthonormal(x.mT).mT for p, x in rows.items()}
+
+    def balanced(basis: Array, compressed: Array) -> Matrices:
+        u, s, vt = jnp.linalg.svd(compressed, full_matrices=False)
+        root = jnp.sqrt(s / s[0] * (vt.shape[1] ** 0.5 / gamma))
+        return Matrices(basis @ (u * root), root[:, None] * vt)
+
+    return {p: jax.vmap(balanced)(bases[p], rows[p]) for p in starts}
+
+
+_orthonormal = jax.vmap(lambda x: orthonormalize(x / jnp.linalg.norm(x)))
+
+GRADIENT_INITS: dict[str, Callable[..., Any]] = {"nora_grad": nora_grad, "lora_one": lora_one}
+
+
+def start(
+    init: str,
+    key: Key[Array, ""],
+    found: Sequence[Pair],
+    leaves: Mapping[Path, Array],
+    gradient: Callable[[dict[Path, Array]], Mapping[Path, Array]],
+    options: Mapping[str, Any],
+) -> dict[Path, Array]:
+    """New values for the factors of the pairs; `gradient` maps such values to their gradients."""
+
+    def matrices(values: Mapping[Path, Array]) -> Factors:
+        out = {}
+        for pair in found:
+            a, b = values[pair.a], values[pair.b]
+            count = math.prod(a.shape[: leading(a.shape, b.shape, pair.layer)])
+            out[pair.layer] = Matrices(
+                _wide(a).reshape((count, -1, a.shape[-1])),
+                _wide(b).reshape((count, a.shape[-1], -1)),
+            )
+        return out
+
+    def written(starts: Factors) -> dict[Path, Array]:
+        pairs = [
+            (path, x) for p in found for path, x in zip((p.a, p.b), starts[p.layer], strict=True)
+        ]
+        return {path: x.reshape(leaves[path].shape).astype(leaves[path].dtype) for path, x in pairs}
+
+    new = GRADIENT_INITS[init](
+        lambda starts: matrices(gradient(written(starts))), matrices(leaves), key, **options
+    )
+    return written(new)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
