@@ -24,7 +24,7 @@ FLOORS = {
     "factorize": 2,
     "lora": 3,
     "models": 4,
-    "checkpoints": 4,
+    "checkpoints": 2,
     "finetune": 5,
     "cli": 5,
 }

@@ -10,3 +10,5 @@ from nyscaled.lora.layer import Adapter as Adapter
 from nyscaled.lora.manage import activate as activate
 from nyscaled.lora.manage import merge as merge
 from nyscaled.lora.manage import unmerge as unmerge
+from nyscaled.lora.peft import load_peft as load_peft
+from nyscaled.lora.peft import save_peft as save_peft

@@ -1,0 +1,91 @@
+"""What PEFT calls the layers of an NNX model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+Namer = Callable[[str, tuple[int, ...]], str]
+Names = str | Namer | Mapping[str, str] | None
+
+_GATED = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
+# Where the layers are in transformers' model with its head, and the linear layers in each.
+_FAMILIES = {
+    "opt": ("model.decoder.layers", r"self_attn\.(?:[qkv]|out)_proj|fc[12]"),
+    "llama": ("model.layers", _GATED),
+    "gemma": ("model.layers", _GATED),
+    "bert": (
+        "bert.encoder.layer",
+        r"attention\.self\.(?:query|key|value)|(?:attention\.output|intermediate|output)\.dense",
+    ),
+}
+
+
+def family(name: str) -> Namer:
+    """The names of a family's layers in transformers, from paths that end as they do.
+
+    Layers may be a list (`….layers.3.self_attn.q_proj`) or a stack (`….layers.self_attn.q_proj`).
+    "bert" is the model of a task (`bert.encoder.layer.3.…`); names of a bare `BertModel` are these
+    without `bert.`.
+
+    Raises:
+        ValueError: on an unknown family; later, on a path that it does not have.
+
+    Example:
+        >>> family("llama")("decoder.layers.mlp.up_proj", (3,))
+        'model.layers.3.mlp.up_proj'
+        >>> bare = lambda path, index: family("bert")(path, index).removeprefix("bert.")
+        >>> bare("layers.3.attention.self.query", ())
+        'encoder.layer.3.attention.self.query'
+    """
+    if name not in _FAMILIES:
+        raise ValueError(f"names is {name!r}; wanted one of {', '.join(map(repr, _FAMILIES))}")
+    prefix, linear = _FAMILIES[name]
+    pattern = re.compile(rf"(?:.*\.)?layers?\.(?:(\d+)\.)?({linear})")
+
+    def to_name(path: str, index: tuple[int, ...]) -> str:
+        match = pattern.fullmatch(path)
+        places = (*index, *(match[1],) * bool(match[1])) if match else ()
+        if match is None or len(places) != 1:
+            raise ValueError(
+                f"{path} with stack index {index} is no layer of the family {name!r}; wanted "
+                f"layers.<i>.<module>, or layers.<module> in a stack, <module> like {linear}"
+            )
+        return f"{prefix}.{places[0]}.{match[2]}"
+
+    return to_name
+
+
+def _same(path: str, index: tuple[int, ...]) -> str:
+    if index:
+        raise ValueError(
+            f"{path} is a stack, and only `names` can say what its layers are called, such as "
+            f"{{{path!r}: 'layers.{{}}.q_proj'}}"
+        )
+    return path
+
+
+def _from_table(table: Mapping[str, str]) -> Namer:
+    def to_name(path: str, index: tuple[int, ...]) -> str:
+        name = table.get(path)
+        if name is None or name.count("{}") != len(index):
+            raise ValueError(
+                f"names has {name!r} for {path}; wanted a name with {len(index)} '{{}}', one for "
+                "each axis of its stack"
+            )
+        return name.format(*index)
+
+    return to_name
+
+
+def resolve(names: Names) -> Namer:
+    """The function `(path, index in the stack) -> name` that `names` stands for.
+
+    Raises:
+        ValueError: on an unknown family.
+    """
+    if names is None:
+        return _same
+    if isinstance(names, str):
+        return family(names)
+    return _from_table(names) if isinstance(names, Mapping) else names

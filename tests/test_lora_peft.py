@@ -1,0 +1,528 @@
+"""Adapters saved as PEFT folders and loaded again; what must be refused."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+import nyscaled as nys
+from nyscaled.checkpoints import peft
+from nyscaled.lora.names import family
+
+KEY = jax.random.key(0)
+NAMES = {
+    "items.0": "items.0",
+    "items.1": "items.1",
+    "heads": "heads",
+    "out": "out",
+    "layers.up": "layers.{}.up",
+    "layers.down": "layers.{}.down",
+}
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(8, 12, rngs=rngs), nnx.Linear(12, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+class Model(nnx.Module):
+    """Every kind of layer that can carry adapters, and a stack of two."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.items = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
+        self.heads = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
+        self.out = nnx.Einsum("bnh,nhd->bd", (2, 4, 8), (8,), rngs=rngs)
+        stacked = nnx.split_rngs(splits=2)(nnx.vmap(Layer))
+        self.layers = stacked(rngs)
+
+    def __call__(self, x):
+        for item in self.items:
+            x = jnp.tanh(item(x))
+        x = self.out(self.heads(x))
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, self.layers
+        )
+
+
+X = jax.random.normal(jax.random.key(1), (5, 8))
+
+
+def train(model, name="default"):
+    """Moves the factors, as training would."""
+    rng = np.random.default_rng(0)
+    layers = nys.lora.adapted_layers(model).values()
+    for adapter in (layer.adapters[name] for layer in layers if name in layer.adapters):
+        for side in ("lora_a", "lora_b"):
+            value = np.asarray(getattr(adapter, side)[...])
+            moved = value + 0.1 * rng.standard_normal(value.shape)
+            getattr(adapter, side)[...] = jnp.asarray(moved.astype(value.dtype))
+
+
+def adapted(name="default", targets=".*", **options):
+    model = Model()
+    nys.lora.apply(model, 2, 3.0, targets=targets, key=KEY, name=name, **options)
+    train(model, name)
+    return model
+
+
+def save(model, folder, **options):
+    nys.lora.save_peft(model, folder, base_model="mine", names=NAMES, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(adapted(), tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+
+
+def edit_tensors(folder, change):
+    with safetensors.safe_open(folder / TENSORS, framework="numpy") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    safetensors.numpy.save_file(change(tensors), folder / TENSORS, metadata)
+
+
+def key_of(module, side="A"):
+    return f"base_model.model.{module}.lora_{side}.weight"
+
+
+@pytest.mark.parametrize(
+    ("init", "rank_stabilized"),
+    [*((init, False) for init in nys.lora.KERNEL_INITS), ("lora", True), ("pissa", True)],
+)
+def test_round_trip(init, rank_stabilized, tmp_path):
+    model = adapted(init=init, rank_stabilized=rank_stabilized)
+    save(model, tmp_path)
+    again = Model()
+    touched = nys.lora.load_peft(again, tmp_path, names=NAMES)
+    assert set(touched) == set(NAMES)
+    assert nys.lora.adapted_layers(again).keys() == touched.keys()
+    got, wanted = again(X), model(X)
+    assert jnp.max(jnp.abs(wanted - Model()(X))) > 0.1
+    if model.heads.adapters["default"].start is None:
+        np.testing.assert_array_equal(got, wanted)
+        assert again.heads.adapters["default"].rank == 2
+    else:
+        np.testing.assert_allclose(got, wanted, atol=1e-6, rtol=1e-6)
+        assert again.heads.adapters["default"].rank == 4
+    scalings = [m.layers.up.adapters["default"].scaling for m in (model, again)]
+    assert scalings[0] == pytest.approx(scalings[1], rel=1e-15)
+
+
+def test_layout_is_that_of_torch(tmp_path):
+    model = adapted()
+    save(model, tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / TENSORS)
+    up = model.layers.up.adapters["default"]
+    np.testing.assert_array_equal(tensors[key_of("layers.1.up")], up.lora_a[...][1].T)
+    np.testing.assert_array_equal(tensors[key_of("layers.1.up", "B")], up.lora_b[...][1].T)
+    modules = "heads", "items.0", "items.1", "out", *(f"layers.{i}.{m}" for i in range(2) for m in ("up", "down"))  # fmt: skip
+    assert set(tensors) == {key_of(m, side) for m in modules for side in "AB"}
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["target_modules"] == sorted(modules)
+    wanted = {
+        **{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_rslora": False, "task_type": None},
+        **{"init_lora_weights": True, "base_model_name_or_path": "mine", "bias": "none"},
+        **{"inference_mode": True, "fan_in_fan_out": False, "lora_dropout": 0.0},
+        **{"rank_pattern": {}, "alpha_pattern": {}},
+    }
+    assert {k: config[k] for k in wanted} == wanted
+
+
+def test_doubled_rank_keeps_the_scaling(tmp_path):
+    save(adapted(init="pissa", rank_stabilized=True), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["r"], config["use_rslora"]) == (4, False)
+    assert config["lora_alpha"] / 4 == pytest.approx(3 / 2**0.5, rel=1e-15)
+
+
+def test_origin_is_recorded_and_restored(tmp_path):
+    model = adapted(init="nora", scale=0.2)
+    save(model, tmp_path / "one")
+    with safetensors.safe_open(tmp_path / "one" / TENSORS, framework="numpy") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert metadata["nyscaled"] == nys.__version__
+    (start,) = json.loads(metadata["starts"])
+    assert start["init"] == "nora"
+    assert start["options"] == {"scale": 0.2, "sketch": "gaussian", "side": "input"}
+    assert start["key"] == jax.random.key_data(KEY).tolist()
+    assert len(start["modules"]) == 8
+    again = Model()
+    nys.lora.load_peft(again, tmp_path / "one", names=NAMES)
+    save(again, tmp_path / "two")
+    with safetensors.safe_open(tmp_path / "two" / TENSORS, framework="numpy") as file:
+        assert file.metadata() == metadata
+    texts = [(tmp_path / name / CONFIG).read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1]
+
+
+def test_ranks_and_alphas_that_differ(tmp_path):
+    model = Model()
+    nys.lora.apply(model, alpha=4.0, targets={"heads": 1, "items.*": 3, "layers.*": 2}, key=KEY)
+    nys.lora.apply(model, 3, 5.0, targets="out", key=KEY, rank_stabilized=True, dropout=0.1)
+    train(model)
+    save(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["r"] == 2
+    assert config["lora_dropout"] == 0.1
+    assert config["rank_pattern"] == {r"^heads": 1, r"^items\.0": 3, r"^items\.1": 3, "^out": 3}
+    assert config["alpha_pattern"] == {"^out": pytest.approx(5 / 3**0.5 * 3)}
+    again = Model()
+    nys.lora.load_peft(again, tmp_path, names=NAMES)
+    model.eval()
+    np.testing.assert_allclose(again(X), model(X), atol=1e-6, rtol=1e-6)
+
+
+def test_sets_on_one_base_are_saved_apart(tmp_path):
+    model = adapted("first")
+    nys.lora.apply(model, 3, targets="items.*", init="lora", key=KEY, name="second")
+    train(model, "second")
+    again = Model()
+    for name in ("second", "first"):
+        nys.lora.activate(model, name)  # what is active is not saved: the other set is not touched
+        save(model, tmp_path / name, name=name)
+        nys.lora.load_peft(again, tmp_path / name, name=name, names=NAMES)
+    for name in ("first", "second", ()):
+        nys.lora.activate(model, name)
+        nys.lora.activate(again, name)
+        np.testing.assert_array_equal(again(X), model(X))
+    nys.lora.activate(model, rows=["first", None, "second", "first", None])
+    save(model, tmp_path / "rows", name="first")
+    files = [safetensors.numpy.load_file(tmp_path / name / TENSORS) for name in ("rows", "first")]
+    jax.tree.map(np.testing.assert_array_equal, *files)
+
+
+def test_narrow_factors_keep_their_dtype(tmp_path):
+    model = adapted(targets="items.*", dtype=jnp.bfloat16)
+    save(model, tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / TENSORS)
+    assert {str(t.dtype) for t in tensors.values()} == {"bfloat16"}
+    again, wide = Model(), Model()
+    nys.lora.load_peft(again, tmp_path, names=NAMES, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(again(X), model(X))
+    nys.lora.load_peft(wide, tmp_path, names=NAMES)
+    assert wide.items[0].adapters["default"].lora_a.dtype == jnp.float32
+
+
+def test_dropout_comes_with_a_key(tmp_path):
+    save(adapted(targets="layers.*", dropout=0.5), tmp_path)
+    still, moving = Model(), Model()
+    nys.lora.load_peft(still, tmp_path, names=NAMES)
+    nys.lora.load_peft(moving, tmp_path, names=NAMES, key=KEY)
+    assert jnp.max(jnp.abs(moving(X) - still(X))) > 1e-3
+    moving.eval()
+    np.testing.assert_array_equal(moving(X), still(X))
+
+
+@pytest.mark.parametrize("place", ["_flush", "os.replace"])
+def test_a_failure_leaves_no_mixture(place, folder, monkeypatch):
+    """Before the files are moved the old adapter stays; between the moves there is none."""
+    model = Model()
+    nys.lora.load_peft(model, folder, names=NAMES)
+    before, replace = {f: (folder / f).read_bytes() for f in (TENSORS, CONFIG)}, os.replace
+
+    def flush(path):
+        raise OSError("no space left")
+
+    def move(source, target):
+        if str(target).endswith(CONFIG):
+            raise OSError("gone")
+        replace(source, target)
+
+    if place == "_flush":
+        monkeypatch.setattr(peft, "_flush", flush)
+    else:
+        monkeypatch.setattr(peft.os, "replace", move)
+    with pytest.raises(OSError, match=r"no space|gone"):
+        save(adapted(init="lora"), folder)
+    if place == "_flush":
+        assert {f: (folder / f).read_bytes() for f in (TENSORS, CONFIG)} == before
+        assert sorted(os.listdir(folder)) == [CONFIG, TENSORS]
+    else:
+        assert os.listdir(folder) == [TENSORS]
+        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+            nys.lora.load_peft(Model(), folder, names=NAMES)
+
+
+def test_saved_over_another(folder):
+    model = adapted(init="lora", targets="items.*")
+    (folder / "README.md").write_text("kept")
+    save(model, folder)
+    assert sorted(os.listdir(folder)) == ["README.md", CONFIG, TENSORS]
+    assert set(nys.lora.load_peft(Model(), folder, names=NAMES)) == {"items.0", "items.1"}
+
+
+def refused(folder, match, model=None, **options):
+    model = Model() if model is None else model
+    before = nnx.state(model)
+    with pytest.raises(ValueError, match=match):
+        nys.lora.load_peft(model, folder, **({"names": NAMES} | options))
+    after = nnx.state(model)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+
+
+CONFIGS = {
+    "another method": ({"peft_type": "ADALORA"}, "peft_type"),
+    "no method": ({"peft_type": None}, "peft_type"),
+    "dora": ({"use_dora": True}, "use_dora"),
+    "modules to save": ({"modules_to_save": ["score"]}, "modules_to_save"),
+    "bias": ({"bias": "all"}, "bias"),
+    "lora bias": ({"lora_bias": True}, "lora_bias"),
+    "first layer": ({"layers_to_transform": 0}, "layers_to_transform"),
+    "layers": ({"layers_to_transform": [1], "layers_pattern": "h"}, "layers_to_transform"),
+    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    "megatron": ({"megatron_config": {"a": 1}}, "megatron_config"),
+    "activated": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+    "qalora": ({"use_qalora": True}, "use_qalora"),
+    "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "parameters": ({"target_parameters": ["w"]}, "target_parameters"),
+    "unknown": ({"a_new_variant": {"x": 1}}, "a_new_variant"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights.*converted"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    "unknown start": ({"init_lora_weights": "nora"}, "init_lora_weights"),
+    "rank": ({"r": 3}, "rank 2, and 3"),
+    "rank of none": ({"r": None}, "rank is None"),
+    "rank text": ({"r": "2"}, "rank is '2'"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "alpha text": ({"lora_alpha": "16"}, "lora_alpha"),
+    "alpha nan": ({"lora_alpha": float("nan")}, "lora_alpha"),
+    "scaling text": ({"use_rslora": "no"}, "use_rslora"),
+    "rank pattern": ({"rank_pattern": {"heads": 3}}, "rank 2, and 3"),
+    "idle pattern": ({"alpha_pattern": {"q_proj": 3}}, "apply to none"),
+    "pattern list": ({"rank_pattern": [3]}, "rank_pattern"),
+    "broken pattern": ({"alpha_pattern": {"(": 3}}, "regular expression"),
+    "stack alphas": ({"alpha_pattern": {r"layers\.0\.up": 7}}, r"\(r, α\)"),
+    "target without tensors": ({"target_modules": ["heads", "score"]}, "target_modules"),
+    "targets missed": ({"target_modules": ["heads"]}, "not among"),
+    "targets by expression": ({"target_modules": "heads|items.*"}, "not among"),
+    "broken expression": ({"target_modules": "("}, "regular expression"),
+    "targets number": ({"target_modules": 3}, "target_modules"),
+    "excluded": ({"exclude_modules": ["heads"]}, "not among"),
+}
+
+
+@pytest.mark.parametrize(("fields", "match"), CONFIGS.values(), ids=CONFIGS.keys())
+def test_configuration_refused(fields, match, folder):
+    edit_config(folder, **fields)
+    refused(folder, match)
+
+
+HARMLESS = {
+    **{"task_type": "CAUSAL_LM", "auto_mapping": {"base_model_class": "X"}, "revision": "main"},
+    **{"peft_version": "0.21.2", "inference_mode": False, "runtime_config": {"a": 1}},
+    **{"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {"bits": 4}},
+    **{"init_lora_weights": "gaussian", "lora_dropout": 0.3, "use_dora": False},
+    **{"modules_to_save": None, "layers_pattern": None, "exclude_modules": ["score"]},
+    **{"target_modules": ["up", "down", "heads", "out", "0", "1"], "alpha_pattern": {}},
+}
+
+
+@pytest.mark.parametrize("fields", [{k: v} for k, v in HARMLESS.items()], ids=HARMLESS)
+def test_configuration_without_effect(fields, folder):
+    wanted, got = Model(), Model()
+    nys.lora.load_peft(wanted, folder, names=NAMES)
+    edit_config(folder, **fields)
+    nys.lora.load_peft(got, folder, names=NAMES)
+    np.testing.assert_array_equal(got(X), wanted(X))
+
+
+def test_patterns_are_read_as_peft_does(folder):
+    """The first that matches counts; a pattern may be the end of a name."""
+    model = Model()
+    edit_config(folder, alpha_pattern={"up": 6, r"layers\.\d\.(up|down)": 9})
+    nys.lora.load_peft(model, folder, names=NAMES)
+    alphas = {p: m.adapters["default"].alpha for p, m in nys.lora.adapted_layers(model).items()}
+    assert alphas == dict.fromkeys(NAMES, 3) | {"layers.up": 6, "layers.down": 9}
+
+
+def dropped(*keys):
+    return lambda tensors: {k: v for k, v in tensors.items() if k not in keys}
+
+
+def added(**tensors):
+    return lambda old: old | {k.replace("__", "."): v for k, v in tensors.items()}
+
+
+def replaced(module, side, fn):
+    return lambda old: old | {key_of(module, side): fn(old[key_of(module, side)])}
+
+
+WIDE = np.zeros((2, 9), "f")
+FILES = {
+    "A alone": (dropped(key_of("out", "B")), "only lora_A of out"),
+    "B alone": (dropped(key_of("out", "A")), "only lora_B of out"),
+    "missing in config": (dropped(key_of("out"), key_of("out", "B")), "'out' in target_modules"),
+    "empty": (lambda old: {}, "no modules"),
+    "magnitude": (added(base_model__model__out__lora_magnitude_vector=WIDE), "magnitude"),
+    "other prefix": (lambda old: {k[len("base_model.") :]: v for k, v in old.items()}, "holds"),
+    "full weight": (added(base_model__model__score__weight=WIDE), "score.weight"),
+    "adapter name": (added(base_model__model__out__lora_A__default__weight=WIDE), "default"),
+    "three axes": (replaced("out", "A", lambda a: a[..., None]), "wanted"),
+    "ranks of A and B": (replaced("out", "A", lambda a: a[:1]), "wanted"),
+    "other base": (replaced("out", "A", lambda a: WIDE), "other|base"),
+    "integers": (replaced("out", "A", lambda a: a.astype(np.int32)), "int32"),
+    "not finite": (replaced("out", "A", lambda a: a * np.nan), "NaN"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), FILES.values(), ids=FILES.keys())
+def test_tensors_refused(change, match, folder):
+    edit_tensors(folder, change)
+    refused(folder, match)
+
+
+def test_unmatched_modules_refused(folder):
+    both = key_of("layers.1.up"), key_of("layers.1.up", "B")
+    edit_tensors(folder, dropped(*both))
+    edit_config(folder, target_modules=["up", "down", "heads", "out", "0", "1"])
+    refused(folder, r"no tensors of layers\.1\.up")
+    edit_config(folder, target_modules=None)  # of a stack each layer is needed, targeted or not
+    refused(folder, r"no tensors of layers\.1\.up")
+
+
+def test_targeted_layer_without_tensors_refused(folder):
+    edit_tensors(folder, dropped(key_of("items.1"), key_of("items.1", "B")))
+    edit_config(folder, target_modules=r"layers.*|items\.\d|heads|out")
+    refused(folder, r"no tensors of items\.1")
+    edit_config(folder, target_modules=None)
+    assert "items.1" not in nys.lora.load_peft(Model(), folder, names=NAMES)
+
+
+def test_tensors_without_a_layer_refused(folder):
+    refused(folder, r"layers\.0\.(up|down).*no layer", names=None)
+    refused(folder, "no layer", names="llama")
+    refused(folder, "no layer", model=nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        (TENSORS, b"", "sound safetensors"),
+        (TENSORS, bytes(range(256)), "sound safetensors"),
+        (TENSORS, None, "there is no"),
+        (CONFIG, b"{", "not JSON"),
+        (CONFIG, b"\xff\xfe", "not JSON"),
+        (CONFIG, b"[]", "object"),
+        (CONFIG, None, "adapter_config"),
+    ],
+)
+def test_broken_files_refused(name, content, match, folder):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    refused(folder, match)
+
+
+def test_truncated_pickled_or_missing_refused(folder, tmp_path):
+    whole = (folder / TENSORS).read_bytes()
+    for length in (7, 100, len(whole) // 2, len(whole) - 1):
+        (folder / TENSORS).write_bytes(whole[:length])
+        refused(folder, "sound safetensors")
+    shutil.move(folder / TENSORS, folder / "adapter_model.bin")
+    refused(folder, "pickle")
+    refused(tmp_path / "nowhere", "wanted a folder")
+
+
+def test_foreign_record_refused(folder):
+    tensors = safetensors.numpy.load_file(folder / TENSORS)
+    for starts in ("x", "[3]", '[{"init": "nora"}]'):
+        safetensors.numpy.save_file(tensors, folder / TENSORS, {"starts": starts})
+        refused(folder, "starts")
+    safetensors.numpy.save_file(tensors, folder / TENSORS)
+    model = Model()
+    nys.lora.load_peft(model, folder, names=NAMES)
+    assert model.out.adapters["default"].init == ("peft", ())
+
+
+def test_load_into_a_name_in_use_refused(folder):
+    refused(folder, "has an adapter named 'default'", model=adapted())
+    refused(folder, "wanted letters", name="a.b")
+
+
+def test_save_refused(tmp_path):
+    model = adapted()
+    with pytest.raises(ValueError, match="adapter is 'other'"):
+        save(model, tmp_path, name="other")
+    with pytest.raises(ValueError, match="task_type"):
+        save(model, tmp_path, task_type="chat")
+    for names, match in [
+        (None, "is a stack"),
+        ({}, "names has None"),
+        (NAMES | {"layers.up": "layers.up"}, "wanted a name with 1"),
+        (NAMES | {"out": "heads"}, "another layer's"),
+        ("gpt", "names is 'gpt'"),
+        ("llama", "no layer of the family"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            nys.lora.save_peft(model, tmp_path, base_model="mine", names=names)
+    nys.lora.merge(model)
+    with pytest.raises(ValueError, match="merged"):
+        save(model, tmp_path)
+    nys.lora.unmerge(model)
+    model.out.adapters["default"].lora_b[...] *= jnp.nan
+    with pytest.raises(ValueError, match="out has NaN"):
+        save(model, tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+def test_experts_refused(tmp_path):
+    experts = nnx.Einsum("ebi,eio->ebo", (3, 8, 8), rngs=nnx.Rngs(0))
+    model = nnx.Sequential(experts)
+    nys.lora.apply(model, 2, targets=".*", key=KEY)
+    with pytest.raises(ValueError, match=r"batch axes of lengths \[3\]"):
+        nys.lora.save_peft(model, tmp_path, base_model="mine")
+    plain = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    nys.lora.apply(plain, 2, targets=".*", key=KEY)
+    nys.lora.save_peft(plain, tmp_path, base_model="mine")
+    nys.lora.remove(model)
+    refused(tmp_path, "batch axes", model=model, names=None)
+
+
+def test_families():
+    assert family("opt")("m.decoder.layers.3.fc1", ()) == "model.decoder.layers.3.fc1"
+    assert family("gemma")("layers.mlp.gate_proj", (2,)) == "model.layers.2.mlp.gate_proj"
+    bert = family("bert")
+    assert bert("layer.output.dense", (1,)) == "bert.encoder.layer.1.output.dense"
+    for path, index in [
+        ("layers.3.self_attn.out_proj", ()),
+        ("layers.self_attn.q_proj", ()),
+        ("layers.3.self_attn.q_proj", (1,)),
+        ("layers.self_attn.q_proj", (1, 2)),
+        ("lm_head", ()),
+        ("layers.0.my_self_attn.q_proj", ()),
+    ]:
+        with pytest.raises(ValueError, match="no layer of the family 'llama'"):
+            family("llama")(path, index)
+
+
+def test_names_by_a_function(tmp_path):
+    model = Model()
+    nys.lora.apply(model, 2, targets="layers.*", key=KEY)
+
+    def names(path, index):
+        if not index:
+            raise ValueError(f"no {path} there")
+        return f"h.{index[0]}.{path.split('.')[-1]}"
+
+    nys.lora.save_peft(model, tmp_path, base_model="mine", names=names)
+    assert set(nys.lora.load_peft(Model(), tmp_path, names=names)) == {"layers.up", "layers.down"}
+    with pytest.raises(ValueError, match="have the same name"):
+        nys.lora.load_peft(Model(), tmp_path, names=lambda path, index: f"h.{sum(index)}")
