@@ -1,0 +1,187 @@
+"""pairing: pairs are found by name in the trees that JAX's LoRA libraries make, and solved together."""
+
+import os
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import normal
+from flax import linen, nnx
+from flax.core import FrozenDict
+
+import nyscaled as nys
+from nyscaled import FactorSpec
+from nyscaled.pairing import map_gradients
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "rank_axis", "batch"),
+    [
+        ((6, 2), (2, 5), 0, 0),
+        ((6, 2), (2, 3, 4), 0, 0),  # btd,dnh->btnh
+        ((3, 4, 2), (2, 6), 0, 0),  # btnh,nhd->btd
+        ((5, 6, 2), (5, 2, 3, 4), 1, 1),  # the same two under a scan of five layers
+        ((5, 3, 4, 2), (5, 2, 6), 1, 1),
+        ((5, 8, 6, 2), (5, 8, 2, 3), 2, 2),  # experts in each layer
+        ((8, 6, 2), (2, 3), 0, 0),  # gemma: a alone has the batch letter
+        ((2, 6, 2), (2, 2, 3), 1, 1),  # two layers of rank two
+    ],
+)
+@pytest.mark.parametrize("names", ["kernel_lora_a kernel_lora_b", "lora/a lora/b"])
+def test_axes_of_qwix_and_gemma_are_read_off_both_shapes(names, a, b, rank_axis, batch):
+    params = {}
+    for name, shape in zip(names.split(), (a, b), strict=True):
+        *above, last = name.split("/")
+        at = params.setdefault(above[0], {}) if above else params
+        at[last] = jnp.zeros(shape)
+    batch_axes = tuple(range(batch))
+    assert [(s.rank_axis, s.batch_axes) for s in jax.tree.leaves(nys.pair_spec(params))] == [
+        (-1, batch_axes),
+        (rank_axis, batch_axes),
+    ]
+    assert len({s.pair for s in jax.tree.leaves(nys.pair_spec(params))}) == 1
+
+
+def test_shapes_that_fit_no_reading_are_named():
+    params = {"q": {"w_lora_a": jnp.ones((3, 6, 2)), "w_lora_b": jnp.ones((4, 2, 5))}}
+    with pytest.raises(ValueError, match=r"w_lora_a.*\(3, 6, 2\).*w_lora_b.*\(4, 2, 5\).*a spec"):
+        nys.pair_spec(params)
+
+
+def test_several_pairs_of_one_layer_are_told_apart_and_other_leaves_left_alone():
+    a, b = jnp.ones((6, 2)), jnp.ones((2, 5))
+    params = {
+        "mlp": {"up_lora_a": a, "up_lora_b": b, "down_lora_a": a, "down_lora_b": b, "up": a},
+        "a": a,
+        "lora": {"a": a, "b": b, "lora_a": a, "lora_b": b},
+    }
+    spec = nys.pair_spec(params)
+    assert spec["mlp"]["up"] is spec["a"] is None
+    assert spec["mlp"]["up_lora_a"].pair == spec["mlp"]["up_lora_b"].pair
+    assert len({s.pair for s in jax.tree.leaves(spec)}) == 4
+    assert nys.default_spec(params)["a"] == FactorSpec()
+
+
+@pytest.mark.parametrize("lonely", ["kernel_lora_a", "kernel_lora_b", "a", "b"])
+def test_an_orphan_is_named(lonely):
+    params = {"lora": {lonely: jnp.ones((6, 2)), "bias": jnp.ones(3)}}
+    with pytest.raises(ValueError, match=rf"leaf \['lora'\]\['{lonely}'\].*wanted exactly two"):
+        nys.nora_plus(optax.sgd(1.0)).init(params)
+
+
+def test_kept_kernel_axes_are_the_flattened_matrix():
+    x, y, gx, gy = (normal(i, s) for i, s in enumerate([(12, 2), (2, 20), (12, 2), (2, 20)]))
+    tx = nys.scale_by_gram()
+    flat = {"lora_a": x, "lora_b": y}, {"lora_a": gx, "lora_b": gy}
+    kept = [
+        {"w_lora_a": t["lora_a"].reshape(3, 4, 2), "w_lora_b": t["lora_b"].reshape(2, 4, 5)}
+        for t in flat
+    ]
+    found, _ = tx.update(kept[1], tx.init(kept[0]), kept[0])
+    wanted, _ = tx.update(flat[1], tx.init(flat[0]), flat[0])
+    for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(f.reshape(w.shape), w)
+
+
+def layers(shapes, seed=0):
+    return {
+        f"{i}": {"lora_a": normal(seed + i, (m, 2)), "lora_b": normal(seed + 50 + i, (2, n))}
+        for i, (m, n) in enumerate(shapes)
+    }
+
+
+def test_pairs_of_equal_shapes_share_one_call_and_agree_with_each_alone():
+    shapes = [(9, 7), (6, 9), (9, 7), (9, 7)]
+    params, grads, calls = layers(shapes), layers(shapes, 100), []
+
+    def count(position, g, factor, partner):
+        calls.append(position)
+        return nys.linalg.gram_solve(partner, g)
+
+    found = jax.jit(lambda g, p: map_gradients(count, nys.pair_spec, g, p))(grads, params)
+    assert calls == [0, 1, 0, 1]
+    tx = nys.scale_by_gram()
+    alone = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])
+    for k in params:
+        chex.assert_trees_all_close(found[k], alone(grads[k], params[k]), rtol=1e-6, atol=1e-6)
+
+
+def test_pairs_of_equal_shapes_and_other_layouts_or_dtypes_do_not_mix():
+    a, b = normal(1, (4, 4)), normal(2, (4, 4))
+    params = {"f": nys.Factors(a, b), "l": {"lora_a": a, "lora_b": b}}
+    params["half"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["f"])
+    tx = nys.scale_by_gram(0.1)
+    found, _ = tx.update(params, tx.init(params), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
+    for k in params:
+        alone, _ = tx.update(params[k], tx.init(params[k]), params[k])
+        chex.assert_trees_all_close(found[k], alone)
+
+
+def test_sharded_pairs_of_equal_shapes_are_solved_together():
+    """Sharded over rows, over columns, and not: one stack has leaves of all."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np, optax, nyscaled as nys
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+normal = lambda i, s: jax.random.normal(jax.random.key(i), s)
+params = {k: {"lora_a": normal(i, (8, 2)), "lora_b": normal(i + 9, (2, 8))} for i, k in enumerate("pqr")}
+spec = {"p": (P("x"), P(None, "y")), "q": (P("y", "x"), P()), "r": (P(), P("x", "y"))}
+sharding = {k: dict(zip(("lora_a", "lora_b"), (NamedSharding(mesh, p) for p in v))) for k, v in spec.items()}
+tx = nys.nora_plus(optax.sgd(1.0))
+update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])
+wanted = update(params, params)
+split = jax.device_put(params, sharding)
+jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5), update(split, split), wanted)
+"""
+    flags = "--xla_force_host_platform_device_count=4"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "XLA_FLAGS": flags})
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.LoRALinear(9, 7, lora_rank=2, rngs=rngs)
+        self.rest = nnx.List([nnx.LoRALinear(7, 7, lora_rank=2, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        return self.rest[1](self.rest[0](self.first(x)))
+
+
+def test_nnx_optimizer_finds_the_pairs_of_a_model():
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, nys.nora_plus(optax.sgd(0.5)), wrt=nnx.LoRAParam)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
+    gradient = nnx.grad(
+        lambda m: jnp.sum(m(jnp.ones((3, 9))) ** 2), argnums=nnx.DiffState(0, nnx.LoRAParam)
+    )(model)
+    optimizer.update(model, gradient)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
+    tx = nys.nora_plus(optax.sgd(0.5))
+    updates, _ = tx.update(nnx.to_pure_dict(gradient), tx.init(before), before)
+    chex.assert_trees_all_close(after, optax.apply_updates(before, updates), rtol=1e-5)
+    assert jnp.any(after["rest"][1]["lora"]["lora_b"])
+
+
+def test_an_orphan_of_a_model_is_named():
+    model = Model(nnx.Rngs(0))
+    del model.rest[1].lora.lora_b
+    with pytest.raises(ValueError, match=r"\['rest'\]\[1\]\['lora'\]\['lora_a'\].*exactly two"):
+        nnx.Optimizer(model, nys.nora_plus(optax.sgd(0.5)), wrt=nnx.LoRAParam)
+
+
+def test_boxes_and_frozen_dicts_of_linen_are_looked_into():
+    pair = {"w_lora_a": normal(1, (6, 2)), "w_lora_b": normal(2, (2, 3, 4))}
+    boxed = jax.tree.map(
+        lambda x: linen.Partitioned(x, names=("data",) + (None,) * (x.ndim - 1)), pair
+    )
+    tx = nys.lora_p(optax.sgd(1.0))
+    wanted, _ = tx.update(pair, tx.init(pair), pair)
+    for tree in (boxed, FrozenDict(pair)):
+        found, _ = tx.update(tree, tx.init(tree), tree)
+        assert jax.tree.structure(found) == jax.tree.structure(tree)
+        chex.assert_trees_all_equal(jax.tree.leaves(found), jax.tree.leaves(wanted))
