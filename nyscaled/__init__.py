@@ -14,10 +14,14 @@ from nyscaled import spectra as spectra
 from nyscaled.pairing import FactorSpec as FactorSpec
 from nyscaled.pairing import default_spec as default_spec
 from nyscaled.pairing import pair_spec as pair_spec
+from nyscaled.precondition import lora_p as lora_p
 from nyscaled.precondition import nora_plus as nora_plus
 from nyscaled.precondition import scale_by_gram as scale_by_gram
 from nyscaled.precondition import scale_by_normalized_gram as scale_by_normalized_gram
 from nyscaled.precondition import scaled_gd as scaled_gd
+from nyscaled.reflora import reflora as reflora
+from nyscaled.reflora import reflora_s as reflora_s
+from nyscaled.reflora import scale_by_balance as scale_by_balance
 from nyscaled.typing import Factors as Factors
 
 if _TYPE_CHECKING:

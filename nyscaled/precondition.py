@@ -5,6 +5,8 @@
 
     normalized (NoRA+)        as the pair, divided by ‖(·)⁻¹‖_F                       Algorithm 2
 
+`lora_p` is the pair's form before any optimizer, `nora_plus` the normalized one.
+
 Which leaves of a tree of parameters are factors is a *spec*: a tree like the parameters with a
 `FactorSpec` or None at each leaf, or a callable that makes one from the parameters.
 
@@ -251,3 +253,34 @@ def nora_plus(
     return optax.with_extra_args_support(
         optax.chain(scale_by_normalized_gram(damping, spec=spec), inner)
     )
+
+
+def lora_p(
+    inner: optax.GradientTransformation, damping: Any = 1e-2, *, spec: Spec = None
+) -> optax.GradientTransformationExtraArgs:
+    """LoRA-P, Riemannian preconditioned LoRA: `scale_by_gram` on pairs before any optimizer.
+
+    The Gram step is not normalized. Where the forward pass multiplies X Yᵀ by s = alpha/r, plain
+    descent with it moves the weights by s² times what it does at s = 1: divide the learning rate
+    by s². `nora_plus` and optimizers that normalize, as Adam, have no such factor.
+
+    Args:
+        inner: the optimizer, `optax.adamw(1e-4)` say.
+        damping: λ ≥ 0, in units of XᵀX.
+        spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
+
+    Raises:
+        ValueError: as `scale_by_gram`.
+
+    References:
+        Zhang, Pilanci, Riemannian preconditioned LoRA for fine-tuning foundation models, ICML 2024.
+
+    Example:
+        >>> tx = lora_p(optax.sgd(1.0), damping=0.0)
+        >>> params = {"lora_a": jnp.full((5, 1), 2.0), "lora_b": jnp.ones((1, 4))}
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["lora_a"][0]
+        Array([-0.5], dtype=float32)
+    """
+    pairs = scale_by_gram(damping, spec=pair_spec if spec is None else spec)
+    return optax.with_extra_args_support(optax.chain(pairs, inner))

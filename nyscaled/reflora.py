@@ -1,0 +1,136 @@
+"""RefLoRA as optax transforms: gradients of a pair X Yᵀ as its balanced refactoring would have them.
+
+    G_X ← G_X S⁻¹,   G_Y ← G_Y S,   S = (XᵀX)⁻¹ # YᵀY, the S > 0 with S XᵀX S = YᵀY
+
+A # B is the geometric mean. With S = P Pᵀ the factors XP and YP⁻ᵀ have the same product and equal
+Gram matrices; a step of plain descent on them moves X Yᵀ as these gradients do, whatever the
+factors it was given as. The scalar form has S = ‖Y‖_F/‖X‖_F · I.
+
+References:
+    Zhang, Li, Giannakis, RefLoRA: Refactored low-rank adaptation for efficient fine-tuning of large
+    models, NeurIPS 2025.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from nyscaled import linalg, validation
+from nyscaled.pairing import Spec, groups, map_gradients, pair_spec, require_params
+from nyscaled.typing import Scalar
+
+
+class ScaleByBalanceState(NamedTuple):
+    """How many updates were made."""
+
+    steps: Any
+
+
+def scale_by_balance(
+    warmup: Any = 100, *, scalar: bool = False, spec: Spec = None
+) -> optax.GradientTransformationExtraArgs:
+    """G_X ← G_X S⁻¹ and G_Y ← G_Y S for every pair, with the S of the factors before the step.
+
+    S is not formed: S⁻¹ = XᵀP Σ⁻¹ PᵀX, where X Yᵀ = P Σ Qᵀ is a thin SVD, taken of an r×r matrix.
+    It does not exist where a factor is deficient. A pair of which the numerical rank of X Yᵀ is
+    below r, at √max(m, n)·eps of the largest singular value, has the scalar form in that update;
+    and where a factor is zero, as one is at the start, S = I. So results are finite always.
+
+    Args:
+        warmup: how many updates pass gradients through before the first that is scaled.
+        scalar: S = ‖Y‖_F/‖X‖_F · I, which costs two norms.
+        spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
+
+    Raises:
+        ValueError: as `scale_by_gram`, and on warmup < 0.
+
+    Example:
+        >>> from nyscaled import Factors
+        >>> params = Factors(jnp.full((4, 1), 3.0), jnp.ones((4, 1)))  # S = 1/3
+        >>> tx = scale_by_balance(warmup=0)
+        >>> updates, _ = tx.update(Factors(jnp.ones((4, 1)), params.right), tx.init(params), params)
+        >>> jnp.round(updates.left[0], 4), jnp.round(updates.right[0], 4)
+        (Array([3.], dtype=float32), Array([0.3333], dtype=float32))
+    """
+    validation.require_scalar("warmup", warmup, 0, float("inf"), open_low=False)
+    spec = pair_spec if spec is None else spec
+
+    def init(params: optax.Params) -> ScaleByBalanceState:
+        groups(spec, params)
+        return ScaleByBalanceState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        require_params(params)
+
+        @linalg.full_precision
+        def balance(_: int, g: Array, factor: Array, partner: Array) -> Array:
+            # The S of (Y, X) is the inverse of the S of (X, Y): both positions read alike.
+            scaled = g * _ratio(factor, partner)
+            if not scalar:
+                root, exists = _root(factor, partner)
+                scaled = jnp.where(exists, (g @ root.T) @ root, scaled)
+            return jnp.where(state.steps < warmup, g, scaled)
+
+        new = map_gradients(balance, spec, updates, params)
+        return new, ScaleByBalanceState(optax.safe_increment(state.steps))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _ratio(x: Float[Array, "m r"], y: Float[Array, "n r"]) -> Scalar:
+    """‖X‖_F/‖Y‖_F, or 1 if either is zero."""
+    above, below = jnp.linalg.norm(x), jnp.linalg.norm(y)
+    exists = (above != 0) & (below != 0)
+    return jnp.where(exists, above / jnp.where(exists, below, 1), 1)
+
+
+def _root(x: Float[Array, "m r"], y: Float[Array, "n r"]) -> tuple[Float[Array, "r r"], Array]:
+    """L with S⁻¹ = LᵀL, and whether it exists: L = Σ^(-1/2) PᵀX with the SVD X Yᵀ = P Σ Qᵀ."""
+    basis = linalg.orthonormalize(x)
+    x_core, y_core = basis.T @ x, linalg.orthonormalize(y).T @ y
+    p, sigma, _ = jnp.linalg.svd(x_core @ y_core.T)
+    exists = sigma[-1] > linalg.default_rcond(max(len(x), len(y)), x.dtype) * sigma[0]
+    return (p / jnp.sqrt(jnp.where(exists, sigma, 1))).T @ x_core, exists
+
+
+def reflora(
+    inner: optax.GradientTransformation, warmup: Any = 100, *, spec: Spec = None
+) -> optax.GradientTransformationExtraArgs:
+    """RefLoRA: `scale_by_balance` before any optimizer.
+
+    Args:
+        inner: the optimizer, `optax.adamw(1e-4)` say.
+        warmup: how many updates are the optimizer's own; at Y_0 = 0 there is nothing to balance.
+        spec: see `scale_by_balance`.
+
+    Example:
+        >>> tx = reflora(optax.adamw(1e-4))
+        >>> params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["lora_b"].shape
+        (2, 4)
+    """
+    return optax.with_extra_args_support(optax.chain(scale_by_balance(warmup, spec=spec), inner))
+
+
+def reflora_s(
+    inner: optax.GradientTransformation, warmup: Any = 100, *, spec: Spec = None
+) -> optax.GradientTransformationExtraArgs:
+    """RefLoRA-S, the scalar form: as `reflora` with S = ‖Y‖_F/‖X‖_F · I.
+
+    Example:
+        >>> tx = reflora_s(optax.sgd(1.0), warmup=0)
+        >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.full((1, 2), 2.0)}
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["lora_a"][0], updates["lora_b"][0]
+        (Array([-0.5], dtype=float32), Array([-4., -4.], dtype=float32))
+    """
+    return optax.with_extra_args_support(
+        optax.chain(scale_by_balance(warmup, scalar=True, spec=spec), inner)
+    )
