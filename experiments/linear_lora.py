@@ -1,0 +1,288 @@
+"""A linear layer finetuned by LoRA and by NoRA (Appendix A.2), and where NoRA's start should not help.
+
+    python experiments/linear_lora.py                      # figures/linear_lora.png, .pdf, .csv, .json
+    python experiments/linear_lora.py --quick --out /tmp   # fewer seeds, sizes and methods
+
+An `nnx.Linear` y = xW_0 with an adapter of `nys.lora.apply`, on whitened data (xᵀx = I) with targets
+xB: the loss ½‖x(W_0 + ab − B)‖_F² is that of problem (4) with A = B − W_0. Here W_0 (96 × 64) has
+rank 12 and singular values 2^(−i/2), and A has rank r = 4 and norm 0.1.
+
+(a) A = W_0C with a random C of rank 4: range(A) lies in range(W_0), which NoRA's a_0 = W_0Ω spans.
+(b) The control: the same A turned to a range orthogonal to that of W_0. There a_0ᵀA = 0, and NoRA
+    starts on a saddle point, which only rounding (of float32) lets it leave.
+(c) Steps to the target against the size of the start, the learning rate tuned for each size.
+
+In (a) and (b) learning rate and size of the start, ‖a_0‖_F, are tuned on a grid for each method by
+the same rule: fewest steps to 1e-6 of the first loss in the median over the seeds, all of which must
+arrive. Curves are medians, bands the range over the seeds (of W_0, C, data and start).
+
+GD arrives in fewer steps from NoRA than from LoRA in (a), and in more in (b). Adam shows almost no
+difference: on this problem its momentum is the bottleneck, and the loss falls as b1ᵗ = 0.9ᵗ from any
+small start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+from _record import COLOURS, MARKERS, save
+from flax import nnx
+from matplotlib.ticker import NullFormatter
+from tqdm import tqdm
+
+import nyscaled as nys
+
+INPUTS, OUTPUTS, BASE_RANK, RANK = 96, 64, 12, 4
+CHANGE = 0.1  # ‖A‖, where ‖W_0‖ = 1
+TARGET = 1e-6
+SIZES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+GD_RATES = tuple(2.0**i for i in range(-3, 6))
+# NoRA+ divides by the norm of an inverse Gram matrix, here 1e2 or so.
+NORA_PLUS_RATES = tuple(2.0**i for i in range(1, 11))
+ADAM_RATES = tuple(10.0 ** (i / 3) for i in range(-10, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """LoRA against NoRA on a linear layer."""
+
+    out: Path = Path("figures")
+    """Folder for the picture and its record."""
+    seed: int = 0
+    """Seed of the layers, the data and the starts."""
+    seeds: int = 5
+    """Layers that are drawn."""
+    quick: bool = False
+    """Three seeds, two sizes of the start, no preconditioners."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A start and what follows it."""
+
+    init: str
+    transform: Callable[[Any], optax.GradientTransformation]
+    rates: tuple[float, ...]
+    colour: int
+    dashed: bool = False
+    steps: int = 300
+
+
+def lora_p(learning_rate: Any) -> optax.GradientTransformation:
+    """LoRA-P: ScaledGD's preconditioner, damped, before GD."""
+    return optax.chain(nys.scale_by_gram(damping=1e-2), optax.sgd(learning_rate))
+
+
+def nora_plus(learning_rate: Any) -> optax.GradientTransformation:
+    """NoRA+: Algorithm 2 around GD."""
+    return nys.nora_plus(optax.sgd(learning_rate))
+
+
+METHODS = {
+    "LoRA, GD": Method("lora", optax.sgd, GD_RATES, 0),
+    "NoRA, GD": Method("nora", optax.sgd, GD_RATES, 1),
+    "LoRA, Adam": Method("lora", optax.adam, ADAM_RATES, 0, True),
+    "NoRA, Adam": Method("nora", optax.adam, ADAM_RATES, 1, True),
+    "LoRA-P, GD": Method("lora", lora_p, GD_RATES, 2, steps=100),
+    "NoRA+, GD": Method("nora", nora_plus, NORA_PLUS_RATES, 3, steps=100),
+}
+
+
+class Model(nnx.Module):
+    """One linear layer without bias, whose kernel is `w`."""
+
+    def __init__(self, w: jax.Array) -> None:
+        self.linear = nnx.Linear(*w.shape, use_bias=False, rngs=nnx.Rngs(0))
+        self.linear.kernel[...] = w
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x)
+
+
+def draw_task(seed: tuple[int, int], inside: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """W_0, A and whitened data. `inside` or not, W_0, the data and the singular values of A agree."""
+    rng = np.random.default_rng(seed)
+    u, v, x = (np.linalg.qr(rng.standard_normal((s, s)))[0] for s in (INPUTS, OUTPUTS, INPUTS))
+    spectrum = 2.0 ** (-np.arange(BASE_RANK) / 2)
+    w = (u[:, :BASE_RANK] * spectrum) @ v[:, :BASE_RANK].T
+    c = rng.standard_normal((OUTPUTS, RANK)) @ rng.standard_normal((RANK, OUTPUTS))
+    a = w @ c
+    if not inside:
+        a = u[:, BASE_RANK : 2 * BASE_RANK] @ (u[:, :BASE_RANK].T @ a)
+    a *= CHANGE / np.linalg.norm(a, 2)
+    return jnp.asarray(w, jnp.float32), jnp.asarray(a, jnp.float32), jnp.asarray(x, jnp.float32)
+
+
+def adapted(config: Config, init: str, inside: bool) -> tuple[Any, Any]:
+    """Graph and arrays of the layers of all seeds: parameters, the rest, inputs, targets."""
+    drawn = []
+    for seed in range(3 if config.quick else config.seeds):
+        w, a, x = draw_task((config.seed, seed), inside)
+        model = Model(w)
+        key = jax.random.fold_in(jax.random.key(config.seed), seed)
+        nys.lora.apply(model, RANK, targets="linear", init=init, key=key)
+        graph, params, rest = nnx.split(model, nnx.LoRAParam, ...)
+        drawn.append((graph, (params, rest, x, x @ (w + a))))
+    return drawn[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(d for _, d in drawn))
+
+
+def curves_of(
+    transform: Callable[[Any], optax.GradientTransformation], graph: Any, steps: int
+) -> Callable[..., jax.Array]:
+    """A compiled function to losses (seed, learning rate, size, step), relative to the first."""
+
+    def run(params: Any, rest: Any, x: Any, y: Any, rate: Any, size: Any) -> jax.Array:
+        # b_0 = 0, so that the size of the start is that of a_0
+        params = jax.tree.map(lambda p: p * (size / optax.tree.norm(params)), params)
+        tx = transform(rate)
+
+        def loss(params: Any) -> jax.Array:
+            return 0.5 * jnp.sum((nnx.merge(graph, params, rest)(x) - y) ** 2)
+
+        def body(carry: Any, _: None) -> tuple[Any, jax.Array]:
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        _, values = jax.lax.scan(body, (params, tx.init(params)), length=steps + 1)
+        return values / values[0]
+
+    over = jax.vmap(run, in_axes=(None,) * 5 + (0,))
+    over = jax.vmap(over, in_axes=(None,) * 4 + (0, None))
+    return jax.jit(jax.vmap(over, in_axes=(0,) * 4 + (None, None)))
+
+
+def steps_to_target(values: np.ndarray) -> np.ndarray:
+    """The first step at which the loss is at the target; infinite if there is none."""
+    reached = values <= TARGET
+    return np.where(reached.any(-1), np.argmax(reached, axis=-1), np.inf)
+
+
+def tune(values: np.ndarray, method: Method, sizes: Any) -> tuple[np.ndarray, np.ndarray, dict]:
+    """The best run of each seed, the fewest steps by size, and what was chosen."""
+    steps = steps_to_target(values)
+    # Only where every seed arrives; among equal medians, that of the fewest steps in the mean.
+    median = np.where(np.isinf(steps).any(axis=0), np.inf, np.median(steps, axis=0))
+    order = np.lexsort((np.mean(steps, axis=0).ravel(), median.ravel()))
+    rate, size = np.unravel_index(order[0], median.shape)
+    best = steps[:, rate, size]
+    chosen = {
+        "learning_rate": method.rates[rate],
+        "size": float(f"{sizes[size]:g}"),
+        "steps": best.tolist(),
+        "inside_grid": bool(0 < rate < len(method.rates) - 1),
+    }
+    return values[:, rate, size], median.min(axis=0), chosen
+
+
+def draw_curves(axes: Any, curves: Any, low: Any, high: Any) -> None:
+    """Loss against steps with the range over the seeds."""
+    for index, (label, values) in enumerate(curves.items()):
+        method = METHODS[label]
+        look = {"color": COLOURS[method.colour], "ls": "--" if method.dashed else "-"}
+        # What comes after is rounding, and the spikes of Adam there.
+        stop = int(np.argmax(values < 1e-8)) + 1 if values.min() < 1e-8 else len(values)
+        t, values = np.arange(stop) + 1, values[:stop]
+        every = np.unique(np.geomspace(1, len(t), 14).astype(int) - 1).tolist()
+        axes.fill_between(
+            t, low[label][:stop], high[label][:stop], color=look["color"], alpha=0.15, lw=0
+        )
+        axes.plot(t, values, marker=MARKERS[index], markevery=every, label=label, **look)
+    axes.axhline(TARGET, color="0.3", lw=0.8, ls=":")
+    axes.set(xscale="log", yscale="log", xlim=(0.9, 320), ylim=(1e-8, 3), xlabel="iteration + 1")
+    axes.set_ylabel("loss / first loss")
+    axes.legend(loc="lower left")
+
+
+def draw_sizes(axes: Any, by_size: Any, sizes: Any) -> None:
+    """Steps to the target against the size of the start; GD and Adam without preconditioner."""
+    for index, label in enumerate(list(METHODS)[:4]):
+        method = METHODS[label]
+        look = {"color": COLOURS[method.colour], "ls": "--" if method.dashed else "-"}
+        look |= {"marker": MARKERS[index]}
+        axes.plot(sizes, by_size["a"][label], label=label, **look)
+        axes.plot(sizes, by_size["b"][label], lw=0.8, mfc="white", **look)
+    axes.plot([], [], color="0.4", lw=0.8, marker="o", mfc="white", label="thin, open: as in (b)")
+    # E‖a_0‖² is r/3 for U(±1/√m) and ξ²r‖W_0‖_F² for W_0Ω, where ‖W_0‖_F² is nearly 2.
+    for usual, text, colour in ((0.28, "NoRA, ξ = 0.1", 1), (1.15, "LoRA of PEFT", 0)):
+        axes.axvline(usual, color=COLOURS[colour], lw=0.8, ls=":")
+        axes.text(
+            usual, 0.98, text, fontsize=7, rotation=90, ha="right", va="top", color="0.2",
+            transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(7e-3, 4),
+        ylim=(15, 900),
+        xlabel=r"size of the start, $\|a_0\|_F$",
+    )
+    axes.set_yticks([20, 50, 100, 200, 300], labels=["20", "50", "100", "200", "300"])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(f"iterations to {TARGET:g} of the first loss (none: > 300)")
+    axes.legend(loc="lower right")
+
+
+def main(config: Config) -> None:
+    """Runs all methods on both tasks and draws them."""
+    sizes = np.array(SIZES[2:5:2] if config.quick else SIZES, np.float32)
+    labels = list(METHODS)[: 4 if config.quick else None]
+    curves: dict[str, Any] = {p: {} for p in ("a", "a low", "a high", "b", "b low", "b high")}
+    by_size: dict[str, dict[str, np.ndarray]] = {"a": {}, "b": {}}
+    chosen: dict[str, dict[str, Any]] = {"a": {}, "b": {}}
+    tasks = {
+        (init, panel): adapted(config, init, panel == "a")
+        for init in ("lora", "nora")
+        for panel in ("a", "b")
+    }
+    compiled: dict[Any, Any] = {}
+    with tqdm(total=2 * len(labels), desc="linear_lora", unit="series", file=sys.stderr) as bar:
+        for label in labels:
+            method = METHODS[label]
+            # The graph of either start says how arrays make a layer: one compilation serves both.
+            if method.transform not in compiled:
+                graph = tasks["lora", "a"][0]
+                compiled[method.transform] = curves_of(method.transform, graph, method.steps)
+            for panel in ("a", "b"):
+                rates = jnp.asarray(method.rates, jnp.float32)
+                arrays = tasks[method.init, panel][1]
+                values = np.asarray(compiled[method.transform](*arrays, rates, sizes))
+                best, by_size[panel][label], chosen[panel][label] = tune(values, method, sizes)
+                for name, reduce in (("", np.median), (" low", np.min), (" high", np.max)):
+                    curves[panel + name][label] = reduce(best, axis=0)
+                bar.update()
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for ax, panel in zip(axes, ("a", "b"), strict=False):
+        draw_curves(ax, *(curves[panel + name] for name in ("", " low", " high")))
+    draw_sizes(axes[2], by_size, sizes)
+    axes[0].set_title(r"(a) range($B - W_0$) in range($W_0$)")
+    axes[1].set_title(r"(b) control: range($B - W_0$) $\perp$ range($W_0$)")
+    axes[2].set_title("(c) size of the start, learning rate tuned")
+    for panel in ("a", "b"):
+        curves[f"c, as {panel}"] = by_size[panel]
+    notes = {"chosen": chosen, "sizes": [float(f"{s:g}") for s in sizes], "target": TARGET}
+    save(config.out, "linear_lora", figure, curves, config, **notes)
+    for panel, series in chosen.items():
+        for label, how in series.items():
+            median, rate = np.median(how["steps"]), how["learning_rate"]
+            where = "" if how["inside_grid"] else " (at the edge of the grid)"
+            print(
+                f"({panel}) {label}: {median:g} steps, {how['steps']}, "
+                f"η = {rate:.3g}{where}, size {how['size']:g}"
+            )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
