@@ -1,0 +1,357 @@
+"""Adapters against Hugging Face's PEFT: written here and read there, and the other way round."""
+
+import copy
+import os
+import warnings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model here is made from its configuration
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import safetensors.numpy  # noqa: E402
+from flax import nnx  # noqa: E402
+
+import nyscaled as nys  # noqa: E402
+
+KEY = jax.random.key(0)
+TENSORS = "adapter_model.safetensors"
+WIDTH, HEADS = 16, 4
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+X = np.random.default_rng(0).standard_normal((3, 5, WIDTH)).astype(np.float32)
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        for name in PROJECTIONS[:3]:
+            setattr(self, name, nnx.LinearGeneral(WIDTH, (HEADS, WIDTH // HEADS), rngs=rngs))
+        shape = (HEADS, WIDTH // HEADS, WIDTH)
+        self.out_proj = nnx.Einsum("bthd,hde->bte", shape, (WIDTH,), rngs=rngs)
+
+    def __call__(self, x):
+        scores = jnp.einsum("bshd,bthd->bhst", self.q_proj(x), self.k_proj(x))
+        return x + self.out_proj(
+            jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(scores), self.v_proj(x))
+        )
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([Attention(rngs), Attention(rngs)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TorchAttention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in PROJECTIONS:
+            setattr(self, name, torch.nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        q, k, v = (
+            getattr(self, name)(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for name in PROJECTIONS[:3]
+        )
+        mixed = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return x + self.out_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+class TorchNet(torch.nn.Module):
+    """The same function as `Net`, with the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([TorchAttention(), TorchAttention()])
+        for theirs, ours in zip(self.layers, Net().layers, strict=True):
+            for name in PROJECTIONS:
+                layer, target = getattr(ours, name), getattr(theirs, name)
+                kernel = np.array(layer.kernel[...]).reshape(WIDTH, WIDTH)
+                target.weight.data = torch.tensor(kernel.T)
+                target.bias.data = torch.tensor(np.array(layer.bias[...]).reshape(WIDTH))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@nnx.jit
+def ours(model):
+    return model(jnp.asarray(X))
+
+
+def theirs(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(X)).numpy()
+
+
+def train(model, name="default", steps=4):
+    nys.lora.activate(model, name)
+    optimizer = nnx.Optimizer(model, optax.adam(0.02), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return jnp.mean((model(jnp.asarray(X)) - X[:, ::-1]) ** 2)
+
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+
+    for _ in range(steps):
+        step(model, optimizer)
+
+
+def strictly(fn, *args, **kwargs):
+    """PEFT only warns of tensors without a module and modules without tensors: here an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return fn(*args, **kwargs)
+
+
+def randomize(model):
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data = 0.15 * torch.randn(value.shape, generator=generator)
+
+
+def close(got, wanted):
+    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init": "nora"},
+        {"init": "lora", "rank_stabilized": True},
+        {"init": "pissa", "rank_stabilized": True},
+        {"targets": {r".*q_proj": 4, r".*0\.v_proj": 2, r".*out_proj": 3}, "alpha": 5.0},
+    ],
+    ids=["nora", "lora-rslora", "pissa", "ranks"],
+)
+def test_peft_computes_what_was_saved(options, tmp_path):
+    base, model = TorchNet(), Net()
+    close(theirs(base), ours(model))
+    nys.lora.apply(model, 3, **({"targets": ".*", "alpha": 6.0, "key": KEY} | options))
+    train(model)
+    nys.lora.save_peft(model, tmp_path, base_model="net")
+    loaded = strictly(peft.PeftModel.from_pretrained, copy.deepcopy(base), tmp_path)
+    wanted = ours(model)
+    assert np.abs(wanted - theirs(base)).max() > 1e-2
+    close(theirs(loaded), wanted)
+    with loaded.disable_adapter():
+        np.testing.assert_array_equal(theirs(loaded), theirs(base))
+    nys.lora.activate(model, ())
+    np.testing.assert_array_equal(ours(model), ours(Net()))
+    close(theirs(loaded.merge_and_unload()), wanted)
+
+
+CONFIGS = {
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"target_modules": "layers.*proj", "use_rslora": True, "lora_dropout": 0.1},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "out_proj"],
+        "rank_pattern": {"q_proj": 2, r"^layers\.0\.k_proj": 5},
+        "alpha_pattern": {r"layers\.\d\.(q|out)_proj": 7},
+    },
+    "excluded": {"target_modules": ["q_proj"], "exclude_modules": ["0.q_proj"]},
+    "gaussian": {"target_modules": ["layers.1.v_proj"], "init_lora_weights": "gaussian"},
+    "orthogonal": {"target_modules": ["q_proj", "out_proj"], "init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_what_peft_saved_is_computed_here(config, tmp_path):
+    their = peft.get_peft_model(TorchNet(), peft.LoraConfig(r=4, lora_alpha=6, **config))
+    randomize(their)
+    their.save_pretrained(tmp_path)
+    model = Net()
+    nys.lora.load_peft(model, tmp_path)
+    wanted = theirs(their)
+    assert np.abs(wanted - theirs(TorchNet())).max() > 1e-2
+    close(ours(model), wanted)
+    nys.lora.activate(model, ())
+    np.testing.assert_array_equal(ours(model), ours(Net()))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_that_change_the_base(init, tmp_path):
+    """PEFT changes W_0 as it loads such a file; converted by PEFT, the file is plain LoRA."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    their = peft.get_peft_model(TorchNet(), config)
+    their.peft_config["default"].init_lora_weights = True
+    their.save_pretrained(tmp_path / "start")
+    their.peft_config["default"].init_lora_weights = init
+    randomize(their)
+    their.save_pretrained(tmp_path / "mutating")
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        nys.lora.load_peft(Net(), tmp_path / "mutating")
+    wanted = theirs(their)
+    their.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    model = Net()
+    nys.lora.load_peft(model, tmp_path / "plain")
+    close(ours(model), wanted)
+
+
+def test_two_adapters_on_one_base(tmp_path):
+    model = Net()
+    for name, init, targets in (("first", "nora", ".*(q|v)_proj"), ("second", "lora", ".*")):
+        nys.lora.apply(model, 2, targets=targets, init=init, name=name, key=KEY)
+        train(model, name)
+        nys.lora.save_peft(model, tmp_path / name, base_model="net", name=name)
+    loaded = peft.PeftModel.from_pretrained(TorchNet(), tmp_path / "first", adapter_name="first")
+    strictly(loaded.load_adapter, tmp_path / "second", adapter_name="second")
+    again = Net()
+    for name in ("second", "first"):
+        nys.lora.load_peft(again, tmp_path / name, name=name)
+    outputs = []
+    for name in ("first", "second"):
+        nys.lora.activate(model, name)
+        nys.lora.activate(again, name)
+        loaded.set_adapter(name)
+        outputs.append(ours(model))
+        close(theirs(loaded), outputs[-1])
+        close(ours(again), outputs[-1])
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-2
+    with loaded.disable_adapter():
+        np.testing.assert_array_equal(theirs(loaded), theirs(TorchNet()))
+
+
+def test_what_peft_only_warns_of_is_refused(tmp_path):
+    model = Net()
+    nys.lora.apply(model, 2, targets=".*", key=KEY)
+    train(model)
+    nys.lora.save_peft(model, tmp_path, base_model="net")
+    tensors = safetensors.numpy.load_file(tmp_path / TENSORS)
+    lost = {k: v for k, v in tensors.items() if "layers.1.q_proj" not in k}
+    renamed = {k.replace("layers.1.q_proj", "layers.1.wq"): v for k, v in tensors.items()}
+    moved = {k.replace("base_model.model.", "model."): v for k, v in tensors.items()}
+    for mutated in (lost, renamed, moved):
+        safetensors.numpy.save_file(mutated, tmp_path / TENSORS, {"format": "pt"})
+        with pytest.warns(UserWarning, match="missing adapter keys"):
+            loaded = peft.PeftModel.from_pretrained(TorchNet(), tmp_path)
+        assert np.abs(theirs(loaded) - ours(model)).max() > 1e-3
+        with pytest.raises(ValueError, match=r"layers\.1|holds"):
+            nys.lora.load_peft(Net(), tmp_path)
+
+
+SIZES = {
+    **{"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 32},
+    **{"max_position_embeddings": 32},
+}
+GATED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = {
+    "opt": (
+        lambda: transformers.OPTForCausalLM(
+            transformers.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16)
+        ),
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "model.decoder.",
+    ),
+    "llama": (
+        lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=2)
+        ),
+        GATED,
+        "model.",
+    ),
+    "gemma": (
+        lambda: transformers.GemmaForCausalLM(
+            transformers.GemmaConfig(
+                **SIZES, intermediate_size=24, num_key_value_heads=1, head_dim=8
+            )
+        ),
+        GATED,
+        "model.",
+    ),
+    "bert": (
+        lambda: transformers.BertForSequenceClassification(
+            transformers.BertConfig(**SIZES, intermediate_size=24)
+        ),
+        r"bert\.encoder\..*(query|key|value|dense)",
+        "bert.encoder.",
+    ),
+}
+
+
+def put(tree, path, layer):
+    """Puts a layer at a dotted path, making modules (and lists, where numbers follow) on the way."""
+    first, _, rest = path.partition(".")
+    if not rest:
+        setattr(tree, first, layer)
+        return
+    if rest.split(".")[0].isdigit():
+        number, _, rest = rest.partition(".")
+        if not hasattr(tree, first):
+            setattr(tree, first, nnx.List([]))
+        items = getattr(tree, first)
+        if int(number) == len(items):
+            items.append(nnx.Module())
+        put(items[int(number)], rest, layer)
+        return
+    if not hasattr(tree, first):
+        setattr(tree, first, nnx.Module())
+    put(getattr(tree, first), rest, layer)
+
+
+def skeleton(modules, stacked):
+    """Linear layers of these names and sizes, alone or in stacks, with no function."""
+    tree, rngs = nnx.Module(), nnx.Rngs(0)
+    for path, (rows, columns) in modules.items():
+        layer = nnx.Linear(rows, columns, rngs=rngs)
+        if stacked:
+            before, number, after = path.partition(".0.")
+            if not number:
+                continue
+            layer.kernel = nnx.Param(jnp.stack([layer.kernel[...]] * SIZES["num_hidden_layers"]))
+            path = f"{before}.{after}"
+        put(tree, path, layer)
+    return tree
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["list", "stack"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_are_those_of_transformers(name, stacked, tmp_path):
+    make, targets, prefix = FAMILIES[name]
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets)
+    their = peft.get_peft_model(make(), config)
+    randomize(their)
+    their.save_pretrained(tmp_path / "theirs")
+    wanted = safetensors.numpy.load_file(tmp_path / "theirs" / TENSORS)
+    modules = {
+        path.removeprefix(prefix): (module.in_features, module.out_features)
+        for path, module in make().named_modules()
+        if isinstance(module, torch.nn.Linear) and path.startswith(prefix)
+    }
+    model = skeleton(modules, stacked)
+    assert len(wanted) == 2 * len(modules)
+
+    nys.lora.apply(model, 2, 3.0, targets=".*", key=KEY, name="ours")
+    nys.lora.save_peft(
+        model, tmp_path / "ours", base_model="tiny", name="ours", names=name, task_type=None
+    )
+    got = safetensors.numpy.load_file(tmp_path / "ours" / TENSORS)
+    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in wanted.items()}
+    loaded = strictly(peft.PeftModel.from_pretrained, make(), tmp_path / "ours")
+    state = peft.get_peft_model_state_dict(loaded)
+    assert state.keys() == got.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(value.numpy(), got[key])
+
+    nys.lora.load_peft(model, tmp_path / "theirs", name="theirs", names=name)
+    nys.lora.save_peft(model, tmp_path / "again", base_model="tiny", name="theirs", names=name)
+    again = safetensors.numpy.load_file(tmp_path / "again" / TENSORS)
+    jax.tree.map(np.testing.assert_array_equal, again, wanted)
