@@ -252,6 +252,7 @@ SIZES = {
     **{"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 32},
     **{"max_position_embeddings": 32},
 }
+FFN = {"intermediate_size": 24}
 GATED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = {
     "opt": (
@@ -263,24 +264,20 @@ FAMILIES = {
     ),
     "llama": (
         lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=2)
+            transformers.LlamaConfig(**SIZES, **FFN, num_key_value_heads=2)
         ),
         GATED,
         "model.",
     ),
     "gemma": (
         lambda: transformers.GemmaForCausalLM(
-            transformers.GemmaConfig(
-                **SIZES, intermediate_size=24, num_key_value_heads=1, head_dim=8
-            )
+            transformers.GemmaConfig(**SIZES, **FFN, num_key_value_heads=1, head_dim=8)
         ),
         GATED,
         "model.",
     ),
     "bert": (
-        lambda: transformers.BertForSequenceClassification(
-            transformers.BertConfig(**SIZES, intermediate_size=24)
-        ),
+        lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **FFN)),
         r"bert\.encoder\..*(query|key|value|dense)",
         "bert.encoder.",
     ),
@@ -293,18 +290,15 @@ def put(tree, path, layer):
     if not rest:
         setattr(tree, first, layer)
         return
-    if rest.split(".")[0].isdigit():
-        number, _, rest = rest.partition(".")
-        if not hasattr(tree, first):
-            setattr(tree, first, nnx.List([]))
-        items = getattr(tree, first)
-        if int(number) == len(items):
-            items.append(nnx.Module())
-        put(items[int(number)], rest, layer)
-        return
+    number, _, after = rest.partition(".")
     if not hasattr(tree, first):
-        setattr(tree, first, nnx.Module())
-    put(getattr(tree, first), rest, layer)
+        setattr(tree, first, nnx.List([]) if number.isdigit() else nnx.Module())
+    child = getattr(tree, first)
+    if number.isdigit():
+        if int(number) == len(child):
+            child.append(nnx.Module())
+        child, rest = child[int(number)], after
+    put(child, rest, layer)
 
 
 def skeleton(modules, stacked):
@@ -340,9 +334,7 @@ def test_names_are_those_of_transformers(name, stacked, tmp_path):
     assert len(wanted) == 2 * len(modules)
 
     nys.lora.apply(model, 2, 3.0, targets=".*", key=KEY, name="ours")
-    nys.lora.save_peft(
-        model, tmp_path / "ours", base_model="tiny", name="ours", names=name, task_type=None
-    )
+    nys.lora.save_peft(model, tmp_path / "ours", base_model="tiny", name="ours", names=name)
     got = safetensors.numpy.load_file(tmp_path / "ours" / TENSORS)
     assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in wanted.items()}
     loaded = strictly(peft.PeftModel.from_pretrained, make(), tmp_path / "ours")

@@ -1,0 +1,260 @@
+"""PEFT folders that are refused, and those that only look unusual."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from test_lora_peft import CONFIG, KEY, NAMES, TENSORS, Model, X, adapted, key_of, save
+
+import nyscaled as nys
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(adapted(), tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+
+
+def edit_tensors(folder, change):
+    with safetensors.safe_open(folder / TENSORS, framework="numpy") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    safetensors.numpy.save_file(change(tensors), folder / TENSORS, metadata)
+
+
+def refused(folder, match, model=None, **options):
+    model = Model() if model is None else model
+    before = nnx.state(model)
+    with pytest.raises(ValueError, match=match):
+        nys.lora.load_peft(model, folder, **({"names": NAMES} | options))
+    after = nnx.state(model)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+
+
+CONFIGS = {
+    "another method": ({"peft_type": "ADALORA"}, "peft_type"),
+    "no method": ({"peft_type": None}, "peft_type"),
+    "dora": ({"use_dora": True}, "use_dora"),
+    "modules to save": ({"modules_to_save": ["score"]}, "modules_to_save"),
+    "bias": ({"bias": "all"}, "bias"),
+    "lora bias": ({"lora_bias": True}, "lora_bias"),
+    "first layer": ({"layers_to_transform": 0}, "layers_to_transform"),
+    "layers": ({"layers_to_transform": [1], "layers_pattern": "h"}, "layers_to_transform"),
+    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    "megatron": ({"megatron_config": {"a": 1}}, "megatron_config"),
+    "activated": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+    "qalora": ({"use_qalora": True}, "use_qalora"),
+    "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "parameters": ({"target_parameters": ["w"]}, "target_parameters"),
+    "unknown": ({"a_new_variant": {"x": 1}}, "a_new_variant"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights.*converted"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    "unknown start": ({"init_lora_weights": "nora"}, "init_lora_weights"),
+    "rank": ({"r": 3}, "rank 2, and 3"),
+    "rank of none": ({"r": None}, "rank is None"),
+    "rank text": ({"r": "2"}, "rank is '2'"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "alpha text": ({"lora_alpha": "16"}, "lora_alpha"),
+    "alpha nan": ({"lora_alpha": float("nan")}, "lora_alpha"),
+    "scaling text": ({"use_rslora": "no"}, "use_rslora"),
+    "rank pattern": ({"rank_pattern": {"heads": 3}}, "rank 2, and 3"),
+    "idle pattern": ({"alpha_pattern": {"q_proj": 3}}, "apply to none"),
+    "pattern list": ({"rank_pattern": [3]}, "rank_pattern"),
+    "broken pattern": ({"alpha_pattern": {"(": 3}}, "regular expression"),
+    "stack alphas": ({"alpha_pattern": {r"layers\.0\.up": 7}}, r"\(r, α\)"),
+    "target without tensors": ({"target_modules": ["heads", "score"]}, "target_modules"),
+    "targets missed": ({"target_modules": ["heads"]}, "not among"),
+    "targets by expression": ({"target_modules": "heads|items.*"}, "not among"),
+    "broken expression": ({"target_modules": "("}, "regular expression"),
+    "targets number": ({"target_modules": 3}, "target_modules"),
+    "excluded": ({"exclude_modules": ["heads"]}, "not among"),
+}
+
+
+@pytest.mark.parametrize(("fields", "match"), CONFIGS.values(), ids=CONFIGS.keys())
+def test_configuration_refused(fields, match, folder):
+    edit_config(folder, **fields)
+    refused(folder, match)
+
+
+HARMLESS = {
+    **{"task_type": "CAUSAL_LM", "auto_mapping": {"base_model_class": "X"}, "revision": "main"},
+    **{"peft_version": "0.21.2", "inference_mode": False, "runtime_config": {"a": 1}},
+    **{"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {"bits": 4}},
+    **{"init_lora_weights": "gaussian", "lora_dropout": 0.3, "use_dora": False},
+    **{"modules_to_save": None, "layers_pattern": None, "exclude_modules": ["score"]},
+    **{"target_modules": ["up", "down", "heads", "out", "0", "1"], "alpha_pattern": {}},
+}
+
+
+@pytest.mark.parametrize("fields", [{k: v} for k, v in HARMLESS.items()], ids=HARMLESS)
+def test_configuration_without_effect(fields, folder):
+    wanted, got = Model(), Model()
+    nys.lora.load_peft(wanted, folder, names=NAMES)
+    edit_config(folder, **fields)
+    nys.lora.load_peft(got, folder, names=NAMES)
+    np.testing.assert_array_equal(got(X), wanted(X))
+
+
+def test_patterns_are_read_as_peft_does(folder):
+    """The first that matches counts; a pattern may be the end of a name."""
+    model = Model()
+    edit_config(folder, alpha_pattern={"up": 6, r"layers\.\d\.(up|down)": 9})
+    nys.lora.load_peft(model, folder, names=NAMES)
+    alphas = {p: m.adapters["default"].alpha for p, m in nys.lora.adapted_layers(model).items()}
+    assert alphas == dict.fromkeys(NAMES, 3) | {"layers.up": 6, "layers.down": 9}
+
+
+def dropped(*keys):
+    return lambda tensors: {k: v for k, v in tensors.items() if k not in keys}
+
+
+def added(**tensors):
+    return lambda old: old | {k.replace("__", "."): v for k, v in tensors.items()}
+
+
+def replaced(module, side, fn):
+    return lambda old: old | {key_of(module, side): fn(old[key_of(module, side)])}
+
+
+WIDE = np.zeros((2, 9), "f")
+FILES = {
+    "A alone": (dropped(key_of("out", "B")), "only lora_A of out"),
+    "B alone": (dropped(key_of("out", "A")), "only lora_B of out"),
+    "missing in config": (dropped(key_of("out"), key_of("out", "B")), "'out' in target_modules"),
+    "empty": (lambda old: {}, "no modules"),
+    "magnitude": (added(base_model__model__out__lora_magnitude_vector=WIDE), "magnitude"),
+    "other prefix": (lambda old: {k[len("base_model.") :]: v for k, v in old.items()}, "holds"),
+    "full weight": (added(base_model__model__score__weight=WIDE), "score.weight"),
+    "adapter name": (added(base_model__model__out__lora_A__default__weight=WIDE), "default"),
+    "three axes": (replaced("out", "A", lambda a: a[..., None]), "wanted"),
+    "ranks of A and B": (replaced("out", "A", lambda a: a[:1]), "wanted"),
+    "other base": (replaced("out", "A", lambda a: WIDE), "other|base"),
+    "integers": (replaced("out", "A", lambda a: a.astype(np.int32)), "int32"),
+    "not finite": (replaced("out", "A", lambda a: a * np.nan), "NaN"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), FILES.values(), ids=FILES.keys())
+def test_tensors_refused(change, match, folder):
+    edit_tensors(folder, change)
+    refused(folder, match)
+
+
+def test_unmatched_modules_refused(folder):
+    both = key_of("layers.1.up"), key_of("layers.1.up", "B")
+    edit_tensors(folder, dropped(*both))
+    edit_config(folder, target_modules=["up", "down", "heads", "out", "0", "1"])
+    refused(folder, r"no tensors of layers\.1\.up")
+    edit_config(folder, target_modules=None)  # of a stack each layer is needed, targeted or not
+    refused(folder, r"no tensors of layers\.1\.up")
+
+
+def test_targeted_layer_without_tensors_refused(folder):
+    edit_tensors(folder, dropped(key_of("items.1"), key_of("items.1", "B")))
+    edit_config(folder, target_modules=r"layers.*|items\.\d|heads|out")
+    refused(folder, r"no tensors of items\.1")
+    edit_config(folder, target_modules=None)
+    assert "items.1" not in nys.lora.load_peft(Model(), folder, names=NAMES)
+
+
+def test_tensors_without_a_layer_refused(folder):
+    refused(folder, r"layers\.0\.(up|down).*no layer", names=None)
+    refused(folder, "no layer", names="llama")
+    refused(folder, "no layer", model=nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        (TENSORS, b"", "sound safetensors"),
+        (TENSORS, bytes(range(256)), "sound safetensors"),
+        (TENSORS, None, "there is no"),
+        (CONFIG, b"{", "not JSON"),
+        (CONFIG, b"\xff\xfe", "not JSON"),
+        (CONFIG, b"[]", "object"),
+        (CONFIG, None, "adapter_config"),
+    ],
+)
+def test_broken_files_refused(name, content, match, folder):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    refused(folder, match)
+
+
+def test_truncated_pickled_or_missing_refused(folder, tmp_path):
+    whole = (folder / TENSORS).read_bytes()
+    for length in (7, 100, len(whole) // 2, len(whole) - 1):
+        (folder / TENSORS).write_bytes(whole[:length])
+        refused(folder, "sound safetensors")
+    shutil.move(folder / TENSORS, folder / "adapter_model.bin")
+    refused(folder, "pickle")
+    refused(tmp_path / "nowhere", "wanted a folder")
+
+
+def test_foreign_record_refused(folder):
+    tensors = safetensors.numpy.load_file(folder / TENSORS)
+    for starts in ("x", "[3]", '[{"init": "nora"}]'):
+        safetensors.numpy.save_file(tensors, folder / TENSORS, {"starts": starts})
+        refused(folder, "starts")
+    safetensors.numpy.save_file(tensors, folder / TENSORS)
+    model = Model()
+    nys.lora.load_peft(model, folder, names=NAMES)
+    assert model.out.adapters["default"].init == ("peft", ())
+
+
+def test_load_into_a_name_in_use_refused(folder):
+    refused(folder, "has an adapter named 'default'", model=adapted())
+    refused(folder, "wanted letters", name="a.b")
+
+
+def test_save_refused(tmp_path):
+    model = adapted()
+    with pytest.raises(ValueError, match="adapter is 'other'"):
+        save(model, tmp_path, name="other")
+    with pytest.raises(ValueError, match="task_type"):
+        save(model, tmp_path, task_type="chat")
+    for names, match in [
+        (None, "is a stack"),
+        ({}, "names has None"),
+        (NAMES | {"layers.up": "layers.up"}, "wanted a name with 1"),
+        (NAMES | {"out": "heads"}, "another layer's"),
+        ("gpt", "names is 'gpt'"),
+        ("llama", "no layer of the family"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            nys.lora.save_peft(model, tmp_path, base_model="mine", names=names)
+    nys.lora.merge(model)
+    with pytest.raises(ValueError, match="merged"):
+        save(model, tmp_path)
+    nys.lora.unmerge(model)
+    model.out.adapters["default"].lora_b[...] *= jnp.nan
+    with pytest.raises(ValueError, match="out has NaN"):
+        save(model, tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+def test_experts_refused(tmp_path):
+    experts = nnx.Einsum("ebi,eio->ebo", (3, 8, 8), rngs=nnx.Rngs(0))
+    model = nnx.Sequential(experts)
+    nys.lora.apply(model, 2, targets=".*", key=KEY)
+    with pytest.raises(ValueError, match=r"batch axes of lengths \[3\]"):
+        nys.lora.save_peft(model, tmp_path, base_model="mine")
+    plain = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    nys.lora.apply(plain, 2, targets=".*", key=KEY)
+    nys.lora.save_peft(plain, tmp_path, base_model="mine")
+    nys.lora.remove(model)
+    refused(tmp_path, "batch axes", model=model, names=None)
