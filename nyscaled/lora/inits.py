@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def lora(
     rank: int,
     scaling: float,
     *,
-    distribution: Literal["kaiming", "gaussian"] = "kaiming",
+    distribution: str = "kaiming",
 ) -> Start:
     """LoRA: a random, b = 0. "kaiming" is U(±1/√m), "gaussian" N(0, 1/r²); both as in PEFT."""
     m = kernel.shape[0]
@@ -74,7 +74,7 @@ def nora(
     *,
     scale: float = 0.1,
     sketch: Sketch = "gaussian",
-    side: Literal["input", "output"] = "input",
+    side: str = "input",
 ) -> Start:
     """NoRA (Algorithm 1): a = W_0Ω/s, b = 0, with Ω ~ N(0, ξ²), ξ = `scale`.
 

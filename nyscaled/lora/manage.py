@@ -69,8 +69,9 @@ def unmerge(model: nnx.Module, name: str = "default") -> None:
 
 
 def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
-    layers = {p: m for p, m in adapted_layers(model).items() if name in m.adapters}
-    require_name(layers, name)
+    adapted = adapted_layers(model)
+    require_name(adapted, name)
+    layers = {p: m for p, m in adapted.items() if name in m.adapters}
     for path, layer in layers.items():
         if layer.adapters[name].merged == merged:
             raise ValueError(f"{path}: the adapter {name!r} is {'' if merged else 'not '}merged")
