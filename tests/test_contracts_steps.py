@@ -1,0 +1,129 @@
+"""Contracts that every initializer and every step must meet."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import M, N, R, normal, psd, rectangular
+
+import nyscaled as nys
+
+# --- Initializers --------------------------------------------------------------------------------
+
+
+def _problems():
+    return nys.problems.Symmetric(psd()[0]), nys.problems.Asymmetric(rectangular()[0])
+
+
+INITIALIZERS = {
+    "nystrom": lambda key, s: nys.initializers.nystrom(key, psd()[0], R, s),
+    "nystrom_stiefel": lambda key, s: nys.initializers.nystrom(
+        key, psd()[0], R, s, sketch="stiefel"
+    ),
+    "nystrom_factors": lambda key, s: nys.initializers.nystrom_factors(key, rectangular()[0], R, s),
+    "nystrom_factors_stiefel": lambda key, s: nys.initializers.nystrom_factors(
+        key, rectangular()[0], R, s, sketch="stiefel"
+    ),
+    "nystrom_factors_from_gradient": lambda key, s: nys.initializers.nystrom_factors_from_gradient(
+        key, _problems()[1].gradient, (M, N), R, s
+    ),
+    "nystrom_from_gradient": lambda key, s: nys.initializers.nystrom_from_gradient(
+        key, _problems()[0].gradient, M, R, s
+    ),
+    "perturbed": lambda key, s: nys.initializers.perturbed(key, psd()[0], R, s, noise=s),
+    "small": lambda key, s: nys.initializers.small(key, M, R, s),
+    "small_factors": lambda key, s: nys.initializers.small_factors(key, (M, N), R, s),
+}
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_initializer_has_its_shape_and_dtype_and_is_a_function_of_the_key(name):
+    start = INITIALIZERS[name]
+    first = start(jax.random.key(1), 1.0)
+    for leaf, side in zip(jax.tree.leaves(first), (M, N), strict=False):
+        chex.assert_shape(leaf, (side, R))
+        chex.assert_type(leaf, jnp.float32)
+    chex.assert_tree_all_finite(first)
+    chex.assert_trees_all_equal(start(jax.random.key(1), 1.0), first)
+    left, other = (jax.tree.leaves(start(jax.random.key(k), 1.0))[0] for k in (1, 2))
+    assert jnp.linalg.norm(left - other) > 0.1 * jnp.linalg.norm(left)
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_initializer_is_linear_in_its_scale(name):
+    start = INITIALIZERS[name]
+    wanted = jax.tree.map(lambda x: 0.01 * x, start(jax.random.key(1), 1.0))
+    chex.assert_trees_all_close(start(jax.random.key(1), 0.01), wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_initializer_under_jit_and_vmap_agrees_with_itself(name):
+    start = INITIALIZERS[name]
+    keys = jax.random.split(jax.random.key(3), 2)
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *(start(k, 0.5) for k in keys))
+    found = jax.jit(jax.vmap(lambda k: start(k, 0.5)))(keys)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+# --- Steps ---------------------------------------------------------------------------------------
+
+SYMMETRIC_STEPS = {
+    "scaled": lambda p: nys.solvers.scaled_step(p, 0.5),
+    "scaled_damped": lambda p: nys.solvers.scaled_step(p, 0.5, damping=0.1),
+    "scaled_schedule": lambda p: nys.solvers.scaled_step(p, nys.solvers.staircase(0.5)),
+    "gd": lambda p: nys.solvers.gradient_step(p, optax.sgd(0.01)),
+    "gradient_scaled": lambda p: nys.solvers.gradient_step(p, nys.scaled_gd(0.5)),
+    "gradient_damped": lambda p: nys.solvers.gradient_step(p, nys.scaled_gd(0.5, 0.1)),
+}
+ASYMMETRIC_STEPS = SYMMETRIC_STEPS | {
+    "alternating": lambda p: nys.solvers.alternating_step(p, optax.sgd(0.01)),
+    "alternating_scaled": lambda p: nys.solvers.alternating_step(p, nys.scaled_gd(0.5)),
+}
+STEPS = [("symmetric", k) for k in SYMMETRIC_STEPS] + [("asymmetric", k) for k in ASYMMETRIC_STEPS]
+
+
+def instance(kind, seed):
+    """A matrix, what makes a problem of it, and a generic start."""
+    if kind == "symmetric":
+        return psd(seed)[0], nys.problems.Symmetric, normal(seed + 7, (M, R))
+    start = nys.Factors(normal(seed + 7, (M, R)), normal(seed + 8, (N, R)))
+    return rectangular(seed)[0], nys.problems.Asymmetric, start
+
+
+@pytest.mark.parametrize(("kind", "name"), STEPS)
+def test_step_is_a_triple_of_pure_functions_that_run_agrees_with(kind, name):
+    a, problem, start = instance(kind, 0)
+    step = (SYMMETRIC_STEPS if kind == "symmetric" else ASYMMETRIC_STEPS)[name](problem(a))
+    init, update, params = jax.jit(step.init), jax.jit(step.update), jax.jit(step.params)
+    state = init(start)
+    chex.assert_trees_all_close(params(state), start, atol=1e-5)
+    rows = [params(state)]
+    for _ in range(2):
+        new = update(state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        state = new
+        rows.append(params(state))
+    solution = nys.solvers.run(step, start, 2, record=lambda x: x)
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    chex.assert_trees_all_close(solution.history, wanted, rtol=1e-3, atol=1e-4)
+    assert jax.tree.leaves(solution.history)[0].shape[0] == 3
+    assert not np.allclose(jax.tree.leaves(rows[0])[0], jax.tree.leaves(rows[-1])[0])
+
+
+@pytest.mark.parametrize(("kind", "name"), STEPS)
+def test_steps_are_batched_over_matrices_and_starts_by_vmap(kind, name):
+    build = (SYMMETRIC_STEPS if kind == "symmetric" else ASYMMETRIC_STEPS)[name]
+    problem = instance(kind, 0)[1]
+    matrices, starts = zip(
+        *((a, x) for a, _, x in (instance(kind, s) for s in (0, 1))), strict=True
+    )
+
+    def final(a, start):
+        return nys.solvers.run(build(problem(a)), start, 2).params
+
+    stack = [jax.tree.map(lambda *x: jnp.stack(x), *t) for t in (matrices, starts)]
+    found = jax.jit(jax.vmap(final))(*stack)
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *map(final, matrices, starts))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-4)
