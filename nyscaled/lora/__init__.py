@@ -7,6 +7,7 @@ from nyscaled.lora.inits import Start as Start
 from nyscaled.lora.inject import adapted_layers as adapted_layers
 from nyscaled.lora.inject import apply as apply
 from nyscaled.lora.inject import remove as remove
+from nyscaled.lora.kernels import path_key as path_key
 from nyscaled.lora.layer import Adapted as Adapted
 from nyscaled.lora.layer import Adapter as Adapter
 from nyscaled.lora.manage import activate as activate

@@ -86,7 +86,7 @@ def equations(module: Any, ndim: int) -> Equations:
         names = iter(string.ascii_letters.replace("r", ""))
         lhs = "".join(next(names) for _ in range(ndim))
         contracted = [lhs[i] for i in sorted(axis % ndim for axis in module.axis)]
-        batch = [lhs[i] for i in sorted(axis % ndim for axis in module.batch_axis)]
+        batch = [lhs[i] for i in sorted(int(axis) % ndim for axis in module.batch_axis)]
         outputs = [next(names) for _ in module.out_features]
         free = [c for c in lhs if c not in (*contracted, *batch)]
         kernel = "".join((*batch, *contracted, *outputs))

@@ -120,7 +120,9 @@ def _from_gradients(
 
     @jax.jit
     def gradient(factors: Any, old: Any, rest: Any, batch: Any) -> Any:
-        return jax.grad(lambda f: loss(nnx.merge(graphdef, f, old, rest, copy=True), batch))(factors)
+        return jax.grad(lambda f: loss(nnx.merge(graphdef, f, old, rest, copy=True), batch))(
+            factors
+        )
 
     def of_leaves(values: dict[pairs.Path, Array]) -> dict[pairs.Path, Array]:
         new = {paths[p]: flat[paths[p]].replace(value) for p, value in values.items()}
