@@ -48,7 +48,7 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.peers: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0'  # the version that was tested
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0' 'peft==0.21.2' 'transformers==5.23.0'  # as tested
 	$(BIN)/python -m pip install --quiet --editable '.[test,peers]'
 	touch $@
 

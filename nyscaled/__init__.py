@@ -19,9 +19,9 @@ from nyscaled.precondition import nora_plus as nora_plus
 from nyscaled.precondition import scale_by_gram as scale_by_gram
 from nyscaled.precondition import scale_by_normalized_gram as scale_by_normalized_gram
 from nyscaled.precondition import scaled_gd as scaled_gd
-from nyscaled.reflora import reflora as reflora
-from nyscaled.reflora import reflora_s as reflora_s
-from nyscaled.reflora import scale_by_balance as scale_by_balance
+from nyscaled.balance import reflora as reflora
+from nyscaled.balance import reflora_s as reflora_s
+from nyscaled.balance import scale_by_balance as scale_by_balance
 from nyscaled.typing import Factors as Factors
 
 if _TYPE_CHECKING:

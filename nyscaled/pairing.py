@@ -278,9 +278,11 @@ def _unstack(value: Any, length: int) -> list[Any]:
     """The inverse of `_stack`, by slices at offsets that XLA does not know.
 
     A slice at a constant offset is a kernel of its own, and 448 of them take CPUs half a minute to
-    compile; at an offset read from an array, all are one kernel.
+    compile; at an offset read from an array, all are one kernel. The barrier behind them keeps the
+    slices out of what comes next (Adam, say), which is then one kernel a shape too.
     """
     if length == 1:
         return [value]
     offsets = [jax.lax.optimization_barrier(jnp.array([i, 0]))[0] for i in range(length)]
-    return [jax.lax.dynamic_index_in_dim(value, i, keepdims=False) for i in offsets]
+    slices = [jax.lax.dynamic_index_in_dim(value, i, keepdims=False) for i in offsets]
+    return jax.lax.optimization_barrier(slices)

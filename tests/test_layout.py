@@ -18,7 +18,7 @@ FLOORS = {
     "initializers": 1,
     "pairing": 0,
     "precondition": 1,
-    "reflora": 1,
+    "balance": 1,
     "optimality": 1,
     "dynamics": 1,
     "solvers": 2,

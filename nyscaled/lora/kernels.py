@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
@@ -77,16 +77,6 @@ class Drawn(NamedTuple):
     subtracted: Start | None
 
 
-def _over(fn: Callable[..., Drawn], keys: Any, kernels: Array) -> Drawn:
-    """`fn` for each kernel of a stack, one after another: the work space is that of one."""
-    if kernels.shape[0] > 1:
-        return jax.lax.map(lambda args: fn(*args), (keys, kernels))
-    return jax.tree.map(lambda x: x[None], fn(keys[0], kernels[0]))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("init", "rank", "scaling", "parts", "depth", "options", "dtype")
-)
 def draw(
     key: Key[Array, ""],
     kernel: Float[Array, "*shape"],
@@ -99,8 +89,37 @@ def draw(
     options: tuple[tuple[str, Any], ...],
     dtype: Any,
 ) -> Drawn:
-    """What `init` draws for every matrix of a kernel."""
+    """What `init` draws for every matrix of a kernel, with `depth` stacked axes in front.
+
+    One layer after another, in calls of their own: inside one call XLA would hold the whole stack
+    once more (in float32, if it is bfloat16).
+    """
     stack = kernel.shape[:depth]
+    of_layer = functools.partial(
+        _draw, init=init, rank=rank, scaling=scaling, parts=parts, options=options, dtype=dtype
+    )
+    if not stack:
+        return of_layer(key, kernel)
+    keys = jax.random.split(key, stack)
+    drawn = [of_layer(keys[index], kernel[index]) for index in np.ndindex(stack)]
+    return jax.tree.map(lambda *x: jnp.stack(x).reshape((*stack, *x[0].shape)), *drawn)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("init", "rank", "scaling", "parts", "options", "dtype")
+)
+def _draw(
+    key: Key[Array, ""],
+    kernel: Float[Array, "*shape"],
+    *,
+    init: Init,
+    rank: int,
+    scaling: float,
+    parts: Split,
+    options: tuple[tuple[str, Any], ...],
+    dtype: Any,
+) -> Drawn:
+    """`draw` for one layer, whose batch axes (experts) are several matrices."""
 
     def of_matrix(key: Array, matrix: Array) -> Drawn:
         a, b = (
@@ -113,16 +132,13 @@ def draw(
         b = jnp.zeros((rank, n), dtype) if b is None else b
         return Drawn(a, b, subtracted)
 
-    def of_layer(key: Array, layer: Array) -> Drawn:
-        matrices = to_matrices(layer, parts, 0)
-        batch = matrices.shape[:-2]
-        flat = matrices.reshape((-1, *matrices.shape[-2:]))
-        drawn = _over(of_matrix, jax.random.split(key, len(flat)), flat)
-        return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), drawn)
-
-    layers = kernel.reshape((math.prod(stack), *kernel.shape[depth:]))
-    drawn = _over(of_layer, jax.random.split(key, len(layers)), layers)
-    return jax.tree.map(lambda x: x.reshape((*stack, *x.shape[1:])), drawn)
+    matrices = to_matrices(kernel, parts, 0)
+    batch = matrices.shape[:-2]
+    if not batch:
+        return of_matrix(key, matrices)
+    flat = matrices.reshape((-1, *matrices.shape[-2:]))
+    drawn = jax.lax.map(lambda args: of_matrix(*args), (jax.random.split(key, len(flat)), flat))
+    return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:])), drawn)
 
 
 def require_finite(drawn: dict[str, Drawn]) -> None:
