@@ -91,17 +91,21 @@ def draw(
 ) -> Drawn:
     """What `init` draws for every matrix of a kernel, with `depth` stacked axes in front.
 
-    One layer after another, in calls of their own: inside one call XLA would hold the whole stack
-    once more (in float32, if it is bfloat16).
+    One layer after another, each in a call that ends before the next begins: inside one call XLA
+    would hold the whole stack once more (in float32, if it is bfloat16).
     """
     stack = kernel.shape[:depth]
     of_layer = functools.partial(
         _draw, init=init, rank=rank, scaling=scaling, parts=parts, options=options, dtype=dtype
     )
     if not stack:
-        return of_layer(key, kernel)
+        return of_layer(key, kernel, ())
     keys = jax.random.split(key, stack)
-    drawn = [of_layer(keys[index], kernel[index]) for index in np.ndindex(stack)]
+    drawn = []
+    for index in np.ndindex(stack):
+        drawn.append(of_layer(keys[index], kernel, index))
+        if validation.is_concrete(drawn[-1]):
+            jax.block_until_ready(drawn[-1])
     return jax.tree.map(lambda *x: jnp.stack(x).reshape((*stack, *x[0].shape)), *drawn)
 
 
@@ -111,6 +115,7 @@ def draw(
 def _draw(
     key: Key[Array, ""],
     kernel: Float[Array, "*shape"],
+    index: tuple[Any, ...],
     *,
     init: Init,
     rank: int,
@@ -119,7 +124,7 @@ def _draw(
     options: tuple[tuple[str, Any], ...],
     dtype: Any,
 ) -> Drawn:
-    """`draw` for one layer, whose batch axes (experts) are several matrices."""
+    """`draw` for the layer at an index of the stack; its batch axes (experts) are several matrices."""
 
     def of_matrix(key: Array, matrix: Array) -> Drawn:
         a, b = (
@@ -132,7 +137,7 @@ def _draw(
         b = jnp.zeros((rank, n), dtype) if b is None else b
         return Drawn(a, b, subtracted)
 
-    matrices = to_matrices(kernel, parts, 0)
+    matrices = to_matrices(kernel[index], parts, 0)
     batch = matrices.shape[:-2]
     if not batch:
         return of_matrix(key, matrices)
