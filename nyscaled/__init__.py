@@ -11,6 +11,9 @@ from nyscaled import optimality as optimality
 from nyscaled import problems as problems
 from nyscaled import solvers as solvers
 from nyscaled import spectra as spectra
+from nyscaled.balance import reflora as reflora
+from nyscaled.balance import reflora_s as reflora_s
+from nyscaled.balance import scale_by_balance as scale_by_balance
 from nyscaled.pairing import FactorSpec as FactorSpec
 from nyscaled.pairing import default_spec as default_spec
 from nyscaled.pairing import pair_spec as pair_spec
@@ -19,9 +22,6 @@ from nyscaled.precondition import nora_plus as nora_plus
 from nyscaled.precondition import scale_by_gram as scale_by_gram
 from nyscaled.precondition import scale_by_normalized_gram as scale_by_normalized_gram
 from nyscaled.precondition import scaled_gd as scaled_gd
-from nyscaled.balance import reflora as reflora
-from nyscaled.balance import reflora_s as reflora_s
-from nyscaled.balance import scale_by_balance as scale_by_balance
 from nyscaled.typing import Factors as Factors
 
 if _TYPE_CHECKING:
