@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DIGITS := build/digits_rbf.npy
 
-.PHONY: fig1 figures report test test-peers lint bench clean
+.PHONY: fig1 figures report test test-peers lint bench bench-peers clean
 
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
@@ -14,6 +14,7 @@ figures: $(VENV)/.experiments $(DIGITS)
 	$(BIN)/python experiments/fig1.py --matrix $(DIGITS) --rank 20
 	$(BIN)/python experiments/fig4.py
 	$(BIN)/python experiments/order.py
+	$(BIN)/python experiments/linear_lora.py
 
 report: $(VENV)/.experiments
 	$(BIN)/python -m paper_checks --report paper_checks/REPORT.md
@@ -32,6 +33,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.experiments
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/lora.py
+
+bench-peers: $(VENV)/.peers
+	$(BIN)/python benchmarks/lora_init.py
 
 $(DIGITS): $(VENV)/.experiments experiments/_matrix.py
 	$(BIN)/python experiments/_matrix.py $@

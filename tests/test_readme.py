@@ -1,5 +1,6 @@
 """The README's snippets run, in order, and its links lead somewhere."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -13,10 +14,21 @@ def test_snippets_run(capsys):
     names = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
-    solved, trained, predicted = capsys.readouterr().out.split("\n")[:3]
+    solved, trained, predicted, adapted, merged = capsys.readouterr().out.split("\n")[:5]
     assert solved.startswith("CONVERGED")
     assert float(trained) < 1e-6
     assert float(predicted) < 1e-4
+    first, *_, last = ast.literal_eval(adapted)
+    assert last < first
+    assert merged == "True"
+
+
+def test_training_loop_is_short():
+    loops = [
+        s for s in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "nnx.Optimizer" in s
+    ]
+    assert len(loops) == 1
+    assert len([line for line in loops[0].splitlines() if line.strip()]) <= 25
 
 
 def test_links_lead_to_files():
