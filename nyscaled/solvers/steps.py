@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled import linalg, validation
 from nyscaled.precondition import require_step_size
-from nyscaled.problems import Asymmetric, Symmetric
+from nyscaled.problems import Asymmetric, Sensing, Symmetric
 from nyscaled.typing import Factors, as_partial, pytree_dataclass, static_field
 
 Params = Any
@@ -169,17 +169,23 @@ class GradientStep:
     def init(self, params: Params) -> GradientState:
         """The start and the transformation's state."""
         params = self.problem.check(params)
+        if self.alternating and not isinstance(params, Factors):
+            raise ValueError(f"the start is {type(params).__name__}; alternating wants Factors")
         return GradientState(params, self.tx.init(params))
 
     def update(self, state: GradientState) -> GradientState:
         """One step, or one sweep over both factors if alternating."""
         params, opt_state = state
+        tx = optax.with_extra_args_support(self.tx)
         keeps = ((1, 0), (0, 1)) if self.alternating else (None,)
         for keep in keeps:
             grads = self.problem.gradient(params)
             if keep is not None:
                 grads = Factors(*(k * g for k, g in zip(keep, grads, strict=True)))
-            updates, opt_state = self.tx.update(grads, opt_state, params)
+            # Under jit the loss costs nothing where the transformation does not read it.
+            updates, opt_state = tx.update(
+                grads, opt_state, params, value=self.problem.loss(params)
+            )
             params = optax.apply_updates(params, updates)
         return GradientState(params, opt_state)
 
@@ -188,9 +194,7 @@ class GradientStep:
         return state.factors
 
 
-def gradient_step(
-    problem: Symmetric | Asymmetric, tx: optax.GradientTransformation
-) -> GradientStep:
+def gradient_step(problem: Any, tx: optax.GradientTransformation) -> GradientStep:
     """X⁺ = X + tx(∇f(X)), for any optax transformation: `optax.sgd` is GD, `scaled_gd` is ScaledGD.
 
     Example:
@@ -203,15 +207,17 @@ def gradient_step(
     return GradientStep(problem, tx)
 
 
-def alternating_step(problem: Asymmetric, tx: optax.GradientTransformation) -> GradientStep:
+def alternating_step(
+    problem: Asymmetric | Sensing, tx: optax.GradientTransformation
+) -> GradientStep:
     """X⁺ = X + tx(∇_X f(X, Y)), then Y⁺ = Y + tx(∇_Y f(X⁺, Y)): AltGD with `optax.sgd`.
 
     Args:
-        problem: an asymmetric problem.
+        problem: a problem of `Factors`.
         tx: a transformation without memory (`optax.sgd` without momentum, `scaled_gd`): it sees
             zeros for the factor that waits.
     """
-    if not isinstance(problem, Asymmetric):
+    if not isinstance(problem, Asymmetric | Sensing):
         raise ValueError(f"problem is {type(problem).__name__}; alternating wants Asymmetric")
     return GradientStep(problem, tx, True)
 

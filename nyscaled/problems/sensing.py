@@ -1,0 +1,251 @@
+"""Matrix sensing: a low-rank matrix from p linear measurements bᵢ = ⟨Aᵢ, M⟩ (+ noise).
+
+    symmetric     min over X of ¼‖𝒜(XXᵀ) − b‖²,         𝒜(M)ᵢ = ⟨Aᵢ, M⟩
+    asymmetric    min over X, Y of ½‖𝒜(XYᵀ) − b‖²
+
+The map carries the scale: where it keeps norms on average, E‖𝒜(M)‖² = ‖M‖_F², as that of
+`gaussian` does, the losses are those of problems (1) and (4) in expectation, and so are step sizes.
+
+References:
+    Zhang, Fattahi, Zhang, Preconditioned gradient descent for overparameterized nonconvex
+    Burer-Monteiro factorization with global optimality certification, JMLR 2023.
+    Tong, Ma, Chi, Accelerating ill-conditioned low-rank matrix estimation via scaled gradient
+    descent, JMLR 2021.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from nyscaled import linalg, validation
+from nyscaled.problems.asymmetric import Asymmetric
+from nyscaled.problems.symmetric import Symmetric
+from nyscaled.typing import Factors, LinearMap, Scalar, pytree_dataclass
+
+
+@runtime_checkable
+class MeasurementMap(Protocol):
+    """What sensing asks of 𝒜; a pytree. `Matrices` and `completion.Entries` are two."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n), of the matrices measured."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """p, how many measurements."""
+        ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def forward(self, left: Array, right: Array) -> Array:
+        """𝒜(LRᵀ) (p,) of factors L (m, r) and R (n, r)."""
+        ...
+
+    def adjoint(self, weights: Array) -> LinearMap:
+        """𝒜*(w) = Σᵢ wᵢAᵢ (m, n) of weights (p,): anything with `@` and `.T`."""
+        ...
+
+
+@pytree_dataclass
+class Matrices:
+    """𝒜 by its matrices, an array (p, m, n), float32 or float64.
+
+    XYᵀ and 𝒜*(w) are formed, m n numbers beside the p m n that are read: each is one pass over the
+    array, whatever r.
+
+    Args:
+        matrices: Aᵢ, stacked, (p, m, n).
+
+    Raises:
+        ValueError: on an array that is not finite, floating and of three axes.
+    """
+
+    matrices: Any
+
+    def __post_init__(self) -> None:
+        shape = jnp.shape(self.matrices)
+        if len(shape) != 3 or 0 in shape:
+            raise ValueError(f"measurement matrices have shape {shape}; wanted (p, m, n)")
+        array = jnp.asarray(self.matrices)
+        validation.require_floating("the array of measurement matrices", array)
+        validation.require_finite("the array of measurement matrices", array)
+        object.__setattr__(self, "matrices", array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n)."""
+        return self.matrices.shape[1:]
+
+    @property
+    def count(self) -> int:
+        """p."""
+        return self.matrices.shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        """float32 or float64."""
+        return self.matrices.dtype
+
+    @linalg.full_precision
+    def forward(self, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Float[Array, " p"]:
+        """𝒜(LRᵀ)."""
+        return self.matrices.reshape(self.count, -1) @ (left @ right.T).reshape(-1)
+
+    @linalg.full_precision
+    def adjoint(self, weights: Float[Array, " p"]) -> Float[Array, "m n"]:
+        """𝒜*(w)."""
+        return (weights @ self.matrices.reshape(self.count, -1)).reshape(self.shape)
+
+
+@pytree_dataclass
+class Sensing:
+    """f(X) = ¼‖𝒜(XXᵀ) − b‖² at X (m, r); f(X, Y) = ½‖𝒜(XYᵀ) − b‖² at `Factors`.
+
+    Args:
+        a: 𝒜, a `MeasurementMap` or the array (p, m, n) of its matrices, float32 or float64. They
+            need not be symmetric for a symmetric problem.
+        b: the measurements (p,), in the same dtype.
+
+    Raises:
+        ValueError: if b does not go with 𝒜, or values are not finite (outside of jit).
+
+    Example:
+        >>> problem, truth = gaussian(jax.random.key(0), 20, [1.0, 0.5], num_measurements=200)
+        >>> bool(problem.loss(truth) < 1e-10), problem.gradient(truth).shape
+        (True, (20, 2))
+    """
+
+    a: Any
+    b: Any
+
+    def __post_init__(self) -> None:
+        a = self.a if isinstance(self.a, MeasurementMap) else Matrices(self.a)
+        if jnp.shape(self.b) != (a.count,) or jnp.result_type(self.b) != a.dtype:
+            got = f"{jnp.shape(self.b)} {jnp.result_type(self.b)}"
+            raise ValueError(f"b is {got}; wanted ({a.count},) {a.dtype}, one number a measurement")
+        validation.require_finite("b", self.b)
+        object.__setattr__(self, "a", a)
+        object.__setattr__(self, "b", jnp.asarray(self.b))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n), of the matrix looked for."""
+        return self.a.shape
+
+    @property
+    def dtype(self) -> Any:
+        """float32 or float64."""
+        return self.a.dtype
+
+    def misfit(self, predicted: Float[Array, " p"]) -> Scalar:
+        """½‖z − b‖² of predicted measurements z."""
+        return jnp.sum((predicted - self.b) ** 2) / 2
+
+    def slope(self, predicted: Float[Array, " p"]) -> Float[Array, " p"]:
+        """The derivative of `misfit`, z − b."""
+        return predicted - self.b
+
+    def loss(self, point: Any) -> Scalar:
+        """f at X or at `Factors`: the misfit, halved for X."""
+        misfit = self.misfit(self.a.forward(*_both(point)))
+        return misfit if isinstance(point, Factors) else misfit / 2
+
+    @linalg.full_precision
+    def gradient(self, point: Any) -> Any:
+        """½(G + Gᵀ)X at X, (GY, GᵀX) at `Factors`, where G = 𝒜*(𝒜(·) − b)."""
+        x, y = _both(point)
+        g = self.a.adjoint(self.slope(self.a.forward(x, y)))
+        if isinstance(point, Factors):
+            return Factors(g @ y, g.T @ x)
+        return (g @ x + g.T @ x) / 2
+
+    def backprojection(self) -> LinearMap:
+        """𝒜*(b) (m, n), M on average where 𝒜 keeps norms: what starts can be made of.
+
+        `initializers.nystrom_factors(key, problem.backprojection(), rank)` is the Nyström start;
+        `Symmetric((B + B.T) / 2).optimum(rank)` with a dense B is the spectral one.
+        """
+        return self.a.adjoint(self.b)
+
+    def check(self, point: Any) -> Any:
+        """`point` as X or `Factors` of this problem; ValueError if it cannot be one."""
+        m, n = self.shape
+        if not isinstance(point, Factors) and m != n:
+            got = type(point).__name__
+            raise ValueError(f"the point is a {got}; wanted Factors for a matrix {self.shape}")
+        problem = Asymmetric if isinstance(point, Factors) else Symmetric
+        return problem.check(cast(Any, self), point)  # which reads nothing but shape and dtype
+
+
+def _both(point: Any) -> tuple[Array, Array]:
+    return (point.left, point.right) if isinstance(point, Factors) else (point, point)
+
+
+def gaussian(
+    key: Key[Array, ""], m: int, spectrum: Any, num_measurements: int, noise: Any = 0.0
+) -> tuple[Sensing, Float[Array, "m k"]]:
+    """A symmetric problem with Gaussian measurements of a random M of given spectrum.
+
+    Aᵢ has entries N(0, 1/p) and bᵢ = ⟨Aᵢ, M⟩ + N(0, noise²/p): a common factor 1/√p on unit
+    Gaussian measurements with noise of standard deviation `noise`. The loss at the truth is
+    about noise²/4.
+
+    Args:
+        key: PRNG key of M, 𝒜 and the noise.
+        m: side of M.
+        spectrum: the k ≤ m positive eigenvalues of M.
+        num_measurements: p ≥ 1; a few times m k tell M from other matrices of low rank.
+        noise: σ ≥ 0; may be traced.
+
+    Returns:
+        The problem and X* (m, k) with M = X*X*ᵀ, in JAX's default float.
+
+    Raises:
+        ValueError: on a bad spectrum, p or σ.
+    """
+    truth_key, measurement_key = jax.random.split(key)
+    truth = _truth(truth_key, m, spectrum, m)
+    return _measured(measurement_key, truth, truth, num_measurements, noise), truth
+
+
+def gaussian_factors(
+    key: Key[Array, ""], m: int, n: int, spectrum: Any, num_measurements: int, noise: Any = 0.0
+) -> tuple[Sensing, Factors]:
+    """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
+
+    Example:
+        >>> problem, truth = gaussian_factors(jax.random.key(0), 6, 5, [1.0], num_measurements=40)
+        >>> problem.shape, bool(problem.loss(truth) < 1e-10)
+        ((6, 5), True)
+    """
+    truth_key, measurement_key = jax.random.split(key)
+    left, right = jax.random.split(truth_key)
+    truth = Factors(*(_truth(k, s, spectrum, min(m, n)) for k, s in ((left, m), (right, n))))
+    return _measured(measurement_key, *truth, num_measurements, noise), truth
+
+
+def _truth(key: Array, m: int, spectrum: Any, limit: int) -> Array:
+    """U diag(spectrum)^½ (m, k), U uniform on the Stiefel manifold."""
+    values = jnp.asarray(spectrum, jnp.result_type(float))
+    if values.ndim != 1 or not 1 <= values.size <= limit:
+        raise ValueError(f"spectrum has shape {values.shape}; wanted 1 to {limit} values, (k,)")
+    if validation.is_concrete(values) and not bool(jnp.all((values > 0) & jnp.isfinite(values))):
+        raise ValueError(f"spectrum is {values}; wanted positive finite values")
+    return jax.random.orthogonal(key, m, m=values.size, dtype=values.dtype) * jnp.sqrt(values)
+
+
+def _measured(key: Array, left: Array, right: Array, p: int, noise: Any) -> Sensing:
+    if isinstance(p, bool) or not hasattr(p, "__index__") or p < 1:
+        raise ValueError(f"num_measurements is {p!r}; wanted an integer ≥ 1")
+    validation.require_scalar("noise", noise, 0, float("inf"), open_low=False)
+    key_a, key_b = jax.random.split(key)
+    a = Matrices(jax.random.normal(key_a, (p, len(left), len(right)), left.dtype) / p**0.5)
+    errors = jax.random.normal(key_b, (p,), left.dtype) * (noise / p**0.5)
+    return Sensing(a, a.forward(left, right) + errors)
