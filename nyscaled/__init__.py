@@ -17,6 +17,8 @@ from nyscaled.balance import scale_by_balance as scale_by_balance
 from nyscaled.pairing import FactorSpec as FactorSpec
 from nyscaled.pairing import default_spec as default_spec
 from nyscaled.pairing import pair_spec as pair_spec
+from nyscaled.precgd import precgd as precgd
+from nyscaled.precgd import scale_by_residual_gram as scale_by_residual_gram
 from nyscaled.precondition import lora_p as lora_p
 from nyscaled.precondition import nora_plus as nora_plus
 from nyscaled.precondition import scale_by_gram as scale_by_gram

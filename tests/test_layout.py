@@ -19,6 +19,7 @@ FLOORS = {
     "pairing": 0,
     "precondition": 1,
     "balance": 1,
+    "precgd": 1,
     "optimality": 1,
     "dynamics": 1,
     "solvers": 2,

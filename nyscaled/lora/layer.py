@@ -145,16 +145,16 @@ class Adapted(nnx.Module):
     dtype: Any
     precision: Any
 
-    def __call__(self, inputs: Array, *args: Any, out_sharding: Any = None, **kwargs: Any) -> Array:
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         base: Any = super()
-        y = base.__call__(inputs, *args, out_sharding=out_sharding, **kwargs)
+        y = base.__call__(inputs, *args, **kwargs)
         lengths, parts = declared_shape(self), split(self)
         contraction = Contraction(
             equations(self, inputs.ndim),
             *(tuple(lengths[i] for i in axes) for axes in parts),
             dtype=self.dtype,
             precision=self.precision,
-            out_sharding=out_sharding,
+            out_sharding=kwargs.get("out_sharding"),
         )
         for adapter in self.adapters.values():
             if not adapter.merged:
