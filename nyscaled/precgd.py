@@ -1,0 +1,125 @@
+"""PrecGD as optax transforms: the damping of ScaledGD(λ) tied to the loss of the current iterate.
+
+    single factor X           G  ←  G (XᵀX + λ_t I)⁻¹,      λ_t = c √|f(X_t) − f_noise|
+    pair X Yᵀ                 G_X ← G_X (YᵀY + λ_t I)⁻¹,    G_Y ← G_Y (XᵀX + λ_t I)⁻¹
+
+With more columns than the rank of the solution XᵀX becomes singular on the way: without damping
+the step is unstable there, and with a constant one it is slow once XᵀX falls below it. √f is of the
+size of ‖XXᵀ − M‖_F, which is the damping that keeps the rate linear.
+
+References:
+    Zhang, Fattahi, Zhang, Preconditioned gradient descent for over-parameterized nonconvex matrix
+    factorization, NeurIPS 2021; the same with certification, JMLR 2023.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from nyscaled import linalg, validation
+from nyscaled.pairing import Spec, groups, map_gradients, require_params
+
+
+def scale_by_residual_gram(
+    factor: Any = 1.0, noise_level: Any = 0.0, *, spec: Spec = None
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions gradients of factors by (XᵀX + λI)⁻¹ with λ = factor·√|f − noise_level|.
+
+    `update` reads f from `value=`, as optax's line searches do. Where f is the least value that
+    the noise allows, λ is zero: give the noise level only as far as it is known, and too low rather
+    than too high.
+
+    Args:
+        factor: c > 0. For the losses ¼‖𝒜(XXᵀ) − b‖² of this package √f = ½‖·‖; c = 1 is the
+            value of the references up to that constant, and results depend on it little.
+        noise_level: f_noise ≥ 0, the loss at the truth: σ²/4 on problems of
+            `problems.sensing.gaussian`.
+        spec: which leaves are factors; `default_spec` if None. All share the one loss.
+
+    Returns:
+        A transformation without state whose `update` wants `params` and `value`.
+
+    Raises:
+        ValueError: by `init`, as `scale_by_gram`; by `update`, without params or value; on
+            factor ≤ 0 or a negative noise level.
+
+    Example:
+        >>> tx = scale_by_residual_gram()
+        >>> x = jnp.array([[1.0], [0.0]])
+        >>> updates, _ = tx.update(jnp.ones_like(x), tx.init(x), x, value=9.0)
+        >>> jnp.round(updates, 4)
+        Array([[0.25],
+               [0.25]], dtype=float32)
+    """
+    validation.require_scalar("factor", factor, 0, float("inf"), open_low=True)
+    validation.require_scalar("noise_level", noise_level, 0, float("inf"), open_low=False)
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        groups(spec, params)
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        require_params(params)
+        if value is None or jnp.ndim(value) != 0:
+            got = "None" if value is None else f"of shape {jnp.shape(value)}"
+            raise ValueError(
+                f"value is {got}; wanted the loss: update(grads, state, params, value=loss)"
+            )
+        damping = factor * jnp.sqrt(jnp.abs(value - noise_level))
+
+        @linalg.full_precision
+        def precondition(_: int, g: Array, factor: Array, partner: Array) -> Array:
+            return linalg.gram_solve(partner, g, damping.astype(partner.dtype))
+
+        return map_gradients(precondition, spec, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def precgd(
+    learning_rate: optax.ScalarOrSchedule,
+    factor: Any = 1.0,
+    noise_level: Any = 0.0,
+    *,
+    spec: Spec = None,
+) -> optax.GradientTransformationExtraArgs:
+    """PrecGD: X⁺ = X − η ∇f(X)(XᵀX + λ_t I)⁻¹ with λ_t = factor·√|f(X_t) − noise_level|.
+
+    `solvers.gradient_step(problem, precgd(0.5))` passes the loss by itself.
+
+    Args:
+        learning_rate: η > 0, or an optax schedule. 0.5 suits ¼‖𝒜(XXᵀ) − b‖².
+        factor: see `scale_by_residual_gram`.
+        noise_level: see `scale_by_residual_gram`.
+        spec: see `scale_by_residual_gram`.
+
+    Raises:
+        ValueError: on η ≤ 0, and as `scale_by_residual_gram`.
+
+    Example:
+        >>> import nyscaled as nys
+        >>> problem, _ = nys.problems.sensing.gaussian(jax.random.key(0), 10, [1.0], 200)
+        >>> step = nys.solvers.gradient_step(problem, precgd(0.5))
+        >>> start = nys.initializers.small(jax.random.key(1), 10, rank=3, scale=0.3)
+        >>> solution = nys.solvers.run(step, start, num_steps=60, record=problem.loss)
+        >>> bool(solution.history[-1] < 1e-9)
+        True
+    """
+    validation.require_scalar("learning_rate", learning_rate, 0, float("inf"), open_low=True)
+    return optax.with_extra_args_support(
+        optax.chain(
+            scale_by_residual_gram(factor, noise_level, spec=spec),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
