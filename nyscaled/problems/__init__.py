@@ -1,5 +1,6 @@
 """Problems: one file each, with its loss, gradient and, where known, global optimum."""
 
+from nyscaled.problems import completion as completion
 from nyscaled.problems import sensing as sensing
 from nyscaled.problems.asymmetric import Asymmetric as Asymmetric
 from nyscaled.problems.sensing import Sensing as Sensing

@@ -1,0 +1,177 @@
+"""Matrix completion: a low-rank matrix from some of its entries, as sensing by `Entries`.
+
+𝒜 reads the entries of a set Ω and multiplies them by √(m n / |Ω|), so that on random sets it keeps
+norms on average and step sizes are those of problems (1) and (4). XYᵀ is formed at Ω alone: a step
+costs O(|Ω| r).
+
+With more columns than the rank of M, a symmetric problem leaves a principal submatrix free that has
+no entry in Ω, as one unseen entry of the diagonal: for Z with no other rows XXᵀ + ZZᵀ has the same
+entries elsewhere, and the loss does not see Z.
+
+References:
+    Candès, Recht, Exact matrix completion via convex optimization, FoCM 2009. Tong, Ma, Chi,
+    Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent, JMLR 2021
+    (the scaled projection).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.sparse import BCOO
+from jaxtyping import Array, Float, Key
+
+from nyscaled import linalg, validation
+from nyscaled.problems.sensing import Sensing
+from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
+
+
+@pytree_dataclass
+class Entries:
+    """𝒜(M)ₖ = √(m n / p) · M[rowsₖ, columnsₖ], a `MeasurementMap`.
+
+    Args:
+        rows: (p,) integers in [0, m).
+        columns: (p,) integers in [0, n). An entry that is listed twice counts twice.
+        shape: (m, n).
+        dtype: float32 or float64, of the matrices measured.
+
+    Raises:
+        ValueError: on indices that do not go together or (outside of jit) are out of range.
+    """
+
+    rows: Any
+    columns: Any
+    shape: tuple[int, int] = static_field()
+    dtype: Any = static_field(default=jnp.dtype("float32"))
+
+    def __post_init__(self) -> None:
+        rows, columns = jnp.asarray(self.rows), jnp.asarray(self.columns)
+        if rows.ndim != 1 or rows.shape != columns.shape or rows.size == 0:
+            raise ValueError(
+                f"rows {rows.shape} and columns {columns.shape} do not go together; wanted (p,) both"
+            )
+        for name, indices, side in zip(
+            ("rows", "columns"), (rows, columns), self.shape, strict=True
+        ):
+            if not jnp.issubdtype(indices.dtype, jnp.integer):
+                raise ValueError(f"{name} have dtype {indices.dtype}; wanted integers")
+            if validation.is_concrete(indices):
+                low, high = int(jnp.min(indices)), int(jnp.max(indices))
+                if low < 0 or high >= side:
+                    raise ValueError(f"{name} are {low} … {high}; wanted 0 … {side - 1}")
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+    @property
+    def count(self) -> int:
+        """p = |Ω|."""
+        return self.rows.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """√(m n / p)."""
+        return (self.shape[0] * self.shape[1] / self.count) ** 0.5
+
+    def forward(self, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Float[Array, " p"]:
+        """𝒜(LRᵀ), in O(p r)."""
+        return self.scale * jnp.sum(left[self.rows] * right[self.columns], axis=1)
+
+    def adjoint(self, weights: Float[Array, " p"]) -> BCOO:
+        """𝒜*(w), a sparse (m, n)."""
+        indices = jnp.stack([self.rows, self.columns], axis=1)
+        return BCOO((self.scale * weights, indices), shape=self.shape)
+
+
+def observed(rows: Any, columns: Any, values: Any, shape: tuple[int, int]) -> Sensing:
+    """The problem of finding M (m, n) of low rank with M[rows, columns] = values.
+
+    f = ¼ mn/p Σ (XXᵀ − M)² over the p entries at X (m, r), ½ mn/p Σ (XYᵀ − M)² at `Factors`.
+
+    Args:
+        rows: (p,) integers.
+        columns: (p,) integers.
+        values: (p,), float32 or float64.
+        shape: (m, n).
+
+    Returns:
+        A `Sensing` whose map is `Entries`.
+
+    Raises:
+        ValueError: as `Entries` and `Sensing` do.
+
+    Example:
+        >>> problem = observed([0, 1, 1], [0, 0, 1], jnp.array([1.0, 2.0, 4.0]), shape=(2, 2))
+        >>> problem.loss(jnp.array([[1.0], [2.0]]))
+        Array(0., dtype=float32)
+    """
+    values = jnp.asarray(values)
+    validation.require_floating("values", values)
+    entries = Entries(rows, columns, shape, values.dtype)
+    return Sensing(entries, entries.scale * values)
+
+
+def bernoulli(
+    key: Key[Array, ""], factors: Factors | Float[Array, "m r"], probability: float
+) -> Sensing:
+    """The problem of M = XXᵀ or XYᵀ of which each entry is seen with the given probability.
+
+    How many are seen depends on the key, so this cannot be compiled; `observed` can.
+
+    Args:
+        key: PRNG key of Ω.
+        factors: X (m, r) or `Factors`; an optimum of the problem.
+        probability: in (0, 1].
+
+    Raises:
+        ValueError: on a probability outside (0, 1], and if no entry is seen.
+
+    Example:
+        >>> problem = bernoulli(jax.random.key(0), jnp.ones((20, 1)), probability=0.5)
+        >>> problem.shape, 150 < problem.a.count < 250
+        ((20, 20), True)
+    """
+    validation.require_scalar("probability", probability, 0, 1, open_low=True)
+    left, right = factors if isinstance(factors, Factors) else (factors, factors)
+    seen = jax.random.bernoulli(key, probability, (len(left), len(right)))
+    rows, columns = jnp.nonzero(seen)
+    values = jnp.sum(left[rows] * right[columns], axis=1)
+    return observed(rows, columns, values, (len(left), len(right)))
+
+
+@linalg.full_precision
+def project_incoherent(
+    factors: Factors | Float[Array, "m r"], bound: float | Scalar
+) -> Factors | Float[Array, "m r"]:
+    """The scaled projection: rows of X shortened until √m·‖xᵢYᵀ‖ ≤ bound, and those of Y alike.
+
+    xᵢ ← min(1, bound / (√m ‖xᵢYᵀ‖)) xᵢ and yⱼ ← min(1, bound / (√n ‖yⱼXᵀ‖)) yⱼ, both with the
+    factors given; of a single X, Y = X. It is the projection in the norm of the preconditioner onto
+    factors whose product spreads over all rows, as completion needs.
+
+    Args:
+        factors: X (m, r) or `Factors`.
+        bound: B > 0; (1 + slack)·√(μ r)·‖M‖ for a μ-incoherent M.
+
+    Raises:
+        ValueError: on a bound that is not positive.
+
+    Example:
+        >>> x = project_incoherent(jnp.array([[3.0], [0.1]]), bound=1.0)
+        >>> bool(jnp.abs(x[1, 0] - 0.1) < 1e-6), bool(x[0, 0] < 0.3)
+        (True, True)
+    """
+    validation.require_scalar("bound", bound, 0, float("inf"), open_low=True)
+
+    def shorten(x: Array, y: Array) -> Array:
+        # ‖xᵢYᵀ‖² = xᵢ(YᵀY)xᵢᵀ, without the m×n product.
+        lengths = jnp.sqrt(len(x) * jnp.maximum(jnp.sum((x @ (y.T @ y)) * x, axis=1), 0))
+        return x * jnp.minimum(1, bound / jnp.where(lengths > 0, lengths, bound))[:, None]
+
+    if isinstance(factors, Factors):
+        return Factors(shorten(*factors), shorten(factors.right, factors.left))
+    return shorten(factors, factors)
