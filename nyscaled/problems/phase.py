@@ -1,0 +1,80 @@
+"""Phase retrieval and other quadratic measurements, bᵢ = aᵢᵀ M aᵢ, as sensing by `RankOne`.
+
+With M = xxᵀ these are the squares of ⟨aᵢ, x⟩, whose signs are lost.
+
+References:
+    Candès, Li, Soltanolkotabi, Phase retrieval via Wirtinger flow, IEEE Trans. Inf. Theory 2015
+    (complex; here the real case).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from nyscaled import linalg, validation
+from nyscaled.typing import pytree_dataclass
+
+
+@pytree_dataclass
+class RankOne:
+    """𝒜(M)ᵢ = aᵢᵀ M aᵢ, a `MeasurementMap` in O(p m r): no matrix m×m is formed.
+
+    Args:
+        vectors: aᵢ, stacked, (p, m), float32 or float64. Unlike that of Gaussian matrices, the map
+            of Gaussian vectors N(0, I) sees the trace: E‖𝒜(M)‖² = p (2‖M‖_F² + tr(M)²). Divided
+            by p^¼ they want step sizes about a third of those of `sensing.gaussian` at rank one.
+
+    Raises:
+        ValueError: on an array that is not finite, floating and of two axes.
+
+    Example:
+        >>> from nyscaled.problems import Sensing
+        >>> vectors, x = jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.array([[2.0], [-3.0]])
+        >>> Sensing(RankOne(vectors), jnp.array([4.0, 1.0])).loss(x)
+        Array(0., dtype=float32)
+    """
+
+    vectors: Any
+
+    def __post_init__(self) -> None:
+        shape = jnp.shape(self.vectors)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"measurement vectors have shape {shape}; wanted (p, m)")
+        vectors = jnp.asarray(self.vectors)
+        validation.require_floating("the array of measurement vectors", vectors)
+        validation.require_finite("the array of measurement vectors", vectors)
+        object.__setattr__(self, "vectors", vectors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, m)."""
+        return self.vectors.shape[1], self.vectors.shape[1]
+
+    @property
+    def count(self) -> int:
+        """p."""
+        return self.vectors.shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        """float32 or float64."""
+        return self.vectors.dtype
+
+    @linalg.full_precision
+    def forward(self, left: Float[Array, "m r"], right: Float[Array, "m r"]) -> Float[Array, " p"]:
+        """𝒜(LRᵀ)."""
+        return jnp.sum((self.vectors @ left) * (self.vectors @ right), axis=1)
+
+    def adjoint(self, weights: Float[Array, " p"]) -> linalg.Operator:
+        """𝒜*(w) = Σᵢ wᵢaᵢaᵢᵀ, known by its products."""
+        product = Partial(_weighted_gram, self.vectors, weights)
+        return linalg.Operator(product, product, self.shape, self.dtype)
+
+
+@linalg.full_precision
+def _weighted_gram(vectors: Array, weights: Array, x: Array) -> Array:
+    return vectors.T @ (weights[:, None] * (vectors @ x))
