@@ -15,6 +15,7 @@ figures: $(VENV)/.experiments $(DIGITS)
 	$(BIN)/python experiments/fig4.py
 	$(BIN)/python experiments/order.py
 	$(BIN)/python experiments/linear_lora.py
+	$(BIN)/python experiments/precgd.py
 
 report: $(VENV)/.experiments
 	$(BIN)/python -m paper_checks --report paper_checks/REPORT.md
