@@ -377,6 +377,14 @@ def test_unknown_names(act):
         act(model, "other")
 
 
+def test_rows_want_the_batch_in_front():
+    model = nnx.Sequential(nnx.Einsum("ebd,edf->ebf", (3, 6, 4), rngs=nnx.Rngs(0)))
+    apply(model)
+    with pytest.raises(ValueError, match=r"layers.0 has batch axes; wanted layers whose input"):
+        nys.lora.activate(model, rows=["default", None, None])
+    assert model.layers[0].adapters["default"].gate.shape == ()
+
+
 def test_merging_twice_and_unmerging_what_is_not_merged():
     model = net()
     apply(model)

@@ -136,7 +136,7 @@ def _from_gradients(
     leaves = {path: nodes[path][...] for p in found for path in (p.a, p.b)}
     new = gradients.start(init, key, found, leaves, of_leaves, options)
     for layer in adapted_layers(model).values():
-        if any(p.a[-3:-1] == ("adapters", name) for p in found) and name in layer.adapters:
+        if name in layer.adapters:
             adapter = layer.adapters[name]
             drawn = kernels.Drawn(adapter.lora_a[...], adapter.lora_b[...], None)
             adapter.restart(drawn, key, init, options)

@@ -26,7 +26,8 @@ def activate(
             Going from sets to rows, or to another number of rows, changes shapes and compiles once.
 
     Raises:
-        ValueError: on an unknown name.
+        ValueError: on an unknown name, and on rows for a layer with batch axes (experts), whose
+            input has another first axis. Nothing has been changed then.
 
     Example:
         >>> import jax, nyscaled as nys
@@ -40,6 +41,11 @@ def activate(
     wanted = [names] if isinstance(names, str) else list(names)
     for name in {n for n in (*wanted, *(rows or ())) if n is not None}:
         require_name(layers, name)
+    for path, layer in layers.items():
+        if rows is not None and split(layer).batch:
+            raise ValueError(
+                f"{path} has batch axes; wanted layers whose input begins with the rows"
+            )
     for layer in layers.values():
         for name, adapter in layer.adapters.items():
             value = float(name in wanted) if rows is None else [float(name == r) for r in rows]
