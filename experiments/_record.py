@@ -13,15 +13,30 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+
+class Curve(NamedTuple):
+    """Values y at abscissas x, where these are not the iterations 0, 1, …: steps against κ, say."""
+
+    x: Any
+    y: Any
+
+    @classmethod
+    def of(cls, values: Any) -> Curve:
+        """`values` if they are a Curve; otherwise they are errors by iteration."""
+        if isinstance(values, cls):
+            return cls(np.asarray(values.x), np.asarray(values.y))
+        return cls(np.arange(len(values)), np.asarray(values))
+
+
 Curves = Mapping[str, Mapping[str, Any]]
-"""panel → series → errors by iteration."""
+"""panel → series → a Curve, or errors by iteration."""
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; line styles and markers
 # carry the same information for print without colours.
@@ -57,15 +72,27 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def save(out: Path, name: str, figure: Any, curves: Curves, config: Any, **notes: Any) -> None:
-    """Writes `name`.png, .pdf, .csv (panel, series, iteration, error) and .json (how it was made)."""
+def save(
+    out: Path,
+    name: str,
+    figure: Any,
+    curves: Curves,
+    config: Any,
+    *,
+    columns: tuple[str, str] = ("iteration", "error"),
+    **notes: Any,
+) -> None:
+    """Writes `name`.png, .pdf, .csv (panel, series, *columns) and .json (how it was made).
+
+    `columns` names x and y in the CSV; the notes go into the JSON.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["panel", "series", "iteration", "error"])
+    writer.writerow(["panel", "series", *columns])
     for panel, series in curves.items():
-        for label, errors in series.items():
-            for iteration, error in enumerate(np.asarray(errors)):
-                writer.writerow([panel, label, iteration, f"{error:.6e}"])
+        for label, values in series.items():
+            for x, y in zip(*Curve.of(values), strict=True):
+                writer.writerow([panel, label, f"{x:.10g}", f"{y:.6e}"])
     write_atomically(out / f"{name}.csv", text.getvalue().encode())
     packages = ("nyscaled", "jax", "jaxlib", "optax", "numpy", "matplotlib")
     record = {
@@ -89,16 +116,16 @@ def save(out: Path, name: str, figure: Any, curves: Curves, config: Any, **notes
     plt.close(figure)
 
 
-def draw(axes: Any, errors: Any, index: int, label: str, **kwargs: Any) -> None:
-    """One curve on log axes: colour, marker and style all differ between series."""
-    errors = np.asarray(errors)
+def draw(axes: Any, values: Any, index: int, label: str, **kwargs: Any) -> None:
+    """One series, a Curve or errors by iteration: colour and marker both tell it from the others."""
+    curve = Curve.of(values)
     options = {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
-        "markevery": max(1, len(errors) // 12),
+        "markevery": max(1, len(curve.y) // 12),
         "label": label,
     }
-    axes.plot(np.arange(len(errors)), errors, **(options | kwargs))
+    axes.plot(*curve, **(options | kwargs))
 
 
 def draw_prediction(axes: Any, errors: Any, floor: float, label: str | None = None) -> None:

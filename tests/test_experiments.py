@@ -18,17 +18,25 @@ def run(script, *args, cwd=ROOT):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
-def read(path):
-    """{panel: {series: errors}} from a record."""
+def read_curves(path, columns):
+    """{panel: {series: array (2, n) of x and y}} from a record with these columns."""
     curves = defaultdict(lambda: defaultdict(list))
     with path.open() as file:
         rows = csv.DictReader(file)
-        assert rows.fieldnames == ["panel", "series", "iteration", "error"]
+        assert rows.fieldnames == ["panel", "series", *columns]
         for row in rows:
-            errors = curves[row["panel"]][row["series"]]
-            assert int(row["iteration"]) == len(errors)
-            errors.append(float(row["error"]))
-    return {p: {s: np.array(e) for s, e in series.items()} for p, series in curves.items()}
+            curves[row["panel"]][row["series"]].append([float(row[c]) for c in columns])
+    return {p: {s: np.array(c).T for s, c in series.items()} for p, series in curves.items()}
+
+
+def read(path):
+    """{panel: {series: errors by iteration}} from a record."""
+    found = {}
+    for panel, series in read_curves(path, ("iteration", "error")).items():
+        for label, (iterations, errors) in series.items():
+            np.testing.assert_array_equal(iterations, np.arange(len(errors)))
+            found.setdefault(panel, {})[label] = errors
+    return found
 
 
 def record(tmp_path_factory, name):
@@ -156,6 +164,22 @@ def decaying_matrix():
     rng = np.random.default_rng(0)
     basis, _ = np.linalg.qr(rng.normal(size=(40, 40)))
     return (basis * 0.6 ** np.arange(40)) @ basis.T
+
+
+def test_record_keeps_the_abscissas_of_a_curve(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import _record
+    import fig1
+
+    figure, axes = _record.plt.subplots()
+    curve = _record.Curve([10.0, 1e8], [4, 5])
+    _record.draw(axes, curve, 0, "steps")
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), curve.x)
+    curves = {"a": {"steps": curve}, "b": {"by iteration": [1.0, 0.5]}}
+    _record.save(tmp_path, "x", figure, curves, fig1.Config(), columns=("kappa", "steps"))
+    found = read_curves(tmp_path / "x.csv", ("kappa", "steps"))
+    np.testing.assert_array_equal(found["a"]["steps"], curve)
+    np.testing.assert_array_equal(found["b"]["by iteration"], [[0, 1], [1, 0.5]])
 
 
 def test_matrix_files_of_each_format(tmp_path, monkeypatch):
