@@ -1,6 +1,7 @@
 """Problems: one file each, with its loss, gradient and, where known, global optimum."""
 
 from nyscaled.problems import completion as completion
+from nyscaled.problems import onebit as onebit
 from nyscaled.problems import phase as phase
 from nyscaled.problems import sensing as sensing
 from nyscaled.problems.asymmetric import Asymmetric as Asymmetric

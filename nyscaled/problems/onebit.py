@@ -7,51 +7,116 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import entr
-from jaxtyping import Array, Float
+from jax.scipy.special import entr, logit
+from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
-from nyscaled.problems.sensing import Sensing
-from nyscaled.typing import Scalar, pytree_dataclass
+from nyscaled.problems import sensing
+from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
 
 
 @pytree_dataclass
-class OneBit(Sensing):
-    """f(X, Y) = Σᵢ KL(bᵢ ‖ σ(𝒜(XYᵀ)ᵢ)) at `Factors`, ½ Σᵢ KL(bᵢ ‖ σ(𝒜(XXᵀ)ᵢ)) at X (m, r).
+class OneBit(sensing.Sensing):
+    """f(X, Y) = 4τ² Σᵢ KL(bᵢ ‖ σ(𝒜(XYᵀ)ᵢ/τ)) at `Factors`, half of it with XXᵀ at X (m, r).
 
     KL(b ‖ q) = b log(b/q) + (1−b) log((1−b)/(1−q)) is the logistic loss less its least value: f is
-    zero at a truth that explains b exactly, as `precgd` wants. Curvature is at most a quarter of
-    that of `Sensing`, and so step sizes are four times as large and more.
+    zero at a truth that explains b exactly, as `precgd` wants. The factor 4τ² makes the curvature
+    that of `Sensing` where q = ½, and less elsewhere: step sizes and the damping of `precgd` are
+    those of `Sensing`.
 
     Args:
         a: 𝒜, as in `Sensing`.
         b: (p,) frequencies in [0, 1], in the dtype of 𝒜.
+        noise_scale: τ > 0 of the logistic noise, bᵢ ≈ σ(𝒜(M)ᵢ/τ). A Python float.
 
     Raises:
-        ValueError: as `Sensing`, and on b outside [0, 1].
+        ValueError: as `Sensing`, and on b outside [0, 1] or τ ≤ 0.
 
     Example:
-        >>> from nyscaled.problems import sensing
-        >>> exact, truth = sensing.gaussian(jax.random.key(0), 8, [1.0], num_measurements=100)
-        >>> problem = OneBit(exact.a, jax.nn.sigmoid(exact.b))
-        >>> bool(problem.loss(truth) < 1e-5), bool(problem.loss(truth + 1) > 0.01)
+        >>> problem, truth = gaussian(jax.random.key(0), 8, [1.0], num_measurements=100)
+        >>> bool(problem.loss(truth) < 1e-5), bool(problem.loss(truth + 1) > 0.1)
         (True, True)
     """
 
+    noise_scale: float = static_field(default=1.0)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        validation.require_scalar("noise_scale", self.noise_scale, 0, float("inf"), open_low=True)
         if validation.is_concrete(self.b):
             low, high = float(jnp.min(self.b)), float(jnp.max(self.b))
             if low < 0 or high > 1:
                 raise ValueError(f"b is {low:g} … {high:g}; wanted frequencies in [0, 1]")
 
     def misfit(self, predicted: Float[Array, " p"]) -> Scalar:
-        """Σᵢ KL(bᵢ ‖ σ(zᵢ)) of predicted measurements z."""
-        least = entr(self.b) + entr(1 - self.b)
-        return jnp.sum(jax.nn.softplus(predicted) - self.b * predicted - least)
+        """4τ² Σᵢ KL(bᵢ ‖ σ(zᵢ/τ)) of predicted measurements z."""
+        z, b = predicted / self.noise_scale, self.b
+        far = jax.nn.softplus(z) - b * z - entr(b) - entr(1 - b)
+        # Near zᵢ = τ logit(bᵢ) that is a difference of numbers of size 1, far larger than itself.
+        distance = z - logit(b)
+        d = jnp.clip(distance, -1, 1)
+        near = jnp.log1p(b * jnp.expm1(d)) - b * d
+        return 4 * self.noise_scale**2 * jnp.sum(jnp.where(jnp.abs(distance) < 1, near, far))
 
     def slope(self, predicted: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The derivative of `misfit`, σ(z) − b."""
-        return jax.nn.sigmoid(predicted) - self.b
+        """The derivative of `misfit`, 4τ(σ(z/τ) − b)."""
+        return 4 * self.noise_scale * (jax.nn.sigmoid(predicted / self.noise_scale) - self.b)
+
+
+def gaussian(
+    key: Key[Array, ""], m: int, spectrum: Any, num_measurements: int, trials: Any = None
+) -> tuple[OneBit, Float[Array, "m k"]]:
+    """A symmetric problem with Gaussian measurements of a random M of given spectrum.
+
+    Aᵢ has entries N(0, 1/p) and τ = p^(−½), so that the arguments of σ are N(0, ‖M‖_F²). The loss
+    at the truth is 0 from exact frequencies, and about 1/trials from more than a few coins.
+
+    Args:
+        key: PRNG key of M, 𝒜 and the coins.
+        m: side of M.
+        spectrum: the k ≤ m positive eigenvalues of M.
+        num_measurements: p ≥ 1; a few times m k tell M from other matrices of low rank.
+        trials: how many coins are thrown for each bᵢ, may be traced; None for bᵢ = σ(𝒜(M)ᵢ/τ).
+
+    Returns:
+        The problem and X* (m, k) with M = X*X*ᵀ, in JAX's default float.
+
+    Raises:
+        ValueError: on a bad spectrum or p, and on trials < 1.
+
+    Example:
+        >>> problem, _ = gaussian(jax.random.key(0), 8, [1.0], num_measurements=100, trials=4)
+        >>> sorted({float(b) for b in problem.b})
+        [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    exact_key, coin_key = jax.random.split(key)
+    exact, truth = sensing.gaussian(exact_key, m, spectrum, num_measurements)
+    return _seen(coin_key, exact, trials), truth
+
+
+def gaussian_factors(
+    key: Key[Array, ""], m: int, n: int, spectrum: Any, num_measurements: int, trials: Any = None
+) -> tuple[OneBit, Factors]:
+    """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
+
+    Example:
+        >>> problem, truth = gaussian_factors(jax.random.key(0), 6, 5, [1.0], num_measurements=40)
+        >>> problem.shape, bool(problem.loss(truth) < 1e-5)
+        ((6, 5), True)
+    """
+    exact_key, coin_key = jax.random.split(key)
+    exact, truth = sensing.gaussian_factors(exact_key, m, n, spectrum, num_measurements)
+    return _seen(coin_key, exact, trials), truth
+
+
+def _seen(key: Array, exact: sensing.Sensing, trials: Any) -> OneBit:
+    noise_scale = exact.a.count**-0.5
+    b = jax.nn.sigmoid(exact.b / noise_scale)
+    if trials is not None:
+        validation.require_scalar("trials", trials, 1, float("inf"), open_low=False)
+        b = jax.random.binomial(key, trials, b) / trials
+    return OneBit(exact.a, b.astype(exact.dtype), noise_scale)

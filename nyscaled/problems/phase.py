@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
+from nyscaled.problems import sensing
 from nyscaled.typing import pytree_dataclass
 
 
@@ -78,3 +80,36 @@ class RankOne:
 @linalg.full_precision
 def _weighted_gram(vectors: Array, weights: Array, x: Array) -> Array:
     return vectors.T @ (weights[:, None] * (vectors @ x))
+
+
+def gaussian(
+    key: Key[Array, ""], m: int, spectrum: Any, num_measurements: int, noise: Any = 0.0
+) -> tuple[sensing.Sensing, Float[Array, "m k"]]:
+    """Quadratic measurements of a random M of given spectrum; phase retrieval with one eigenvalue.
+
+    aᵢ has entries N(0, 1), divided by p^¼, and bᵢ = aᵢᵀMaᵢ + N(0, noise²/p): noise of standard
+    deviation `noise` on undivided vectors. The loss at the truth is about noise²/4.
+
+    Args:
+        key: PRNG key of M, 𝒜 and the noise.
+        m: side of M.
+        spectrum: the k ≤ m positive eigenvalues of M.
+        num_measurements: p ≥ 1; a few times m k tell M from other matrices of low rank.
+        noise: σ ≥ 0; may be traced.
+
+    Returns:
+        A `Sensing` whose map is `RankOne`, and X* (m, k) with M = X*X*ᵀ, in JAX's default float.
+
+    Raises:
+        ValueError: on a bad spectrum, p or σ.
+
+    Example:
+        >>> problem, truth = gaussian(jax.random.key(0), 10, [1.0], num_measurements=60)
+        >>> truth.shape, bool(problem.loss(-truth) < 1e-10)
+        ((10, 1), True)
+    """
+    truth_key, vector_key, noise_key = jax.random.split(key, 3)
+    truth = sensing.random_factor(truth_key, m, spectrum, m)
+    vectors = sensing.random_array(vector_key, (num_measurements, m), truth.dtype)
+    a = RankOne(vectors / num_measurements**0.25)
+    return sensing.measured(noise_key, a, truth, truth, noise), truth

@@ -211,8 +211,8 @@ def gaussian(
         ValueError: on a bad spectrum, p or σ.
     """
     truth_key, measurement_key = jax.random.split(key)
-    truth = _truth(truth_key, m, spectrum, m)
-    return _measured(measurement_key, truth, truth, num_measurements, noise), truth
+    truth = random_factor(truth_key, m, spectrum, m)
+    return _gaussian(measurement_key, truth, truth, num_measurements, noise), truth
 
 
 def gaussian_factors(
@@ -227,12 +227,15 @@ def gaussian_factors(
     """
     truth_key, measurement_key = jax.random.split(key)
     left, right = jax.random.split(truth_key)
-    truth = Factors(*(_truth(k, s, spectrum, min(m, n)) for k, s in ((left, m), (right, n))))
-    return _measured(measurement_key, *truth, num_measurements, noise), truth
+    limit = min(m, n)
+    truth = Factors(
+        random_factor(left, m, spectrum, limit), random_factor(right, n, spectrum, limit)
+    )
+    return _gaussian(measurement_key, *truth, num_measurements, noise), truth
 
 
-def _truth(key: Array, m: int, spectrum: Any, limit: int) -> Array:
-    """U diag(spectrum)^½ (m, k), U uniform on the Stiefel manifold."""
+def random_factor(key: Array, m: int, spectrum: Any, limit: int) -> Array:
+    """U diag(spectrum)^½ (m, k), k ≤ limit, U uniform on the Stiefel manifold."""
     values = jnp.asarray(spectrum, jnp.result_type(float))
     if values.ndim != 1 or not 1 <= values.size <= limit:
         raise ValueError(f"spectrum has shape {values.shape}; wanted 1 to {limit} values, (k,)")
@@ -241,11 +244,22 @@ def _truth(key: Array, m: int, spectrum: Any, limit: int) -> Array:
     return jax.random.orthogonal(key, m, m=values.size, dtype=values.dtype) * jnp.sqrt(values)
 
 
-def _measured(key: Array, left: Array, right: Array, p: int, noise: Any) -> Sensing:
+def random_array(key: Array, shape: tuple[Any, ...], dtype: Any) -> Array:
+    """N(0, 1) of shape (p, …), where p is the caller's num_measurements."""
+    p = shape[0]
     if isinstance(p, bool) or not hasattr(p, "__index__") or p < 1:
         raise ValueError(f"num_measurements is {p!r}; wanted an integer ≥ 1")
+    return jax.random.normal(key, shape, dtype)
+
+
+def measured(key: Array, a: MeasurementMap, left: Array, right: Array, noise: Any) -> Sensing:
+    """The problem of LRᵀ seen through 𝒜 with errors N(0, noise²/p)."""
     validation.require_scalar("noise", noise, 0, float("inf"), open_low=False)
-    key_a, key_b = jax.random.split(key)
-    a = Matrices(jax.random.normal(key_a, (p, len(left), len(right)), left.dtype) / p**0.5)
-    errors = jax.random.normal(key_b, (p,), left.dtype) * (noise / p**0.5)
+    errors = jax.random.normal(key, (a.count,), left.dtype) * (noise / a.count**0.5)
     return Sensing(a, a.forward(left, right) + errors)
+
+
+def _gaussian(key: Array, left: Array, right: Array, p: int, noise: Any) -> Sensing:
+    key_a, key_b = jax.random.split(key)
+    matrices = random_array(key_a, (p, len(left), len(right)), left.dtype) / p**0.5
+    return measured(key_b, Matrices(matrices), left, right, noise)
