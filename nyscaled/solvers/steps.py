@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled import linalg, validation
 from nyscaled.precondition import require_step_size
-from nyscaled.problems import Asymmetric, Sensing, Symmetric
+from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.typing import Factors, as_partial, pytree_dataclass, static_field
 
 Params = Any
@@ -208,7 +208,7 @@ def gradient_step(problem: Any, tx: optax.GradientTransformation) -> GradientSte
 
 
 def alternating_step(
-    problem: Asymmetric | Sensing, tx: optax.GradientTransformation
+    problem: Asymmetric | RobustPCA | Sensing, tx: optax.GradientTransformation
 ) -> GradientStep:
     """X⁺ = X + tx(∇_X f(X, Y)), then Y⁺ = Y + tx(∇_Y f(X⁺, Y)): AltGD with `optax.sgd`.
 
@@ -217,7 +217,7 @@ def alternating_step(
         tx: a transformation without memory (`optax.sgd` without momentum, `scaled_gd`): it sees
             zeros for the factor that waits.
     """
-    if not isinstance(problem, Asymmetric | Sensing):
+    if not isinstance(problem, Asymmetric | RobustPCA | Sensing):
         raise ValueError(f"problem is {type(problem).__name__}; alternating wants Asymmetric")
     return GradientStep(problem, tx, True)
 
