@@ -1,4 +1,4 @@
-"""Starting points: Nyström (3), (5), from gradients (A.4), perturbed, small, spectral, AltGD's.
+"""Starting points: Nyström (3), (5), from gradients (A.4), perturbed, rescaled, small, spectral, AltGD's.
 
 Standard deviations follow the paper: `scale` is ξ for a sketch Ω and ζ for a small start,
 `noise` is ξ_n.
@@ -198,6 +198,87 @@ def small_factors(
             for k, s in zip(keys, shape, strict=True)
         )
     )
+
+
+@full_precision
+def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
+    """cX_0 with the scalar c that minimizes ‖c²X_0X_0ᵀ − A‖_F; one product with A.
+
+    c² = tr(X_0ᵀAX_0)/‖X_0ᵀX_0‖_F². From a Nyström start this takes ξ away: the run is the same, and
+    its number of steps, for every ξ. (Without it the count grows by |log₂ ξ|.)
+
+    Args:
+        x0: the start (m, r), for instance `nystrom(key, a, r, scale)`.
+        a: A (m, m), PSD: dense, sparse or an operator.
+
+    Returns:
+        (m, r) in the dtype of A.
+
+    Raises:
+        ValueError: if X_0 is zero or does not fit A, if A is not symmetric, or if X_0ᵀAX_0 has no
+            positive trace, so that the best c is 0 (outside of jit).
+
+    Example:
+        >>> a = jnp.diag(jnp.array([4.0, 0.0]))
+        >>> rescaled(jnp.array([[100.0], [0.0]]), a)
+        Array([[2.],
+               [0.]], dtype=float32)
+    """
+    problem = Symmetric(a)
+    x0 = problem.check(x0)
+    unit = x0 / jnp.linalg.norm(x0)  # X_0ᵀX_0 of a large ξ would overflow float32
+    trace = jnp.sum(unit * (problem.a @ unit))
+    if validation.is_concrete(trace) and not trace > 0:
+        raise ValueError(
+            f"tr(X₀ᵀAX₀) is {float(trace):.2g} for X₀ of unit length; wanted it positive: a "
+            "positive semidefinite A, and a start that is not zero"
+        )
+    return unit * (jnp.sqrt(trace) / jnp.linalg.norm(unit.T @ unit))
+
+
+@full_precision
+def nystrom_approximation(
+    key: Key[Array, ""], a: Any, rank: int, *, sketch: Sketch = "gaussian"
+) -> Float[Array, "m r"]:
+    """The Nyström approximation of A as a factor: X = AQ L⁻ᵀ, LLᵀ = QᵀAQ, Q a basis of range(AΩ).
+
+    It solves (1) outright for r ≥ r_A, XXᵀ = A, with two products with A. For r < r_A,
+    XXᵀ = AQ(QᵀAQ)⁻¹QᵀA is near-optimal, and a start from which steps can go on.
+
+    The textbook form AΩ L⁻ᵀ with LLᵀ = ΩᵀAΩ needs one product less; its error is
+    eps·κ(QᵀΩ)², and for r > r_A there is no such L. Here L is the root of an eigendecomposition of
+    QᵀAQ, whose eigenvalues up to √m·eps times the largest are noise and are left out: those columns
+    of X are zero.
+
+    Args:
+        key: PRNG key for Ω.
+        a: A (m, m), PSD: dense, sparse or an operator.
+        rank: columns of Ω and X, 1 ≤ r ≤ m.
+        sketch: as in `nystrom`.
+
+    Returns:
+        (m, r) in the dtype of A, columns by falling eigenvalues of QᵀAQ.
+
+    Raises:
+        ValueError: as in `nystrom`.
+
+    References:
+        Halko, Martinsson and Tropp, Finding structure with randomness, SIAM Review 53, 2011,
+        Algorithm 5.5.
+
+    Example:
+        >>> a = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
+        >>> x = nystrom_approximation(jax.random.key(0), a, rank=2)
+        >>> bool(jnp.allclose(x @ x.T, a, atol=1e-6))
+        True
+    """
+    basis, _ = jnp.linalg.qr(nystrom(key, a, rank, sketch=sketch))
+    image = Symmetric(a).a @ basis
+    form = basis.T @ image
+    values, vectors = jnp.linalg.eigh((form + form.T) / 2)
+    live = values > default_rcond(a.shape[0], form.dtype) * values[-1]
+    root = jnp.where(live, 1 / jnp.sqrt(jnp.where(live, values, 1)), 0)
+    return (image @ (vectors * root))[:, ::-1]
 
 
 def spectral(problem: Symmetric | Asymmetric, rank: int) -> Array | Factors:

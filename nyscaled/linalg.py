@@ -76,7 +76,7 @@ class ThinFactorization(NamedTuple):
         return self.dual_of(g @ last)
 
 
-def _inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+def inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
     """The upper triangular T with Tᵀ gram T = I."""
     return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).T)
 
@@ -123,10 +123,10 @@ def factor(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> ThinFactori
     floor = 2 * r * eps
     z, transforms = x * scale, []
     for shift in (max(eps**0.5, floor), max(eps**0.5, floor), floor):
-        t = _inverse_cholesky(z.T @ z + dead + shift * eye)
+        t = inverse_cholesky(z.T @ z + dead + shift * eye)
         z = z @ t
         transforms.append(t)
-    core = _inverse_cholesky(z.T @ z + dead)
+    core = inverse_cholesky(z.T @ z + dead)
     transforms[0] = scale[:, None] * transforms[0]
     return ThinFactorization(z[:m], tuple(transforms), core, live)
 

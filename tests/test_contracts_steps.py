@@ -81,6 +81,11 @@ ASYMMETRIC_STEPS = SYMMETRIC_STEPS | {
     "alternating": lambda p: nys.solvers.alternating_step(p, optax.sgd(0.01)),
     "alternating_scaled": lambda p: nys.solvers.alternating_step(p, nys.scaled_gd(0.5)),
 }
+SYMMETRIC_STEPS |= {
+    "newton": nys.solvers.scaled_newton_step,
+    "newton_frobenius": lambda p: nys.solvers.scaled_newton_step(p, "frobenius"),
+    "qdwh": nys.solvers.qdwh_step,
+}
 STEPS = [("symmetric", k) for k in SYMMETRIC_STEPS] + [("asymmetric", k) for k in ASYMMETRIC_STEPS]
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FORMS, KEY, M, N, R, normal, psd, rectangular
+from cases import FORMS, KEY, M, N, R, exact_residual, normal, psd, rectangular
 
 import nyscaled as nys
 from nyscaled import initializers
@@ -77,6 +77,47 @@ def test_gradient_oracle_gives_the_same_start():
         initializers.nystrom_factors(KEY, b, R, 0.5),
         atol=1e-5,
     )
+
+
+def test_rescaled_start_is_nearest_to_the_matrix_and_forgets_the_scale():
+    a, _ = psd()
+    starts = [initializers.nystrom(KEY, a, R, scale) for scale in (1e-3, 1.0, 1e6)]
+    found = [initializers.rescaled(x, a) for x in starts]
+    for x in found:
+        chex.assert_trees_all_close(x, found[0], rtol=1e-5, atol=1e-6)
+    x = np.asarray(found[0], np.float64)
+    errors = [np.linalg.norm(c * x @ x.T - a) for c in (0.999, 1.0, 1.001)]
+    assert errors[1] < min(errors[0], errors[2])
+    found_form = initializers.rescaled(starts[0], FORMS["operator"](a))
+    chex.assert_trees_all_close(found_form, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_rescaling_refuses_what_has_no_best_scale():
+    a = psd()[0]
+    for x, matrix in ((normal(0, (M, R)), -a), (jnp.zeros((M, R)), a)):
+        with pytest.raises(ValueError, match="wanted it positive"):
+            initializers.rescaled(x, matrix)
+    with pytest.raises(ValueError, match="wanted"):
+        initializers.rescaled(normal(0, (N, R)), a)
+
+
+@pytest.mark.parametrize(("rank", "form"), [(R, "bcoo"), (R + 3, "operator")])
+def test_nystrom_approximation_is_the_matrix_itself(rank, form):
+    a, _ = psd()
+    x = initializers.nystrom_approximation(KEY, FORMS[form](a), rank)
+    assert x.shape == (M, rank)
+    assert exact_residual(x, a) < 2e-6
+    assert int(jnp.sum(jnp.any(x != 0, axis=0))) == R
+    batch = jax.vmap(lambda k: initializers.nystrom_approximation(k, a, rank))(KEY[None])
+    chex.assert_trees_all_close(batch[0] @ batch[0].T, a, atol=2e-6)
+
+
+def test_nystrom_approximation_of_lower_rank_is_near_the_best():
+    a, _ = psd()
+    x = np.asarray(initializers.nystrom_approximation(KEY, a, R - 1), np.float64)
+    assert 0.2 * (1 - 1e-5) < exact_residual(x, a) < 1.5 * 0.2
+    # AQ(QᵀAQ)⁻¹QᵀA never exceeds A.
+    assert np.linalg.eigvalsh(np.asarray(a, np.float64) - x @ x.T)[0] > -1e-6
 
 
 def test_small_starts_have_the_standard_deviation_asked_for():

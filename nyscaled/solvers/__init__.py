@@ -10,6 +10,11 @@ from nyscaled.solvers.loops import Status as Status
 from nyscaled.solvers.loops import Step as Step
 from nyscaled.solvers.loops import run as run
 from nyscaled.solvers.loops import run_until as run_until
+from nyscaled.solvers.polar import PolarState as PolarState
+from nyscaled.solvers.polar import QDWHStep as QDWHStep
+from nyscaled.solvers.polar import ScaledNewtonStep as ScaledNewtonStep
+from nyscaled.solvers.polar import qdwh_step as qdwh_step
+from nyscaled.solvers.polar import scaled_newton_step as scaled_newton_step
 from nyscaled.solvers.steps import GradientState as GradientState
 from nyscaled.solvers.steps import GradientStep as GradientStep
 from nyscaled.solvers.steps import ScaledState as ScaledState

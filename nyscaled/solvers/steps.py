@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nyscaled import linalg, validation
 from nyscaled.precondition import require_step_size
 from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
+from nyscaled.solvers.rank import cut_rank
 from nyscaled.typing import Factors, as_partial, pytree_dataclass, static_field
 
 Params = Any
@@ -34,42 +35,10 @@ class ScaledStep:
     learning_rate: Any
     damping: Any = 0.0
 
-    @linalg.full_precision
     def init(self, params: Params) -> ScaledState:
-        """Checks the factors and, without damping, cuts their numerical rank, once and for all.
-
-        Under (26) and (35) the row space of the factors never changes: X_t = X̃_t Vᵀ with X̃_t an
-        iterate of full column rank. A direction is cut when its singular value in X_0 *and* its
-        image under A are both within √m·eps of the largest: then neither tells it from zero.
-        """
-        params = self.problem.check(params)
-        factors = params if isinstance(params, Factors) else (params,)
-        dtype, r = factors[0].dtype, factors[0].shape[1]
-        sizes = [jnp.linalg.norm(f) for f in factors]
-        scaled = [f / jnp.where(s > 0, s, 1) for f, s in zip(factors, sizes, strict=True)]
-        u, singular, vt = jnp.linalg.svd(jnp.concatenate(scaled), full_matrices=False)
-        # One Newton-Schulz step: LAPACK's V is orthogonal to several eps only, and XXᵀ shows it.
-        v = vt.T @ (1.5 * jnp.eye(r, dtype=dtype) - 0.5 * vt @ vt.T)
-        tol = linalg.default_rcond(max(self.problem.shape), dtype)
-        noise = singular <= tol * singular[0]
-        indefinite = jnp.zeros((), bool)
-        parts = jnp.split(u, [factors[0].shape[0]]) if len(factors) == 2 else [u]
-        maps = [self.problem.a.T, self.problem.a] if len(factors) == 2 else [self.problem.a]
-        for part, size, a in zip(parts, sizes, maps, strict=True):
-            lengths = jnp.linalg.norm(part, axis=0)
-            directions = part / jnp.where(lengths > 0, lengths, 1)
-            image = a @ directions
-            reach = jnp.linalg.norm(image, axis=0)
-            noise &= (reach <= tol * jnp.max(reach)) | (size == 0)
-            if len(factors) == 1:
-                form = directions.T @ image
-                values = jnp.linalg.eigvalsh((form + form.T) / 2)
-                indefinite = values[0] < -10 * tol * jnp.max(jnp.abs(values))
-        cut = jnp.any(noise) & _is_undamped(self.damping)
-        rotation = jnp.where(cut, v, jnp.eye(r, dtype=dtype))
-        rotated = tuple(jnp.where(cut, jnp.where(noise, 0, f @ v), f) for f in factors)
-        rotated = Factors(*rotated) if len(factors) == 2 else rotated[0]
-        return ScaledState(jnp.zeros((), jnp.int32), rotated, rotation, indefinite)
+        """The start, its numerical rank cut if there is no damping; see `rank.cut_rank`."""
+        cut = cut_rank(self.problem, params, jnp.asarray(self.damping) == 0)
+        return ScaledState(jnp.zeros((), jnp.int32), cut.factors, cut.rotation, cut.indefinite)
 
     @linalg.full_precision
     def update(self, state: ScaledState) -> ScaledState:
@@ -85,10 +54,6 @@ class ScaledStep:
     def params(self, state: ScaledState) -> Params:
         """The factors in the caller's coordinates."""
         return jax.tree.map(lambda f: f @ state.rotation.T, state.factors)
-
-
-def _is_undamped(damping: Any) -> Any:
-    return jnp.asarray(damping) == 0
 
 
 def _symmetric(a: Any, x: Array, eta: Array, damping: Any) -> Array:
