@@ -306,7 +306,9 @@ def altgd(key: Key[Array, ""], a: Any, rank: int, norm: float | Scalar) -> Facto
     """The special start of alternating gradient descent: X_0 = AΦ₁/(√η C ‖A‖), Y_0 = √η D ‖A‖ Φ₂.
 
     Args:
-        key: PRNG key for Φ₁ (n, r), entries N(0, 1/r), and Φ₂ (n, r), entries N(0, 1/n).
+        key: PRNG key for Φ₁ (n, r), entries N(0, 1/r), and Φ₂ (n, r), entries N(0, 1/n). So
+            σ_min(VᵀΦ₁) ≈ 1 − √(r_A/r): the count of the reference, κ² log 1/ε times
+            r/(√r − √(r_A−1))², holds the inverse square of it.
         a: A (m, n).
         rank: columns of the factors.
         norm: ‖A‖, the largest singular value (`linalg.spectral_norm` estimates it).
@@ -325,3 +327,35 @@ def altgd(key: Key[Array, ""], a: Any, rank: int, norm: float | Scalar) -> Facto
     phi2 = jax.random.normal(second, (n, rank), a.dtype) / n**0.5
     x0 = (a @ phi1) / (root * _ALTGD_C * norm)
     return Factors(x0.astype(a.dtype), (root * _ALTGD_D * norm * phi2).astype(a.dtype))
+
+
+@full_precision
+def nesterov_parameters(x0: Float[Array, "m r"]) -> tuple[Scalar, Scalar]:
+    """Step size and momentum of Nesterov's method from X_0 = AΩ, Y_0 = 0 (`nystrom_factors`).
+
+    If X_0 is large it hardly moves, and descent in Y is least squares with smoothness L = σ_1(X_0)²
+    and, on what it changes, strong convexity μ = σ_min(X_0)², the least singular value that is not
+    zero: η = 1/L, momentum (√L − √μ)/(√L + √μ). The rate is 1 − √(μ/L), linear in κ(A).
+
+    `optax.sgd(η, momentum, nesterov=True)` is the method: its parameters are the points where
+    gradients are taken.
+
+    Args:
+        x0: X_0 (m, r), of any rank but 0.
+
+    Returns:
+        η and the momentum, in the dtype of X_0.
+
+    References:
+        Xu, Wang, Zhao, Ward, Tao, Provable acceleration of Nesterov's accelerated gradient for
+        rectangular matrix factorization and linear neural networks, NeurIPS 2024.
+
+    Example:
+        >>> rate, momentum = nesterov_parameters(jnp.diag(jnp.array([2.0, 1.0, 0.0])))
+        >>> round(float(rate), 4), round(float(momentum), 4)
+        (0.25, 0.3333)
+    """
+    singular = jnp.linalg.svd(x0, compute_uv=False)
+    live = singular > default_rcond(x0.shape[0], x0.dtype) * singular[0]
+    ratio = jnp.min(jnp.where(live, singular, singular[0])) / singular[0]  # √(μ/L)
+    return 1 / singular[0] ** 2, (1 - ratio) / (1 + ratio)

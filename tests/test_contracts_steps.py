@@ -80,6 +80,7 @@ SYMMETRIC_STEPS = {
 ASYMMETRIC_STEPS = SYMMETRIC_STEPS | {
     "alternating": lambda p: nys.solvers.alternating_step(p, optax.sgd(0.01)),
     "alternating_scaled": lambda p: nys.solvers.alternating_step(p, nys.scaled_gd(0.5)),
+    "modified": lambda p: nys.solvers.modified_step(p, optax.sgd(0.01), at=1, beta=2.0),
 }
 SYMMETRIC_STEPS |= {
     "newton": nys.solvers.scaled_newton_step,

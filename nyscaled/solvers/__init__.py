@@ -10,6 +10,10 @@ from nyscaled.solvers.loops import Status as Status
 from nyscaled.solvers.loops import Step as Step
 from nyscaled.solvers.loops import run as run
 from nyscaled.solvers.loops import run_until as run_until
+from nyscaled.solvers.modified import ModifiedState as ModifiedState
+from nyscaled.solvers.modified import ModifiedStep as ModifiedStep
+from nyscaled.solvers.modified import modified_step as modified_step
+from nyscaled.solvers.modified import unbalance as unbalance
 from nyscaled.solvers.polar import PolarState as PolarState
 from nyscaled.solvers.polar import QDWHStep as QDWHStep
 from nyscaled.solvers.polar import ScaledNewtonStep as ScaledNewtonStep

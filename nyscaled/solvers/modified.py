@@ -1,0 +1,122 @@
+"""The modified gradient descent of Xiong, Ding and Du: one step of it makes the factors unequal.
+
+With more columns than the rank, plain gradient descent on ½‖XYᵀ − A‖² from a small start of scale
+α gains a factor of about 1 − ηα² a step only: XᵀX − YᵀY is nearly conserved, and is of size α² in
+the idle columns. Once XYᵀ is near A, one exact refactoring of the same product makes all singular
+values of X equal to β. The rate is then that of β, whatever α was.
+
+References:
+    Xiong, Ding, Du, How over-parameterization slows down gradient descent in matrix sensing: the
+    curses of symmetry and initialization, ICLR 2024 (Section 5).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Int
+
+from nyscaled import validation
+from nyscaled.linalg import full_precision
+from nyscaled.problems import Asymmetric, Sensing
+from nyscaled.solvers.steps import GradientState, GradientStep, Params, gradient_step
+from nyscaled.typing import Factors, pytree_dataclass
+
+
+@full_precision
+def unbalance(factors: Factors, beta: Any) -> Factors:
+    """(X, Y) → (βP, YQΣ/β) with the thin SVD X = PΣQᵀ: the same product, and XᵀX = β²I.
+
+    Args:
+        factors: X (m, r) and Y (n, r), m ≥ r.
+        beta: β > 0. The reference takes β² of the order of σ_r(A), the least singular value that
+            is to be found. Steps of descent must then be below 2/(β² + ‖A‖²/β²).
+
+    Raises:
+        ValueError: on β ≤ 0.
+
+    Example:
+        >>> factors = Factors(jnp.array([[3.0], [4.0]]), jnp.array([[1.0], [2.0]]))
+        >>> x, y = unbalance(factors, 0.5)
+        >>> bool(jnp.allclose(x @ y.T, factors.left @ factors.right.T, atol=1e-5))
+        True
+        >>> round(float(jnp.linalg.norm(x)), 4)
+        0.5
+    """
+    validation.require_scalar("beta", beta, 0, float("inf"), open_low=True)
+    p, sigma, qt = jnp.linalg.svd(factors.left, full_matrices=False)
+    beta = jnp.asarray(beta, factors.left.dtype)
+    return Factors(beta * p, (factors.right @ qt.T) * (sigma / beta))
+
+
+class ModifiedState(NamedTuple):
+    """State of `ModifiedStep`: steps made, and the state of the descent."""
+
+    step: Int[Array, ""]
+    inner: GradientState
+
+
+@pytree_dataclass
+class ModifiedStep:
+    """Gradient descent that is refactored once; see `modified_step`."""
+
+    descent: GradientStep
+    at: Any
+    beta: Any
+
+    def init(self, params: Params) -> ModifiedState:
+        """The start and the transformation's state; ValueError unless `params` are Factors."""
+        return ModifiedState(jnp.zeros((), jnp.int32), self.descent.init(params))
+
+    def update(self, state: ModifiedState) -> ModifiedState:
+        """One step of descent; before the one with number `at`, the refactoring."""
+
+        def modify(inner: GradientState) -> GradientState:
+            # The memory of the transformation, if any, belongs to the factors that were.
+            return self.descent.init(unbalance(inner.factors, self.beta))
+
+        inner = lax.cond(state.step == self.at, modify, lambda inner: inner, state.inner)
+        return ModifiedState(state.step + 1, self.descent.update(inner))
+
+    def params(self, state: ModifiedState) -> Params:
+        """The factors."""
+        return state.inner.factors
+
+
+def modified_step(
+    problem: Asymmetric | Sensing, tx: optax.GradientTransformation, at: Any, beta: Any
+) -> ModifiedStep:
+    """Modified GD: `gradient_step(problem, tx)` with one refactoring, `unbalance`, on the way.
+
+    The start is small and unequal: entries of X_0 of scale α, those of Y_0 of α/3, also where A is
+    symmetric. When XYᵀ is near enough to A cannot be seen from the factors; the reference assumes
+    ‖XYᵀ − A‖ below a fraction of σ_r(A), which takes about log(1/α)/(ησ_r(A)) steps. Under `vmap`
+    both sides of the condition are computed, an SVD a step: batches are cheaper in two runs with
+    `unbalance` between them.
+
+    Args:
+        problem: a problem of `Factors`.
+        tx: `optax.sgd`, whose learning rate must suit the factors before and after.
+        at: number of steps before the refactoring, ≥ 0; a negative one means never.
+        beta: see `unbalance`.
+
+    Raises:
+        ValueError: on a problem without pairs of factors, and on β ≤ 0.
+
+    Example:
+        >>> import jax, nyscaled as nys
+        >>> a = nys.spectra.rectangular(jax.random.key(0), 12, 10, [1.0, 0.5])[0]
+        >>> problem = nys.problems.Asymmetric(a)
+        >>> x, y = nys.initializers.small_factors(jax.random.key(1), a.shape, rank=4)
+        >>> step = modified_step(problem, optax.sgd(0.3), at=60, beta=0.7)
+        >>> solution = nys.solvers.run(step, Factors(x, y / 3), 200, record=problem.residual)
+        >>> bool(solution.history[-1] < 1e-5)
+        True
+    """
+    if not isinstance(problem, Asymmetric | Sensing):
+        raise ValueError(f"problem is {type(problem).__name__}; modified GD wants Asymmetric")
+    validation.require_scalar("beta", beta, 0, float("inf"), open_low=True)
+    return ModifiedStep(gradient_step(problem, tx), at, beta)
