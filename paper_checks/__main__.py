@@ -81,7 +81,7 @@ def main(config: Config) -> int:
     claims = select(registry(), config.only)
     if config.list:
         for claim in claims.values():
-            print(f"{claim.id:<22} {claim.source:<6} {claim.statement}")
+            print(f"{claim.id:<22} {claim.source:<10} {claim.statement}")
         return 0
     if config.report and config.only:
         raise ValueError("--report wants all claims; leave --only away")

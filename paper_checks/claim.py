@@ -18,8 +18,13 @@ SECTIONS = (
     "adapters",
     "order",
     "ours",
+    "neighbours",
 )
 """The modules that hold claims, in the order of the report."""
+
+
+Source = Literal["paper", "ours", "literature"]
+"""Whose statement it is: the paper's, this project's, or another paper's, cited in the statement."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Claim:
     """
 
     id: str
-    source: Literal["paper", "ours"]
+    source: Source
     statement: str
     hypotheses: str
     check: Callable[[], Measured]
@@ -118,7 +123,7 @@ def claim(
     *,
     hypotheses: str,
     without: str,
-    source: Literal["paper", "ours"] = "paper",
+    source: Source = "paper",
     **removed: Any,
 ) -> Callable[[Callable[..., Measured]], Callable[..., Measured]]:
     """Registers a measurement as a claim.

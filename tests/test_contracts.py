@@ -20,7 +20,10 @@ TRANSFORMS = {
     "lora_p": lambda spec=None: nys.lora_p(optax.sgd(0.5), spec=spec),
     "reflora_s": lambda spec=None: nys.reflora_s(optax.sgd(0.5), warmup=1, spec=spec),
     "reflora": lambda spec=None: nys.reflora(optax.sgd(0.5), warmup=0, spec=spec),
+    "precgd": lambda spec=None: nys.precgd(0.5, spec=spec),
 }
+WANT_VALUE = ("precgd",)
+LOSS = 1.7
 PARAMS = {
     "single": lambda: normal(1, (9, 2)),
     "factors": lambda: nys.Factors(normal(1, (9, 2)), normal(2, (7, 2))),
@@ -40,6 +43,7 @@ KINDS = {
     "lora_p": ("qwix",),
     "reflora_s": ("gemma",),
     "reflora": ("bf16", "qwix"),
+    "precgd": ("single", "bf16"),
 }
 every_case = pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name in TRANSFORMS for kind in KINDS[name]]
@@ -80,9 +84,14 @@ def assert_close(found, wanted):
     )
 
 
+def update(tx, grads, state, params):
+    """`tx.update` as the solvers call it, with the loss: transforms that need none pass it by."""
+    return optax.with_extra_args_support(tx).update(grads, state, params, value=LOSS)
+
+
 @functools.cache
 def first_update(tx):
-    return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])
+    return jax.jit(lambda grads, params: update(tx, grads, tx.init(params), params)[0])
 
 
 def one_update(tx, params, grads=None):
@@ -95,7 +104,7 @@ def test_updates_and_state_keep_their_shapes_and_dtypes_and_updates_are_not_the_
     tx, params
 ):
     state, grads = tx.init(params), gradients(params)
-    updates, new_state = tx.update(grads, state, params)
+    updates, new_state = update(tx, grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
@@ -117,7 +126,7 @@ def test_jit_vmap_and_scan_agree_with_the_plain_loop(tx, params):
     def step(carry, _):
         params, state = carry
         grads = jax.tree.map(lambda x: (0.1 * x).astype(x.dtype), params)
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(tx, grads, state, params)
         return (optax.apply_updates(params, updates), state), updates
 
     def scanned(params):
@@ -140,13 +149,13 @@ def test_second_update_of_equal_shapes_does_not_compile(tx, params):
     traces = []
 
     @jax.jit
-    def update(grads, state, params):
+    def counted(grads, state, params):
         traces.append(None)
-        return tx.update(grads, state, params)
+        return update(tx, grads, state, params)
 
     state = tx.init(params)
     for seed in range(2):
-        _, state = update(gradients(params, seed), state, params)
+        _, state = counted(gradients(params, seed), state, params)
     assert len(traces) == 1
 
 
@@ -161,10 +170,10 @@ def test_multi_steps_applies_the_update_of_the_mean_gradient(tx, params):
     first, second = gradients(params, 1), gradients(params, 2)
     multi = optax.MultiSteps(tx, every_k_schedule=2)
     state = multi.init(params)
-    update = jax.jit(multi.update)
-    waiting, state = update(first, state, params)
+    accumulate = jax.jit(functools.partial(multi.update, value=LOSS))
+    waiting, state = accumulate(first, state, params)
     chex.assert_trees_all_equal(waiting, jax.tree.map(jnp.zeros_like, params))
-    found, _ = update(second, state, params)
+    found, _ = accumulate(second, state, params)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
     assert_close(found, one_update(tx, params, mean))
 
@@ -182,11 +191,13 @@ def test_partition_and_masked_leave_other_leaves_to_others(tx, params):
 
 
 @every_case
-def test_extra_arguments_pass_by(tx, params):
+def test_extra_arguments_pass_by(name, tx, params):
     wide = optax.with_extra_args_support(optax.chain(tx, optax.scale(1.0)))
-    state = wide.init(params)
-    found, _ = wide.update(gradients(params), state, params, value=1.0, unknown=None)
-    assert_close(found, one_update(tx, params))
+    state, grads = wide.init(params), gradients(params)
+    values = [LOSS] if name in WANT_VALUE else [None, 1.0]
+    for value in values:
+        extra = {} if value is None else {"value": value, "unknown": None}
+        assert_close(wide.update(grads, state, params, **extra)[0], one_update(tx, params))
 
 
 @every_case
@@ -201,7 +212,7 @@ def test_map_params_reaches_the_moments_of_an_inner_optimizer_and_only_them(tx, 
 @every_case
 def test_update_without_params_raises(tx, params):
     with pytest.raises(ValueError, match=r"params is None; wanted the current parameters"):
-        tx.update(gradients(params), tx.init(params))
+        update(tx, gradients(params), tx.init(params), None)
 
 
 @pytest.mark.parametrize("lonely", ["lora_a", "lora_b", "left", "right"])
