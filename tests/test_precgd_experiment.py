@@ -41,6 +41,8 @@ def assert_claims(panels):
     noise = np.array([float(series.split("=")[1]) for series in panels["f"]])
     left = np.array([errors[-1] for errors in panels["f"].values()])
     np.testing.assert_allclose(left / noise, 0.8, rtol=0.3)
+    told = method(panels["e"], "PrecGD that knows σ")[-1]
+    np.testing.assert_allclose(told, method(panels["e"], "PrecGD")[-1], rtol=0.2)
 
 
 def test_quick_run_shows_the_claims(panels):
