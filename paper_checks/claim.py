@@ -17,6 +17,7 @@ SECTIONS = (
     "helpers",
     "adapters",
     "order",
+    "table1",
     "ours",
     "neighbours",
 )

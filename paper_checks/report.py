@@ -20,6 +20,7 @@ TITLES = {
     "helpers": "Helper lemmas",
     "adapters": "Adapters and starts from gradients",
     "order": "Orders, in extended precision",
+    "table1": "Table 1",
     "ours": "Ours",
     "neighbours": "Neighbouring algorithms: sensing with too many columns",
 }
