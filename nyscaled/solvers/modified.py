@@ -32,8 +32,8 @@ def unbalance(factors: Factors, beta: Any) -> Factors:
 
     Args:
         factors: X (m, r) and Y (n, r), m ≥ r.
-        beta: β > 0. The reference takes β² of the order of σ_r(A), the least singular value that
-            is to be found. Steps of descent must then be below 2/(β² + ‖A‖²/β²).
+        beta: β > 0. With β² of the order of σ_r(A), the least singular value to be found, the
+            count is O(κ² log 1/ε). Near A, descent then wants η below 2/(β² + ‖A‖²/β²).
 
     Raises:
         ValueError: on β ≤ 0.
