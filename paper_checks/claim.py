@@ -18,6 +18,7 @@ SECTIONS = (
     "adapters",
     "order",
     "table1",
+    "fastest",
     "ours",
     "neighbours",
 )

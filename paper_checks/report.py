@@ -21,6 +21,7 @@ TITLES = {
     "adapters": "Adapters and starts from gradients",
     "order": "Orders, in extended precision",
     "table1": "Table 1",
+    "fastest": "Accelerated iterations",
     "ours": "Ours",
     "neighbours": "Neighbouring algorithms: sensing with too many columns",
 }

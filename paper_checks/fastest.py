@@ -1,0 +1,288 @@
+"""Accelerated iterations: the counts of scaled Newton and QDWH, the rescaled start, the direct factor.
+
+Counts are taken in extended precision on the scalars that the factor form reduces to, s = σ(S) with
+X = QΣ^{1/2}S, and the library's steps are then held to these scalars in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mpmath as mp
+import numpy as np
+
+import nyscaled as nys
+from paper_checks import common
+from paper_checks.claim import Measured, claim, worst
+from paper_checks.common import frobenius, singular_values
+
+DIGITS = 60
+LIMIT = 70  # steps after which a scalar run is given up
+RANK = 6
+
+
+def newton_scalars(s: list[Any], low: Any, high: Any, scaled: bool = True) -> Iterator[list[Any]]:
+    """s⁺ = (μs + 1/(μs))/2 with the weights of Byers and Xu, or with μ = 1."""
+    mu = 1 / mp.sqrt(low * high) if scaled else mp.mpf(1)
+    first = True
+    while True:
+        yield s
+        s = [(mu * v + 1 / (mu * v)) / 2 for v in s]
+        if scaled and first:
+            mu = mp.sqrt(2 * mp.sqrt(low * high) / (low + high))
+        elif scaled:
+            mu = mp.sqrt(2 / (mu + 1 / mu))
+        first = False
+
+
+def halley_scalars(s: list[Any], low: Any, high: Any) -> Iterator[list[Any]]:
+    """s⁺ = s(a + bs²)/(1 + cs²) after s/high, with the weights of QDWH for s in [low/high, 1]."""
+    yield s
+    s, bound = [v / high for v in s], low / high
+    while True:
+        square = bound**2
+        d = mp.cbrt(4 * (1 - square) / square**2)
+        a = mp.sqrt(1 + d)
+        a += mp.sqrt(8 - 4 * d + 8 * (2 - square) / (square * mp.sqrt(1 + d))) / 2
+        b = (a - 1) ** 2 / 4
+        c = a + b - 1
+        s = [v * (a + b * v**2) / (1 + c * v**2) for v in s]
+        yield s
+        bound = min(bound * (a + b * square) / (1 + c * square), mp.mpf(1))
+
+
+def count(run: Iterator[list[Any]]) -> int:
+    """Steps until all s are within 1e-16 of 1."""
+    for t, s in enumerate(run):
+        if max(abs(v - 1) for v in s) <= mp.mpf(10) ** -16 or t == LIMIT:
+            return t
+    raise AssertionError("an endless run ended")
+
+
+def counts_by_condition(start: Callable[[list[Any], Any], Iterator[list[Any]]]) -> np.ndarray:
+    """Counts for κ(S) = 10, 1e2, …, 1e16, of 33 values of s from 1/κ to 1 each."""
+    with mp.workdps(DIGITS):
+        found = []
+        for k in range(1, 17):
+            s = [mp.mpf(10) ** (-mp.mpf(k) * i / 32) for i in range(33)]
+            found.append(count(start(s, s[-1])))
+    return np.array(found)
+
+
+def facts_of(found: np.ndarray) -> dict[str, float]:
+    """Some of the counts, for the report."""
+    return {f"steps at κ = 1e{k}": float(found[k - 1]) for k in (2, 8, 16)}
+
+
+@claim(
+    "E5-newton-count",
+    "scaled Newton with the weights of Byers and Xu brings every s within 1e-16 of 1 in at most 9 steps for κ(S) ≤ 1e16",
+    source="ours",
+    hypotheses="the scalars s⁺ = (μs + 1/(μs))/2 with 60 digits, κ(S) = 10, 1e2, …, 1e16, 33 values of s each",
+    without="the scaling: μ = 1, which is (2) at η = 1/2",
+    scaled=False,
+)
+def newton_count(scaled: bool = True) -> Measured:
+    """Byers and Xu 2008, on the scalars of (2)."""
+    found = counts_by_condition(lambda s, low: newton_scalars(s, low, mp.mpf(1), scaled))
+    return Measured(int(max(found)), 9, detail="steps, largest over κ(S)", facts=facts_of(found))
+
+
+@claim(
+    "E5-qdwh-count",
+    "QDWH brings every s within 1e-16 of 1 in at most 6 steps for κ(S) ≤ 1e16; a bound ℓ 1e3 times too small costs at most one more for each κ",
+    source="ours",
+    hypotheses="the scalars s⁺ = s(a + bs²)/(1 + cs²) with 60 digits, κ(S) = 10, 1e2, …, 1e16, 33 values of s each; ℓ = s_min/s_max",
+    without="ℓ ≤ s_min/s_max: ℓ ten times as large (at most 1)",
+    factor=10,
+)
+def qdwh_count(factor: int = 1) -> Measured:
+    """Nakatsukasa, Bai and Gygi 2010, on the scalars of (2)."""
+
+    def steps(factor: Any) -> np.ndarray:
+        one = mp.mpf(1)
+        return counts_by_condition(lambda s, low: halley_scalars(s, min(factor * low, one), one))
+
+    found = steps(factor)
+    extra = int(max(steps(mp.mpf(10) ** -3) - steps(1)))
+    return worst(
+        "steps, largest over κ(S)",
+        steps=(int(max(found)), 6),
+        more_with_a_bound_too_small=(extra, 1),
+    )
+
+
+STEPS: dict[str, Callable[[Any], Any]] = {
+    "newton": nys.solvers.scaled_newton_step,
+    "qdwh": nys.solvers.qdwh_step,
+    "plain": lambda p: nys.solvers.scaled_step(p, 0.5),
+    "plain, rescaled": lambda p: nys.solvers.scaled_step(p, 0.5),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def curves(name: str, steps: int, keys: Any, spectra: Any, scales: Any) -> Any:
+    """‖X_tX_tᵀ − A‖_F/‖A‖_F, t = 0 … steps, (spectrum, scale, key, t); Nyström starts, r = r_A."""
+
+    def one(spectrum: Any, scale: Any, key: Any) -> Any:
+        a, basis = nys.spectra.psd(key, common.M, spectrum)
+        x0 = nys.initializers.nystrom(jax.random.fold_in(key, 1), a, RANK, scale)
+        if name.endswith("rescaled"):
+            x0 = nys.initializers.rescaled(x0, a)
+
+        def record(x: Any) -> Any:
+            return nys.optimality.residual_in_basis(x, basis, spectrum) / jnp.linalg.norm(spectrum)
+
+        step = STEPS[name](nys.problems.Symmetric(a))
+        return nys.solvers.run(step, x0, steps, record).history
+
+    over_keys = jax.vmap(one, (None, None, 0))
+    return jax.vmap(jax.vmap(over_keys, (None, 0, None)), (0, None, None))(spectra, scales, keys)
+
+
+def counts(name: str, steps: int, kappas: tuple[float, ...]) -> np.ndarray:
+    """Steps to 1e-12, (κ × kind, ξ, seed); `steps` + 1 if they do not get there."""
+    spectra = [common.spectrum(kind, RANK, k) for k in kappas for kind in ("geometric", "last")]
+    scales = np.array([1e-3, 1.0, 1e3])
+    found = np.asarray(curves(name, steps, common.keys(5, 100), np.array(spectra), scales))
+    reached = found <= 1e-12
+    return np.where(reached.any(axis=-1), np.argmax(reached, axis=-1), steps + 1)
+
+
+@claim(
+    "E5-steps",
+    "the library's steps reach 1e-12 in at most 9 (Newton) and 6 (QDWH) steps, whatever κ and ξ",
+    source="ours",
+    hypotheses="Nyström starts, ξ = 1e-3, 1, 1e3, m = 60, r = r_A = 6, κ = 10, 1e4, 1e8, 1e12, two kinds of spectrum, five seeds; float64",
+    without="the weights: ScaledGD with η = 1/2",
+    plain=True,
+)
+def library_counts(plain: bool = False) -> Measured:
+    """E5, by the fused steps."""
+    kappas = (1e1, 1e4, 1e8, 1e12)
+    names = ("plain", "plain") if plain else ("newton", "qdwh")
+    newton, qdwh = (int(np.max(counts(name, 40, kappas))) for name in names)
+    return worst("steps to 1e-12, largest", newton=(newton, 9), qdwh=(qdwh, 6))
+
+
+@claim(
+    "E5-rescaled",
+    "η = 1/2 from cX_0, c minimizing ‖c²X_0X_0ᵀ − A‖_F, takes the same number of steps to 1e-12 for every ξ",
+    source="ours",
+    hypotheses="the problems of E5-steps, ξ = 1e-3, 1, 1e3 with one Ω for each problem",
+    without="the rescaling",
+    rescale=False,
+)
+def rescaled_start(rescale: bool = True) -> Measured:
+    """E1's last remark: the scale of the start can be had from one product with A."""
+    found = counts("plain, rescaled" if rescale else "plain", 40, (1e1, 1e4, 1e8, 1e12))
+    spread = np.max(found, axis=1) - np.min(found, axis=1)
+    facts = {f"median steps at ξ = {s:g}": float(np.median(found[:, i])) for i, s in enumerate((1e-3, 1, 1e3))}  # fmt: skip
+    return Measured(float(np.max(spread)), 0, detail="steps, most less fewest over ξ", facts=facts)
+
+
+@claim(
+    "E5-dynamics",
+    "σ(Σ^{−1/2}QᵀX_t) of the library's steps are the scalars of E5-newton-count and E5-qdwh-count, each on its own",
+    source="ours",
+    hypotheses="m = 60, r = r_A = 6, κ = 1e4, ξ = 0.1, Nyström start, 8 steps in float64; the scalars with 60 digits from σ of the start",
+    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    noise=1e-2,
+)
+def dynamics(noise: float = 0.0) -> Measured:
+    """What ties the counts on scalars to the library."""
+    spectrum = jnp.asarray(common.spectrum("geometric", RANK, 1e4))
+    a, basis = nys.spectra.psd(common.key(101), common.M, spectrum)
+    x0 = nys.initializers.perturbed(common.key(102), a, RANK, 0.1, noise)
+    gaps = {}
+    for name, scalars in (("newton", newton_scalars), ("qdwh", halley_scalars)):
+        step = STEPS[name](nys.problems.Symmetric(a))
+        history = nys.solvers.run(step, x0, 8, lambda x: x).history
+        phi = np.einsum("mk,tmr->tkr", np.asarray(basis), np.asarray(history))
+        found = singular_values(phi / np.sqrt(np.asarray(spectrum))[:, None])
+        with mp.workdps(DIGITS):
+            s = [mp.mpf(float(v)) for v in found[0]]
+            run = scalars(s, s[-1], s[0])
+            wanted = [sorted(map(float, next(run)), reverse=True) for _ in found]
+        gaps[name] = (np.max(np.abs(found / np.array(wanted) - 1)), 1e-9)
+    return worst("relative difference, largest over steps and s", **gaps)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def textbook_qdwh(a: Any, x: Any, low: Any, steps: int, rank: int) -> Any:
+    """X(aC + bI)(C + cI)⁻¹ on X alone, its singular values in [low, 1]; no A X(XᵀX)⁻¹ in it."""
+    eye = jnp.eye(rank, dtype=x.dtype)
+    for _ in range(steps):
+        d = jnp.cbrt(4 * (1 - low**2) / low**4)
+        root = jnp.sqrt(1 + d)
+        first = root + jnp.sqrt(8 - 4 * d + 8 * (2 - low**2) / (low**2 * root)) / 2
+        second = (first - 1) ** 2 / 4
+        third = first + second - 1
+        dual = nys.linalg.dual(x)
+        gram = dual.T @ (a @ dual)
+        x = jnp.linalg.solve(gram + third * eye, (x @ (first * gram + second * eye)).T).T
+        low = jnp.minimum(low * (first + second * low**2) / (1 + third * low**2), 1)
+    return x
+
+
+@claim(
+    "E5-floor",
+    "float32: scaled Newton and QDWH end at 1e-6 whatever κ, as ScaledGD does (E4)",
+    source="ours",
+    hypotheses="the problems of E4: m = 200, r = r_A = 20, σ_20 = 1/κ, κ = 1e2 … 1e5, X_8",
+    without="A X(XᵀX)⁻¹ in QDWH's step: X(aC + bI)(C + cI)⁻¹, equal on range(A), keeps and multiplies what rounding left outside",
+    on_x_alone=True,
+)
+def floor(on_x_alone: bool = False) -> Measured:
+    """QDWH's two forms in factors."""
+    finals = {}
+    for kappa in (1e2, 1e3, 1e4, 1e5):
+        spectrum = jnp.asarray(common.spectrum("last", 20, kappa), jnp.float32)
+        a, basis = nys.spectra.psd(common.key(94), 200, spectrum, jnp.float32)
+        x0 = nys.initializers.nystrom(common.key(95), a, 20, 1.0)
+        problem = nys.problems.Symmetric(a)
+        xs = {n: nys.solvers.run(STEPS[n](problem), x0, 8).params for n in ("newton", "qdwh")}
+        if on_x_alone:
+            state = STEPS["qdwh"](problem).init(x0)
+            xs = {"qdwh": textbook_qdwh(a, x0 / state.high, state.low / state.high, 8, 20)}
+        wide = [jnp.asarray(v, jnp.float64) for v in (basis, spectrum)]
+        for name, x in xs.items():
+            error = nys.optimality.residual_in_basis(jnp.asarray(x, jnp.float64), *wide)
+            finals[f"{name}, κ = {kappa:.0e}"] = float(error)
+    return Measured(max(finals.values()), 5e-6, detail="‖X_8X_8ᵀ − A‖_F, largest", facts=finals)
+
+
+@claim(
+    "E5-direct",
+    "the Nyström approximation through an orthonormal basis of range(AΩ) is A itself for r ≥ r_A, to 1e-14",
+    source="ours",
+    hypotheses="m = 60, r_A = 6, r = 6 and 9, κ = 10, 1e4, 1e8, 1e12, two kinds of spectrum, ten seeds each; float64",
+    without="r ≥ r_A: r = 5",
+    ranks=(5,),
+)
+def direct_factor(ranks: tuple[int, ...] = (6, 9)) -> Measured:
+    """E5's direct factor; the textbook form AΩ L⁻ᵀ, LLᵀ = ΩᵀAΩ, beside it."""
+    spectra = [common.spectrum(kind, 6, k) for k in (1e1, 1e4, 1e8, 1e12) for kind in ("geometric", "last")]  # fmt: skip
+    gaps, plain = [], []
+    for i, spectrum in enumerate(spectra):
+        a, _ = nys.spectra.psd(common.key(103, i), common.M, jnp.asarray(spectrum))
+        for rank in ranks:
+            xs = np.asarray(_direct(common.keys(10, 104, i), a, rank))
+            gaps.append(np.max(frobenius(xs @ np.swapaxes(xs, 1, 2) - np.asarray(a))))
+        rng = np.random.default_rng((common.SEED, 105, i))
+        for _ in range(10):
+            omega = rng.standard_normal((common.M, 6))
+            image = np.asarray(a) @ omega
+            x = np.linalg.solve(np.linalg.cholesky(omega.T @ image), image.T).T
+            plain.append(frobenius(x @ x.T - np.asarray(a)))
+    facts = {"textbook form, r = r_A": float(np.max(plain))}
+    return Measured(float(max(gaps)), 1e-14, detail="‖XXᵀ − A‖_F, largest", facts=facts)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _direct(keys: Any, a: Any, rank: int) -> Any:
+    return jax.vmap(lambda k: nys.initializers.nystrom_approximation(k, a, rank))(keys)
