@@ -80,8 +80,8 @@ def facts_of(found: np.ndarray) -> dict[str, float]:
 
 @claim(
     "E5-newton-count",
-    "scaled Newton with the weights of Byers and Xu brings every s within 1e-16 of 1 in at most 9 steps for κ(S) ≤ 1e16",
-    source="ours",
+    "Byers, Xu 2008: scaled Newton with the weights of Byers and Xu brings every s within 1e-16 of 1 in at most 9 steps for κ(S) ≤ 1e16",
+    source="literature",
     hypotheses="the scalars s⁺ = (μs + 1/(μs))/2 with 60 digits, κ(S) = 10, 1e2, …, 1e16, 33 values of s each",
     without="the scaling: μ = 1, which is (2) at η = 1/2",
     scaled=False,
@@ -94,8 +94,8 @@ def newton_count(scaled: bool = True) -> Measured:
 
 @claim(
     "E5-qdwh-count",
-    "QDWH brings every s within 1e-16 of 1 in at most 6 steps for κ(S) ≤ 1e16; a bound ℓ 1e3 times too small costs at most one more for each κ",
-    source="ours",
+    "Nakatsukasa, Bai, Gygi 2010: QDWH brings every s within 1e-16 of 1 in at most 6 steps for κ(S) ≤ 1e16; a bound ℓ 1e3 times too small costs at most one more for each κ",
+    source="literature",
     hypotheses="the scalars s⁺ = s(a + bs²)/(1 + cs²) with 60 digits, κ(S) = 10, 1e2, …, 1e16, 33 values of s each; ℓ = s_min/s_max",
     without="ℓ ≤ s_min/s_max: ℓ ten times as large (at most 1)",
     factor=10,

@@ -28,10 +28,11 @@ def assert_claims(panels):
     for series, bound in (("scaled Newton, Byers–Xu", 9), ("QDWH", 6), (DIRECT, 1)):
         for panel in ("a", "b"):
             assert steps(panels, panel + " high", series).max() <= bound
-    # Half a step for each doubling of κ, a step for each of ξ away from the best.
+    # Up to half a step for each doubling of κ, less where an error of small directions is small
+    # beside ‖A‖; a step for each of ξ away from the best.
     kappas, plain = panels["a"][PLAIN]
     slope = (plain[-1] - plain[0]) / np.log2(kappas[-1] / kappas[0])
-    np.testing.assert_allclose(slope, 0.5, atol=0.1)
+    assert 0.3 < slope <= 0.5
     assert np.ptp(steps(panels, "b", PLAIN)) >= 7
     for series in ("QDWH", DIRECT, "scaled Newton, Byers–Xu"):
         assert np.ptp(steps(panels, "b", series)) == 0
