@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import exact_residual, normal
+from jax.tree_util import Partial
 
 import nyscaled as nys
 
@@ -119,6 +120,19 @@ def test_projection_bounds_rows_and_leaves_incoherent_factors_alone():
     chex.assert_trees_all_equal(completion.project_incoherent(x, 1e6), x)
     zeros = jnp.zeros((M, R))
     chex.assert_trees_all_equal(completion.project_incoherent(zeros, 1.0), zeros)
+
+
+def test_projected_steps_project_after_each_step():
+    problem, _, point = case("asymmetric")
+    project = Partial(completion.project_incoherent, bound=0.5)
+    step = nys.solvers.gradient_step(problem, nys.scaled_gd(0.5), project)
+    found = nys.solvers.run(step, point, 2).params
+    for _ in range(2):
+        plain = nys.solvers.gradient_step(problem, nys.scaled_gd(0.5))
+        point = project(nys.solvers.run(plain, point, 1).params)
+    chex.assert_trees_all_close(found, point, rtol=1e-4, atol=1e-5)
+    unprojected = nys.solvers.run(plain, point, 1).params
+    assert not np.allclose(project(unprojected).left, unprojected.left, rtol=0.05)
 
 
 ONES = jnp.ones(2)

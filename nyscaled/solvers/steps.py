@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -129,6 +130,7 @@ class GradientStep:
 
     problem: Any
     tx: Any = static_field()
+    project: Any = None
     alternating: bool = static_field(default=False)
 
     def init(self, params: Params) -> GradientState:
@@ -152,6 +154,8 @@ class GradientStep:
                 grads, opt_state, params, value=self.problem.loss(params)
             )
             params = optax.apply_updates(params, updates)
+        if self.project is not None:
+            params = self.project(params)
         return GradientState(params, opt_state)
 
     def params(self, state: GradientState) -> Params:
@@ -159,8 +163,18 @@ class GradientStep:
         return state.factors
 
 
-def gradient_step(problem: Any, tx: optax.GradientTransformation) -> GradientStep:
+def gradient_step(
+    problem: Any,
+    tx: optax.GradientTransformation,
+    project: Callable[[Params], Params] | None = None,
+) -> GradientStep:
     """X⁺ = X + tx(∇f(X)), for any optax transformation: `optax.sgd` is GD, `scaled_gd` is ScaledGD.
+
+    Args:
+        problem: with `gradient`, `loss` and `check`.
+        tx: its `update` is also given `value=`, the loss.
+        project: a pure function of the factors, applied after each step. For completion,
+            `Partial(nys.problems.completion.project_incoherent, bound=…)` with jax's Partial.
 
     Example:
         >>> import nyscaled as nys
@@ -169,7 +183,7 @@ def gradient_step(problem: Any, tx: optax.GradientTransformation) -> GradientSte
         >>> nys.solvers.run(step, jnp.ones((3, 1)), num_steps=100, record=problem.loss).history.shape
         (101,)
     """
-    return GradientStep(problem, tx)
+    return GradientStep(problem, tx, None if project is None else as_partial(project))
 
 
 def alternating_step(
@@ -184,7 +198,7 @@ def alternating_step(
     """
     if not isinstance(problem, Asymmetric | RobustPCA | Sensing):
         raise ValueError(f"problem is {type(problem).__name__}; alternating wants Asymmetric")
-    return GradientStep(problem, tx, True)
+    return GradientStep(problem, tx, alternating=True)
 
 
 def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> optax.Schedule:
