@@ -84,7 +84,6 @@ ASYMMETRIC_STEPS = SYMMETRIC_STEPS | {
 }
 SYMMETRIC_STEPS |= {
     "newton": nys.solvers.scaled_newton_step,
-    "newton_frobenius": lambda p: nys.solvers.scaled_newton_step(p, "frobenius"),
     "qdwh": nys.solvers.qdwh_step,
 }
 STEPS = [("symmetric", k) for k in SYMMETRIC_STEPS] + [("asymmetric", k) for k in ASYMMETRIC_STEPS]

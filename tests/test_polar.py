@@ -91,7 +91,9 @@ def errors(method, rank, keys, spectra, scale):
     return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, spectra)
 
 
-@pytest.mark.parametrize(("method", "rank"), [*((m, 20) for m in METHODS), ("qdwh", 30)])
+@pytest.mark.parametrize(
+    ("method", "rank"), [("byers_xu", 20), ("optimal", 20), ("qdwh", 20), ("qdwh", 30)]
+)
 def test_float32_ends_at_rounding_after_few_steps_for_every_condition(method, rank):
     spectra = jnp.asarray([np.append(np.linspace(1.0, 0.82, 19), 1 / k) for k in KAPPAS])
     keys = jax.random.split(jax.random.key(0), 3)

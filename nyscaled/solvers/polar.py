@@ -2,7 +2,7 @@
 
 With A = QΣQᵀ and X = QΣ^{1/2}S, step (2) at η = 1/2 reads S⁺ = (S + S⁻ᵀ)/2: Newton's iteration for the
 orthogonal polar factor of S. The singular vectors of S stay for ever and each singular value s moves
-on its own, s⁺ = (s + 1/s)/2. Far from 1 that only halves it, hence the count log₂ κ of (2). Weights
+on its own, s⁺ = (s + 1/s)/2. Far from 1 that only halves it: the count of (2) grows like log κ. Weights
 that follow the extreme values of s take that count away: at most 9 steps of Newton's iteration
 (Byers and Xu) and 6 of Halley's (QDWH) for κ(S) ≤ 1e16, which from a Nyström start X_0 = AΩ is about
 κ(A)^{1/2} κ(QᵀΩ). All they need are A X(XᵀX)⁻¹, as (2) does, and r × r matrices.
