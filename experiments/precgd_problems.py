@@ -15,10 +15,11 @@ PrecGD is linear in all three with r > r*, whatever κ, where GD and constant da
 sublinear. In completion that needs the diagonal: of entries at random half of the diagonal is unseen,
 the loss goes to zero all the same, and M is missed by 1e-3 there (dotted), since the columns beyond
 r* are free to put anything there; at η = 0.7 that even diverges. ScaledGD (λ = 0) divides by the small
-start, and the error grows a thousandfold. Then it converges in completion, slower than PrecGD; in
-phase retrieval with r ≤ 2 r* if η is small, and with 4 r* it overflows at each η; in 1-bit sensing σ
-saturates at such a distance, and it has hardly come back by the end. Under noise PrecGD ends at an
-error in proportion to σ; to know σ does not lower it.
+start, and the error grows first, 20- to 5000-fold. Then it converges in completion, slower than
+PrecGD; in phase retrieval with r ≤ 2 r* if η is small, and with 4 r* it overflows at each η; in 1-bit
+sensing σ saturates at such a distance, and with r > r* it has hardly come back by the end. Under noise
+PrecGD ends at an error in proportion to σ, which GD slightly betters at the largest; to know σ does
+not lower it.
 """
 
 from __future__ import annotations
