@@ -124,7 +124,7 @@ def render(outcomes: list[Outcome]) -> str:
         "Li, Zhang, Mokhtari, He, *On the Crucial Role of Initialization for Matrix Factorization*, ICLR 2025. "
         "Every numbered statement is a claim that the library is held to, and every claim has a control: the same measurement "
         "with one hypothesis removed, which must break the bound. A claim whose control holds fails. "
-        "Statements marked *ours* are this project's, those marked *literature* are rates of the papers that they cite, with constants chosen here.",
+        "Statements marked *ours* are this project's, those marked *literature* are of the papers that they cite; constants that those leave open are chosen here.",
         "",
         f"{passed} of {len(outcomes)} claims pass.",
         "",
