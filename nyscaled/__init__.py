@@ -28,17 +28,18 @@ from nyscaled.typing import Factors as Factors
 
 if _TYPE_CHECKING:
     from nyscaled import lora as lora
+    from nyscaled import models as models
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> _Any:
-    # Flax and safetensors are wanted by `lora` alone, and imported when it is first asked for.
-    if name != "lora":
+    # Flax and safetensors are wanted by these alone, and imported when first asked for.
+    if name not in ("lora", "models"):
         raise AttributeError(f"module 'nyscaled' has no attribute {name!r}")
     try:
-        return _importlib.import_module("nyscaled.lora")
+        return _importlib.import_module(f"nyscaled.{name}")
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"nyscaled.lora needs {error.name}: pip install 'nyscaled[lora]'"
+            f"nyscaled.{name} needs {error.name}: pip install 'nyscaled[{name}]'"
         ) from error

@@ -12,7 +12,7 @@ import safetensors.numpy
 from flax import nnx
 
 import nyscaled as nys
-from nyscaled.checkpoints import peft
+from nyscaled.checkpoints import files
 from nyscaled.lora.names import family
 
 KEY = jax.random.key(0)
@@ -219,7 +219,7 @@ def test_dropout_comes_with_a_key(tmp_path):
     np.testing.assert_array_equal(moving(X), still(X))
 
 
-@pytest.mark.parametrize("place", ["_flush", "os.replace"])
+@pytest.mark.parametrize("place", ["flush", "os.replace"])
 def test_a_failure_leaves_no_mixture(place, folder, monkeypatch):
     """Before the files are moved the old adapter stays; between the moves there is none."""
     model = Model()
@@ -234,13 +234,13 @@ def test_a_failure_leaves_no_mixture(place, folder, monkeypatch):
             raise OSError("gone")
         replace(source, target)
 
-    if place == "_flush":
-        monkeypatch.setattr(peft, "_flush", flush)
+    if place == "flush":
+        monkeypatch.setattr(files, "flush", flush)
     else:
-        monkeypatch.setattr(peft.os, "replace", move)
+        monkeypatch.setattr(files.os, "replace", move)
     with pytest.raises(OSError, match=r"no space|gone"):
         save(adapted(init="lora"), folder)
-    if place == "_flush":
+    if place == "flush":
         assert {f: (folder / f).read_bytes() for f in (TENSORS, CONFIG)} == before
         assert sorted(os.listdir(folder)) == [CONFIG, TENSORS]
     else:

@@ -7,11 +7,9 @@ computes something else; here whatever cannot be read as just that update is an 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +17,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
+
+from nyscaled.checkpoints import files
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -89,8 +87,7 @@ def write(
 ) -> None:
     """Writes an adapter folder that PEFT loads.
 
-    Each file is whole whenever it is there: both are written aside and then moved, the
-    configuration last, after the old one was taken away, so that it never sits by other tensors.
+    Each file is whole whenever it is there, and never beside another adapter's.
 
     Args:
         folder: made if missing; other files in it are left alone.
@@ -119,7 +116,7 @@ def write(
     for module, update in updates.items():
         for side, value in (("A", update.down), ("B", update.up)):
             key = f"base_model.model.{module}.lora_{side}.weight"
-            tensors[key] = np.ascontiguousarray(value)
+            tensors[key] = value
     ranks = {module: update.down.shape[0] for module, update in updates.items()}
     alphas = {module: update.alpha for module, update in updates.items()}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -139,19 +136,8 @@ def write(
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
-        aside = Path(name)
-        metadata = {"format": "pt", **(metadata or {})}
-        safetensors.numpy.save_file(tensors, aside / TENSORS, metadata=metadata)
-        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for file in (TENSORS, CONFIG):
-            _flush(aside / file)
-        (folder / CONFIG).unlink(missing_ok=True)
-        for file in (TENSORS, CONFIG):
-            os.replace(aside / file, folder / file)
-        _flush(folder)
+    metadata = {"format": "pt", **(metadata or {})}
+    files.write_pair(folder, (TENSORS, tensors), (CONFIG, config), metadata)
 
 
 def read(folder: str | os.PathLike[str]) -> Saved:
@@ -245,14 +231,6 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else float(value)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _require_sound(updates: Mapping[str, Update]) -> None:
     """Raises ValueError unless there are modules, each with finite (r, in) and (out, r)."""
     if not updates:
@@ -273,24 +251,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         pickled = path.with_suffix(".bin").is_file()
         why = " (adapter_model.bin is a pickle, which can run code: not read)" if pickled else ""
         raise ValueError(f"there is no {path}{why}; wanted a folder with {CONFIG} and {TENSORS}")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (safetensors.SafetensorError, AttributeError, TypeError) as error:
-        # The latter two come from dtypes that NumPy does not have.
-        raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
+    file = files.open_tensors(path)
+    tensors = {key: files.read_tensor(file, path, key) for key in file.keys()}  # noqa: SIM118
+    return tensors, file.metadata() or {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{error}; wanted a folder with {CONFIG} and {TENSORS}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}; wanted an object")
+    config = files.read_object(path, f"a folder with {CONFIG} and {TENSORS}")
     try:
         _require_supported(config)
     except ValueError as error:

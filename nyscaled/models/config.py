@@ -1,0 +1,90 @@
+"""What every model's configuration has, and how it is read from `config.json` and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+TokenId = int | tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The base of configurations: fields are called what `config.json` calls them.
+
+    Attributes:
+        bos_token_id: begins a text.
+        eos_token_id: ends a text; several may.
+        pad_token_id: fills up a batch.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    # Settings with one supported meaning: the values that stand for it, what is written first.
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
+
+    bos_token_id: TokenId = None
+    eos_token_id: TokenId = None
+    pad_token_id: TokenId = None
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Any:
+        """Reads what `config.json` holds; what is missing there has the defaults of transformers.
+
+        Raises:
+            ValueError: on a missing, ill-typed or unsupported setting.
+        """
+        for name, values in cls.fixed.items():
+            if name in config and config[name] not in values:
+                raise ValueError(
+                    f"{name} is {config[name]!r}; for {cls.model_type} only "
+                    f"{' or '.join(map(repr, values))} is supported"
+                )
+        settings = cls.settings(config)
+        for field in dataclasses.fields(cls):
+            if field.name in settings:
+                settings[field.name] = _sound(field, settings[field.name])
+            elif field.default is dataclasses.MISSING:
+                raise ValueError(f"{field.name} is missing; wanted it for {cls.model_type}")
+        return cls(**settings)
+
+    @classmethod
+    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that `config` has; families add what follows from other settings."""
+        return {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `config.json` is to hold, for transformers too."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **{name: values[0] for name, values in self.fixed.items()},
+            **fields,
+        }
+
+
+def _sound(field: dataclasses.Field, value: Any) -> Any:
+    """The value of a field whose annotation is int, float, bool or a token id, or ValueError."""
+    if field.type == "TokenId":
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if all(type(i) is int for i in ids):
+            return tuple(value) if isinstance(value, list) else value
+        wanted = "an integer, a list of them or null"
+    elif field.type == "bool":
+        if type(value) is bool:
+            return value
+        wanted = "true or false"
+    elif field.type == "int":
+        if type(value) is int and value > 0:
+            return value
+        wanted = "a positive integer"
+    elif field.type == "float":
+        if type(value) in (int, float) and math.isfinite(value) and value > 0:
+            return float(value)
+        wanted = "a positive number"
+    else:
+        return value
+    raise ValueError(f"{field.name} is {value!r}; wanted {wanted}")

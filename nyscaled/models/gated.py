@@ -1,0 +1,214 @@
+"""Decoders with rotary positions, RMS norms and gated MLPs: what LLaMA and Gemma share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from nyscaled.models import blocks
+from nyscaled.models.blocks import FLOAT32, Numerics, Rotation
+from nyscaled.models.config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedConfig(Config):
+    """Sizes and constants, by their names in `config.json`.
+
+    Attributes:
+        vocab_size: number of tokens.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the MLP.
+        num_hidden_layers: depth.
+        num_attention_heads: of the queries.
+        num_key_value_heads: of keys and values; a divisor of `num_attention_heads`.
+        head_dim: width of a head.
+        rms_norm_eps: added to the mean square.
+        max_position_embeddings: for the record; rotations go on beyond it.
+        tie_word_embeddings: whether the head is the embedding.
+        rope_theta: base of the rotations' frequencies.
+        rope_scaling: of Llama 3, or None.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: blocks.RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads "
+                f"{self.num_key_value_heads}, head_dim {self.head_dim}; wanted a multiple of the "
+                "second, and even heads"
+            )
+
+    @classmethod
+    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Also the rotations, in either of transformers' forms, and what follows from the heads."""
+        settings = {k: v for k, v in super().settings(config).items() if k != "rope_scaling"}
+        for name in ("num_key_value_heads", "head_dim"):
+            if settings.get(name, 0) is None:
+                del settings[name]
+        heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
+        if type(heads) is int and type(width) is int and heads > 0:
+            settings.setdefault("num_key_value_heads", heads)
+            settings.setdefault("head_dim", width // heads)
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        if "rope_theta" in rope:
+            settings["rope_theta"] = rope.pop("rope_theta")
+        older = rope.pop("type", "default")
+        kind = rope.pop("rope_type", older)
+        names = {field.name for field in dataclasses.fields(blocks.RopeScaling)}
+        if kind == "llama3" and rope.keys() == names:
+            settings["rope_scaling"] = blocks.RopeScaling(**rope)
+        elif kind != "default" or rope:
+            raise ValueError(
+                f"rope is {kind!r} with {rope}; wanted 'default' alone, or 'llama3' with "
+                f"{', '.join(sorted(names))}"
+            )
+        return settings
+
+    def to_json(self) -> dict[str, Any]:
+        """With the rotations in the form that every version of transformers reads."""
+        config = super().to_json()
+        if self.rope_scaling is not None:
+            config["rope_scaling"] = {
+                "rope_type": "llama3",
+                **dataclasses.asdict(self.rope_scaling),
+            }
+        return config
+
+
+class Attention(nnx.Module):
+    """Rotary attention with grouped queries."""
+
+    def __init__(self, config: GatedConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        width, head = config.hidden_size, config.head_dim
+        outer, inner = config.num_attention_heads * head, config.num_key_value_heads * head
+        options = {"use_bias": False, "rngs": rngs, **numerics.dtypes}
+        self.q_proj = nnx.Linear(width, outer, **options)
+        self.k_proj = nnx.Linear(width, inner, **options)
+        self.v_proj = nnx.Linear(width, inner, **options)
+        self.o_proj = nnx.Linear(outer, width, **options)
+        self.head_dim = head
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        by: Rotation,
+        mask: Bool[Array, "batch length"] | None,
+    ) -> Float[Array, "batch length width"]:
+        layers = self.q_proj, self.k_proj, self.v_proj
+        query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
+        query, key = blocks.rotate(query, by), blocks.rotate(key, by)
+        return self.o_proj(blocks.attend(query, key, value, mask))
+
+
+class GatedMLP(nnx.Module):
+    """down(f(gate(x)) · up(x)) (Shazeer, 2020)."""
+
+    def __init__(
+        self, config: GatedConfig, activation: Callable, numerics: Numerics, rngs: nnx.Rngs
+    ) -> None:
+        width, inner = config.hidden_size, config.intermediate_size
+        options = {"use_bias": False, "rngs": rngs, **numerics.dtypes}
+        self.gate_proj = nnx.Linear(width, inner, **options)
+        self.up_proj = nnx.Linear(width, inner, **options)
+        self.down_proj = nnx.Linear(inner, width, **options)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each after a norm and beside the residual stream."""
+
+    def __init__(
+        self, config: GatedConfig, kind: type[GatedDecoder], numerics: Numerics, rngs: nnx.Rngs
+    ) -> None:
+        def norm() -> blocks.RMSNorm:
+            return blocks.RMSNorm(
+                config.hidden_size, config.rms_norm_eps, numerics, offset=kind.norm_offset
+            )
+
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.self_attn = Attention(config, numerics, rngs)
+        self.mlp = GatedMLP(config, kind.activation, numerics, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        by: Rotation,
+        mask: Bool[Array, "batch length"] | None,
+    ) -> Float[Array, "batch length width"]:
+        x = x + self.self_attn(self.input_layernorm(x), by, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GatedDecoder(nnx.Module):
+    """A causal language model; subclasses say what sets their family apart.
+
+    Module paths are those of transformers, with the layers stacked: `layers.self_attn.q_proj`
+    has a kernel (layers, in, out).
+    """
+
+    prefix: ClassVar[str] = "model."
+    norm_offset: ClassVar[float]
+    scaled_embedding: ClassVar[bool]
+
+    @staticmethod
+    def activation(x: Array) -> Array:
+        """f of the MLP."""
+        raise NotImplementedError
+
+    def __init__(
+        self, config: GatedConfig, *, numerics: Numerics = FLOAT32, rngs: nnx.Rngs
+    ) -> None:
+        kind, width = type(self), config.hidden_size
+        self.config, self.numerics = config, numerics
+        self.embed_tokens = nnx.Embed(config.vocab_size, width, rngs=rngs, **numerics.dtypes)
+        self.layers = blocks.stack(
+            lambda rngs: Layer(config, kind, numerics, rngs), config.num_hidden_layers, rngs
+        )
+        self.norm = blocks.RMSNorm(width, config.rms_norm_eps, numerics, offset=kind.norm_offset)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                width, config.vocab_size, use_bias=False, rngs=rngs, **numerics.dtypes
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Logits of the next token at each position, in the compute dtype.
+
+        Args:
+            tokens: ids, below `vocab_size` (others give NaN).
+            mask: True where there is a token and False where there is padding, on either side;
+                None for no padding. Logits at padding have no meaning.
+        """
+        config = self.config
+        x = self.embed_tokens(tokens)
+        if self.scaled_embedding:
+            x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
+        frequencies = blocks.inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        by = blocks.rotation(jnp.arange(tokens.shape[1]), frequencies)
+        x = self.norm(blocks.run(self.layers, x, by, mask, remat=self.numerics.remat))
+        return self.embed_tokens.attend(x) if config.tie_word_embeddings else self.lm_head(x)

@@ -1,0 +1,68 @@
+"""LLaMA 1 to 3, and models of the same architecture such as SmolLM2."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array
+
+from nyscaled.models.gated import GatedConfig, GatedDecoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(GatedConfig):
+    """See `GatedConfig`.
+
+    Example:
+        >>> config = LlamaConfig.from_json(
+        ...     {
+        ...         "vocab_size": 32000,
+        ...         "hidden_size": 4096,
+        ...         "intermediate_size": 11008,
+        ...         "num_hidden_layers": 32,
+        ...         "num_attention_heads": 32,
+        ...     }
+        ... )
+        >>> config.head_dim, config.num_key_value_heads, config.rope_theta
+        (128, 32, 10000.0)
+    """
+
+    model_type = "llama"
+    architecture = "LlamaForCausalLM"
+    fixed: ClassVar = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+    }
+
+
+class Llama(GatedDecoder):
+    """Pre-norm decoder with rotary positions, SwiGLU and grouped queries (Touvron et al., 2023).
+
+    Args:
+        config: sizes.
+        numerics: dtypes, and whether layers are computed anew in the backward pass.
+        rngs: for random parameters; `nys.models.load` reads them instead.
+
+    Example:
+        >>> from flax import nnx
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+        >>> config = LlamaConfig(**sizes, **heads)
+        >>> model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+        >>> model.layers.self_attn.k_proj.kernel.shape
+        (3, 8, 4)
+        >>> call = lambda tokens: Llama(config, rngs=nnx.Rngs(0))(tokens)
+        >>> jax.eval_shape(call, jnp.zeros((2, 5), int)).shape
+        (2, 5, 16)
+    """
+
+    norm_offset = 0.0
+    scaled_embedding = False
+
+    @staticmethod
+    def activation(x: Array) -> Array:
+        """x·σ(x)."""
+        return jax.nn.silu(x)

@@ -1,0 +1,166 @@
+"""Models from folders of the Hugging Face kind, and back into such folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nyscaled.checkpoints.folder import CONFIG, Folder, open_folder, write
+from nyscaled.models.blocks import Numerics
+from nyscaled.models.config import Config
+from nyscaled.models.llama import Llama, LlamaConfig
+from nyscaled.models.names import Place, places
+
+FAMILIES: dict[str, tuple[type[Config], Any]] = {
+    "llama": (LlamaConfig, Llama),
+}
+TOKENIZER = "tokenizer.json"
+
+# Constants that early LLaMA files carry along; they follow from the configuration.
+_CONSTANTS = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+    remat: bool = False,
+) -> tuple[Any, Any]:
+    """Reads a causal language model (LLaMA) and its tokenizer.
+
+    Parameters are filled one by one from the mapped files: the largest stack of layers is all
+    that is ever held twice.
+
+    Args:
+        folder: with `config.json` and `model.safetensors`, or shards with their index.
+        dtype: of the parameters, whatever the file's.
+        compute_dtype: of activations; `dtype` if None.
+        remat: whether layers are computed anew in the backward pass, to save memory.
+
+    Returns:
+        The model, which maps tokens (batch, length) and a mask to logits, and the
+        `tokenizers.Tokenizer` of `tokenizer.json`, None without that file.
+
+    Raises:
+        ValueError: on an unknown architecture, an unsupported setting, a broken file, a parameter
+            without its tensor or of another shape, or a tensor that belongs to no parameter.
+
+    Example:
+        >>> import tempfile
+        >>> from nyscaled.models import Llama, LlamaConfig
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+        >>> make = nnx.jit(lambda: Llama(LlamaConfig(**sizes, **heads), rngs=nnx.Rngs(0)))
+        >>> model = make()
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     save(model, path)
+        ...     again, tokenizer = load(path)
+        >>> bool(jnp.all(again.lm_head.kernel[...] == model.lm_head.kernel[...]))
+        True
+    """
+    source = open_folder(folder)
+    kind = source.config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{source.path / CONFIG} has model_type {kind!r}; wanted one of {', '.join(FAMILIES)}"
+        )
+    if source.config.get("quantization_config"):
+        raise ValueError(f"{source.path} is quantized; wanted floating weights")
+    config_class, model_class = FAMILIES[kind]
+    try:
+        config = config_class.from_json(source.config)
+    except ValueError as error:
+        raise ValueError(f"{source.path / CONFIG}: {error}") from None
+    numerics = Numerics(dtype, compute_dtype, remat)
+    abstract = nnx.eval_shape(lambda: model_class(config, numerics=numerics, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    table = _matched(source, places(state, model_class.prefix), config)
+    flat = [
+        (path, variable.replace(_filled(source, table[path], variable)))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat)), _tokenizer(source.path)
+
+
+def save(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes a model as a folder that `load` and transformers read, in the dtype it has.
+
+    The tokenizer's files are not written.
+
+    Args:
+        model: as `load` returned it, or with trained parameters; adapters merged and removed.
+        folder: made if missing; other files in it are left alone.
+
+    Raises:
+        ValueError: if the model has variables beside its own parameters, such as adapters.
+    """
+    state = nnx.state(model)
+    table, tensors = places(state, model.prefix), {}
+    for path, variable in nnx.to_flat_state(state):
+        place, value = table[path], np.asarray(jax.device_get(variable[...]))
+        pieces = value if place.stacked else value[None]
+        for name, piece in zip(place.names, pieces, strict=True):
+            tensors[name] = piece.T if place.transposed else piece
+    dtype = jnp.dtype(model.numerics.dtype).name
+    write(folder, {**model.config.to_json(), "torch_dtype": dtype}, tensors)
+
+
+def _matched(
+    source: Folder, table: dict[tuple[Any, ...], Place], config: Config
+) -> dict[tuple[Any, ...], Place]:
+    """The table with the names of this folder, in which each tensor has its parameter."""
+    names = set(source.names)
+    # Files of a model without its head lack the first part of each name.
+    bare = not any(name.startswith("model.") for name in names)
+
+    def there(name: str) -> str:
+        return name.removeprefix("model.") if bare else name
+
+    found = {p: place._replace(names=tuple(map(there, place.names))) for p, place in table.items()}
+    wanted = {name: place.shape for place in found.values() for name in place.names}
+    _require_none("has no tensor for", source, wanted.keys() - names)
+    left = {name for name in names - wanted.keys() if not _CONSTANTS.fullmatch(name)}
+    if "lm_head.weight" in left and getattr(config, "tie_word_embeddings", False):
+        (embedding,) = next(p.names for path, p in found.items() if "embed_tokens" in path)
+        if np.array_equal(source.read("lm_head.weight"), source.read(embedding)):
+            left.remove("lm_head.weight")
+    _require_none(f"has tensors that a {config.model_type} has no parameter for:", source, left)
+    for name, shape in wanted.items():
+        if source.shape(name) != shape:
+            raise ValueError(
+                f"{source.path} has {name} of shape {source.shape(name)}; wanted {shape}, by {CONFIG}"
+            )
+    return found
+
+
+def _require_none(what: str, source: Folder, names: set[str]) -> None:
+    if names:
+        first = ", ".join(sorted(names)[:8])
+        raise ValueError(f"{source.path} {what} {first}{' …' if len(names) > 8 else ''}")
+
+
+def _filled(source: Folder, place: Place, variable: Any) -> jax.Array:
+    """The parameter, read from its tensors."""
+    value = np.empty(variable.shape, variable.dtype)
+    for i, name in enumerate(place.names):
+        tensor = source.read(name)
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"{source.path} has {name} in {tensor.dtype}; wanted floating weights")
+        (value[i] if place.stacked else value)[...] = tensor.T if place.transposed else tensor
+    return jnp.asarray(value)
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / TOKENIZER).is_file():
+        return None
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))

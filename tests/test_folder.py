@@ -1,0 +1,107 @@
+"""Model folders: tensors in one file or in shards, and folders that are refused."""
+
+import json
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from nyscaled.checkpoints import files
+from nyscaled.checkpoints.folder import CONFIG, INDEX, TENSORS, open_folder, write
+
+A = np.arange(6, dtype=np.float32).reshape(2, 3)
+B = np.linspace(-1, 1, 5).astype(ml_dtypes.bfloat16)
+SHARDS = "one.safetensors", "two.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, {"model_type": "mine"}, {"a": A, "b": B})
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    (tmp_path / CONFIG).write_text("{}")
+    for shard, tensors in zip(SHARDS, ({"a": A}, {"b": B}), strict=True):
+        safetensors.numpy.save_file(tensors, tmp_path / shard)
+    index(tmp_path, {"a": SHARDS[0], "b": SHARDS[1]})
+    return tmp_path
+
+
+def index(folder, weight_map):
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("kind", ["folder", "sharded"])
+def test_tensors_are_read_as_they_are(kind, request):
+    opened = open_folder(request.getfixturevalue(kind))
+    assert sorted(opened.names) == ["a", "b"]
+    assert opened.shape("a") == (2, 3)
+    for name, wanted in (("a", A), ("b", B)):
+        got = opened.read(name)
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
+    for ask in (opened.shape, opened.read):
+        with pytest.raises(ValueError, match="has no tensor c"):
+            ask("c")
+
+
+def test_an_array_that_is_not_contiguous_is_written_as_it_reads(tmp_path):
+    write(tmp_path, {}, {"a": A.T})
+    np.testing.assert_array_equal(open_folder(tmp_path).read("a"), A.T)
+
+
+def test_a_failure_leaves_the_old_folder(folder, monkeypatch):
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+    def flush(path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files, "flush", flush)
+    with pytest.raises(OSError, match="no space left"):
+        write(folder, {}, {"a": A})
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_folders_without_sound_files_are_refused(folder):
+    path = folder / TENSORS
+    whole = path.read_bytes()
+    for broken in (whole[:-1], whole[:4], b"", b"\xff" * 100):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a sound safetensors"):
+            open_folder(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors and no model\.safe"):
+        open_folder(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: a pickle can run code"):
+        open_folder(folder)
+    for text, message in (("[]", "holds a list"), ("{", "not JSON")):
+        (folder / CONFIG).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_folder(folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(ValueError, match=r"config\.json.*wanted a model folder"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../one.safetensors"}, r"'\.\./one.safetensors'; wanted a file in the folder"),
+        ({"a": "/etc/passwd"}, "wanted a file in the folder"),
+        ({"a": ".."}, "wanted a file in the folder"),
+        ({"a": "three.safetensors"}, "wanted a file in the folder"),
+        ({"a": SHARDS[0], "c": SHARDS[1]}, "disagree: only one of them has b, c"),
+        ({"a": SHARDS[0], "b": SHARDS[0]}, "disagree: only one of them has b"),
+        ({"a": 1}, "no weight_map"),
+        ([], "no weight_map"),
+    ],
+)
+def test_an_index_that_leaves_the_folder_or_lies_is_refused(weight_map, message, sharded):
+    index(sharded, weight_map)
+    with pytest.raises(ValueError, match=message):
+        open_folder(sharded)

@@ -1,0 +1,248 @@
+"""Models against what transformers computed (`tests/fixtures/make_models.py`), and their files."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import nyscaled as nys
+from nyscaled.models import blocks
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+NAMES = ["llama", "llama3"]
+ADAPTED = [("llama", "nora"), ("llama", "pissa")]
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def _loaded(name):
+    return nys.models.load(MODELS / name)[0]
+
+
+def load(name):
+    """A fresh copy of a model."""
+    return nnx.clone(_loaded(name))
+
+
+@functools.cache
+def expected(name):
+    """Tokens, mask and transformers' logits."""
+    saved = safetensors.numpy.load_file(MODELS / name / "expected.safetensors")
+    return jnp.asarray(saved["tokens"]), jnp.asarray(saved["mask"] > 0), saved["logits"]
+
+
+@nnx.jit
+def call(model, tokens, mask=None):
+    return model(tokens, mask)
+
+
+def arrays(model):
+    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(name):
+    tokens, mask, logits = expected(name)
+    got = np.asarray(call(load(name), tokens, mask))
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[mask], logits[mask], atol=2e-5, rtol=0)
+    assert not mask[1:].all(1).any()  # both sides of padding have been seen
+    whole = call(load(name), tokens[:1])
+    np.testing.assert_allclose(whole, logits[:1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_again(name, tmp_path):
+    model = load(name)
+    nys.models.save(model, tmp_path)
+    again, tokenizer = nys.models.load(tmp_path)
+    assert tokenizer is None
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))
+
+
+@pytest.mark.parametrize(("name", "init"), ADAPTED)
+def test_adapters_leave_the_output_and_go_through_files(name, init, tmp_path):
+    tokens, mask, _ = expected(name)
+    model = load(name)
+    before = call(model, tokens, mask)
+    family = model.config.model_type
+    targets = r".*(q_proj|v_proj|down_proj|fc2)"
+    touched = nys.lora.apply(model, 2, targets=targets, init=init, key=KEY)
+    assert len(touched) == 3
+    np.testing.assert_array_equal(call(model, tokens, mask), before)
+    for layer in touched.values():
+        layer.adapters["default"].lora_b[...] += 0.1
+    after = call(model, tokens, mask)
+    assert jnp.max(jnp.abs(after - before)) > 1e-2
+    nys.lora.save_peft(model, tmp_path, base_model=name, names=family)
+    again = load(name)
+    nys.lora.load_peft(again, tmp_path, names=family)
+    np.testing.assert_allclose(call(again, tokens, mask), after, atol=2e-5)
+
+
+def test_merged_adapters_are_saved_and_others_refused(tmp_path):
+    tokens, mask, _ = expected("llama")
+    model = load("llama")
+    layers = nys.lora.apply(model, 2, targets=".*[qv]_proj", key=KEY)
+    for layer in layers.values():
+        layer.adapters["default"].lora_b[...] += 0.1
+    wanted = call(model, tokens, mask)
+    with pytest.raises(ValueError, match=r"has layers\.self_attn.*adapters.*nys\.lora\.merge"):
+        nys.models.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    nys.models.save(model, tmp_path)
+    again, _ = nys.models.load(tmp_path)
+    np.testing.assert_allclose(call(again, tokens, mask), wanted, atol=2e-5)
+
+
+def test_dtypes(tmp_path):
+    tokens, mask, logits = expected("llama")
+    narrow, _ = nys.models.load(MODELS / "llama", dtype=jnp.bfloat16)
+    mixed, _ = nys.models.load(MODELS / "llama", compute_dtype=jnp.bfloat16)
+    assert {str(v.dtype) for v in arrays(narrow).values()} == {"bfloat16"}
+    assert {str(v.dtype) for v in arrays(mixed).values()} == {"float32"}
+    for model in (narrow, mixed):
+        got = call(model, tokens, mask)
+        assert got.dtype == jnp.bfloat16
+        error = np.abs(np.asarray(got, np.float32) - logits)[np.asarray(mask)].max()
+        assert 1e-4 < error < 0.1
+    nys.models.save(narrow, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    wide, _ = nys.models.load(tmp_path)
+    for path, value in arrays(wide).items():
+        np.testing.assert_array_equal(value, arrays(narrow)[path].astype(np.float32))
+
+
+def test_remat_has_the_same_gradients():
+    tokens, mask, _ = expected("llama")
+
+    def gradients(model):
+        graphdef, state = nnx.split(model)
+
+        def loss(state):
+            logits = nnx.merge(graphdef, state)(tokens, mask)
+            return jnp.sum(jnp.where(mask[..., None], logits, 0) ** 2)
+
+        lowered = jax.jit(jax.grad(loss)).lower(state)
+        return lowered.compile()(state), "optimization_barrier" in lowered.as_text()
+
+    wanted, plain = gradients(load("llama"))
+    got, again = gradients(nys.models.load(MODELS / "llama", remat=True)[0])
+    assert (plain, again) == (False, True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), wanted, got)
+
+
+def test_the_program_does_not_grow_with_depth():
+    model = load("llama")
+
+    def lines(depth):
+        config = model.config.__class__(**vars(model.config) | {"num_hidden_layers": depth})
+        deep = nnx.eval_shape(lambda: type(model)(config, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(deep)
+        tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+        text = jax.jit(lambda s, t: nnx.merge(graphdef, s)(t)).lower(state, tokens).as_text()
+        return len(text.splitlines())
+
+    assert lines(2) == lines(9)
+
+
+def test_inverse_frequencies_of_llama3():
+    """One rotation of each kind: kept, between, slowed."""
+    scaling = blocks.RopeScaling(8.0, 1.0, 4.0, 100)
+    # 100 positions turn each pair 16, 1.6 and 0.16 times.
+    got = blocks.inverse_frequencies(6, 1e3, scaling)
+    turns = 100 / (2 * np.pi) * 0.1
+    kept = (turns - 1) / 3
+    np.testing.assert_allclose(got, [1, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8], rtol=1e-12)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a model to spoil."""
+    return shutil.copytree(MODELS / "llama", tmp_path / "copy")
+
+
+def change(folder, tensors=None, **settings):
+    config = json.loads((folder / "config.json").read_text()) | settings
+    config = {name: value for name, value in config.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "model.safetensors"
+    if tensors:
+        changed = safetensors.numpy.load_file(path) | tensors
+        kept = {name: value for name, value in changed.items() if value is not None}
+        safetensors.numpy.save_file(kept, path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'; wanted one of llama"),
+        ({"model_type": "absent"}, "model_type None"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; for llama only 'silu' is supported"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_size": "absent"}, "hidden_size is missing"),
+        ({"hidden_size": "16"}, "hidden_size is '16'; wanted a positive integer"),
+        ({"rms_norm_eps": -1.0}, r"rms_norm_eps is -1\.0; wanted a positive number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; wanted true or false"),
+        ({"eos_token_id": 1.5}, r"eos_token_id is 1\.5; wanted an integer, a list"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope is 'yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope is 'default' with"),
+        (
+            {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope is 'linear'",
+        ),
+        ({"quantization_config": {"bits": 4}}, "is quantized"),
+        ({"vocab_size": 33}, r"embed_tokens.weight of shape \(32, 16\); wanted \(33, 16\)"),
+        ({"num_hidden_layers": 4}, r"has no tensor for model\.layers\.3\."),
+        ({"num_hidden_layers": 2}, r"no parameter for: model\.layers\.2\."),
+        ({"tie_word_embeddings": True}, r"no parameter for: lm_head\.weight"),
+    ],
+)
+def test_settings_that_are_refused(settings, message, folder):
+    change(folder, **settings)
+    with pytest.raises(ValueError, match=message):
+        nys.models.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"model.norm.weight": None}, r"has no tensor for model\.norm\.weight"),
+        ({"model.norm.bias": np.ones(16, "f")}, r"no parameter for: model\.norm\.bias"),
+        ({"model.norm.weight": np.ones(17, "f")}, r"of shape \(17,\); wanted \(16,\)"),
+        ({"model.norm.weight": np.ones(16, int)}, "in int64; wanted floating weights"),
+    ],
+)
+def test_tensors_that_are_refused(tensors, message, folder):
+    change(folder, tensors)
+    with pytest.raises(ValueError, match=message):
+        nys.models.load(folder)
+
+
+def test_forms_that_older_files_have(folder):
+    """Constants among the weights, a head that repeats a tied embedding, names without their root."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    bare = {k.removeprefix("model."): v for k, v in tensors.items()}
+    bare["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    bare["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, "f")
+    safetensors.numpy.save_file(bare, folder / "model.safetensors")
+    older = {"rope_theta": 123.0, "rope_parameters": "absent", "num_key_value_heads": 2}
+    change(folder, tie_word_embeddings=True, rope_scaling=None, eos_token_id=[2, 3], **older)
+    model, _ = nys.models.load(folder)
+    assert model.config.rope_theta == 123.0
+    assert model.config.rope_scaling is None
+    assert model.config.eos_token_id == (2, 3)
+    assert not hasattr(model, "lm_head")
+    kernel = tensors["model.layers.1.mlp.up_proj.weight"].T
+    np.testing.assert_array_equal(model.layers.mlp.up_proj.kernel[...][1], kernel)
