@@ -9,19 +9,25 @@ DIGITS := build/digits_rbf.npy
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
 
-figures: $(VENV)/.experiments $(DIGITS)
+figures: $(VENV)/.data $(DIGITS)
 	$(BIN)/python experiments/fig1.py
 	$(BIN)/python experiments/fig1.py --matrix $(DIGITS) --rank 20
 	$(BIN)/python experiments/fig4.py
 	$(BIN)/python experiments/order.py
 	$(BIN)/python experiments/linear_lora.py
 	$(BIN)/python experiments/precgd.py
+	$(BIN)/python experiments/precgd_problems.py
+	$(BIN)/python experiments/table1.py
+	$(BIN)/python experiments/fastest.py
+	$(BIN)/python experiments/oracle_starts.py
+	$(BIN)/python experiments/faces.py
+	$(BIN)/python experiments/movielens.py
 
 report: $(VENV)/.experiments
 	$(BIN)/python -m paper_checks --report paper_checks/REPORT.md
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore=tests/peers tests nyscaled
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/peers tests nyscaled
 	$(BIN)/python -m pytest paper_checks
 
 test-peers: $(VENV)/.peers
@@ -34,6 +40,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.experiments
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/problems.py
 	$(BIN)/python benchmarks/lora.py
 
 bench-peers: $(VENV)/.peers
@@ -47,6 +54,10 @@ $(BIN)/python:
 
 $(VENV)/.experiments: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
+	touch $@
+
+$(VENV)/.data: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[data,experiments]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python

@@ -4,6 +4,8 @@ import os
 
 # Two workers with two BLAS threads each wait for one another most of the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Most of the time goes into compiling small programs that run once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 from jaxtyping import install_import_hook
 
