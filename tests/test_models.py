@@ -16,8 +16,8 @@ import nyscaled as nys
 from nyscaled.models import blocks
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
-NAMES = ["llama", "llama3"]
-ADAPTED = [("llama", "nora"), ("llama", "pissa")]
+NAMES = ["gemma", "llama", "llama3", "opt", "opt_post"]
+ADAPTED = [("gemma", "nora"), ("llama", "nora"), ("llama", "pissa"), ("opt", "nora")]
 KEY = jax.random.key(0)
 
 
@@ -172,6 +172,33 @@ def folder(tmp_path):
     return shutil.copytree(MODELS / "llama", tmp_path / "copy")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("opt", {"activation_function": "gelu"}, "activation_function is 'gelu'; for opt only"),
+        ("opt", {"enable_bias": False}, "enable_bias is False"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True"),
+        ("opt", {"num_attention_heads": 3}, "with 3 heads; wanted a multiple"),
+        ("opt", {"do_layer_norm_before": False}, r"no parameter for: model\.decoder\.final"),
+        ("opt_post", {"word_embed_proj_dim": None}, r"for: model\.decoder\.project_in\.weight"),
+        ("gemma", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; for gemma only"),
+        ("gemma", {"head_dim": 7}, "head_dim 7; wanted"),
+        ("gemma", {"tie_word_embeddings": False}, r"has no tensor for lm_head\.weight"),
+    ],
+)
+def test_settings_of_other_families_that_are_refused(name, settings, message, tmp_path):
+    folder = shutil.copytree(MODELS / name, tmp_path / "copy")
+    change(folder, **settings)
+    with pytest.raises(ValueError, match=message):
+        nys.models.load(folder)
+
+
+def test_inputs_longer_than_the_positions_are_refused():
+    model = load("opt")
+    with pytest.raises(ValueError, match="have length 65; wanted at most 64"):
+        model(jnp.zeros((1, 65), int))
+
+
 def change(folder, tensors=None, **settings):
     config = json.loads((folder / "config.json").read_text()) | settings
     config = {name: value for name, value in config.items() if value != "absent"}
@@ -186,7 +213,7 @@ def change(folder, tensors=None, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'; wanted one of llama"),
+        ({"model_type": "mamba"}, "model_type 'mamba'; wanted one of gemma, llama, opt"),
         ({"model_type": "absent"}, "model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; for llama only 'silu' is supported"),
         ({"attention_bias": True}, "attention_bias is True"),

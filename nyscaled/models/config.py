@@ -18,6 +18,7 @@ class Config:
         bos_token_id: begins a text.
         eos_token_id: ends a text; several may.
         pad_token_id: fills up a batch.
+        tie_word_embeddings: whether the head is the embedding.
     """
 
     model_type: ClassVar[str]
@@ -28,6 +29,7 @@ class Config:
     bos_token_id: TokenId = None
     eos_token_id: TokenId = None
     pad_token_id: TokenId = None
+    tie_word_embeddings: bool = False
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Any:

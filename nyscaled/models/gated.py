@@ -29,7 +29,6 @@ class GatedConfig(Config):
         head_dim: width of a head.
         rms_norm_eps: added to the mean square.
         max_position_embeddings: for the record; rotations go on beyond it.
-        tie_word_embeddings: whether the head is the embedding.
         rope_theta: base of the rotations' frequencies.
         rope_scaling: of Llama 3, or None.
     """
@@ -43,7 +42,6 @@ class GatedConfig(Config):
     head_dim: int
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: blocks.RopeScaling | None = None
 

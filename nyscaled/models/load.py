@@ -15,11 +15,15 @@ from flax import nnx
 from nyscaled.checkpoints.folder import CONFIG, Folder, open_folder, write
 from nyscaled.models.blocks import Numerics
 from nyscaled.models.config import Config
+from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.llama import Llama, LlamaConfig
 from nyscaled.models.names import Place, places
+from nyscaled.models.opt import Opt, OptConfig
 
 FAMILIES: dict[str, tuple[type[Config], Any]] = {
+    "gemma": (GemmaConfig, Gemma),
     "llama": (LlamaConfig, Llama),
+    "opt": (OptConfig, Opt),
 }
 TOKENIZER = "tokenizer.json"
 
@@ -34,7 +38,7 @@ def load(
     compute_dtype: Any = None,
     remat: bool = False,
 ) -> tuple[Any, Any]:
-    """Reads a causal language model (LLaMA) and its tokenizer.
+    """Reads a causal language model (LLaMA, Gemma 1, OPT) and its tokenizer.
 
     Parameters are filled one by one from the mapped files: the largest stack of layers is all
     that is ever held twice.
@@ -58,8 +62,9 @@ def load(
         >>> from nyscaled.models import Llama, LlamaConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
-        >>> make = nnx.jit(lambda: Llama(LlamaConfig(**sizes, **heads), rngs=nnx.Rngs(0)))
-        >>> model = make()
+        >>> config = LlamaConfig(**sizes, **heads)
+        >>> graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+        >>> model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.ones(x.shape), state))
         >>> with tempfile.TemporaryDirectory() as path:
         ...     save(model, path)
         ...     again, tokenizer = load(path)
@@ -128,7 +133,7 @@ def _matched(
     wanted = {name: place.shape for place in found.values() for name in place.names}
     _require_none("has no tensor for", source, wanted.keys() - names)
     left = {name for name in names - wanted.keys() if not _CONSTANTS.fullmatch(name)}
-    if "lm_head.weight" in left and getattr(config, "tie_word_embeddings", False):
+    if "lm_head.weight" in left and config.tie_word_embeddings:
         (embedding,) = next(p.names for path, p in found.items() if "embed_tokens" in path)
         if np.array_equal(source.read("lm_head.weight"), source.read(embedding)):
             left.remove("lm_head.weight")

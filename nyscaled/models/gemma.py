@@ -1,0 +1,56 @@
+"""Gemma 1."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array
+
+from nyscaled.models.gated import GatedConfig, GatedDecoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GemmaConfig(GatedConfig):
+    """See `GatedConfig`; the width of a head is given, and the head is the embedding."""
+
+    model_type = "gemma"
+    architecture = "GemmaForCausalLM"
+    # The first releases say "gelu" and mean its approximation by tanh.
+    fixed: ClassVar = {
+        "hidden_act": ("gelu_pytorch_tanh", "gelu"),
+        "hidden_activation": (None, "gelu_pytorch_tanh"),
+        "attention_bias": (False, None),
+        "use_bidirectional_attention": (None, False),
+    }
+
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = True
+
+
+class Gemma(GatedDecoder):
+    """Decoder with norms scaled by 1 + w, GeGLU, and embeddings times √width (Mesnard et al., 2024).
+
+    Args:
+        config: sizes.
+        numerics: dtypes, and whether layers are computed anew in the backward pass.
+        rngs: for random parameters; `nys.models.load` reads them instead.
+
+    Example:
+        >>> from flax import nnx
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
+        >>> heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=6)
+        >>> config = GemmaConfig(**sizes, **heads)
+        >>> model = nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0)))
+        >>> model.layers.self_attn.q_proj.kernel.shape
+        (3, 8, 12)
+    """
+
+    norm_offset = 1.0
+    scaled_embedding = True
+
+    @staticmethod
+    def activation(x: Array) -> Array:
+        """GELU, with tanh for erf."""
+        return jax.nn.gelu(x, approximate=True)

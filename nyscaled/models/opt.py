@@ -1,0 +1,194 @@
+"""OPT: learned positions, layer norms with biases, ReLU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from nyscaled.models import blocks
+from nyscaled.models.blocks import FLOAT32, Numerics
+from nyscaled.models.config import Config
+
+EPS = 1e-5
+# The first rows of the table of positions belong to padding.
+OFFSET = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptConfig(Config):
+    """Sizes, by their names in `config.json`.
+
+    Attributes:
+        vocab_size: number of tokens.
+        hidden_size: width of the residual stream.
+        ffn_dim: width inside the MLP.
+        num_hidden_layers: depth.
+        num_attention_heads: a divisor of `hidden_size`.
+        word_embed_proj_dim: width of the embedding, projected if it is another.
+        max_position_embeddings: longest input.
+        do_layer_norm_before: whether norms come before attention and MLP, or (350m) after.
+    """
+
+    model_type = "opt"
+    architecture = "OPTForCausalLM"
+    fixed: ClassVar = {
+        "activation_function": ("relu",),
+        "enable_bias": (True,),
+        "layer_norm_elementwise_affine": (True,),
+        "tie_word_embeddings": (True,),
+        "_remove_final_layer_norm": (False,),
+    }
+
+    vocab_size: int
+    hidden_size: int
+    ffn_dim: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    word_embed_proj_dim: int
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; wanted "
+                "a multiple of num_attention_heads"
+            )
+
+    @classmethod
+    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Also the width of the embedding, which is the model's unless given."""
+        settings = super().settings(config)
+        if settings.get("word_embed_proj_dim") is None and "hidden_size" in settings:
+            settings["word_embed_proj_dim"] = settings["hidden_size"]
+        return settings
+
+
+def _norm(config: OptConfig, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E x² − (E x)², cancels where the mean is large.
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=EPS, use_fast_variance=False, rngs=rngs, **numerics.dtypes
+    )
+
+
+class Attention(nnx.Module):
+    """Attention with as many key as query heads, and biases."""
+
+    def __init__(self, config: OptConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        width, options = config.hidden_size, {"rngs": rngs, **numerics.dtypes}
+        self.q_proj = nnx.Linear(width, width, **options)
+        self.k_proj = nnx.Linear(width, width, **options)
+        self.v_proj = nnx.Linear(width, width, **options)
+        self.out_proj = nnx.Linear(width, width, **options)
+        self.head_dim = config.hidden_size // config.num_attention_heads
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
+    ) -> Float[Array, "batch length width"]:
+        layers = self.q_proj, self.k_proj, self.v_proj
+        query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
+        return self.out_proj(blocks.attend(query, key, value, mask))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP beside the residual stream, with norms before or after each."""
+
+    def __init__(self, config: OptConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        self.self_attn = Attention(config, numerics, rngs)
+        self.self_attn_layer_norm = _norm(config, numerics, rngs)
+        self.fc1 = nnx.Linear(config.hidden_size, config.ffn_dim, rngs=rngs, **numerics.dtypes)
+        self.fc2 = nnx.Linear(config.ffn_dim, config.hidden_size, rngs=rngs, **numerics.dtypes)
+        self.final_layer_norm = _norm(config, numerics, rngs)
+        self.norm_first = config.do_layer_norm_before
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
+    ) -> Float[Array, "batch length width"]:
+        if self.norm_first:
+            x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+            return x + self._mlp(self.final_layer_norm(x))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, mask))
+        return self.final_layer_norm(x + self._mlp(x))
+
+    def _mlp(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        return self.fc2(jax.nn.relu(self.fc1(x)))
+
+
+class Opt(nnx.Module):
+    """The causal language model of Zhang et al., 2022; its head is the embedding.
+
+    Module paths are those of transformers, with the layers stacked: `layers.fc1` has a kernel
+    (layers, in, out).
+
+    Args:
+        config: sizes.
+        numerics: dtypes, and whether layers are computed anew in the backward pass.
+        rngs: for random parameters; `nys.models.load` reads them instead.
+
+    Example:
+        >>> sizes = dict(vocab_size=16, hidden_size=8, ffn_dim=12, num_hidden_layers=3)
+        >>> config = OptConfig(**sizes, num_attention_heads=2, word_embed_proj_dim=6)
+        >>> model = nnx.eval_shape(lambda: Opt(config, rngs=nnx.Rngs(0)))
+        >>> model.project_in.kernel.shape, model.layers.fc1.kernel.shape
+        ((6, 8), (3, 8, 12))
+    """
+
+    prefix: ClassVar[str] = "model.decoder."
+
+    def __init__(self, config: OptConfig, *, numerics: Numerics = FLOAT32, rngs: nnx.Rngs) -> None:
+        self.config, self.numerics = config, numerics
+        width, narrow, dtypes = config.hidden_size, config.word_embed_proj_dim, numerics.dtypes
+        rows = config.max_position_embeddings + OFFSET
+        self.embed_tokens = nnx.Embed(config.vocab_size, narrow, rngs=rngs, **dtypes)
+        self.embed_positions = nnx.Embed(rows, width, rngs=rngs, **dtypes)
+        if narrow != width:
+            self.project_in = nnx.Linear(narrow, width, use_bias=False, rngs=rngs, **dtypes)
+            self.project_out = nnx.Linear(width, narrow, use_bias=False, rngs=rngs, **dtypes)
+        self.layers = blocks.stack(
+            lambda rngs: Layer(config, numerics, rngs), config.num_hidden_layers, rngs
+        )
+        if config.do_layer_norm_before:
+            self.final_layer_norm = _norm(config, numerics, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Logits of the next token at each position, in the compute dtype.
+
+        Args:
+            tokens: ids, below `vocab_size` (others give NaN).
+            mask: True where there is a token and False where there is padding, on either side;
+                None for no padding. Tokens are counted without the padding. Logits at padding
+                have no meaning.
+
+        Raises:
+            ValueError: if the input is longer than the table of positions.
+        """
+        config, length = self.config, tokens.shape[1]
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"tokens have length {length}; wanted at most {config.max_position_embeddings}, "
+                "the positions that the model knows"
+            )
+        seen = jnp.ones_like(tokens) if mask is None else mask.astype(tokens.dtype)
+        positions = jnp.cumsum(seen, axis=1) * seen - 1 + OFFSET
+        x = self.embed_tokens(tokens)
+        projected = config.word_embed_proj_dim != config.hidden_size
+        if projected:
+            x = self.project_in(x)
+        x = x + self.embed_positions(positions)
+        x = blocks.run(self.layers, x, mask, remat=self.numerics.remat)
+        if config.do_layer_norm_before:
+            x = self.final_layer_norm(x)
+        if projected:
+            x = self.project_out(x)
+        return self.embed_tokens.attend(x)
