@@ -1,5 +1,6 @@
 """Models against what transformers computed (`tests/fixtures/make_models.py`), and their files."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -98,6 +99,8 @@ def test_merged_adapters_are_saved_and_others_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has layers\.self_attn.*adapters.*nys\.lora\.merge"):
         nys.models.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="model is a Linear; wanted one of Gemma, Llama, Opt"):
+        nys.models.save(model.lm_head, tmp_path)
     nys.lora.merge(model)
     nys.lora.remove(model)
     nys.models.save(model, tmp_path)
@@ -166,6 +169,9 @@ def test_inverse_frequencies_of_llama3():
     np.testing.assert_allclose(got, [1, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8], rtol=1e-12)
 
 
+SCALING = [field.name for field in dataclasses.fields(blocks.RopeScaling)]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A copy of a model to spoil."""
@@ -182,6 +188,7 @@ def folder(tmp_path):
         ("opt", {"do_layer_norm_before": False}, r"no parameter for: model\.decoder\.final"),
         ("opt_post", {"word_embed_proj_dim": None}, r"for: model\.decoder\.project_in\.weight"),
         ("gemma", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; for gemma only"),
+        ("gemma", {"head_dim": "absent"}, "head_dim is missing; wanted it for gemma"),
         ("gemma", {"head_dim": 7}, "head_dim 7; wanted"),
         ("gemma", {"tie_word_embeddings": False}, r"has no tensor for lm_head\.weight"),
     ],
@@ -190,6 +197,19 @@ def test_settings_of_other_families_that_are_refused(name, settings, message, tm
     folder = shutil.copytree(MODELS / name, tmp_path / "copy")
     change(folder, **settings)
     with pytest.raises(ValueError, match=message):
+        nys.models.load(folder)
+
+
+def test_a_tokenizer_comes_along(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"[UNK]": 0, "low": 1, "rank": 2}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(folder / "tokenizer.json"))
+    _, tokenizer = nys.models.load(folder)
+    assert tokenizer.encode("low rank model").ids == [1, 2, 0]
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a sound tokenizer"):
         nys.models.load(folder)
 
 
@@ -228,6 +248,10 @@ def change(folder, tensors=None, **settings):
         (
             {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2}},
             "rope is 'linear'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3"} | dict.fromkeys(SCALING, "8")},
+            "factor is '8'; wanted a positive number",
         ),
         ({"quantization_config": {"bits": 4}}, "is quantized"),
         ({"vocab_size": 33}, r"embed_tokens.weight of shape \(32, 16\); wanted \(33, 16\)"),

@@ -47,7 +47,7 @@ class Config:
         settings = cls.settings(config)
         for field in dataclasses.fields(cls):
             if field.name in settings:
-                settings[field.name] = _sound(field, settings[field.name])
+                settings[field.name] = sound(field, settings[field.name])
             elif field.default is dataclasses.MISSING:
                 raise ValueError(f"{field.name} is missing; wanted it for {cls.model_type}")
         return cls(**settings)
@@ -68,8 +68,12 @@ class Config:
         }
 
 
-def _sound(field: dataclasses.Field, value: Any) -> Any:
-    """The value of a field whose annotation is int, float, bool or a token id, or ValueError."""
+def sound(field: dataclasses.Field, value: Any) -> Any:
+    """The value of a field, which its annotation says to be an int, a float, a bool or token ids.
+
+    Raises:
+        ValueError: on another value, or a number that is not positive.
+    """
     if field.type == "TokenId":
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if all(type(i) is int for i in ids):

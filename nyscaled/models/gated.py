@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Numerics, Rotation
-from nyscaled.models.config import Config
+from nyscaled.models.config import Config, sound
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,27 +55,21 @@ class GatedConfig(Config):
 
     @classmethod
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Also the rotations, in either of transformers' forms, and what follows from the heads."""
+        """Also the rotations, in either of transformers' forms."""
         settings = {k: v for k, v in super().settings(config).items() if k != "rope_scaling"}
-        for name in ("num_key_value_heads", "head_dim"):
-            if settings.get(name, 0) is None:
-                del settings[name]
-        heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
-        if type(heads) is int and type(width) is int and heads > 0:
-            settings.setdefault("num_key_value_heads", heads)
-            settings.setdefault("head_dim", width // heads)
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         if "rope_theta" in rope:
             settings["rope_theta"] = rope.pop("rope_theta")
         older = rope.pop("type", "default")
         kind = rope.pop("rope_type", older)
-        names = {field.name for field in dataclasses.fields(blocks.RopeScaling)}
-        if kind == "llama3" and rope.keys() == names:
-            settings["rope_scaling"] = blocks.RopeScaling(**rope)
+        fields = {field.name: field for field in dataclasses.fields(blocks.RopeScaling)}
+        if kind == "llama3" and rope.keys() == fields.keys():
+            values = {name: sound(fields[name], value) for name, value in rope.items()}
+            settings["rope_scaling"] = blocks.RopeScaling(**values)
         elif kind != "default" or rope:
             raise ValueError(
                 f"rope is {kind!r} with {rope}; wanted 'default' alone, or 'llama3' with "
-                f"{', '.join(sorted(names))}"
+                f"{', '.join(fields)}"
             )
         return settings
 
@@ -161,7 +155,12 @@ class GatedDecoder(nnx.Module):
     """A causal language model; subclasses say what sets their family apart.
 
     Module paths are those of transformers, with the layers stacked: `layers.self_attn.q_proj`
-    has a kernel (layers, in, out).
+    has a kernel (layers, in, out). There is no dropout.
+
+    Args:
+        config: sizes.
+        numerics: dtypes, and whether layers are computed anew in the backward pass.
+        rngs: for random parameters; `nys.models.load` reads them instead.
     """
 
     prefix: ClassVar[str] = "model."

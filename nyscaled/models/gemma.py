@@ -32,10 +32,7 @@ class GemmaConfig(GatedConfig):
 class Gemma(GatedDecoder):
     """Decoder with norms scaled by 1 + w, GeGLU, and embeddings times √width (Mesnard et al., 2024).
 
-    Args:
-        config: sizes.
-        numerics: dtypes, and whether layers are computed anew in the backward pass.
-        rngs: for random parameters; `nys.models.load` reads them instead.
+    Built and called as `GatedDecoder` is.
 
     Example:
         >>> from flax import nnx

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Array
@@ -37,14 +38,21 @@ class LlamaConfig(GatedConfig):
         "mlp_bias": (False, None),
     }
 
+    @classmethod
+    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Also what follows from the number of heads, where it is not given."""
+        settings = {k: v for k, v in super().settings(config).items() if v is not None}
+        heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
+        if type(heads) is int and type(width) is int and heads > 0:
+            settings.setdefault("num_key_value_heads", heads)
+            settings.setdefault("head_dim", width // heads)
+        return settings
+
 
 class Llama(GatedDecoder):
     """Pre-norm decoder with rotary positions, SwiGLU and grouped queries (Touvron et al., 2023).
 
-    Args:
-        config: sizes.
-        numerics: dtypes, and whether layers are computed anew in the backward pass.
-        rngs: for random parameters; `nys.models.load` reads them instead.
+    Built and called as `GatedDecoder` is.
 
     Example:
         >>> from flax import nnx

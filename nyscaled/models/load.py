@@ -40,8 +40,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Reads a causal language model (LLaMA, Gemma 1, OPT) and its tokenizer.
 
-    Parameters are filled one by one from the mapped files: the largest stack of layers is all
-    that is ever held twice.
+    Parameters are filled one by one from the mapped files, so that a stack or two of layers is
+    all that is needed beside the model's own size.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or shards with their index.
@@ -54,8 +54,10 @@ def load(
         `tokenizers.Tokenizer` of `tokenizer.json`, None without that file.
 
     Raises:
-        ValueError: on an unknown architecture, an unsupported setting, a broken file, a parameter
-            without its tensor or of another shape, or a tensor that belongs to no parameter.
+        ValueError: on an unknown architecture, an unsupported setting, a broken file (the
+            tokenizer's too), a parameter without its tensor or with one of another shape, or a
+            tensor that belongs to no parameter.
+        ImportError: if there is a tokenizer and the package tokenizers is missing.
 
     Example:
         >>> import tempfile
@@ -84,6 +86,7 @@ def load(
         config = config_class.from_json(source.config)
     except ValueError as error:
         raise ValueError(f"{source.path / CONFIG}: {error}") from None
+    tokenizer = _tokenizer(source.path)
     numerics = Numerics(dtype, compute_dtype, remat)
     abstract = nnx.eval_shape(lambda: model_class(config, numerics=numerics, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
@@ -92,7 +95,7 @@ def load(
         (path, variable.replace(_filled(source, table[path], variable)))
         for path, variable in nnx.to_flat_state(state)
     ]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat)), _tokenizer(source.path)
+    return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
 
 
 def save(model: Any, folder: str | os.PathLike[str]) -> None:
@@ -105,8 +108,13 @@ def save(model: Any, folder: str | os.PathLike[str]) -> None:
         folder: made if missing; other files in it are left alone.
 
     Raises:
-        ValueError: if the model has variables beside its own parameters, such as adapters.
+        ValueError: if the model is none of this package, or has variables beside its own
+            parameters, such as adapters.
     """
+    known = [model_class for _, model_class in FAMILIES.values()]
+    if type(model) not in known:
+        names = ", ".join(k.__name__ for k in known)
+        raise ValueError(f"model is a {type(model).__name__}; wanted one of {names}")
     state = nnx.state(model)
     table, tensors = places(state, model.prefix), {}
     for path, variable in nnx.to_flat_state(state):
@@ -166,6 +174,13 @@ def _filled(source: Folder, place: Place, variable: Any) -> jax.Array:
 def _tokenizer(folder: Path) -> Any:
     if not (folder / TOKENIZER).is_file():
         return None
-    import tokenizers
-
-    return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{folder / TOKENIZER} needs tokenizers: pip install 'nyscaled[models]'"
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"{folder / TOKENIZER} is not a sound tokenizer: {error}") from error

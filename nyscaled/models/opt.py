@@ -125,7 +125,7 @@ class Opt(nnx.Module):
     """The causal language model of Zhang et al., 2022; its head is the embedding.
 
     Module paths are those of transformers, with the layers stacked: `layers.fc1` has a kernel
-    (layers, in, out).
+    (layers, in, out). There is no dropout.
 
     Args:
         config: sizes.
