@@ -17,8 +17,8 @@ import hypothesis  # noqa: E402
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=10)
 hypothesis.settings.load_profile("tests")
 
-# What writes the fixtures needs torch. float64 and the number of devices are settings of a process: these folders run in their own,
-# started by test_x64.py and test_multidevice.py.
+# What writes the fixtures needs torch. float64 and the number of devices are settings of a process:
+# these folders run in their own, started by test_x64.py and test_multidevice.py.
 collect_ignore = ["fixtures"]
 if os.environ.get("JAX_ENABLE_X64", "0").lower() not in ("1", "true"):
     collect_ignore.append("x64")
