@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
 from nyscaled.linalg import default_rcond, full_precision
-from nyscaled.problems import Asymmetric, Symmetric
+from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
+from nyscaled.subspace import leading_factors
 from nyscaled.typing import Factors, Scalar
 
 Sketch = Literal["gaussian", "stiefel"]
@@ -31,19 +32,6 @@ def random_sketch(
     if sketch == "stiefel":
         return scale * jax.random.orthogonal(key, n, m=rank, dtype=dtype)
     raise ValueError(f"sketch is {sketch!r}; wanted 'gaussian' or 'stiefel'")
-
-
-def _require_semidefinite(form: Float[Array, "r r"], m: int) -> None:
-    """Raises ValueError if a known compression ΩᵀAΩ of A has a negative eigenvalue."""
-    if not validation.is_concrete(form):
-        return
-    values = jnp.linalg.eigvalsh((form + form.T) / 2)
-    low, high = float(values[0]), float(jnp.max(jnp.abs(values)))
-    if low < -10 * default_rcond(m, form.dtype) * high:
-        raise ValueError(
-            f"A is not positive semidefinite: xᵀAx takes the values {low:.2e} … {float(values[-1]):.2e} "
-            "on the sketched subspace; problem (1) wants a PSD matrix (problems.Asymmetric takes any)"
-        )
 
 
 @full_precision
@@ -77,7 +65,7 @@ def nystrom(
     validation.require_rank(rank, a.shape)
     omega = random_sketch(key, a.shape[1], rank, scale, sketch, a.dtype)
     x0 = a @ omega
-    _require_semidefinite(omega.T @ x0, a.shape[0])
+    validation.require_semidefinite(omega.T @ x0, a.shape[0])
     return x0
 
 
@@ -122,7 +110,12 @@ def nystrom_from_gradient(
     sketch: Sketch = "gaussian",
     dtype: Any = None,
 ) -> Float[Array, "m r"]:
-    """(3) from a gradient oracle of (1), without A (A.4): X_0 = −∇f(Ω) + ΩΩᵀΩ = AΩ.
+    """(3) from a gradient oracle of (1), without A (A.4): X_0 = AΩ by one gradient.
+
+    A.4 has −∇f(Ω) + ΩΩᵀΩ. Here it is (−∇f(δΩ) + δ³ΩΩᵀΩ)/δ with ‖δΩ‖_F = √eps: for (1) the same,
+    without cancellation, and for any other loss of XXᵀ, sensing say, minus its gradient in XXᵀ at
+    0, times Ω. Taken at Ω itself, the start of sensing has an error ((𝒜*𝒜 − I)(ΩΩᵀ))Ω that grows
+    as ξ³ and drowns it at ξ = 1. `rescaled` then takes ξ away.
 
     Example:
         >>> a = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
@@ -132,7 +125,9 @@ def nystrom_from_gradient(
     """
     validation.require_rank(rank, (m, m))
     omega = random_sketch(key, m, rank, scale, sketch, dtype or jnp.result_type(float))
-    return omega @ (omega.T @ omega) - gradient(omega)
+    delta = jnp.finfo(omega.dtype).eps ** 0.5 / jnp.linalg.norm(omega)
+    near = delta * omega
+    return (near @ (near.T @ near) - gradient(near)) / delta
 
 
 @full_precision
@@ -148,8 +143,8 @@ def nystrom_factors_from_gradient(
 ) -> Factors:
     """(5) from a gradient oracle of (4), without A (A.4): X_0 = −∇_X f(0, Ω) = AΩ, Y_0 = 0.
 
-    For any other loss of XYᵀ the same line gives a descent direction of it: this is how the
-    adapters of a network start from their first gradients.
+    For any other loss of XYᵀ it is minus the gradient in XYᵀ at 0, times Ω: 𝒜*(b)Ω of sensing, and
+    this is how the adapters of a network start from their first gradients.
     """
     validation.require_rank(rank, shape)
     m, n = shape
@@ -202,14 +197,15 @@ def small_factors(
 
 @full_precision
 def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
-    """cX_0 with the scalar c that minimizes ‖c²X_0X_0ᵀ − A‖_F; one product with A.
+    """cX_0 with the scalar c that minimizes ‖c²X_0X_0ᵀ − A‖_F, or ‖c²𝒜(X_0X_0ᵀ) − b‖ of sensing.
 
-    c² = tr(X_0ᵀAX_0)/‖X_0ᵀX_0‖_F². From a Nyström start this takes ξ away: the run is the same, and
-    its number of steps, for every ξ. (Without it the count grows by |log₂ ξ|.)
+    c² = tr(X_0ᵀAX_0)/‖X_0ᵀX_0‖_F², and tr(X_0ᵀ𝒜*(b)X_0)/‖𝒜(X_0X_0ᵀ)‖², by one product with A or
+    𝒜*(b). From a Nyström start this takes ξ away: the run is the same, and its number of steps,
+    for every ξ. (Without it the count grows by |log₂ ξ|.)
 
     Args:
         x0: the start (m, r), for instance `nystrom(key, a, r, scale)`.
-        a: A (m, m), PSD: dense, sparse or an operator.
+        a: A (m, m), PSD: dense, sparse or an operator; or a `problems.Sensing`, a square one.
 
     Returns:
         (m, r) in the dtype of A.
@@ -224,16 +220,20 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
         Array([[2.],
                [0.]], dtype=float32)
     """
-    problem = Symmetric(a)
+    problem = a if isinstance(a, Sensing) else Symmetric(a)
     x0 = problem.check(x0)
     unit = x0 / jnp.linalg.norm(x0)  # X_0ᵀX_0 of a large ξ would overflow float32
-    trace = jnp.sum(unit * (problem.a @ unit))
+    if isinstance(problem, Sensing):
+        seen, image = problem.a.forward(unit, unit), problem.backprojection() @ unit
+    else:
+        seen, image = unit.T @ unit, problem.a @ unit
+    trace = jnp.sum(unit * image)
     if validation.is_concrete(trace) and not trace > 0:
         raise ValueError(
             f"tr(X₀ᵀAX₀) is {float(trace):.2g} for X₀ of unit length; wanted it positive: a "
             "positive semidefinite A, and a start that is not zero"
         )
-    return unit * (jnp.sqrt(trace) / jnp.linalg.norm(unit.T @ unit))
+    return unit * (jnp.sqrt(trace) / jnp.linalg.norm(seen))
 
 
 @full_precision
@@ -281,13 +281,51 @@ def nystrom_approximation(
     return (image @ (vectors * root))[:, ::-1]
 
 
-def spectral(problem: Symmetric | Asymmetric, rank: int) -> Array | Factors:
-    """Spectral initialization: the best rank-r approximation of A, balanced, by LAPACK.
+@full_precision
+def spectral(
+    problem: Symmetric | Asymmetric | Sensing | RobustPCA,
+    rank: int,
+    *,
+    symmetric: bool = False,
+    key: Key[Array, ""] | None = None,
+) -> Array | Factors:
+    """Spectral initialization: the best rank-r approximation of A, balanced.
 
-    For (1) and (4) themselves it is the solution; it is the start that ScaledGD's local theory
-    asks for, and the cost that Nyström saves.
+    For (1) and (4) it is the solution. For sensing A is 𝒜*(b), for robust PCA the trimmed Y; it is
+    the start that ScaledGD's local theory asks for. A dense A goes to LAPACK. Otherwise subspace
+    iteration (`subspace.leading_factors`) gives it in a few digits with 21 products with A or Aᵀ,
+    and to rounding if rank(A) ≤ 2r + 8: no m×n matrix is formed.
+
+    Args:
+        problem: `Symmetric`, `Asymmetric`, `Sensing` (with it completion, one-bit, phase) or
+            `RobustPCA`. Where 𝒜 does not keep norms on average, as `phase.RankOne`, the start has
+            the right directions and another size: `rescaled(start, problem)` mends that.
+        rank: 1 ≤ r ≤ min(m, n).
+        symmetric: of a square `Sensing`, X for XXᵀ (negative eigenvalues taken as 0) in place of
+            Factors.
+        key: for the sketch that the iteration begins with; `jax.random.key(0)` by default.
+
+    Raises:
+        ValueError: on a bad rank, `symmetric` of a rectangular problem, and as the problems do.
+
+    Example:
+        >>> from nyscaled.problems import completion
+        >>> problem = completion.bernoulli(jax.random.key(0), jnp.ones((30, 1)), probability=0.9)
+        >>> x0 = spectral(problem, rank=1, symmetric=True)
+        >>> bool(jnp.linalg.norm(x0 @ x0.T - 1) < 0.2 * 30)
+        True
     """
-    return problem.optimum(rank)
+    if isinstance(problem, Sensing):
+        a = problem.backprojection(symmetric)
+        problem = Symmetric(a) if symmetric else Asymmetric(a)
+    elif isinstance(problem, RobustPCA):
+        problem = Asymmetric(problem.trimmed())
+    if isinstance(problem.a, jax.Array):
+        return problem.optimum(rank)
+    validation.require_rank(rank, problem.shape)
+    key = jax.random.key(0) if key is None else key
+    left, right = leading_factors(key, problem.a, rank, isinstance(problem, Symmetric))
+    return left if isinstance(problem, Symmetric) else Factors(left, right)
 
 
 # Ward and Kolda's constants: C, ν and D = Cν/9.

@@ -14,6 +14,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.experimental.sparse import JAXSparse
 
+from nyscaled.linalg import default_rcond
 from nyscaled.typing import LinearMap
 
 
@@ -99,6 +100,19 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
             f"{name} is not symmetric: its antisymmetric part is about {skew / size:.1e} of its "
             "norm; wanted A = Aᵀ (take (A + A.T) / 2 if the difference is rounding, "
             "or problems.Asymmetric)"
+        )
+
+
+def require_semidefinite(form: Any, m: int) -> None:
+    """Raises ValueError if a known compression ΩᵀAΩ of A has a negative eigenvalue."""
+    if not is_concrete(form):
+        return
+    values = jnp.linalg.eigvalsh((form + form.T) / 2)
+    low, high = float(values[0]), float(jnp.max(jnp.abs(values)))
+    if low < -10 * default_rcond(m, form.dtype) * high:
+        raise ValueError(
+            f"A is not positive semidefinite: xᵀAx takes the values {low:.2e} … {float(values[-1]):.2e} "
+            "on the sketched subspace; problem (1) wants a PSD matrix (problems.Asymmetric takes any)"
         )
 
 

@@ -13,6 +13,7 @@ FLOORS = {
     "typing": 0,
     "linalg": 0,
     "validation": 0,
+    "subspace": 0,
     "spectra": 1,
     "problems": 1,
     "initializers": 1,

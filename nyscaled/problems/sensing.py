@@ -19,6 +19,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
@@ -166,13 +167,26 @@ class Sensing:
             return Factors(g @ y, g.T @ x)
         return (g @ x + g.T @ x) / 2
 
-    def backprojection(self) -> LinearMap:
-        """𝒜*(b) (m, n), M on average where 𝒜 keeps norms: what starts can be made of.
+    def backprojection(self, symmetric: bool = False) -> LinearMap:
+        """−𝒜*(the slope at 0) (m, n), which is 𝒜*(b): M on average where 𝒜 keeps norms.
 
-        `initializers.nystrom_factors(key, problem.backprojection(), rank)` is the Nyström start;
-        `Symmetric((B + B.T) / 2).optimum(rank)` with a dense B is the spectral one.
+        Starts are made of it: `initializers.nystrom_factors(key, problem.backprojection(), rank)`
+        is the Nyström start at `Factors`, and `initializers.spectral(problem, rank)` the spectral
+        one.
+
+        Args:
+            symmetric: its symmetric part, of a square problem. It need not be PSD, as
+                `initializers.nystrom` wants: for XXᵀ there is `nystrom_from_gradient`.
         """
-        return self.a.adjoint(self.b)
+        a = self.a.adjoint(-self.slope(jnp.zeros_like(self.b)))
+        if not symmetric:
+            return a
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(f"the problem is of matrices {self.shape}; wanted square ones")
+        if isinstance(a, jax.Array):
+            return (a + a.T) / 2
+        product = Partial(_symmetric_part, a)
+        return linalg.Operator(product, product, (a.shape[0], a.shape[1]), self.dtype)
 
     def check(self, point: Any) -> Any:
         """`point` as X or `Factors` of this problem; ValueError if it cannot be one."""
@@ -182,6 +196,11 @@ class Sensing:
             raise ValueError(f"the point is a {got}; wanted Factors for a matrix {self.shape}")
         problem = Asymmetric if isinstance(point, Factors) else Symmetric
         return problem.check(cast(Any, self), point)  # which reads nothing but shape and dtype
+
+
+@linalg.full_precision
+def _symmetric_part(a: Any, x: Array) -> Array:
+    return (a @ x + a.T @ x) / 2
 
 
 def _both(point: Any) -> tuple[Array, Array]:
