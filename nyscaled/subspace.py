@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ _EXTRA = 8  # columns over 2r, where the spectrum decays slowly after σ_r
 _ROUNDS = 10
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "symmetric"))
 @full_precision
 def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = False) -> Factors:
     """(U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of A; of a symmetric A Q₁Λ₁^{1/2} of its largest eigenvalues, twice.

@@ -19,9 +19,15 @@ from nyscaled.typing import LinearMap
 
 
 def is_concrete(tree: Any) -> bool:
-    """Whether every leaf of `tree` holds values (none is a tracer or an abstract shape)."""
-    abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
-    return not any(isinstance(leaf, abstract) for leaf in jax.tree.leaves(tree))
+    """Whether every leaf of `tree` holds values (none is a tracer or an abstract shape).
+
+    Not so arrays under `jit`, constants from outside included: what is computed of them is traced.
+    """
+    leaves = jax.tree.leaves(tree)
+    if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
+        return False
+    scalars = all(jnp.ndim(leaf) == 0 for leaf in leaves)
+    return scalars or not isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def require_floating(name: str, array: Any) -> None:

@@ -17,6 +17,12 @@ def _problems():
     return nys.problems.Symmetric(psd()[0]), nys.problems.Asymmetric(rectangular()[0])
 
 
+def _entries():
+    """Every third entry of the matrix."""
+    rows, columns = jnp.divmod(jnp.arange(0, M * M, 3), M)
+    return nys.problems.completion.observed(rows, columns, psd()[0][rows, columns], (M, M))
+
+
 INITIALIZERS = {
     "nystrom": lambda key, s: nys.initializers.nystrom(key, psd()[0], R, s),
     "nystrom_stiefel": lambda key, s: nys.initializers.nystrom(
@@ -31,6 +37,9 @@ INITIALIZERS = {
     ),
     "nystrom_from_gradient": lambda key, s: nys.initializers.nystrom_from_gradient(
         key, _problems()[0].gradient, M, R, s
+    ),
+    "sensing_from_gradient": lambda key, s: nys.initializers.nystrom_from_gradient(
+        key, _entries().gradient, M, R, s
     ),
     "perturbed": lambda key, s: nys.initializers.perturbed(key, psd()[0], R, s, noise=s),
     "small": lambda key, s: nys.initializers.small(key, M, R, s),

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FORMS, KEY, R, normal, psd, rectangular
+from cases import KEY, R, normal, operator, psd, rectangular
 
 import nyscaled as nys
 
@@ -25,14 +25,20 @@ X, Y = normal(1, (M, 2)), normal(2, (N, 2))
 SQUARE = {
     "sensing": lambda: sensing.gaussian(KEY, M, SPECTRUM, P)[0],
     "completion": lambda: completed(X, X),
-    "onebit": lambda: problems.onebit.gaussian(KEY, M, SPECTRUM, P)[0],
     "phase": lambda: problems.phase.gaussian(KEY, M, SPECTRUM, P)[0],
 }
 RECTANGULAR = {
     "sensing": lambda: sensing.gaussian_factors(KEY, M, N, SPECTRUM, P)[0],
     "completion": lambda: completed(X, Y),
-    "onebit": lambda: problems.onebit.gaussian_factors(KEY, M, N, SPECTRUM, P)[0],
 }
+
+
+def one_bit(exact):
+    return lambda: problems.OneBit(exact().a, jax.nn.sigmoid(exact().b))
+
+
+SQUARE["onebit"] = one_bit(SQUARE["sensing"])
+RECTANGULAR["onebit"] = one_bit(RECTANGULAR["sensing"])
 
 
 def dense_backprojection(problem):
@@ -122,22 +128,13 @@ def test_spectral_start_of_measurements_is_that_of_the_backprojection(name, symm
     np.testing.assert_allclose(x.T @ x, y.T @ y, atol=1e-3)  # balanced
 
 
-def test_spectral_start_of_robust_pca_is_that_of_the_trimmed_matrix():
-    low, _, _ = rectangular()
-    problem = problems.RobustPCA(low.at[3, 5].set(1e3), fraction=0.05)
-    x, y = initializers.spectral(problem, R)
-    wanted = problems.Asymmetric(problem.trimmed()).optimum(R)
-    chex.assert_trees_all_equal(x @ y.T, wanted.left @ wanted.right.T)
-
-
-@pytest.mark.parametrize("form", ["bcoo", "operator"])
-def test_spectral_start_by_products_is_the_matrix_of_low_rank(form):
+def test_spectral_start_by_products_is_the_matrix_of_low_rank():
     a, b = psd()[0], rectangular()[0]
-    x = initializers.spectral(problems.Symmetric(FORMS[form](a)), R)
+    x = initializers.spectral(problems.Symmetric(operator(a)), R)
     assert relative(x @ x.T, a) < 1e-5
-    x, y = initializers.spectral(problems.Asymmetric(FORMS[form](b)), R)
+    x, y = initializers.spectral(problems.Asymmetric(operator(b)), R)
     assert relative(x @ y.T, b) < 1e-5
-    lower = initializers.spectral(problems.Symmetric(FORMS[form](a)), R - 1)
+    lower = initializers.spectral(problems.Symmetric(operator(a)), R - 1)
     np.testing.assert_allclose(np.linalg.norm(lower @ lower.T - a), 0.2, rtol=1e-4)
 
 

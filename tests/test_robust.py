@@ -126,7 +126,7 @@ def test_too_small_and_too_large_fractions_do_not_recover(fraction):
 def test_starts_from_trimmed_entries_lead_to_the_matrix(start):
     problem, truth = robust.corrupted(jax.random.key(0), M, N, [1.0, 0.5], fraction=0.05)
     if start == "spectral":
-        point = nys.problems.Asymmetric(problem.trimmed()).optimum(R)
+        point = nys.initializers.spectral(problem, R)
     else:
         point = nys.initializers.nystrom_factors(jax.random.key(1), problem.trimmed(), R)
     step = nys.solvers.gradient_step(problem, SCALED)

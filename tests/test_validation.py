@@ -1,5 +1,6 @@
 """Bad input: each is a ValueError that says what it got and what it wanted."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +125,20 @@ def test_array_that_is_no_matrix(entry, shape):
 def test_thing_that_is_no_array(thing):
     with raises("A is a (str|NoneType|object)", "wanted a matrix or an operator"):
         nys.problems.Asymmetric(thing)
+
+
+def test_constants_from_outside_of_jit_may_be_used_inside():
+    a, b = psd()[0], jnp.ones(3)
+
+    @jax.jit
+    def everything(x):
+        full = nys.problems.Symmetric(a).loss(x) + nys.problems.Asymmetric(a).a.sum()
+        start = nys.initializers.nystrom(KEY, a, R)
+        matrices = normal(0, (3, M, M))
+        sensed = nys.problems.Sensing(matrices, b).loss(x)
+        return full + sensed + nys.problems.sensing.random_factor(KEY, 4, b, 4).sum(), start
+
+    chex.assert_tree_all_finite(everything(normal(1, (M, R))))
 
 
 def test_checks_of_values_are_left_out_under_jit_and_those_of_shapes_are_not():

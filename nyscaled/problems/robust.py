@@ -151,7 +151,7 @@ class RobustPCA:
     def trimmed(self) -> Float[Array, "m n"]:
         """Y − T_α[Y] (m, n), from which starts are made.
 
-        `Asymmetric(problem.trimmed()).optimum(rank)` is the spectral start, by an SVD;
+        `initializers.spectral(problem, rank)` is the spectral start, by an SVD;
         `initializers.nystrom_factors(key, problem.trimmed(), rank)` is the Nyström start.
         """
         return self.observed - threshold(self.observed, self.fraction)
