@@ -21,6 +21,7 @@ SECTIONS = (
     "fastest",
     "ours",
     "neighbours",
+    "robust",
 )
 """The modules that hold claims, in the order of the report."""
 

@@ -24,6 +24,7 @@ TITLES = {
     "fastest": "Accelerated iterations",
     "ours": "Ours",
     "neighbours": "Neighbouring algorithms: sensing with too many columns",
+    "robust": "Robust PCA",
 }
 
 
