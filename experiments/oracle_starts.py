@@ -1,0 +1,341 @@
+"""Starts of problems without A: Nyström from gradients, spectral and random ones, for ScaledGD and GD.
+
+    python experiments/oracle_starts.py                     # figures/oracle_starts.png, .pdf, .csv, .json
+    python experiments/oracle_starts.py --quick --out /tmp  # fewer problems and steps
+
+Appendix A.4 makes a Nyström start of one gradient, X_0 = AΩ, and leaves other problems open. Here
+M of rank 2 is seen through p Gaussian measurements or entries, r = r*, and the gradient at (0, Ω)
+gives BΩ with B = 𝒜*(b), M on average. d is the number of degrees of freedom. Counts are gradients to
+a relative error of 1e-6, those of the start included (a spectral one is 21 products with B or Bᵀ),
+medians and quartiles over the problems. The step size is the best of four for each method, start
+and cell: most successes, then the lowest median.
+
+Neither one step nor quadratic convergence is left: 𝒜*𝒜 is not the identity, and from every start
+the error falls linearly, at one rate that p sets. What is random in B has a norm √(m/p)‖M‖_F‖Ω‖_F
+in BΩ and is most of it, so the gradient buys little: 61 to 65 steps where a random start of
+entries 0.1 takes 61 to 66 (sensing, p = 4d, κ = 10). The tiny start, ζ = 1e-3, takes 10 to 16 steps more, as
+undamped ScaledGD first divides by it, and in completion it does not come back. The spectral start
+is the nearest and saves up to 10 steps, fewer than it costs. It and all the others need p ≥ 2d of
+Gaussian measurements and p > 3d of entries. ScaledGD's count does not depend on κ in sensing; in
+completion with p = 4d it does, from each start.
+
+A symmetric Nyström start needs a size. B is indefinite, and where tr(X_0ᵀBX_0) ≤ 0 there is no
+best one: those runs count as failures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+from _record import COLOURS, MARKERS, Curve, save
+from tqdm import tqdm
+
+import nyscaled as nys
+
+RANK = 2
+SIDES = {"symmetric sensing": 24, "sensing": 24, "completion": 40}
+OVERSAMPLING = (1.5, 2.0, 3.0, 4.0, 6.0)
+TYPICAL = 4.0
+KAPPAS = {"ScaledGD": (1.0, 10.0, 100.0, 1000.0), "GD": (1.0, 10.0)}
+KAPPA = 10.0
+LEARNING_RATES = {"ScaledGD": (0.35, 0.5, 0.65, 0.8), "GD": (0.5, 0.65, 0.8, 0.95)}
+TICKS = (30, 60, 100, 200, 400, 1000, 2000)
+METHODS = {"ScaledGD": nys.scaled_gd, "GD": optax.sgd}
+TOLERANCE = 1e-6
+ROUNDS = 2
+# Gradients that a start costs, of a symmetric problem (where its size costs one) and of others.
+STARTS = {
+    "spectral": (21, 21),
+    "Nyström, 1 gradient": (2, 1),
+    f"Nyström, {ROUNDS} power rounds": (2 + 2 * ROUNDS, 1 + 2 * ROUNDS),
+    "random, ζ = 0.1": (0, 0),
+    "small, ζ = 0.001": (0, 0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Starts without access to A."""
+
+    out: Path = Path("figures")
+    """Folder for the picture and its record."""
+    seed: int = 0
+    """Seed of the matrices, the measurements and the starts."""
+    trials: int = 10
+    """How many random problems a cell; numbers are medians and quartiles over them."""
+    steps: int = 400
+    """Most steps of ScaledGD; GD makes up to 2.5 times as many."""
+    quick: bool = False
+    """Rectangular sensing alone, 4 problems, 160 steps."""
+
+
+def degrees_of_freedom(name: str) -> int:
+    """Of matrices of rank r: what p is compared with."""
+    m = SIDES[name]
+    if name == "symmetric sensing":
+        return m * RANK - RANK * (RANK - 1) // 2
+    return (2 * m - RANK) * RANK
+
+
+def instance(name: str, key: jax.Array, kappa: Any, p: int) -> tuple[nys.problems.Sensing, Any]:
+    """A random problem with p measurements, and its solution."""
+    m, spectrum = SIDES[name], kappa ** -jnp.linspace(0.0, 1.0, RANK)
+    if name == "symmetric sensing":
+        return nys.problems.sensing.gaussian(key, m, spectrum, p)
+    if name == "sensing":
+        return nys.problems.sensing.gaussian_factors(key, m, m, spectrum, p)
+    *keys, seen = jax.random.split(key, 3)
+    truth = nys.Factors(*(nys.problems.sensing.random_factor(k, m, spectrum, m) for k in keys))
+    rows, columns = jnp.divmod(jax.random.choice(seen, m * m, (p,), replace=False), m)
+    values = jnp.sum(truth.left[rows] * truth.right[columns], axis=1)
+    return nys.problems.completion.observed(rows, columns, values, (m, m)), truth
+
+
+def starts(problem: nys.problems.Sensing, key: jax.Array, symmetric: bool) -> Any:
+    """The starts in the order of `STARTS`, stacked."""
+    init, m = nys.initializers, problem.shape[0]
+    spectral = init.spectral(problem, RANK, symmetric=symmetric)
+    b = problem.backprojection(symmetric)
+    omega = init.random_sketch(key, m, RANK, 1.0, "gaussian", problem.dtype)
+    for _ in range(ROUNDS):
+        omega = nys.linalg.orthonormalize(b.T @ nys.linalg.orthonormalize(b @ omega))
+    if symmetric:
+        sketched = init.nystrom_from_gradient(key, problem.gradient, m, RANK)
+        nystrom = [init.rescaled(x, problem) for x in (sketched, b @ omega)]
+        small = [init.small(key, m, RANK, scale) for scale in (0.1, 1e-3)]
+    else:
+        sketched = init.nystrom_factors_from_gradient(key, problem.gradient, (m, m), RANK)
+        # ScaledGD does not see the size of X_0 beside Y_0 = 0; GD does: ‖X_0‖² = ‖M‖ = 1.
+        nystrom = [
+            nys.Factors(x / jnp.linalg.norm(x, 2), jnp.zeros_like(omega))
+            for x in (sketched.left, b @ omega)
+        ]
+        small = [init.small_factors(key, (m, m), RANK, scale) for scale in (0.1, 1e-3)]
+    return jax.tree.map(lambda *x: jnp.stack(x), spectral, *nystrom, *small)
+
+
+def product(point: Any) -> jax.Array:
+    """XXᵀ or XYᵀ."""
+    return point.left @ point.right.T if isinstance(point, nys.Factors) else point @ point.T
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def measure(
+    name: str, p: int, method: str, max_steps: int, curves: bool, keys: Any, kappas: Any
+) -> Any:
+    """Over (κ, problem, start): errors of the starts, and per step size the steps to the tolerance.
+
+    A run that does not get there counts infinitely many. With `curves`, errors by iteration instead.
+    """
+
+    def one(kappa: Any, key: jax.Array) -> Any:
+        problem, truth = instance(name, jax.random.fold_in(key, 0), kappa, p)
+        target = product(truth)
+        points = starts(problem, jax.random.fold_in(key, 1), name == "symmetric sensing")
+
+        def error(x: Any) -> jax.Array:
+            return jnp.linalg.norm(product(x) - target) / jnp.linalg.norm(target)
+
+        def steps(x: Any, eta: Any) -> jax.Array:
+            step = nys.solvers.gradient_step(problem, METHODS[method](eta))
+            if curves:
+                return nys.solvers.run(step, x, max_steps, error).history
+            solution = nys.solvers.run_until(step, x, error, TOLERANCE, max_steps)
+            reached = solution.status == nys.solvers.Status.CONVERGED
+            return jnp.where(reached, solution.num_steps, jnp.inf)
+
+        over_rates = jax.vmap(steps, (None, 0))
+        return jax.vmap(error)(points), jax.vmap(over_rates, (0, None))(
+            points, jnp.asarray(LEARNING_RATES[method])
+        )
+
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(kappas, keys)
+
+
+def tuned(counts: np.ndarray, method: str) -> tuple[np.ndarray, float]:
+    """Steps (problem,) at the step size that most often succeeds, of those the fastest."""
+
+    def rank(i: int) -> tuple[float, float]:
+        return float(np.mean(np.isinf(counts[:, i]))), quantile(counts[:, i], 0.5)
+
+    best = min(range(counts.shape[1]), key=rank)
+    return counts[:, best], LEARNING_RATES[method][best]
+
+
+def quantile(counts: np.ndarray, q: float) -> float:
+    """A quantile that is one of the counts: infinite ones do not mix with the others."""
+    return float(np.quantile(counts, q, method="inverted_cdf"))
+
+
+def cell(
+    name: str, method: str, errors: np.ndarray, counts: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """What is known of each start: calls by quartiles, share of successes, its error, η."""
+    found = {}
+    for s, (start, costs) in enumerate(STARTS.items()):
+        steps, rate = tuned(counts[:, s], method)
+        calls = steps + costs[name != "symmetric sensing"]
+        lower, median, upper = (quantile(calls, q) for q in (0.25, 0.5, 0.75))
+        found[start] = {
+            "lower": lower,
+            "median": median,
+            "upper": upper,
+            "steps": quantile(steps, 0.5),
+            "success": float(np.mean(np.isfinite(steps))),
+            "start error": float(np.nanmedian(errors[:, s])),
+            "learning rate": rate,
+        }
+    return found
+
+
+def main(config: Config) -> None:
+    """Runs all cells and draws them."""
+    jax.config.update("jax_enable_x64", True)
+    quick = config.quick
+    names = ("sensing",) if quick else tuple(SIDES)
+    trials, max_steps = (4, 160) if quick else (config.trials, config.steps)
+    oversampling = (TYPICAL,) if quick else OVERSAMPLING
+    keys = jax.random.split(jax.random.key(config.seed), trials)
+    panels: dict[str, dict[str, Any]] = {}
+    with tqdm(
+        total=len(names) * (len(oversampling) + 2),
+        desc="oracle_starts",
+        unit="run",
+        file=sys.stderr,
+    ) as bar:
+
+        def cells(name: str, ratio: float, method: str, kappas: tuple[float, ...]) -> Any:
+            p = round(ratio * degrees_of_freedom(name))
+            steps = max_steps if method == "ScaledGD" else max_steps * 5 // 2
+            found = measure(name, p, method, steps, False, keys, jnp.asarray(kappas))
+            bar.update()
+            return [cell(name, method, *map(np.asarray, c)) for c in zip(*found, strict=True)]
+
+        for name in names:
+            by_ratio: dict[float, Any] = {}
+            by_kappa: dict[str, Any] = {}
+            for ratio in oversampling:
+                kappas = KAPPAS["ScaledGD"] if ratio == TYPICAL else (KAPPA,)
+                found = cells(name, ratio, "ScaledGD", kappas)
+                by_ratio[ratio] = found[kappas.index(KAPPA)]
+                if ratio == TYPICAL:
+                    by_kappa["ScaledGD"] = dict(zip(kappas, found, strict=True))
+            found = cells(name, TYPICAL, "GD", KAPPAS["GD"])
+            by_kappa["GD"] = dict(zip(KAPPAS["GD"], found, strict=True))
+            p = round(TYPICAL * degrees_of_freedom(name))
+            _, errors = measure(name, p, "ScaledGD", 100, True, keys, jnp.asarray((KAPPA,)))
+            errors = np.asarray(errors)[0, :, :, LEARNING_RATES["ScaledGD"].index(0.5)]
+            bar.update()
+            panels[name] = {
+                "error": dict(zip(STARTS, np.median(errors, axis=0), strict=True)),
+                "oversampling": by_ratio,
+                "condition": by_kappa,
+            }
+    save(
+        config.out,
+        "oracle_starts",
+        picture(panels),
+        records(panels),
+        config,
+        columns=("x", "value"),
+        learning_rates={
+            name: {
+                "oversampling": column(panel["oversampling"], "learning rate"),
+                "condition": {
+                    method: column(found, "learning rate")
+                    for method, found in panel["condition"].items()
+                },
+            }
+            for name, panel in panels.items()
+        },
+    )
+
+
+def column(found: dict[float, Any], what: str) -> dict[str, Curve]:
+    """One number of the cells as a curve for each start."""
+    return {
+        start: Curve(list(found), [cells[start][what] for cells in found.values()])
+        for start in STARTS
+    }
+
+
+def records(panels: dict[str, Any]) -> dict[str, Any]:
+    """panel → series → Curve, the numbers of all panels."""
+    recorded: dict[str, Any] = {}
+    for name, panel in panels.items():
+        recorded[f"{name}, error by iteration"] = panel["error"]
+        groups = {"oversampling": panel["oversampling"]}
+        groups |= {f"condition, {method}": f for method, f in panel["condition"].items()}
+        for group, found in groups.items():
+            for what in ("median", "lower", "upper", "steps", "success", "start error"):
+                recorded[f"{name}, {group}, {what}"] = column(found, what)
+    return recorded
+
+
+def draw_calls(axes: Any, found: dict[float, Any], top: float, **look: Any) -> None:
+    """Medians of the calls with quartiles, a little apart so that bars do not cover each other."""
+    for index, start in enumerate(STARTS):
+        curves = {what: column(found, what)[start] for what in ("median", "lower", "upper")}
+        x = np.asarray(curves["median"].x) * 1.025 ** (index - 2)
+        median, lower, upper = (np.asarray(curves[w].y) for w in ("median", "lower", "upper"))
+        shown = np.isfinite(median)
+        ends = np.stack([lower, np.minimum(upper, 2 * top)])[:, shown]
+        bars = np.abs(ends - median[shown])
+        options = {"color": COLOURS[index], "marker": MARKERS[index], "lw": 1.2, "elinewidth": 0.8}
+        axes.errorbar(x[shown], median[shown], bars, **(options | look))
+
+
+def picture(panels: dict[str, Any]) -> Any:
+    """A column for each problem: errors, successes, calls by oversampling, calls by κ."""
+    figure, grid = plt.subplots(
+        4,
+        len(panels),
+        figsize=(4.3 * len(panels) + 0.5, 12),
+        layout="constrained",
+        height_ratios=(1.2, 0.7, 1, 1.1),
+        squeeze=False,
+    )
+    for axes, (name, panel) in zip(grid.T, panels.items(), strict=True):
+        errors, success, calls, condition = axes
+        m = SIDES[name]
+        for index, (start, curve) in enumerate(panel["error"].items()):
+            look = {"color": COLOURS[index], "marker": MARKERS[index]}
+            errors.plot(curve, markevery=(2 * index, 10), label=start, **look)
+            shares = column(panel["oversampling"], "success")[start]
+            success.plot(shares.x, np.asarray(shares.y) + 0.008 * (index - 2), **look)
+        errors.set(yscale="log", ylim=(1e-10, 1e4), xlabel="iteration")
+        errors.set_title(f"{name}, {m} × {m}, r = {RANK}\np = {TYPICAL:g} d, κ = 10, η = 0.5")
+        success.set(ylim=(-0.06, 1.06), ylabel="successes", title="κ = 10")
+        draw_calls(calls, panel["oversampling"], 1000)
+        calls.set(ylim=(25, 1000), ylabel="gradients to 1e-6")
+        calls.set_title("κ = 10; no mark: fewer than half succeed", fontsize=9)
+        draw_calls(condition, panel["condition"]["ScaledGD"], 2000)
+        draw_calls(condition, panel["condition"]["GD"], 2000, ls=":", mfc="white", lw=1.0)
+        condition.set(ylim=(25, 2000), xscale="log", xlabel="condition number κ", xlim=(0.7, 1500))
+        condition.set(ylabel="gradients to 1e-6", title=f"p = {TYPICAL:g} d; dotted: GD, κ ≤ 10")
+        for ax in (success, calls):
+            ax.set(xscale="log", xlabel="measurements over degrees of freedom, p/d")
+            ax.set_xticks(OVERSAMPLING, [f"{c:g}" for c in OVERSAMPLING])
+            ax.minorticks_off()
+        for ax in (calls, condition):
+            ax.set_yscale("log")
+            ax.set_yticks(TICKS, [f"{t}" for t in TICKS])
+            ax.yaxis.minorticks_off()
+    grid[0, 0].set_ylabel("relative error of the matrix")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3 if len(panels) == 1 else 5)
+    return figure
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
