@@ -14,6 +14,13 @@ Its learning rate and slack γ are tuned for each rank and kind of error by the 
 their own; the curves are medians over others. The dotted line is the SVD of the clean images, above
 which no matrix of rank r can be. The median filters take 3 × 3 pixels: of all, or, for salt and
 pepper, of those alone that are black or white, who are known to be wrong.
+
+Robust PCA stays within 1.3 dB of the limit under salt and pepper where the SVD of the corrupt images
+falls up to 10 dB below it. The preconditioner gains iterations, not accuracy: ScaledGD needs about 10
+where GD needs 35, and both end within 0.3 dB of each other. (With all 60 iterations the grid's least
+learning rate is chosen for ScaledGD under salt and pepper: past iteration 15 it fits errors.) Robust PCA
+knows nothing of neighbouring pixels: under grey levels the median filter beats it, and under salt and
+pepper the one that is told which pixels are wrong; the filter of all pixels loses to "repaired" at r = 80.
 """
 
 from __future__ import annotations
@@ -68,7 +75,7 @@ class Config:
     steps: int = 60
     """Iterations of robust PCA."""
     quick: bool = False
-    """Every fourth image, quartered, two ranks, one kind of error, two trials, 20 steps."""
+    """Every fourth image, quartered, one rank, one kind of error, two trials, 20 steps."""
 
 
 def load(folder: Path | None) -> np.ndarray:
@@ -287,7 +294,7 @@ def main(config: Config) -> None:
     images = shrink(images[::4], 4) if config.quick else shrink(images, 2)
     ranks = tuple(r for r in RANKS if r < min(flat(images).shape) / 2)
     ranks, steps, trials = (
-        (ranks[2:4], 20, 2) if config.quick else (ranks, config.steps, config.trials)
+        (ranks[2:3], 20, 2) if config.quick else (ranks, config.steps, config.trials)
     )
     kinds = [SHOWN] if config.quick else list(KINDS)
     found = {}

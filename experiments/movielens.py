@@ -15,6 +15,12 @@ where its validation error is least, and the run of the grid with the least one 
 rank and split; drawn is its error on the test ratings, the median and the range over the splits.
 Starts: `spectral`, the leading singular triples of 𝒜*(b), the rescaled training residuals; `Nyström`,
 a sketch of them; `small`, random with columns of length 0.1 √σ₁(𝒜*(b)).
+
+Without a regularizer no method beats the offsets (0.8858) by more than 0.0003: from small and Nyström
+starts validation mostly stops them within a step or two, and from spectral ones they do not come back to it,
+ScaledGD less far away than GD, which still improves at the last of 60 steps. With decay both methods
+reach 0.874 at r = 16, and the preconditioner changes nothing in that; there too most runs still improve
+at the last step, at the largest learning rate of the grid.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 𝒜 reads the entries of a set Ω and multiplies them by √(m n / |Ω|), so that on random sets it keeps
 norms on average and step sizes are those of problems (1) and (4). XYᵀ is formed at Ω alone: a step
-costs O(|Ω| r).
+costs O(|Ω| r). These are gathers and scatters, which are slow for their count: on CPU a dense masked
+product overtakes them once some 2 to 4 % of the entries are seen (benchmarks/problems.py).
 
 With more columns than the rank of M, a symmetric problem leaves a principal submatrix free that has
 no entry in Ω, as one unseen entry of the diagonal: for Z with no other rows XXᵀ + ZZᵀ has the same
