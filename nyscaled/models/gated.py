@@ -166,11 +166,7 @@ class GatedDecoder(nnx.Module):
     prefix: ClassVar[str] = "model."
     norm_offset: ClassVar[float]
     scaled_embedding: ClassVar[bool]
-
-    @staticmethod
-    def activation(x: Array) -> Array:
-        """f of the MLP."""
-        raise NotImplementedError
+    activation: ClassVar[Callable[[Array], Array]]  # f of the MLP
 
     def __init__(
         self, config: GatedConfig, *, numerics: Numerics = FLOAT32, rngs: nnx.Rngs
