@@ -115,14 +115,16 @@ def attend(
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
     mask: Bool[Array, "batch length"] | None,
+    *,
+    causal: bool = True,
 ) -> Float[Array, "batch length width"]:
-    """Causal attention over the tokens that `mask` marks, heads joined again.
+    """Attention over the tokens that `mask` marks, heads joined again.
 
-    Fewer key than query heads are shared in groups (Ainslie et al., 2023). Rows of padding see
-    no token and come out finite, without meaning.
+    If `causal`, no token sees a later one. Fewer key than query heads are shared in groups
+    (Ainslie et al., 2023). Rows of padding come out finite, without meaning.
     """
     keys = None if mask is None else mask[:, None, None, :]
-    out = jax.nn.dot_product_attention(query, key, value, mask=keys, is_causal=True)
+    out = jax.nn.dot_product_attention(query, key, value, mask=keys, is_causal=causal)
     return out.reshape(*out.shape[:-2], -1)
 
 
