@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DIGITS := build/digits_rbf.npy
+WEIGHTS := build/weights
 
-.PHONY: fig1 figures report test test-peers lint bench bench-peers clean
+.PHONY: fig1 figures report weights test test-peers lint bench bench-peers clean
 
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
@@ -25,6 +26,8 @@ figures: $(VENV)/.data $(DIGITS)
 
 report: $(VENV)/.experiments
 	$(BIN)/python -m paper_checks --report paper_checks/REPORT.md
+
+weights: $(WEIGHTS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/peers tests nyscaled
@@ -48,6 +51,9 @@ bench-peers: $(VENV)/.peers
 
 $(DIGITS): $(VENV)/.experiments experiments/_matrix.py
 	$(BIN)/python experiments/_matrix.py $@
+
+$(WEIGHTS): tests/fixtures/weights.txt | $(BIN)/python
+	$(BIN)/python tests/fixtures/fetch_weights.py $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
