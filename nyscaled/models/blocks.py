@@ -54,6 +54,11 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
 
 
+def layer_norm(width: int, eps: float, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A layer norm whose variance does not cancel where the mean is large, as E x² − (E x)² does."""
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, rngs=rngs, **numerics.dtypes)
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's change of slow rotations, for contexts longer than trained on.

@@ -22,7 +22,6 @@ class Config:
     """
 
     model_type: ClassVar[str]
-    architecture: ClassVar[str]
     # Settings with one supported meaning: the values that stand for it, what is written first.
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
 
@@ -61,7 +60,6 @@ class Config:
         """What `config.json` is to hold, for transformers too."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {
-            "architectures": [self.architecture],
             "model_type": self.model_type,
             **{name: values[0] for name, values in self.fixed.items()},
             **fields,

@@ -163,6 +163,7 @@ class GatedDecoder(nnx.Module):
         rngs: for random parameters; `nys.models.load` reads them instead.
     """
 
+    architecture: ClassVar[str]
     prefix: ClassVar[str] = "model."
     norm_offset: ClassVar[float]
     scaled_embedding: ClassVar[bool]

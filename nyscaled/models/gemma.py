@@ -16,7 +16,6 @@ class GemmaConfig(GatedConfig):
     """See `GatedConfig`; the width of a head is given, and the head is the embedding."""
 
     model_type = "gemma"
-    architecture = "GemmaForCausalLM"
     # The first releases say "gelu" and mean its approximation by tanh.
     fixed: ClassVar = {
         "hidden_act": ("gelu_pytorch_tanh", "gelu"),
@@ -44,6 +43,7 @@ class Gemma(GatedDecoder):
         (3, 8, 12)
     """
 
+    architecture = "GemmaForCausalLM"
     norm_offset = 1.0
     scaled_embedding = True
 

@@ -31,7 +31,6 @@ class LlamaConfig(GatedConfig):
     """
 
     model_type = "llama"
-    architecture = "LlamaForCausalLM"
     fixed: ClassVar = {
         "hidden_act": ("silu",),
         "attention_bias": (False, None),
@@ -67,6 +66,7 @@ class Llama(GatedDecoder):
         (2, 5, 16)
     """
 
+    architecture = "LlamaForCausalLM"
     norm_offset = 0.0
     scaled_embedding = False
 

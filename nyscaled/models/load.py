@@ -123,7 +123,8 @@ def save(model: Any, folder: str | os.PathLike[str]) -> None:
         for name, piece in zip(place.names, pieces, strict=True):
             tensors[name] = piece.T if place.transposed else piece
     dtype = jnp.dtype(model.numerics.dtype).name
-    write(folder, {**model.config.to_json(), "torch_dtype": dtype}, tensors)
+    config = {"architectures": [model.architecture], **model.config.to_json()}
+    write(folder, {**config, "torch_dtype": dtype}, tensors)
 
 
 def _matched(

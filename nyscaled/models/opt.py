@@ -36,7 +36,6 @@ class OptConfig(Config):
     """
 
     model_type = "opt"
-    architecture = "OPTForCausalLM"
     fixed: ClassVar = {
         "activation_function": ("relu",),
         "enable_bias": (True,),
@@ -71,13 +70,6 @@ class OptConfig(Config):
         return settings
 
 
-def _norm(config: OptConfig, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E x² − (E x)², cancels where the mean is large.
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=EPS, use_fast_variance=False, rngs=rngs, **numerics.dtypes
-    )
-
-
 class Attention(nnx.Module):
     """Attention with as many key as query heads, and biases."""
 
@@ -102,10 +94,10 @@ class Layer(nnx.Module):
 
     def __init__(self, config: OptConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
         self.self_attn = Attention(config, numerics, rngs)
-        self.self_attn_layer_norm = _norm(config, numerics, rngs)
+        self.self_attn_layer_norm = blocks.layer_norm(config.hidden_size, EPS, numerics, rngs)
         self.fc1 = nnx.Linear(config.hidden_size, config.ffn_dim, rngs=rngs, **numerics.dtypes)
         self.fc2 = nnx.Linear(config.ffn_dim, config.hidden_size, rngs=rngs, **numerics.dtypes)
-        self.final_layer_norm = _norm(config, numerics, rngs)
+        self.final_layer_norm = blocks.layer_norm(config.hidden_size, EPS, numerics, rngs)
         self.norm_first = config.do_layer_norm_before
 
     def __call__(
@@ -140,6 +132,7 @@ class Opt(nnx.Module):
         ((6, 8), (3, 8, 12))
     """
 
+    architecture: ClassVar[str] = "OPTForCausalLM"
     prefix: ClassVar[str] = "model.decoder."
 
     def __init__(self, config: OptConfig, *, numerics: Numerics = FLOAT32, rngs: nnx.Rngs) -> None:
@@ -155,7 +148,7 @@ class Opt(nnx.Module):
             lambda rngs: Layer(config, numerics, rngs), config.num_hidden_layers, rngs
         )
         if config.do_layer_norm_before:
-            self.final_layer_norm = _norm(config, numerics, rngs)
+            self.final_layer_norm = blocks.layer_norm(config.hidden_size, EPS, numerics, rngs)
 
     def __call__(
         self,
