@@ -99,7 +99,7 @@ def test_merged_adapters_are_saved_and_others_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has layers\.self_attn.*adapters.*nys\.lora\.merge"):
         nys.models.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="model is a Linear; wanted one of Gemma, Llama, Opt"):
+    with pytest.raises(ValueError, match="model is a Linear; wanted one of Bert, Gemma"):
         nys.models.save(model.lm_head, tmp_path)
     nys.lora.merge(model)
     nys.lora.remove(model)
@@ -233,7 +233,7 @@ def change(folder, tensors=None, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'; wanted one of gemma, llama, opt"),
+        ({"model_type": "mamba"}, "model_type 'mamba'; wanted one of bert, gemma, llama, opt"),
         ({"model_type": "absent"}, "model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; for llama only 'silu' is supported"),
         ({"attention_bias": True}, "attention_bias is True"),

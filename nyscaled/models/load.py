@@ -13,22 +13,22 @@ import numpy as np
 from flax import nnx
 
 from nyscaled.checkpoints.folder import CONFIG, Folder, open_folder, write
+from nyscaled.models import bert
+from nyscaled.models.bert import Bert, BertClassifier, BertConfig
 from nyscaled.models.blocks import Numerics
 from nyscaled.models.config import Config
 from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.llama import Llama, LlamaConfig
-from nyscaled.models.names import Place, places
+from nyscaled.models.names import HEADS, Place, places
 from nyscaled.models.opt import Opt, OptConfig
 
 FAMILIES: dict[str, tuple[type[Config], Any]] = {
+    "bert": (BertConfig, Bert),
     "gemma": (GemmaConfig, Gemma),
     "llama": (LlamaConfig, Llama),
     "opt": (OptConfig, Opt),
 }
 TOKENIZER = "tokenizer.json"
-
-# Constants that early LLaMA files carry along; they follow from the configuration.
-_CONSTANTS = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 def load(
@@ -38,7 +38,12 @@ def load(
     compute_dtype: Any = None,
     remat: bool = False,
 ) -> tuple[Any, Any]:
-    """Reads a causal language model (LLaMA, Gemma 1, OPT) and its tokenizer.
+    """Reads a language model (LLaMA, Gemma 1, OPT, BERT) and its tokenizer.
+
+    BERT is read as `BertClassifier` where `architectures` says `BertForSequenceClassification`,
+    and as `Bert` otherwise. Left out are then the heads it was trained with (`cls.predictions.*`,
+    of masked words, and `cls.seq_relationship.*`, of the next sentence); heads of other tasks are
+    refused, as every tensor without a parameter is.
 
     Parameters are filled one by one from the mapped files, so that a stack or two of layers is
     all that is needed beside the model's own size.
@@ -50,7 +55,8 @@ def load(
         remat: whether layers are computed anew in the backward pass, to save memory.
 
     Returns:
-        The model, which maps tokens (batch, length) and a mask to logits, and the
+        The model, which maps tokens (batch, length) and a mask to logits (`Bert` to hidden
+        states), and the
         `tokenizers.Tokenizer` of `tokenizer.json`, None without that file.
 
     Raises:
@@ -81,16 +87,18 @@ def load(
         )
     if source.config.get("quantization_config"):
         raise ValueError(f"{source.path} is quantized; wanted floating weights")
-    config_class, model_class = FAMILIES[kind]
+    config_class, make = FAMILIES[kind]
+    if make is Bert:
+        make = bert.of_file(source.config.get("architectures") or (), source.names)
     try:
         config = config_class.from_json(source.config)
     except ValueError as error:
         raise ValueError(f"{source.path / CONFIG}: {error}") from None
     tokenizer = _tokenizer(source.path)
     numerics = Numerics(dtype, compute_dtype, remat)
-    abstract = nnx.eval_shape(lambda: model_class(config, numerics=numerics, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: make(config, numerics=numerics, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
-    table = _matched(source, places(state, model_class.prefix), config)
+    table = _matched(source, places(state, abstract.prefix), config)
     flat = [
         (path, variable.replace(_filled(source, table[path], variable)))
         for path, variable in nnx.to_flat_state(state)
@@ -111,7 +119,7 @@ def save(model: Any, folder: str | os.PathLike[str]) -> None:
         ValueError: if the model is none of this package, or has variables beside its own
             parameters, such as adapters.
     """
-    known = [model_class for _, model_class in FAMILIES.values()]
+    known = [*(model_class for _, model_class in FAMILIES.values()), BertClassifier]
     if type(model) not in known:
         names = ", ".join(k.__name__ for k in known)
         raise ValueError(f"model is a {type(model).__name__}; wanted one of {names}")
@@ -132,16 +140,19 @@ def _matched(
 ) -> dict[tuple[Any, ...], Place]:
     """The table with the names of this folder, in which each tensor has its parameter."""
     names = set(source.names)
-    # Files of a model without its head lack the first part of each name.
-    bare = not any(name.startswith("model.") for name in names)
+    root = config.root if any(name.startswith(config.root) for name in names) else ""
 
     def there(name: str) -> str:
-        return name.removeprefix("model.") if bare else name
+        if name.partition(".")[0] not in HEADS:
+            name = root + name.removeprefix(config.root)
+        older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        older = older.replace("LayerNorm.bias", "LayerNorm.beta")
+        return older if older in names else name
 
     found = {p: place._replace(names=tuple(map(there, place.names))) for p, place in table.items()}
     wanted = {name: place.shape for place in found.values() for name in place.names}
     _require_none("has no tensor for", source, wanted.keys() - names)
-    left = {name for name in names - wanted.keys() if not _CONSTANTS.fullmatch(name)}
+    left = {n for n in names - wanted.keys() if not re.fullmatch(config.left_out, n)}
     if "lm_head.weight" in left and config.tie_word_embeddings:
         (embedding,) = next(p.names for path, p in found.items() if "embed_tokens" in path)
         if np.array_equal(source.read("lm_head.weight"), source.read(embedding)):

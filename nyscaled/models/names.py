@@ -8,6 +8,11 @@ from flax import nnx
 
 Path = tuple[Any, ...]
 
+# What is not under the root that the other names have.
+HEADS = "lm_head", "classifier"
+
+STACKS = "layers", "layer"
+
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
 
 
@@ -35,7 +40,7 @@ def places(state: Any, prefix: str) -> dict[Path, Place]:
 
     Args:
         state: the model's, which may be abstract.
-        prefix: of everything but the head.
+        prefix: of everything but heads.
 
     Raises:
         ValueError: on a variable that is not the model's own, such as an adapter's.
@@ -49,14 +54,16 @@ def places(state: Any, prefix: str) -> dict[Path, Place]:
                 "files have no place for; wanted its own parameters alone (`nys.lora.merge` and "
                 "`nys.lora.remove` take care of adapters)"
             )
-        shape, stacked = tuple(variable.shape), modules[0] == "layers"
-        name = ".".join([*modules, _LEAVES[leaf]])
-        full = name if modules[0] == "lm_head" else prefix + name
-        names = (full,)
-        if stacked:
-            before, _, after = full.partition("layers.")
-            names = tuple(f"{before}layers.{i}.{after}" for i in range(shape[0]))
+        shape = tuple(variable.shape)
+        parts = [*modules, _LEAVES[leaf]]
+        if modules[0] not in HEADS:
+            parts[0] = prefix + parts[0]
+        names = (".".join(parts),)
+        stack = next((i for i, module in enumerate(modules, 1) if module in STACKS), 0)
+        if stack:
+            before, after = ".".join(parts[:stack]), ".".join(parts[stack:])
+            names = tuple(f"{before}.{i}.{after}" for i in range(shape[0]))
             shape = shape[1:]
         transposed = leaf == "kernel"
-        found[path] = Place(names, stacked, transposed, shape[::-1] if transposed else shape)
+        found[path] = Place(names, stack > 0, transposed, shape[::-1] if transposed else shape)
     return found

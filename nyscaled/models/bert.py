@@ -1,0 +1,389 @@
+"""BERT: an encoder of sentences and pairs of them, and a classifier on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from nyscaled.models import blocks
+from nyscaled.models.blocks import FLOAT32, Numerics
+from nyscaled.models.config import Config, TokenId
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+}
+# Of every weight in the original, and of a new head here.
+STDDEV = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig(Config):
+    """Sizes, by their names in `config.json`.
+
+    Attributes:
+        vocab_size: number of tokens.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the MLP.
+        num_hidden_layers: depth.
+        num_attention_heads: a divisor of `hidden_size`.
+        hidden_act: "gelu" (by erf) or "gelu_new" (by tanh).
+        max_position_embeddings: longest input.
+        type_vocab_size: number of token types.
+        layer_norm_eps: added to the variance.
+        labels: of a classifier, in the order of its logits; `id2label` in the file, whose length
+            is transformers' `num_labels`.
+
+    Example:
+        >>> sizes = dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12)
+        >>> config = BertConfig.from_json(
+        ...     sizes | {"intermediate_size": 3072, "num_attention_heads": 12}
+        ... )
+        >>> config.layer_norm_eps, config.labels
+        (1e-12, ('LABEL_0', 'LABEL_1'))
+    """
+
+    model_type = "bert"
+    root = "bert."
+    # Its constants; the heads that it was trained with, of masked words and of the next sentence.
+    left_out = (
+        r"(bert\.)?embeddings\.position_ids|cls\.seq_relationship\.(weight|bias)|"
+        r"cls\.predictions\.(bias|decoder\.(weight|bias)"
+        r"|transform\.(dense\.(weight|bias)|LayerNorm\.(weight|bias|gamma|beta)))"
+    )
+    fixed: ClassVar = {
+        "position_embedding_type": ("absolute", None),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    }
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    pad_token_id: TokenId = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; wanted "
+                "a multiple of num_attention_heads"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"hidden_act is {self.hidden_act!r}; wanted one of {', '.join(ACTIVATIONS)}"
+            )
+
+    @classmethod
+    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Also the labels."""
+        settings = {k: v for k, v in super().settings(config).items() if k != "labels"}
+        if config.get("id2label") is not None:
+            settings["labels"] = _labels(config["id2label"])
+        return settings
+
+    def to_json(self) -> dict[str, Any]:
+        """With the labels as transformers has them."""
+        config = super().to_json()
+        labels = config.pop("labels")
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        return {**config, "label2id": {label: i for i, label in enumerate(labels)}}
+
+
+def _labels(id2label: Any) -> tuple[str, ...]:
+    """The labels of `{"0": "first", …}`, in order."""
+    given = id2label if isinstance(id2label, Mapping) else {}
+    ids = list(map(str, range(len(given))))
+    if not given or given.keys() != set(ids) or not all(isinstance(v, str) for v in given.values()):
+        raise ValueError(f"id2label is {id2label!r}; wanted a label for each of '0', '1', …")
+    return tuple(given[i] for i in ids)
+
+
+class Dense(nnx.Module):
+    """f(x W + b)."""
+
+    def __init__(
+        self, sizes: tuple[int, int], f: Callable[[Array], Array], rngs: nnx.Rngs, **options: Any
+    ) -> None:
+        self.dense = nnx.Linear(*sizes, rngs=rngs, **options)
+        self.f = f
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        return self.f(self.dense(x))
+
+
+class Residual(nnx.Module):
+    """norm(residual + x W + b)."""
+
+    def __init__(self, inner: int, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        self.dense = nnx.Linear(inner, width, rngs=rngs, **numerics.dtypes)
+        self.LayerNorm = blocks.layer_norm(width, config.layer_norm_eps, numerics, rngs)
+
+    def __call__(
+        self, x: Float[Array, "... inner"], residual: Float[Array, "... width"]
+    ) -> Float[Array, "... width"]:
+        return self.LayerNorm(residual + self.dense(x))
+
+
+class SelfAttention(nnx.Module):
+    """Each token sees all that are no padding."""
+
+    def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        width, options = config.hidden_size, {"rngs": rngs, **numerics.dtypes}
+        self.query = nnx.Linear(width, width, **options)
+        self.key = nnx.Linear(width, width, **options)
+        self.value = nnx.Linear(width, width, **options)
+        self.head_dim = width // config.num_attention_heads
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
+    ) -> Float[Array, "batch length width"]:
+        layers = self.query, self.key, self.value
+        query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
+        return blocks.attend(query, key, value, mask, causal=False)
+
+
+class Attention(nnx.Module):
+    """Attention beside the residual stream, and the norm after both."""
+
+    def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        self.self = SelfAttention(config, numerics, rngs)
+        self.output = Residual(config.hidden_size, config, numerics, rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
+    ) -> Float[Array, "batch length width"]:
+        return self.output(self.self(x, mask), x)
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each with a norm after it."""
+
+    def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        width, inner = config.hidden_size, config.intermediate_size
+        self.attention = Attention(config, numerics, rngs)
+        self.intermediate = Dense(
+            (width, inner), ACTIVATIONS[config.hidden_act], rngs, **numerics.dtypes
+        )
+        self.output = Residual(inner, config, numerics, rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
+    ) -> Float[Array, "batch length width"]:
+        x = self.attention(x, mask)
+        return self.output(self.intermediate(x), x)
+
+
+class Embeddings(nnx.Module):
+    """The norm of the sum of a token's, its position's and its type's embeddings."""
+
+    def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        width, options = config.hidden_size, {"rngs": rngs, **numerics.dtypes}
+        self.word_embeddings = nnx.Embed(config.vocab_size, width, **options)
+        self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, **options)
+        self.token_type_embeddings = nnx.Embed(config.type_vocab_size, width, **options)
+        self.LayerNorm = blocks.layer_norm(width, config.layer_norm_eps, numerics, rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "batch length"], types: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length width"]:
+        words = self.word_embeddings(tokens) + self.token_type_embeddings(types)
+        return self.LayerNorm(words + self.position_embeddings(jnp.arange(tokens.shape[1])))
+
+
+class Encoder(nnx.Module):
+    """The stack of layers, called `layer` in transformers."""
+
+    def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        self.layer = blocks.stack(
+            lambda rngs: Layer(config, numerics, rngs), config.num_hidden_layers, rngs
+        )
+
+
+class Bert(nnx.Module):
+    """The encoder of Devlin et al., 2019.
+
+    Module paths are those of transformers, with the layers stacked:
+    `encoder.layer.attention.self.query` has a kernel (layers, in, out). There is no dropout.
+
+    Args:
+        config: sizes.
+        pooler: whether there is a layer for `pool`.
+        numerics: dtypes, and whether layers are computed anew in the backward pass.
+        rngs: for random parameters; `nys.models.load` reads them instead.
+
+    Example:
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
+        >>> config = BertConfig(**sizes, num_attention_heads=2)
+        >>> model = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
+        >>> model.encoder.layer.attention.self.query.kernel.shape
+        (3, 8, 8)
+        >>> call = lambda tokens: Bert(config, rngs=nnx.Rngs(0))(tokens)
+        >>> jax.eval_shape(call, jnp.zeros((2, 5), int)).shape
+        (2, 5, 8)
+    """
+
+    architecture: ClassVar[str] = "BertModel"
+    prefix: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        pooler: bool = True,
+        numerics: Numerics = FLOAT32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config, self.numerics = config, numerics
+        self.embeddings = Embeddings(config, numerics, rngs)
+        self.encoder = Encoder(config, numerics, rngs)
+        if pooler:
+            self.pooler = _pooler(config, numerics, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        types: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        """The last hidden states, in the compute dtype.
+
+        Args:
+            tokens: ids, below `vocab_size` (others give NaN). Positions are counted from the first
+                column, padding or not.
+            mask: True where there is a token and False where there is padding, on either side;
+                None for no padding. Hidden states at padding have no meaning.
+            types: 0 in the first sentence of a pair and 1 in the second; None for zeros.
+
+        Raises:
+            ValueError: if the input is longer than the table of positions.
+        """
+        longest = self.config.max_position_embeddings
+        if tokens.shape[1] > longest:
+            raise ValueError(
+                f"tokens have length {tokens.shape[1]}; wanted at most {longest}, the positions "
+                "that the model knows"
+            )
+        x = self.embeddings(tokens, jnp.zeros_like(tokens) if types is None else types)
+        return blocks.run(self.encoder.layer, x, mask, remat=self.numerics.remat)
+
+    def pool(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch width"]:
+        """tanh of a layer on the hidden state of the first column, which is to be `[CLS]`.
+
+        Raises:
+            ValueError: if the model has no pooler.
+        """
+        if not hasattr(self, "pooler"):
+            raise ValueError("the model has no pooler; wanted one in its file, or sentence_vectors")
+        return self.pooler(hidden[:, 0])
+
+
+def sentence_vectors(
+    hidden: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None = None
+) -> Float[Array, "batch width"]:
+    """Mean of the hidden states that `mask` marks, divided by its length, in float32.
+
+    What sentence-transformers computes with mean pooling and normalization (Reimers and Gurevych,
+    2019): inner products of these vectors are cosine similarities. No tokens give zeros.
+
+    Example:
+        >>> hidden = jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]])
+        >>> sentence_vectors(hidden, jnp.array([[True, True, False]]))
+        Array([[0.6, 0.8]], dtype=float32)
+    """
+    wide = hidden.astype(jnp.float32)
+    total = jnp.sum(wide, axis=1, where=None if mask is None else mask[..., None])
+    squares = jnp.sum(total * total, axis=-1, keepdims=True)
+    return total * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+
+
+class BertClassifier(nnx.Module):
+    """A linear head on the pooler's output: transformers' `BertForSequenceClassification`.
+
+    The head is new: normal weights of deviation 0.02 (the original's) and zero biases. An encoder
+    without pooler is given one, drawn in the same way. `nys.models.load` reads both instead.
+
+    Args:
+        encoder: is taken into the model as it is, not copied.
+        labels: names of the classes.
+        rngs: for the head.
+
+    Raises:
+        ValueError: without labels.
+
+    Example:
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
+        >>> config = BertConfig(**sizes, num_attention_heads=2)
+        >>> def make():
+        ...     encoder = Bert(config, rngs=nnx.Rngs(0))
+        ...     return BertClassifier(encoder, ["negative", "positive"], rngs=nnx.Rngs(1))
+        >>> model = nnx.eval_shape(make)
+        >>> model.classifier.kernel.shape, model.config.labels
+        ((8, 2), ('negative', 'positive'))
+    """
+
+    architecture: ClassVar[str] = "BertForSequenceClassification"
+    prefix: ClassVar[str] = ""
+
+    def __init__(self, encoder: Bert, labels: Sequence[str], *, rngs: nnx.Rngs) -> None:
+        if not labels:
+            raise ValueError("labels is empty; wanted a name for each class")
+        self.config = dataclasses.replace(encoder.config, labels=tuple(labels))
+        self.numerics = encoder.numerics
+        if not hasattr(encoder, "pooler"):
+            encoder.pooler = _pooler(encoder.config, encoder.numerics, rngs)
+        self.bert = encoder
+        self.classifier = nnx.Linear(
+            self.config.hidden_size, len(labels), rngs=rngs, **_head_options(self.numerics)
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        types: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch labels"]:
+        """Logits of the labels; arguments and errors as in `Bert.__call__`.
+
+        The first column has to be `[CLS]`, so that padding belongs on the right.
+        """
+        return self.classifier(self.bert.pool(self.bert(tokens, mask, types)))
+
+
+def _head_options(numerics: Numerics) -> dict[str, Any]:
+    return {"kernel_init": jax.nn.initializers.normal(STDDEV), **numerics.dtypes}
+
+
+def _pooler(config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> Dense:
+    sizes = config.hidden_size, config.hidden_size
+    return Dense(sizes, jnp.tanh, rngs, **_head_options(numerics))
+
+
+def of_file(architectures: Sequence[str], names: Sequence[str]) -> Callable[..., Any]:
+    """What makes the model of a file, from its config, numerics and rngs.
+
+    Args:
+        architectures: of `config.json`, which tell a classifier from an encoder.
+        names: of the tensors, which tell whether an encoder has a pooler.
+    """
+    if BertClassifier.architecture in architectures:
+        return lambda config, *, numerics, rngs: BertClassifier(
+            Bert(config, numerics=numerics, rngs=rngs), config.labels, rngs=rngs
+        )
+    pooler = any(name.endswith("pooler.dense.weight") for name in names)
+    return functools.partial(Bert, pooler=pooler)

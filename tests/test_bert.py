@@ -1,0 +1,176 @@
+"""BERT against what transformers computed (`tests/fixtures/make_models.py`), and its files."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import nyscaled as nys
+from nyscaled.models import Bert, BertClassifier
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+NAMES = {"bert": BertClassifier, "bert_encoder": Bert}
+TENSORS = "model.safetensors"
+
+
+@functools.cache
+def _loaded(name):
+    return nys.models.load(MODELS / name)[0]
+
+
+def load(name):
+    """A fresh copy of a model."""
+    return nnx.clone(_loaded(name))
+
+
+@functools.cache
+def expected(name):
+    """Tokens, mask and types, and what transformers computed."""
+    saved = safetensors.numpy.load_file(MODELS / name / "expected.safetensors")
+    inputs = saved["tokens"], saved["mask"] > 0, saved["types"]
+    return tuple(map(jnp.asarray, inputs)), saved["logits" if name == "bert" else "hidden"]
+
+
+@nnx.jit
+def call(model, tokens, mask=None, types=None):
+    return model(tokens, mask, types)
+
+
+def arrays(model):
+    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_those_of_transformers(name):
+    (tokens, mask, types), wanted = expected(name)
+    model = load(name)
+    assert type(model) is NAMES[name]
+    got = np.asarray(call(model, tokens, mask, types))
+    assert np.isfinite(got).all()
+    seen = mask if name == "bert_encoder" else ...
+    np.testing.assert_allclose(got[seen], wanted[seen], atol=2e-5, rtol=0)
+    assert not mask[1:].all(1).any()  # both sides of padding have been seen
+    others = np.asarray(call(model, tokens, mask, jnp.zeros_like(types)))
+    assert np.abs(others - wanted)[seen].max() > 1e-2
+    # Without types, there is the first alone; without a mask, there is no padding.
+    np.testing.assert_allclose(call(model, tokens[:1]), others[:1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_again(name, tmp_path):
+    model = load(name)
+    nys.models.save(model, tmp_path)
+    again, _ = nys.models.load(tmp_path)
+    assert type(again) is type(model)
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [NAMES[name].architecture]
+    if name == "bert":
+        assert config["id2label"] == {"0": "no", "1": "perhaps", "2": "yes"}
+        assert config["label2id"] == {"no": 0, "perhaps": 1, "yes": 2}
+
+
+def change(folder, rename=lambda name: name, tensors=None, **settings):
+    """A copy of a model with other settings, names and tensors."""
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    old = {rename(k): v for k, v in safetensors.numpy.load_file(folder / TENSORS).items()}
+    safetensors.numpy.save_file(old | (tensors or {}), folder / TENSORS)
+
+
+def older(name):
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
+
+
+def test_forms_that_older_files_have(tmp_path):
+    """As `bert-base-uncased` is: old names of norms, constants, heads that it was trained with."""
+    folder = shutil.copytree(MODELS / "bert_encoder", tmp_path / "copy")
+    more = {
+        "bert.embeddings.position_ids": np.arange(64)[None],
+        "bert.pooler.dense.weight": np.eye(16, dtype="f"),
+        "bert.pooler.dense.bias": np.zeros(16, "f"),
+        "cls.seq_relationship.weight": np.zeros((2, 16), "f"),
+        "cls.seq_relationship.bias": np.zeros(2, "f"),
+    }
+    change(folder, older, more)
+    (*inputs, mask, types), hidden = expected("bert_encoder")
+    model, _ = nys.models.load(folder)
+    got = np.asarray(call(model, *inputs, mask, types))
+    np.testing.assert_allclose(got[mask], hidden[mask], atol=2e-5)
+    np.testing.assert_allclose(model.pool(jnp.asarray(hidden)), np.tanh(hidden[:, 0]), atol=1e-5)
+    # And as all-MiniLM-L6-v2: an encoder alone.
+    nys.models.save(model, folder)
+    change(folder, tensors={"embeddings.position_ids": np.arange(64)[None]})
+    names = safetensors.numpy.load_file(folder / TENSORS).keys()
+    assert {"embeddings.LayerNorm.weight", "pooler.dense.bias"} < names
+    again, _ = nys.models.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("bert", {"hidden_act": "silu"}, "hidden_act is 'silu'; wanted one of gelu, gelu_new"),
+        ("bert", {"position_embedding_type": "relative_key"}, "only 'absolute' or None"),
+        ("bert", {"is_decoder": True}, "is_decoder is True"),
+        ("bert", {"num_attention_heads": 5}, "with 5 heads; wanted a multiple"),
+        ("bert", {"layer_norm_eps": 0}, "layer_norm_eps is 0; wanted a positive number"),
+        ("bert", {"id2label": {"0": "a", "2": "b"}}, "id2label is .*; wanted a label for each"),
+        ("bert", {"id2label": ["a"]}, r"id2label is \['a'\]"),
+        ("bert", {"id2label": None}, r"classifier\.bias of shape \(3,\); wanted \(2,\)"),
+        ("bert", {"architectures": ["BertForTokenClassification"]}, "no parameter for: classifier"),
+        ("bert", {"architectures": None}, "no parameter for: classifier"),
+        (
+            "bert_encoder",
+            {"architectures": ["BertForSequenceClassification"]},
+            "no tensor for bert",
+        ),
+    ],
+)
+def test_settings_that_are_refused(name, settings, message, tmp_path):
+    folder = shutil.copytree(MODELS / name, tmp_path / "copy")
+    change(folder, **settings)
+    with pytest.raises(ValueError, match=message):
+        nys.models.load(folder)
+
+
+@pytest.mark.parametrize("head", ["qa_outputs.weight", "cls.predictions.other.weight"])
+def test_other_heads_are_refused(head, tmp_path):
+    folder = shutil.copytree(MODELS / "bert_encoder", tmp_path / "copy")
+    change(folder, tensors={head: np.ones((2, 16), "f")})
+    with pytest.raises(ValueError, match=f"no parameter for: {head}"):
+        nys.models.load(folder)
+
+
+def test_what_the_encoder_cannot_do():
+    model = load("bert_encoder")
+    with pytest.raises(ValueError, match="have length 65; wanted at most 64"):
+        model(jnp.zeros((1, 65), int))
+    with pytest.raises(ValueError, match="the model has no pooler"):
+        model.pool(jnp.zeros((1, 2, 16)))
+    with pytest.raises(ValueError, match="labels is empty"):
+        BertClassifier(model, [], rngs=nnx.Rngs(0))
+
+
+def test_sentence_vectors():
+    hidden = jax.random.normal(jax.random.key(0), (4, 5, 3))
+    mask = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+    got = nys.models.sentence_vectors(hidden, jnp.asarray(mask))
+    means = [np.asarray(rows)[kept].mean(0) for rows, kept in zip(hidden, mask[:3], strict=False)]
+    wanted = [*(mean / np.linalg.norm(mean) for mean in means), np.zeros(3)]
+    np.testing.assert_allclose(got, np.stack(wanted), atol=1e-6)
+    np.testing.assert_allclose(nys.models.sentence_vectors(hidden)[:1], got[:1], atol=1e-6)
+    narrow = nys.models.sentence_vectors(hidden.astype(jnp.bfloat16), jnp.asarray(mask))
+    assert narrow.dtype == jnp.float32
+    slope = jax.grad(lambda h: nys.models.sentence_vectors(h, jnp.asarray(mask)).sum())(hidden)
+    assert np.isfinite(slope).all()
