@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
@@ -162,6 +163,98 @@ def test_what_the_encoder_cannot_do():
         BertClassifier(model, [], rngs=nnx.Rngs(0))
 
 
+TRAINED = nnx.Any(nnx.LoRAParam, nnx.PathContains("classifier"), nnx.PathContains("pooler"))
+HEAD = ["bert.pooler.dense", "classifier"]
+
+
+def fresh(seed, labels=("no", "yes")):
+    """A new head, and a new pooler, on the encoder."""
+    return BertClassifier(load("bert_encoder"), labels, rngs=nnx.Rngs(seed))
+
+
+@nnx.jit
+def step(model, optimizer, inputs, wanted):
+    def loss(model):
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(*inputs), wanted)
+        return losses.mean()
+
+    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, TRAINED))(model)
+    optimizer.update(model, grads)
+    return value
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A new head trained with adapters, its logits, and the folder that it was saved in."""
+    inputs, _ = expected("bert_encoder")
+    model, folder = fresh(0), tmp_path_factory.mktemp("adapter")
+    np.testing.assert_allclose(np.std(model.bert.pooler.dense.kernel[...]), 0.02, rtol=0.2)
+    np.testing.assert_allclose(np.std(model.classifier.kernel[...]), 0.02, rtol=0.4)
+    assert not model.classifier.bias[...].any()
+    nys.lora.apply(model, 2, targets=".*(query|value)", key=jax.random.key(0))
+    optimizer = nnx.Optimizer(model, nys.nora_plus(optax.adamw(1e-2)), wrt=TRAINED)
+    losses = [float(step(model, optimizer, inputs, jnp.array([0, 1, 0]))) for _ in range(10)]
+    assert losses[-1] < 0.9 * losses[0]
+    saving = {"base_model": "tiny", "names": "bert", "task_type": "SEQ_CLS"}
+    with pytest.raises(
+        ValueError, match="the head from the adapter's folder; wanted it in modules"
+    ):
+        nys.lora.save_peft(model, folder, **saving)
+    assert not list(folder.iterdir())
+    nys.lora.save_peft(model, folder, modules_to_save=HEAD, **saving)
+    return model, folder
+
+
+def test_a_trained_head_goes_with_its_adapter(trained):
+    model, folder = trained
+    inputs, _ = expected("bert_encoder")
+    again = fresh(1)
+    before = call(again, *inputs)
+    nys.lora.load_peft(again, folder, names="bert")
+    wanted = call(model, *inputs)
+    assert np.abs(wanted - before).max() > 1e-2
+    np.testing.assert_allclose(call(again, *inputs), wanted, atol=2e-5)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "lost", "message"),
+    [
+        (("a", "b", "c"), None, r"has classifier\.weight for \(16, 2\) \(in, out\), and the model"),
+        (("a", "b"), "classifier.bias", r"only one of them has classifier\.bias"),
+    ],
+)
+def test_heads_that_do_not_fit(labels, lost, message, trained, tmp_path):
+    folder = shutil.copytree(trained[1], tmp_path / "copy")
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors.pop(f"base_model.model.{lost}", None)
+    safetensors.numpy.save_file(tensors, path)
+    model = fresh(1, labels)
+    before = arrays(model)
+    with pytest.raises(ValueError, match=message):
+        nys.lora.load_peft(model, folder, names="bert")
+    jax.tree.map(np.testing.assert_array_equal, arrays(model), before)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("bert.encoder.layer.attention.self.query", "is a .*Linear; wanted a plain nnx.Linear"),
+        ("bert.encoder.layer.attention.self.key", "is a Linear; wanted .* outside of stacks"),
+        ("bert.embeddings.LayerNorm", "is a LayerNorm"),
+        ("head", "has 'head'; wanted the path of a layer"),
+    ],
+)
+def test_what_cannot_be_saved_whole(path, message, trained, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        nys.lora.save_peft(
+            trained[0], tmp_path, base_model="tiny", names="bert", modules_to_save=[path]
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_sentence_vectors():
     hidden = jax.random.normal(jax.random.key(0), (4, 5, 3))
     mask = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
@@ -170,7 +263,7 @@ def test_sentence_vectors():
     wanted = [*(mean / np.linalg.norm(mean) for mean in means), np.zeros(3)]
     np.testing.assert_allclose(got, np.stack(wanted), atol=1e-6)
     np.testing.assert_allclose(nys.models.sentence_vectors(hidden)[:1], got[:1], atol=1e-6)
-    narrow = nys.models.sentence_vectors(hidden.astype(jnp.bfloat16), jnp.asarray(mask))
+    narrow = jax.eval_shape(nys.models.sentence_vectors, hidden.astype(jnp.bfloat16))
     assert narrow.dtype == jnp.float32
     slope = jax.grad(lambda h: nys.models.sentence_vectors(h, jnp.asarray(mask)).sum())(hidden)
     assert np.isfinite(slope).all()

@@ -46,7 +46,8 @@ CONFIGS = {
     "another method": ({"peft_type": "ADALORA"}, "peft_type"),
     "no method": ({"peft_type": None}, "peft_type"),
     "dora": ({"use_dora": True}, "use_dora"),
-    "modules to save": ({"modules_to_save": ["score"]}, "modules_to_save"),
+    "adapted and saved whole": ({"modules_to_save": ["heads"]}, "not among"),
+    "modules to save": ({"modules_to_save": "heads"}, "modules_to_save is 'heads'; wanted a list"),
     "bias": ({"bias": "all"}, "bias"),
     "lora bias": ({"lora_bias": True}, "lora_bias"),
     "first layer": ({"layers_to_transform": 0}, "layers_to_transform"),
@@ -94,7 +95,7 @@ HARMLESS = {
     **{"peft_version": "0.21.2", "inference_mode": False, "runtime_config": {"a": 1}},
     **{"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {"bits": 4}},
     **{"init_lora_weights": "gaussian", "lora_dropout": 0.3, "use_dora": False},
-    **{"modules_to_save": None, "layers_pattern": None, "exclude_modules": ["score"]},
+    **{"modules_to_save": ["score"], "layers_pattern": None, "exclude_modules": ["score"]},
     **{"target_modules": ["up", "down", "heads", "out", "0", "1"], "alpha_pattern": {}},
 }
 

@@ -1,7 +1,7 @@
 """PEFT's adapter folders: `adapter_model.safetensors` and `adapter_config.json`.
 
 A folder holds an update α/r · up @ down (α/√r, if rank-stabilized) for each of some modules of a
-base model. PEFT itself only warns where a tensor has no module or a module no tensor, and then
+base model, and whole modules that were trained beside them (`modules_to_save`), such as heads. PEFT itself only warns where a tensor has no module or a module no tensor, and then
 computes something else; here whatever cannot be read as just that update is an error.
 """
 
@@ -22,14 +22,18 @@ from nyscaled.checkpoints import files
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# Tasks for which PEFT itself adds the head to `modules_to_save`, and then needs its tensors.
+HEADED = "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"
 TASKS = "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_WHOLE = re.compile(r"base_model\.model\.(?P<name>(?P<module>.+)\.(?:weight|bias))")
 
 # What is read of a configuration (lora/config.py of PEFT 0.21 says what each field means).
 _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern"),
     *("alpha_pattern", "target_modules", "exclude_modules", "bias", "init_lora_weights"),
+    "modules_to_save",
 }
 # What has no bearing on a saved update: where it came from, PEFT's bookkeeping, options of starts
 # (`init_lora_weights` decides on those) and of variants that are refused by their own switch.
@@ -66,6 +70,7 @@ class Saved(NamedTuple):
         dropout: rate in training.
         config: the configuration file, for `is_targeted`.
         metadata: of the safetensors file.
+        whole: `<module>.weight` and `<module>.bias` of modules that are saved whole.
     """
 
     updates: dict[str, Update]
@@ -73,6 +78,7 @@ class Saved(NamedTuple):
     dropout: float
     config: dict[str, Any]
     metadata: dict[str, str]
+    whole: dict[str, np.ndarray]
 
 
 def write(
@@ -80,6 +86,7 @@ def write(
     updates: Mapping[str, Update],
     *,
     base_model: str,
+    whole: Mapping[str, np.ndarray] | None = None,
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     task_type: str | None = None,
@@ -93,13 +100,14 @@ def write(
         folder: made if missing; other files in it are left alone.
         updates: by full module name.
         base_model: name or path of the base, for the reader's information.
+        whole: tensors of modules that are saved whole, by full name.
         rank_stabilized: whether the scaling is α/√r.
         dropout: for the record.
         task_type: one of `TASKS`, or None.
         metadata: more strings for the safetensors file.
 
     Raises:
-        ValueError: on unsound tensors or an unknown task.
+        ValueError: on unsound tensors, an unknown task, or a task whose head is missing.
 
     Example:
         >>> import numpy as np, tempfile
@@ -111,8 +119,14 @@ def write(
     """
     if task_type is not None and task_type not in TASKS:
         raise ValueError(f"task_type is {task_type!r}; wanted None or one of {', '.join(TASKS)}")
-    _require_sound(updates)
-    tensors = {}
+    if task_type in HEADED and not whole:
+        raise ValueError(
+            f"task_type is {task_type!r}, for which PEFT reads the head from the adapter's folder; "
+            "wanted it in modules_to_save"
+        )
+    whole = dict(whole or {})
+    _require_sound(updates, whole)
+    tensors = {f"base_model.model.{name}": value for name, value in whole.items()}
     for module, update in updates.items():
         for side, value in (("A", update.down), ("B", update.up)):
             key = f"base_model.model.{module}.lora_{side}.weight"
@@ -132,6 +146,7 @@ def write(
         "rank_pattern": {_exactly(m): v for m, v in ranks.items() if v != r},
         "alpha_pattern": {_exactly(m): _number(v) for m, v in alphas.items() if v != alpha},
         "target_modules": sorted(updates),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
         "init_lora_weights": True,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -151,27 +166,30 @@ def read(folder: str | os.PathLike[str]) -> Saved:
 
     Raises:
         ValueError: on a missing or broken file, a key that is not a module's `lora_A.weight` or
-            `lora_B.weight`, one without the other, tensors and configuration that disagree, or a
-            configuration that asks for more than a plain update.
+            `lora_B.weight` nor of `modules_to_save`, one without the other, tensors and
+            configuration that disagree, or a configuration that asks for more.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
     tensors, metadata = _read_tensors(folder / TENSORS)
     sides: dict[str, dict[str, np.ndarray]] = {}
+    whole = {}
     for key, value in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
+        if match := _KEY.fullmatch(key):
+            sides.setdefault(match["module"], {})[match["side"]] = value
+        elif (match := _WHOLE.fullmatch(key)) and is_whole(config, match["module"]):
+            whole[match["name"]] = value
+        else:
             raise ValueError(
                 f"{folder / TENSORS} holds {key}; wanted only base_model.model.<module>.lora_A.weight "
-                "and .lora_B.weight"
+                "and .lora_B.weight, and what modules_to_save names"
             )
-        sides.setdefault(match["module"], {})[match["side"]] = value
     for module, pair in sides.items():
         if len(pair) != 2:
             raise ValueError(f"{folder / TENSORS} has only lora_{next(iter(pair))} of {module}")
     alphas = _by_pattern(config, "alpha_pattern", config["lora_alpha"], sides)
     updates = {m: Update(pair["A"], pair["B"], alphas[m]) for m, pair in sides.items()}
-    _require_sound(updates)
+    _require_sound(updates, whole)
     ranks = _by_pattern(config, "rank_pattern", config["r"], sides)
     for module, update in updates.items():
         if update.down.shape[0] != ranks[module]:
@@ -188,7 +206,7 @@ def read(folder: str | os.PathLike[str]) -> Saved:
         if not any(_matches([target], module) for module in updates):
             raise ValueError(f"{CONFIG} has {target!r} in target_modules, without any tensor")
     stabilized, dropout = bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0
-    return Saved(updates, stabilized, float(dropout), config, metadata)
+    return Saved(updates, stabilized, float(dropout), config, metadata, whole)
 
 
 def is_targeted(config: Mapping[str, Any], module: str) -> bool | None:
@@ -196,7 +214,14 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool | None:
     targets = config.get("target_modules")
     if targets in (None, "all-linear"):
         return None
-    return _matches(targets, module) and not _matches(config.get("exclude_modules"), module)
+    excluded = _matches(config.get("exclude_modules"), module) or is_whole(config, module)
+    return _matches(targets, module) and not excluded
+
+
+def is_whole(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT would save the module whole: it, or one that it is in, is in modules_to_save."""
+    names = config.get("modules_to_save") or ()
+    return any(f".{name}." in f".{module}." for name in names)
 
 
 def _matches(wanted: Any, module: str) -> bool:
@@ -231,7 +256,7 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else float(value)
 
 
-def _require_sound(updates: Mapping[str, Update]) -> None:
+def _require_sound(updates: Mapping[str, Update], whole: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError unless there are modules, each with finite (r, in) and (out, r)."""
     if not updates:
         raise ValueError("the adapter has no modules; wanted at least one")
@@ -239,11 +264,12 @@ def _require_sound(updates: Mapping[str, Update]) -> None:
         shapes = f"lora_A {down.shape} and lora_B {up.shape}"
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
             raise ValueError(f"{module} has {shapes}; wanted (r, in) and (out, r)")
-        for value in (down, up):
-            if not jnp.issubdtype(value.dtype, jnp.floating):
-                raise ValueError(f"{module} has {value.dtype} tensors; wanted floating ones")
-            if not np.isfinite(value.astype(np.float64)).all():
-                raise ValueError(f"{module} has NaN or Inf in its tensors; wanted finite ones")
+    values = [(module, value) for module, update in updates.items() for value in update[:2]]
+    for module, value in [*values, *whole.items()]:
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{module} has {value.dtype} tensors; wanted floating ones")
+        if not np.isfinite(value.astype(np.float64)).all():
+            raise ValueError(f"{module} has NaN or Inf in its tensors; wanted finite ones")
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -301,6 +327,9 @@ def _require_supported(config: Mapping[str, Any]) -> None:
         sound = isinstance(value, list) and all(isinstance(v, str) for v in value)
         if not (value is None or isinstance(value, str) or sound):
             raise ValueError(f"{field} is {value!r}; wanted a list of strings, a string or null")
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"modules_to_save is {names!r}; wanted a list of strings or null")
     expressions = [
         v for v in (config.get("target_modules"), config.get("exclude_modules")) if type(v) is str
     ]

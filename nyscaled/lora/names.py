@@ -9,14 +9,16 @@ Namer = Callable[[str, tuple[int, ...]], str]
 Names = str | Namer | Mapping[str, str] | None
 
 _GATED = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
-# Where the layers are in transformers' model with its head, and the linear layers in each.
+# Where the layers are in transformers' model with its head, the linear layers in each, and others
+# by the ends of their paths.
 _FAMILIES = {
-    "opt": ("model.decoder.layers", r"self_attn\.(?:[qkv]|out)_proj|fc[12]"),
-    "llama": ("model.layers", _GATED),
-    "gemma": ("model.layers", _GATED),
+    "opt": ("model.decoder.layers", r"self_attn\.(?:[qkv]|out)_proj|fc[12]", {}),
+    "llama": ("model.layers", _GATED, {}),
+    "gemma": ("model.layers", _GATED, {}),
     "bert": (
         "bert.encoder.layer",
         r"attention\.self\.(?:query|key|value)|(?:attention\.output|intermediate|output)\.dense",
+        {"pooler.dense": "bert.pooler.dense", "classifier": "classifier"},
     ),
 }
 
@@ -40,10 +42,13 @@ def family(name: str) -> Namer:
     """
     if name not in _FAMILIES:
         raise ValueError(f"names is {name!r}; wanted one of {', '.join(map(repr, _FAMILIES))}")
-    prefix, linear = _FAMILIES[name]
+    prefix, linear, others = _FAMILIES[name]
     pattern = re.compile(rf"(?:.*\.)?layers?\.(?:(\d+)\.)?({linear})")
 
     def to_name(path: str, index: tuple[int, ...]) -> str:
+        for end, other in others.items():
+            if not index and f".{path}".endswith(f".{end}"):
+                return other
         match = pattern.fullmatch(path)
         places = (*index, *(match[1],) * bool(match[1])) if match else ()
         if match is None or len(places) != 1:

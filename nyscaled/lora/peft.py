@@ -6,8 +6,10 @@ import inspect
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -29,6 +31,7 @@ def save_peft(
     base_model: str,
     name: str = "default",
     names: Names = None,
+    modules_to_save: Sequence[str] = (),
     task_type: str | None = None,
 ) -> None:
     """Writes an adapter set as a folder that PEFT, and what reads its format, can load.
@@ -47,11 +50,15 @@ def save_peft(
             "gemma" or "bert" for transformers' models with a head; a mapping from our paths,
             with `{}` for the place in a stack; or a function `(path, index) -> name`, which raises
             ValueError on a path that it does not know. `index` is () outside of stacks.
-        task_type: PEFT's, such as "CAUSAL_LM", or None.
+        modules_to_save: paths of linear layers that were trained themselves, such as a new head,
+            to be saved whole.
+        task_type: PEFT's, such as "CAUSAL_LM", or None. With "SEQ_CLS", "TOKEN_CLS" and
+            "QUESTION_ANS" PEFT wants the head in the folder, trained or not.
 
     Raises:
         ValueError: on an unknown adapter, one that is merged, has batch axes (experts) or entries
-            that are not finite; on a path without a name, or one name for two layers.
+            that are not finite; on a path without a name, or one name for two layers; on a module
+            to save that is no plain linear layer, and a task's head that is not among them.
 
     Example:
         >>> import jax, tempfile, nyscaled as nys
@@ -86,6 +93,7 @@ def save_peft(
         folder,
         updates,
         base_model=base_model,
+        whole=_whole(model, modules_to_save, to_name),
         rank_stabilized=stabilized,
         # One field for all layers, and of use in training alone.
         dropout=max(a.dropout.rate if a.dropout else 0.0 for a in adapters.values()),
@@ -105,8 +113,9 @@ def load_peft(
 ) -> dict[str, Any]:
     """Puts the adapter of a PEFT folder into the layers of a model, in place.
 
-    What PEFT warns of (a tensor without a layer, a targeted layer without tensors), and whatever
-    in the configuration is more than plain LoRA, is an error, and then nothing has been changed.
+    Modules that were saved whole replace those of the model, for all its adapters. What PEFT warns
+    of (a tensor without a layer, a targeted layer without tensors), and whatever in the
+    configuration is more than plain LoRA, is an error, and then nothing has been changed.
 
     Args:
         model: the base.
@@ -121,7 +130,8 @@ def load_peft(
 
     Raises:
         ValueError: on files that are missing, broken, of another base or not plain LoRA; on a stack
-            whose layers differ in rank or α, or of which some are missing; on a name in use.
+            whose layers differ in rank or α, or of which some are missing; on a name in use; on
+            modules saved whole of other shapes than the model's, or that are no linear layers.
 
     Example:
         >>> import jax, tempfile, nyscaled as nys
@@ -148,6 +158,7 @@ def load_peft(
         targeted = path in wanted or peft.is_targeted(saved.config, module)
         if targeted and module not in saved.updates:
             raise ValueError(f"{folder} has no tensors of {module}, the layer {path}")
+    replaced = _replaced(folder, saved, owners, layers)
     records = _records(saved.metadata)
     adapters = {}
     for path in wanted:
@@ -168,7 +179,62 @@ def load_peft(
         adapter.init, words = records.get(modules[path][0], (("peft", ()), [0, 0]))
         key_data = jnp.asarray(words, jnp.uint32)
         adapter.key = AdapterState(jnp.broadcast_to(key_data, (*adapter.stack, *key_data.shape)))
+    for variable, value in replaced:
+        variable[...] = value
     return inject.attach(layers, adapters, name)
+
+
+def _parameters(path: str, layer: Any) -> dict[str, nnx.Param]:
+    """The parameters of a linear layer that is saved whole, by their names in torch.
+
+    Raises:
+        ValueError: if it is another layer, or a stack, or has adapters.
+    """
+    if type(layer) is not nnx.Linear or stack_of(layer, layer.kernel):
+        raise ValueError(
+            f"{path} of modules_to_save is a {type(layer).__name__}; wanted a plain nnx.Linear, "
+            "outside of stacks and without adapters"
+        )
+    found = {"weight": layer.kernel, "bias": layer.bias}
+    return {end: parameter for end, parameter in found.items() if parameter is not None}
+
+
+def _whole(model: nnx.Module, paths: Sequence[str], to_name: Namer) -> dict[str, np.ndarray]:
+    """The tensors of the layers at these paths, by name."""
+    modules = {inject.dotted(p): m for p, m in nnx.iter_modules(model)}
+    tensors = {}
+    for path in paths:
+        if path not in modules:
+            raise ValueError(f"modules_to_save has {path!r}; wanted the path of a layer")
+        for end, parameter in _parameters(path, modules[path]).items():
+            tensors[f"{to_name(path, ())}.{end}"] = np.asarray(parameter[...]).T
+    return tensors
+
+
+def _replaced(
+    folder: Any, saved: peft.Saved, owners: Mapping[str, str], layers: Mapping[str, Any]
+) -> list[tuple[nnx.Param, Array]]:
+    """The parameters that the folder's whole modules replace, and by what."""
+    parameters = {
+        f"{module}.{end}": parameter
+        for module, path in owners.items()
+        if peft.is_whole(saved.config, module)
+        for end, parameter in _parameters(path, layers[path]).items()
+    }
+    if other := sorted(saved.whole.keys() ^ parameters.keys()):
+        raise ValueError(
+            f"{folder} and the model differ in modules_to_save: only one of them has "
+            f"{', '.join(other[:4])}"
+        )
+    pairs = []
+    for name, parameter in parameters.items():
+        value, old = saved.whole[name].T, parameter[...]
+        if value.shape != old.shape:
+            raise ValueError(
+                f"{folder} has {name} for {value.shape} (in, out), and the model {old.shape}"
+            )
+        pairs.append((parameter, jax.device_put(value.astype(old.dtype), old.sharding)))
+    return pairs
 
 
 def _as_lora(adapter: Adapter, stabilized: bool) -> tuple[np.ndarray, np.ndarray, float]:
