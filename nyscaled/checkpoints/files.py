@@ -87,6 +87,17 @@ def write_pair(
         flush(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, which is whole whenever it is there; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as name:
+        aside = Path(name) / path.name
+        aside.write_text(text, encoding="utf-8")
+        flush(aside)
+        os.replace(aside, path)
+    flush(path.parent)
+
+
 def flush(path: Path) -> None:
     """Waits until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

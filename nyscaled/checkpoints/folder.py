@@ -36,6 +36,11 @@ class Folder:
         self._places = places
 
     @property
+    def config_path(self) -> Path:
+        """The file that `config` is from."""
+        return self.path / CONFIG
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the tensors."""
         return tuple(self._places)

@@ -1,4 +1,4 @@
-"""Models from folders of the Hugging Face kind, and back into such folders."""
+"""Models from folders of the Hugging Face kind, its hub or GGUF files, and back into folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nyscaled.checkpoints import hub
 from nyscaled.checkpoints.folder import CONFIG, Folder, open_folder, write
+from nyscaled.checkpoints.gguf import SUFFIX, Gguf, open_gguf
 from nyscaled.models import bert
 from nyscaled.models.bert import Bert, BertClassifier, BertConfig
 from nyscaled.models.blocks import Numerics
@@ -21,6 +23,8 @@ from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.llama import Llama, LlamaConfig
 from nyscaled.models.names import HEADS, Place, places
 from nyscaled.models.opt import Opt, OptConfig
+from nyscaled.models.tokenizer import Tokenizer, open_tokenizer
+from nyscaled.models.vocabulary import gguf_tokenizer
 
 FAMILIES: dict[str, tuple[type[Config], Any]] = {
     "bert": (BertConfig, Bert),
@@ -28,12 +32,12 @@ FAMILIES: dict[str, tuple[type[Config], Any]] = {
     "llama": (LlamaConfig, Llama),
     "opt": (OptConfig, Opt),
 }
-TOKENIZER = "tokenizer.json"
 
 
 def load(
     folder: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     dtype: Any = jnp.float32,
     compute_dtype: Any = None,
     remat: bool = False,
@@ -49,7 +53,11 @@ def load(
     all that is needed beside the model's own size.
 
     Args:
-        folder: with `config.json` and `model.safetensors`, or shards with their index.
+        folder: with `config.json` and `model.safetensors`, or shards with their index; a GGUF
+            file of a LLaMA or a Gemma, which is dequantized; or, as a string that is no path here,
+            the `owner/name` of a repository on the Hugging Face hub, of which the configuration,
+            the safetensors and the tokenizer are fetched into its cache.
+        revision: branch, tag or commit on the hub.
         dtype: of the parameters, whatever the file's.
         compute_dtype: of activations; `dtype` if None.
         remat: whether layers are computed anew in the backward pass, to save memory.
@@ -57,13 +65,14 @@ def load(
     Returns:
         The model, which maps tokens (batch, length) and a mask to logits (`Bert` to hidden
         states), and the
-        `tokenizers.Tokenizer` of `tokenizer.json`, None without that file.
+        `nyscaled.models.Tokenizer` of `tokenizer.json` or of the GGUF file's metadata, None where
+        there is none.
 
     Raises:
         ValueError: on an unknown architecture, an unsupported setting, a broken file (the
             tokenizer's too), a parameter without its tensor or with one of another shape, or a
             tensor that belongs to no parameter.
-        ImportError: if there is a tokenizer and the package tokenizers is missing.
+        ImportError: if a package is missing that the tokenizer, the hub or the GGUF file needs.
 
     Example:
         >>> import tempfile
@@ -79,11 +88,11 @@ def load(
         >>> bool(jnp.all(again.lm_head.kernel[...] == model.lm_head.kernel[...]))
         True
     """
-    source = open_folder(folder)
+    source = _opened(folder, revision)
     kind = source.config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
-            f"{source.path / CONFIG} has model_type {kind!r}; wanted one of {', '.join(FAMILIES)}"
+            f"{source.config_path} has model_type {kind!r}; wanted one of {', '.join(FAMILIES)}"
         )
     if source.config.get("quantization_config"):
         raise ValueError(f"{source.path} is quantized; wanted floating weights")
@@ -93,8 +102,8 @@ def load(
     try:
         config = config_class.from_json(source.config)
     except ValueError as error:
-        raise ValueError(f"{source.path / CONFIG}: {error}") from None
-    tokenizer = _tokenizer(source.path)
+        raise ValueError(f"{source.config_path}: {error}") from None
+    tokenizer = _tokenizer(source)
     numerics = Numerics(dtype, compute_dtype, remat)
     abstract = nnx.eval_shape(lambda: make(config, numerics=numerics, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
@@ -106,14 +115,13 @@ def load(
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
 
 
-def save(model: Any, folder: str | os.PathLike[str]) -> None:
+def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
     """Writes a model as a folder that `load` and transformers read, in the dtype it has.
-
-    The tokenizer's files are not written.
 
     Args:
         model: as `load` returned it, or with trained parameters; adapters merged and removed.
         folder: made if missing; other files in it are left alone.
+        tokenizer: written along, with its chat template, so that transformers reads it too.
 
     Raises:
         ValueError: if the model is none of this package, or has variables beside its own
@@ -133,6 +141,28 @@ def save(model: Any, folder: str | os.PathLike[str]) -> None:
     dtype = jnp.dtype(model.numerics.dtype).name
     config = {"architectures": [model.architecture], **model.config.to_json()}
     write(folder, {**config, "torch_dtype": dtype}, tensors)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def _opened(folder: str | os.PathLike[str], revision: str | None) -> Folder:
+    """The folder, the GGUF file, or the local copy of what the hub has."""
+    path = Path(folder)
+    elsewhere = not path.exists() and path.suffix != SUFFIX
+    if elsewhere and isinstance(folder, str) and hub.is_id(folder):
+        return open_folder(hub.fetch(folder, revision))
+    if revision is not None:
+        raise ValueError(f"{folder} is not from the hub; wanted no revision, got {revision!r}")
+    return open_gguf(path) if path.is_file() or path.suffix == SUFFIX else open_folder(path)
+
+
+def _tokenizer(source: Folder) -> Tokenizer | None:
+    if not isinstance(source, Gguf):
+        return open_tokenizer(source.path)
+    try:
+        return gguf_tokenizer(source.metadata)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from None
 
 
 def _matched(
@@ -181,18 +211,3 @@ def _filled(source: Folder, place: Place, variable: Any) -> jax.Array:
             raise ValueError(f"{source.path} has {name} in {tensor.dtype}; wanted floating weights")
         (value[i] if place.stacked else value)[...] = tensor.T if place.transposed else tensor
     return jnp.asarray(value)
-
-
-def _tokenizer(folder: Path) -> Any:
-    if not (folder / TOKENIZER).is_file():
-        return None
-    try:
-        import tokenizers
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{folder / TOKENIZER} needs tokenizers: pip install 'nyscaled[models]'"
-        ) from error
-    try:
-        return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
-    except Exception as error:  # the library raises no other class
-        raise ValueError(f"{folder / TOKENIZER} is not a sound tokenizer: {error}") from error

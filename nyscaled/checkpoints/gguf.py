@@ -1,0 +1,294 @@
+"""GGUF files, llama.cpp's format: metadata and tensors, often quantized, in one file.
+
+The file is read as the model folder that it was converted from: `config.json` is rebuilt from the
+metadata, names are transformers', tensors are dequantized to float32 one by one from the mapped
+file, and what the converter did to them is undone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nyscaled.checkpoints.folder import Folder
+
+ARCHITECTURES = "gemma", "llama"
+SUFFIX = ".gguf"
+
+_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_INNER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_ROPE = "rope_freqs.weight"
+
+# What is read of an architecture's metadata, which it must have and which it may have.
+_NEEDED = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_OPTIONAL = {
+    "context_length": "max_position_embeddings",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+# Whatever else there is must say that nothing special is meant, or repeat what is known.
+_NEUTRAL = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (1.0,),
+    "rope.scale_linear": (1.0,),
+    "attention.causal": (True,),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+
+
+class Gguf(Folder):
+    """An open GGUF file, see `open_gguf`; what it is asked is what a `Folder` is.
+
+    Attributes:
+        path: of the file.
+        config: what `config.json` would hold.
+        metadata: of the file, by its keys; those of the tokenizer among them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+    ) -> None:
+        super().__init__(path, config, {name: (path, tensor) for name, tensor in tensors.items()})
+        self.metadata = metadata
+
+    @property
+    def config_path(self) -> Path:
+        """The file itself."""
+        return self.path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it.
+
+        Raises:
+            ValueError: if there is none of this name.
+        """
+        _, tensor = self._place(name)
+        return _shape(tensor)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in float32, dequantized, in transformers' layout.
+
+        Raises:
+            ValueError: if there is none of this name, or its quantization is unknown.
+        """
+        _, tensor = self._place(name)
+        value = _dequantized(tensor, self.path)
+        llama = self.config["model_type"] == "llama"
+        if llama and name.endswith(("q_proj.weight", "k_proj.weight")):
+            # llama.cpp rotates neighbours (2i, 2i + 1), transformers the pairs (i, i + d/2).
+            pairs = value.reshape(-1, self.config["head_dim"] // 2, 2, value.shape[-1])
+            return pairs.swapaxes(1, 2).reshape(value.shape)
+        if not llama and name.endswith("norm.weight"):
+            return value - 1  # the file has 1 + w
+        return value
+
+
+def open_gguf(path: str | os.PathLike[str]) -> Gguf:
+    """Opens a GGUF file of a LLaMA or a Gemma 1.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The file; metadata has been read, tensors not.
+
+    Raises:
+        ValueError: on a file that is none of GGUF, is cut short, is one of several parts, lacks
+            metadata, or has an architecture, a setting or a tensor that is not known here.
+        ImportError: without the package gguf.
+
+    Example:
+        >>> import gguf, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = gguf.GGUFWriter(f"{folder}/model.gguf", "qwen2")
+        ...     writer.write_header_to_file()
+        ...     writer.write_kv_data_to_file()
+        ...     writer.write_tensors_to_file()
+        ...     writer.close()
+        ...     open_gguf(f"{folder}/model.gguf")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: .../model.gguf has general.architecture 'qwen2'; wanted one of gemma, llama
+    """
+    path = Path(path)
+    try:
+        reader = _reader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except ImportError:
+        raise
+    except Exception as error:  # of many classes, on a file that is cut short
+        raise ValueError(f"{path} is not a sound GGUF file: {error}") from error
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{path} has general.architecture {architecture!r}; wanted one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError(f"{path} is one of {metadata['split.count']} parts; wanted them merged")
+    if reader.byte_order != "I":
+        raise ValueError(f"{path} has the other byte order; wanted this machine's")
+    rope = tensors.pop(_ROPE, None)
+    named = _named(path, tensors)
+    config = _config(path, metadata, named)
+    if rope is not None:
+        theta, factors = config["rope_theta"], _dequantized(rope, path).astype(float)
+        config["rope_scaling"] = _llama3(path, factors, theta, config["head_dim"])
+    return Gguf(path, config, metadata, named)
+
+
+def _reader(path: Path) -> Any:
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{path} needs gguf: pip install 'nyscaled[models]'") from error
+
+    class Reader(gguf.GGUFReader):
+        """Reads through plain arrays, whose slices cost a third of a memory map's."""
+
+        @property
+        def data(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
+            return self._data
+
+        @data.setter
+        def data(self, mapped: np.memmap) -> None:
+            self._data = mapped.view(np.ndarray)
+
+    return Reader(path)
+
+
+def _named(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by transformers' names."""
+    named, unknown = {}, []
+    for name, tensor in tensors.items():
+        block = _BLOCK.fullmatch(name)
+        if name in _OUTER:
+            named[_OUTER[name]] = tensor
+        elif block and block[2] in _INNER:
+            named[f"model.layers.{block[1]}.{_INNER[block[2]]}.weight"] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        first = ", ".join(sorted(unknown)[:8])
+        raise ValueError(f"{path} has tensors that are not known here: {first}")
+    return named
+
+
+def _config(path: Path, metadata: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    kind = metadata["general.architecture"]
+    prefix = f"{kind}."
+    found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    missing = [prefix + key for key in _NEEDED if key not in found]
+    if missing or "model.embed_tokens.weight" not in named:
+        raise ValueError(f"{path} lacks {', '.join(missing) or 'token_embd.weight'}")
+    config = {
+        new: _decimal(found.pop(old)) for old, new in (_NEEDED | _OPTIONAL).items() if old in found
+    }
+    for name in config.keys() - {"rms_norm_eps", "rope_theta"}:
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{path} has {config[name]!r} for {name}; wanted a positive integer")
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config.setdefault("rope_theta", 10000.0)
+    vocabulary, width = _shape(named["model.embed_tokens.weight"])[0], config["head_dim"]
+    neutral = _NEUTRAL | {
+        "rope.dimension_count": (width,),
+        "attention.value_length": (width,),
+        "vocab_size": (vocabulary,),
+    }
+    for key, value in found.items():
+        wanted = neutral.get(key, ())
+        if value and value not in wanted:
+            hint = f"wanted {wanted[0]!r}" if wanted else "which is not known here"
+            raise ValueError(f"{path} has {prefix}{key} {value!r}; {hint}")
+    eos = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    ends = list(dict.fromkeys(i for i in eos if i is not None))
+    return {
+        **config,
+        "model_type": kind,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": "lm_head.weight" not in named,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _llama3(path: Path, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """The parameters of Llama 3 from which the file's divisors of the frequencies came.
+
+    The divisors tell `factor` and the other three up to a common multiple. As published, slow
+    rotations turn once and fast ones four times within the original context.
+    """
+    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
+    if np.all(factors == 1):
+        return None
+    turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)  # in one position
+    if factors.shape == turns.shape and np.all(factors >= 1):
+        between = (factors > 1) & (factors < factor)
+        kept = (1 / factors - 1 / factor) / (1 - 1 / factor)
+        if between.any():
+            original = round(np.median((low + (high - low) * kept[between]) / turns[between]))
+        kept = np.clip((original * turns - low) / (high - low), 0, 1)
+        if np.allclose(1 / (kept + (1 - kept) / factor), factors, rtol=1e-4, atol=0):
+            return {
+                "rope_type": "llama3",
+                "factor": _decimal(factor),
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise ValueError(f"{path} has {_ROPE} that is not of Llama 3: {factors}")
+
+
+def _decimal(value: Any) -> Any:
+    """The shortest decimal of a float32, 1e-05 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(map(int, reversed(tensor.shape)))
+
+
+def _dequantized(tensor: Any, path: Path) -> np.ndarray:
+    import gguf
+
+    try:
+        return np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path} has {tensor.name} in {tensor.tensor_type.name}: {error}"
+        ) from None

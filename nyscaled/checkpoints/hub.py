@@ -1,0 +1,42 @@
+"""Model folders from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Pickled weights can run code, and are not fetched; other forms of the same weights are not needed.
+WANTED = "*.json", "*.jinja", "model*.safetensors"
+
+
+def is_id(name: str) -> bool:
+    """Whether a name has the form `owner/name` of repositories on the hub."""
+    return _ID.fullmatch(name) is not None
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The local copy of a repository's model, downloaded where it is not in the cache.
+
+    Args:
+        name: `owner/name`.
+        revision: branch, tag or commit; `main` if None.
+
+    Raises:
+        ValueError: if the hub does not have it, or does not give it, and the cache neither.
+        ImportError: without the package huggingface_hub.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{name} needs huggingface_hub: pip install 'nyscaled[models]'"
+        ) from error
+    options = {"revision": revision, "allow_patterns": list(WANTED), "ignore_patterns": ["*/*"]}
+    try:
+        return Path(huggingface_hub.snapshot_download(name, **options))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no folder here, and the Hugging Face hub gives none: {error}"
+        ) from error

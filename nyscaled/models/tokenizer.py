@@ -1,0 +1,289 @@
+"""Text to arrays: batches with padding and masks, pairs, chats, on top of the package tokenizers."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nyscaled.checkpoints import files
+
+FILE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+_SPECIAL = "special_tokens_map.json"
+_TEMPLATE = "chat_template.jinja"
+_DEFAULT = "default"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that gives padded arrays, and knows its chat template.
+
+    Whatever else is asked of it is the library's: `tokenizer.encode(text).ids`,
+    `tokenizer.decode(ids)`, `tokenizer.token_to_id(token)`, … Truncation and padding that
+    `tokenizer.json` may ask for are switched off; both are arguments here.
+
+    Args:
+        inner: the library's.
+        settings: what `tokenizer_config.json` holds; `pad_token`, `eos_token` and `chat_template`
+            are read of it.
+
+    Attributes:
+        pad_id: of `pad_token`, else of `eos_token`, else None.
+
+    Example:
+        >>> import tokenizers
+        >>> vocabulary = {"<pad>": 0, "low": 1, "rank": 2}
+        >>> inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="low"))
+        >>> inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> tokenizer = Tokenizer(inner, {"pad_token": "<pad>"})
+        >>> tokens, mask = tokenizer(["low rank", "rank"])
+        >>> tokens
+        array([[1, 2],
+               [0, 2]], dtype=int32)
+        >>> mask
+        array([[ True,  True],
+               [False,  True]])
+        >>> tokenizer.encode("rank low").ids
+        [2, 1]
+    """
+
+    def __init__(self, inner: Any, settings: Mapping[str, Any] | None = None) -> None:
+        inner.no_padding()
+        inner.no_truncation()
+        self.inner = inner
+        self.settings = dict(settings or {})
+        names = [self._special().get(name) for name in ("pad_token", "eos_token")]
+        ids = [inner.token_to_id(name) for name in names if name is not None]
+        self.pad_id: int | None = next((i for i in ids if i is not None), None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        *,
+        side: Literal["left", "right"] = "left",
+        max_length: int | None = None,
+        multiple_of: int = 1,
+        add_special_tokens: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of some texts, (batch, length) int32, and where they are, (batch, length) bool.
+
+        Args:
+            texts: one a row.
+            side: where padding goes; generation needs it on the left.
+            max_length: longer texts lose what is at their end; special tokens stay.
+            multiple_of: the length is rounded up to a multiple, so that a program is compiled for
+                few shapes; with the value of `max_length` there is one shape alone.
+            add_special_tokens: those at begin and end; False for what `chat` returned, which has
+                them already.
+
+        Raises:
+            ValueError: on anything but texts, a length that is not positive, or texts of different
+                lengths without a token to pad with.
+        """
+        _require_texts("texts", texts)
+        encodings = self._encoded(list(texts), max_length, add_special_tokens)
+        rows = [encoding.ids for encoding in encodings]
+        tokens, mask = self._padded(rows, side, multiple_of)
+        return tokens, mask
+
+    def pairs(
+        self,
+        first: Sequence[str],
+        second: Sequence[str],
+        *,
+        max_length: int | None = None,
+        multiple_of: int = 1,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, mask and types of pairs of texts, (batch, length) each, padded on the right.
+
+        Types, int32, say which of the two a token is of, as BERT wants them. Where a pair is too
+        long, the longer of the two is cut first. Arguments and errors are those of a call.
+        """
+        _require_texts("first", first)
+        _require_texts("second", second)
+        if len(first) != len(second):
+            raise ValueError(f"there are {len(first)} first and {len(second)} second texts")
+        both = list(zip(first, second, strict=True))
+        encodings = self._encoded(both, max_length, True)
+        tokens, mask = self._padded([e.ids for e in encodings], "right", multiple_of)
+        types = np.zeros_like(tokens)
+        for row, encoding in zip(types, encodings, strict=True):
+            row[: len(encoding.type_ids)] = encoding.type_ids
+        return tokens, mask, types
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        template: str = _DEFAULT,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation, by the chat template, as transformers renders it.
+
+        Args:
+            messages: each with "role" and "content".
+            add_generation_prompt: whether the text ends where the assistant's answer begins.
+            template: name, where there are several.
+            **variables: for the template, such as `tools`.
+
+        Raises:
+            ValueError: without a template of this name, or if the template refuses the messages.
+            ImportError: without the package jinja2.
+
+        Example:
+            >>> import tokenizers
+            >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
+            >>> inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+            >>> tokenizer = Tokenizer(inner, {"chat_template": template})
+            >>> tokenizer.chat([{"role": "user", "content": "Hello"}])
+            'user: Hello\\n'
+        """
+        templates = self._templates()
+        if template not in templates:
+            known = ", ".join(templates) or "no chat template"
+            raise ValueError(f"there is no chat template {template!r}; the tokenizer has {known}")
+        try:
+            import jinja2
+        except ModuleNotFoundError as error:
+            raise ImportError("chats need jinja2: pip install 'nyscaled[models]'") from error
+        # Templates see all that transformers gives them, absent tools as None.
+        given = {"tools": None, "documents": None, **self._special(), **variables}
+        try:
+            return (
+                _environment()
+                .from_string(templates[template])
+                .render(
+                    messages=list(messages), add_generation_prompt=add_generation_prompt, **given
+                )
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads."""
+        # The class that transformers has for no model: it takes all from tokenizer.json.
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
+        files.write_text(Path(folder) / FILE, self.inner.to_str(pretty=True))
+        files.write_text(Path(folder) / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+    def _special(self) -> dict[str, str]:
+        """Special tokens by their roles: `bos_token`, …"""
+        found = {}
+        for name, value in self.settings.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(content, str):
+                found[name] = content
+        return found
+
+    def _templates(self) -> dict[str, str]:
+        given = self.settings.get("chat_template") or {}
+        if isinstance(given, list):
+            return {entry["name"]: entry["template"] for entry in given}
+        return {_DEFAULT: given} if isinstance(given, str) else dict(given)
+
+    def _encoded(self, texts: list[Any], max_length: int | None, special: bool) -> list[Any]:
+        if max_length is None:
+            return self.inner.encode_batch(texts, add_special_tokens=special)
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; wanted a positive number")
+        self.inner.enable_truncation(max_length)
+        try:
+            return self.inner.encode_batch(texts, add_special_tokens=special)
+        finally:
+            self.inner.no_truncation()
+
+    def _padded(
+        self, rows: list[list[int]], side: str, multiple_of: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if side not in ("left", "right") or multiple_of < 1:
+            raise ValueError(
+                f"side is {side!r} and multiple_of {multiple_of}; wanted 'left' or 'right', and a "
+                "positive number"
+            )
+        lengths = [len(row) for row in rows]
+        width = -(-max(*lengths, 1) // multiple_of) * multiple_of
+        if self.pad_id is None and min(lengths) < width:
+            raise ValueError("padding needs a pad_token or an eos_token; the tokenizer has neither")
+        tokens = np.full((len(rows), width), self.pad_id or 0, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for i, row in enumerate(rows):
+            where = slice(width - len(row), width) if side == "left" else slice(len(row))
+            tokens[i, where], mask[i, where] = row, True
+        return tokens, mask
+
+
+def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer of a model folder, None if it has no `tokenizer.json`.
+
+    Raises:
+        ValueError: on a broken file.
+        ImportError: without the package tokenizers.
+    """
+    folder = Path(folder)
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{folder / FILE} needs tokenizers: pip install 'nyscaled[models]'"
+        ) from error
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(folder / FILE))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"{folder / FILE} is not a sound tokenizer: {error}") from error
+    settings: dict[str, Any] = {}
+    for name in (_SPECIAL, SETTINGS):
+        if (folder / name).is_file():
+            settings |= files.read_object(folder / name, "settings of the tokenizer")
+    if (folder / _TEMPLATE).is_file():
+        settings["chat_template"] = (folder / _TEMPLATE).read_text(encoding="utf-8")
+    return Tokenizer(inner, settings)
+
+
+def _require_texts(name: str, texts: Sequence[str]) -> None:
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} is {texts!r:.80}; wanted a list of texts, one at least")
+
+
+def _environment() -> Any:
+    """Where chat templates, which come with models from anywhere, are rendered."""
+    import jinja2.ext
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """The tags around what the assistant says, which change nothing in the text."""
+
+        tags: set[str] = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    extensions = [Generation, jinja2.ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
+    environment.filters["tojson"] = to_json  # Jinja's own escapes HTML
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment

@@ -1,0 +1,160 @@
+"""Tokenizers from the metadata of GGUF files, which have vocabularies but no `tokenizer.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nyscaled.models.tokenizer import Tokenizer
+
+_PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+# Of `token_type`.
+_CONTROL, _USER_DEFINED = 3, 4
+
+# How text is split before bytes are merged. The expression is the one of Llama 3.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    "gpt-2": "gpt2",
+    "smollm": "digits",
+    "llama-bpe": "llama3",
+    "llama-v3": "llama3",
+    "llama3": "llama3",
+}
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer of a GGUF file, None if it has no vocabulary.
+
+    Args:
+        metadata: of the file, `nyscaled.checkpoints.gguf.Gguf.metadata`.
+
+    Raises:
+        ValueError: on a kind of vocabulary, or a way to split text, that is not known here, and
+            on metadata that is missing or unsound.
+        ImportError: without the package tokenizers.
+    """
+    found = {k.removeprefix(_PREFIX): v for k, v in metadata.items() if k.startswith(_PREFIX)}
+    kind = found.get("model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"the tokenizer is {kind!r}; wanted 'gpt2' or 'llama'")
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise ImportError("tokens need tokenizers: pip install 'nyscaled[models]'") from error
+    tokens = _required(found, "tokens")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise ValueError("tokenizer.ggml.tokens has a token twice")
+    roles = {
+        f"{role}_token": tokens[found[f"{key}_token_id"]]
+        for key, role in _ROLES.items()
+        if 0 <= found.get(f"{key}_token_id", -1) < len(tokens)
+    }
+    if kind == "gpt2":
+        inner, bos = _byte_level(found, vocabulary)
+    else:
+        inner, bos = _sentence_piece(found, vocabulary, roles.get("unk_token"))
+    types = found.get("token_type", ())
+    for i, kind_of_token in enumerate(types):
+        if kind_of_token in (_CONTROL, _USER_DEFINED):
+            special = kind_of_token == _CONTROL
+            token = tokenizers.AddedToken(tokens[i], special=special, normalized=False)
+            (inner.add_special_tokens if special else inner.add_tokens)([token])
+    ends = [
+        roles[f"{role}_token"] if found.get(f"add_{role}_token", default) else None
+        for role, default in (("bos", bos), ("eos", False))
+    ]
+    _add_ends(inner, *ends)
+    return Tokenizer(inner, roles | _templates(metadata))
+
+
+def _byte_level(found: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple[Any, bool]:
+    """BPE over bytes; and whether texts begin with a token of their own, if nothing says so."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    pre = _required(found, "pre")
+    if pre not in _SPLITS:
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; wanted one of {', '.join(_SPLITS)}")
+    split = _SPLITS[pre]
+    merges = [tuple(merge.split(" ")) for merge in _required(found, "merges")]
+    # Llama 3 takes a word that is a token whole, whatever the merges.
+    bpe = models.BPE(vocabulary, merges, ignore_merges=split == "llama3")
+    inner = Tokenizer(bpe)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama3")
+    first = {
+        "gpt2": [],
+        "digits": [pre_tokenizers.Digits(individual_digits=True)],
+        "llama3": [pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")],
+    }[split]
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*first, level])
+    inner.decoder = decoders.ByteLevel()
+    return inner, split == "llama3"
+
+
+def _sentence_piece(
+    found: Mapping[str, Any], vocabulary: dict[str, int], unknown: str | None
+) -> tuple[Any, bool]:
+    """SentencePiece's BPE, which always merges the pair whose union has the best score."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = _required(found, "scores")
+    merges = []
+    for token, i in vocabulary.items():
+        for cut in range(1, len(token)):
+            left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
+            if left is not None and right is not None:
+                merges.append((-scores[i], i, left, right, (token[:cut], token[cut:])))
+    pairs = [pair for *_, pair in sorted(merges)]
+    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
+    inner = Tokenizer(models.BPE(vocabulary, pairs, **options))
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+    parts: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if found.get("add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend("▁"))
+        parts.append(decoders.Strip(" ", 1, 0))
+    inner.normalizer = normalizers.Sequence(spaces)
+    inner.decoder = decoders.Sequence(parts)
+    return inner, True
+
+
+def _add_ends(inner: Any, bos: str | None, eos: str | None) -> None:
+    """Puts tokens around each text."""
+    from tokenizers.processors import TemplateProcessing
+
+    ends = [token for token in (bos, eos) if token is not None]
+    if not ends:
+        return
+
+    def around(name: str, segment: int) -> list[str]:
+        parts = [bos, name, eos]
+        return [f"{part}:{segment}" for part in parts if part is not None]
+
+    inner.post_processor = TemplateProcessing(
+        single=around("$A", 0),
+        pair=around("$A", 0) + around("$B", 1),
+        special_tokens=[(token, inner.token_to_id(token)) for token in ends],
+    )
+
+
+def _templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    named = {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or "default": value
+        for key, value in metadata.items()
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
+    }
+    if named.keys() <= {"default"}:
+        return {"chat_template": named["default"]} if named else {}
+    return {"chat_template": [{"name": k, "template": v} for k, v in named.items()]}
+
+
+def _required(found: Mapping[str, Any], key: str) -> Any:
+    if key not in found:
+        raise ValueError(f"the metadata lacks {_PREFIX}{key}")
+    return found[key]

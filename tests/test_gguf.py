@@ -1,0 +1,280 @@
+"""GGUF files, written in llama.cpp's layout, against the folders that they were written from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from gguf import GGMLQuantizationType as Kind
+
+import nyscaled as nys
+from nyscaled.checkpoints.folder import open_folder
+from nyscaled.checkpoints.gguf import open_gguf
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+NAMES = {
+    "embed_tokens": "token_embd",
+    "lm_head": "output",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.": "attn_",
+    "mlp.": "ffn_",
+    "_proj": "",
+    "model.layers": "blk",
+    "model.": "",
+}
+METADATA = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "vocab_size": "vocab_size",
+}
+
+
+def converted(name, value, source):
+    """A tensor's name and value as llama.cpp's converter writes them."""
+    kind = source.config["model_type"]
+    if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+        half = source.config["head_dim"] // 2
+        value = value.reshape(-1, 2, half, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+    if kind == "gemma" and "norm" in name:
+        value = value + 1
+    for old, new in NAMES.items():
+        name = name.replace(old, new)
+    return name, value
+
+
+def rope_factors(config):
+    """What the frequencies are divided by, from the statement of Llama 3."""
+    rope, width = config["rope_parameters"], config["head_dim"]
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, width, 2) / width)
+    turns = rope["original_max_position_embeddings"] / waves
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
+
+
+def write(path, name, kind=Kind.F32, metadata=(), tensors=()):
+    """A model of the fixtures as a GGUF file; `metadata` and `tensors` replace what it has."""
+    source = open_folder(MODELS / name)
+    config = source.config
+    family = config["model_type"]
+    fields = {f"{family}.{new}": config[old] for old, new in METADATA.items()}
+    fields |= {
+        f"{family}.attention.key_length": config["head_dim"],
+        f"{family}.attention.value_length": config["head_dim"],
+        f"{family}.rope.dimension_count": config["head_dim"],
+        f"{family}.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        "tokenizer.ggml.bos_token_id": config["bos_token_id"],
+        "tokenizer.ggml.eos_token_id": config["eos_token_id"],
+        "tokenizer.ggml.padding_token_id": config["pad_token_id"],
+    }
+    arrays = dict(converted(n, source.read(n), source) for n in source.names)
+    if config["rope_parameters"]["rope_type"] == "llama3":
+        arrays["rope_freqs.weight"] = rope_factors(config)
+    writer = gguf.GGUFWriter(path, family)
+    adders = {int: "uint32", str: "string", float: "float32", bool: "bool", list: "array"}
+    for key, value in (fields | dict(metadata)).items():
+        if value is not None:
+            getattr(writer, f"add_{adders[type(value)]}")(key, value)
+    for n, value in (arrays | dict(tensors)).items():
+        if value is None:
+            continue
+        quantized = kind != Kind.F32 and value.ndim == 2 and not value.shape[1] % 32
+        if quantized:
+            writer.add_tensor(n, gguf.quantize(value, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(n, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def arrays(model):
+    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "gemma"])
+def test_the_model_is_that_of_the_folder(name, path, tmp_path):
+    wanted, _ = nys.models.load(MODELS / name)
+    got, tokenizer = nys.models.load(write(path, name))
+    assert tokenizer is None
+    assert got.config == wanted.config
+    # 1 + w was rounded where norms are stored so.
+    options = {"atol": 1e-7, "rtol": 0} if name == "gemma" else {"atol": 0, "rtol": 0}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **options), arrays(got), arrays(wanted)
+    )
+    nys.models.save(got, tmp_path / "folder")
+    again, _ = nys.models.load(tmp_path / "folder")
+    assert again.config == wanted.config
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.F16, Kind.BF16])
+def test_tensors_are_dequantized(kind, path):
+    """Half precision has blocks of one, so that these tensors may have any width."""
+    tensor = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
+    file = write(path, "llama", kind, tensors={"output.weight": tensor})
+    read = open_gguf(file)
+    assert read.shape("lm_head.weight") == (32, 64)
+    got = read.read("lm_head.weight")
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, gguf.dequantize(gguf.quantize(tensor, kind), kind))
+    assert 1e-4 < np.abs(got - tensor).max() < (0.5 if kind == Kind.Q4_0 else 0.05)
+
+
+def test_a_quantized_layer_is_put_in_order_after_its_dequantization(path):
+    """Rows of 32 in a wider copy of a projection: q and k have their rows permuted."""
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(16, 32)).astype(np.float32)
+    source = open_folder(MODELS / "llama")
+    name, permuted = converted("model.layers.0.self_attn.q_proj.weight", wide, source)
+    read = open_gguf(write(path, "llama", Kind.Q8_0, tensors={name: permuted}))
+    wanted = gguf.dequantize(gguf.quantize(wide, Kind.Q8_0), Kind.Q8_0)
+    np.testing.assert_array_equal(read.read("model.layers.0.self_attn.q_proj.weight"), wanted)
+
+
+def test_settings_that_have_defaults(path):
+    """What a converter may leave out: keys and values of their own number, θ, width of a head."""
+    keys = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
+    absent = dict.fromkeys(f"llama.{key}" for key in (*keys, "rope.freq_base", "vocab_size"))
+    extra = {"llama.expert_count": 0, "llama.rope.scaling.type": "none"}
+    ends = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.padding_token_id": 3}
+    config = open_gguf(write(path, "llama", metadata=absent | extra | ends)).config
+    assert config["num_key_value_heads"] == config["num_attention_heads"] == 4
+    assert (config["head_dim"], config["rope_theta"], config["vocab_size"]) == (4, 10000.0, 32)
+    assert (config["rms_norm_eps"], config["eos_token_id"]) == (1e-6, [2, 5])
+    assert (config["bos_token_id"], config["pad_token_id"]) == (1, 3)
+
+
+def test_rotations_as_published(path):
+    """Llama 3.1: the four numbers are found again from the divisors of 64 frequencies."""
+    rope = {"rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    factors = rope_factors({"rope_parameters": rope, "head_dim": 128})
+    keys = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+    wide = dict.fromkeys((f"llama.{key}" for key in keys), 128) | {"llama.rope.freq_base": 5e5}
+    tensors = {"rope_freqs.weight": factors}
+    config = open_gguf(write(path, "llama", metadata=wide, tensors=tensors)).config
+    assert config["rope_scaling"] == {
+        "rope_type": "llama3",
+        **{key: value for key, value in rope.items() if key != "rope_theta"},
+    }
+    tensors = {"rope_freqs.weight": np.ones(64, np.float32)}
+    config = open_gguf(write(path, "llama", metadata=wide, tensors=tensors)).config
+    assert config["rope_scaling"] is None
+
+
+def test_files_that_are_cut_short_or_none_of_gguf_are_refused(path):
+    whole = write(path, "llama").read_bytes()
+    metadata = whole.index(b"token_embd.weight")
+    for size in (0, 3, 20, 200, metadata, metadata + 30, len(whole) // 2, len(whole) - 64):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model\.gguf is not a sound GGUF file"):
+            nys.models.load(path)
+    path.write_bytes(b"PK" + whole)
+    with pytest.raises(ValueError, match="is not a sound GGUF file: GGUF magic invalid"):
+        nys.models.load(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"not a sound GGUF file.*No such file"):
+        nys.models.load(path)
+
+
+ONES = np.ones((16, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "message"),
+    [
+        ({"general.architecture": "qwen2"}, {}, "'qwen2'; wanted one of gemma, llama"),
+        ({"split.count": 3}, {}, "one of 3 parts; wanted them merged"),
+        ({"llama.block_count": None}, {}, r"lacks llama\.block_count"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, {}, "lacks llama.*_rms_epsilon"),
+        ({"llama.block_count": 4}, {}, r"has no tensor for model\.layers\.3\."),
+        ({"llama.block_count": 2}, {}, r"no parameter for: model\.layers\.2\."),
+        ({"llama.feed_forward_length": [24, 24, 24]}, {}, r"\[24, 24, 24\] for intermediate"),
+        ({"llama.rope.dimension_count": 2}, {}, "rope.dimension_count 2; wanted 4"),
+        ({"llama.vocab_size": 31}, {}, "vocab_size 31; wanted 32"),
+        ({"llama.rope.scaling.type": "linear"}, {}, "scaling.type 'linear'; wanted 'none'"),
+        ({"llama.expert_count": 8}, {}, "expert_count 8; which is not known here"),
+        ({}, {"token_embd.weight": None}, r"lacks token_embd\.weight"),
+        ({}, {"blk.0.attn_q.bias": ONES[0]}, r"not known here: blk\.0\.attn_q\.bias"),
+        ({}, {"blk.0.attn_k.weight": ONES}, r"k_proj\.weight of shape \(16, 16\); wanted"),
+        ({}, {"output.weight": ONES}, r"lm_head\.weight of shape \(16, 16\); wanted \(32, 16\)"),
+        ({}, {"rope_freqs.weight": np.array([1, 7, 2], "f")}, "rope_freqs.* not of Llama 3"),
+        ({}, {"rope_freqs.weight": np.array([2, 1], "f")}, "rope_freqs.* not of Llama 3"),
+        ({}, {"output_norm.weight": np.ones(16, np.int32)}, "output_norm.weight in I32"),
+        ({"tokenizer.ggml.model": "bert"}, {}, "model.gguf: the tokenizer is 'bert'"),
+    ],
+)
+def test_what_is_refused(metadata, tensors, message, path):
+    write(path, "llama", metadata=metadata, tensors=tensors)
+    with pytest.raises(ValueError, match=message):
+        nys.models.load(path)
+
+
+def test_head_counts_that_the_folder_form_refuses(path):
+    write(path, "llama", metadata={"llama.attention.head_count_kv": 3})
+    with pytest.raises(ValueError, match=r"model\.gguf: .*num_key_value_heads 3"):
+        nys.models.load(path)
+
+
+class Hub:
+    """Stands for huggingface_hub: one repository, whose files are a fixture's."""
+
+    def __init__(self, monkeypatch, cache):
+        import huggingface_hub
+
+        self.cache, self.asked = cache, []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+
+    def download(self, name, *, revision, allow_patterns, ignore_patterns):
+        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.utils import filter_repo_objects
+
+        self.asked.append((name, revision))
+        if name != "owner/llama":
+            raise LocalEntryNotFoundError(f"no {name} in the cache, and no network")
+        names = [*(p.name for p in (MODELS / "llama").iterdir()), "pytorch_model.bin", "a/b.json"]
+        options = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for file in filter_repo_objects(names, **options):
+            shutil.copy(MODELS / "llama" / file, self.cache)
+        return str(self.cache)
+
+
+def test_models_of_the_hub(monkeypatch, tmp_path):
+    hub = Hub(monkeypatch, tmp_path)
+    got, _ = nys.models.load("owner/llama", revision="v1")
+    wanted, _ = nys.models.load(MODELS / "llama")
+    jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(wanted))
+    assert hub.asked == [("owner/llama", "v1")]
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    with pytest.raises(ValueError, match=r"owner/other is no folder here.*no network"):
+        nys.models.load("owner/other")
+    for local in (MODELS / "llama", str(MODELS / "llama"), Path("owner/llama")):
+        with pytest.raises(ValueError, match="is not from the hub; wanted no revision, got 'v1'"):
+            nys.models.load(local, revision="v1")
+    assert len(hub.asked) == 2
+    # A folder here comes before a repository of the same name.
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MODELS / "llama3", "owner/llama")
+    assert nys.models.load("owner/llama")[0].config.head_dim == 8
+    assert len(hub.asked) == 2
+    assert json.loads(Path("owner/llama/config.json").read_text())["head_dim"] == 8
