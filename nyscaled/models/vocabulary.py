@@ -11,7 +11,7 @@ _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 # Of `token_type`.
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 # How text is split before bytes are merged. The expression is the one of Llama 3.
 _LLAMA3 = (
@@ -52,17 +52,23 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise ValueError("tokenizer.ggml.tokens has a token twice")
-    roles = {
-        f"{role}_token": tokens[found[f"{key}_token_id"]]
-        for key, role in _ROLES.items()
-        if 0 <= found.get(f"{key}_token_id", -1) < len(tokens)
-    }
+    for key in ("scores", "token_type"):
+        if len(found.get(key, tokens)) != len(tokens):
+            raise ValueError(
+                f"{_PREFIX}{key} has {len(found[key])} entries for {len(tokens)} tokens"
+            )
+    roles = {}
+    for key, role in _ROLES.items():
+        i = found.get(f"{key}_token_id")
+        if i is not None and i >= len(tokens):
+            raise ValueError(f"{_PREFIX}{key}_token_id is {i}; there are {len(tokens)} tokens")
+        if i is not None:
+            roles[f"{role}_token"] = tokens[i]
     if kind == "gpt2":
         inner, bos = _byte_level(found, vocabulary)
     else:
         inner, bos = _sentence_piece(found, vocabulary, roles.get("unk_token"))
-    types = found.get("token_type", ())
-    for i, kind_of_token in enumerate(types):
+    for i, kind_of_token in enumerate(found.get("token_type", ())):
         if kind_of_token in (_CONTROL, _USER_DEFINED):
             special = kind_of_token == _CONTROL
             token = tokenizers.AddedToken(tokens[i], special=special, normalized=False)
@@ -84,9 +90,11 @@ def _byte_level(found: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple[A
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; wanted one of {', '.join(_SPLITS)}")
     split = _SPLITS[pre]
     merges = [tuple(merge.split(" ")) for merge in _required(found, "merges")]
-    # Llama 3 takes a word that is a token whole, whatever the merges.
-    bpe = models.BPE(vocabulary, merges, ignore_merges=split == "llama3")
-    inner = Tokenizer(bpe)
+    try:
+        # Llama 3 takes a word that is a token whole, whatever the merges.
+        inner = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama3"))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"{_PREFIX}merges are not of these tokens: {error}") from error
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama3")
     first = {
         "gpt2": [],
@@ -104,9 +112,11 @@ def _sentence_piece(
     """SentencePiece's BPE, which always merges the pair whose union has the best score."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = _required(found, "scores")
+    scores, types = _required(found, "scores"), _required(found, "token_type")
     merges = []
     for token, i in vocabulary.items():
+        if types[i] not in (_NORMAL, _USER_DEFINED):
+            continue
         for cut in range(1, len(token)):
             left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
             if left is not None and right is not None:

@@ -1,0 +1,276 @@
+"""Text to arrays and chats to text; tokenizers of folders and of GGUF metadata."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+
+import nyscaled as nys
+from nyscaled.models import Tokenizer
+from nyscaled.models.vocabulary import gguf_tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "a", "b", "c", "d"]
+MESSAGES = [{"role": "user", "content": "a <b> & é"}, {"role": "assistant", "content": "c"}]
+
+
+def words():
+    """A tokenizer as BERT's: [CLS] a [SEP] b [SEP]."""
+    inner = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[PAD]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    inner.add_special_tokens(WORDS[:3])
+    return inner
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer(words(), {"pad_token": "[PAD]"})
+
+
+def test_batches(tokenizer):
+    left, mask = tokenizer(["a b c", "d"])
+    assert (left.dtype, mask.dtype) == (np.int32, bool)
+    np.testing.assert_array_equal(left, [[1, 3, 4, 5, 2], [0, 0, 1, 6, 2]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    right, mask = tokenizer(["a b c", "d"], side="right", multiple_of=4)
+    np.testing.assert_array_equal(right, [[1, 3, 4, 5, 2, 0, 0, 0], [1, 6, 2, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(mask.sum(1), [5, 3])
+    bare, _ = tokenizer(["a b c", ""], add_special_tokens=False)
+    np.testing.assert_array_equal(bare, [[3, 4, 5], [0, 0, 0]])
+    assert tokenizer([""], add_special_tokens=False)[1].shape == (1, 1)
+
+
+def test_texts_that_are_too_long_keep_their_special_tokens(tokenizer):
+    cut, mask = tokenizer(["a b c d", "d"], max_length=4, multiple_of=4)
+    np.testing.assert_array_equal(cut, [[1, 3, 4, 2], [0, 1, 6, 2]])
+    assert mask.sum() == 7
+    assert tokenizer.encode("a b c d").ids == [1, 3, 4, 5, 6, 2]  # the library's is not changed
+    tokens, mask, types = tokenizer.pairs(["a b c d"], ["d c"], max_length=6, multiple_of=8)
+    np.testing.assert_array_equal(tokens, [[1, 3, 4, 2, 6, 2, 0, 0]])
+    np.testing.assert_array_equal(types, [[0, 0, 0, 0, 1, 1, 0, 0]])
+
+
+def test_pairs(tokenizer):
+    tokens, mask, types = tokenizer.pairs(["a", "a b c"], ["b c", "d"])
+    assert (tokens.dtype, mask.dtype, types.dtype) == (np.int32, bool, np.int32)
+    np.testing.assert_array_equal(tokens, [[1, 3, 2, 4, 5, 2, 0], [1, 3, 4, 5, 2, 6, 2]])
+    np.testing.assert_array_equal(mask, tokens != 0)
+    np.testing.assert_array_equal(types, [[0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1]])
+
+
+def test_the_token_to_pad_with():
+    given = {"pad_token": {"content": "[PAD]"}, "eos_token": "[SEP]"}
+    assert Tokenizer(words(), given).pad_id == 0
+    assert Tokenizer(words(), {"pad_token": None, "eos_token": "[SEP]"}).pad_id == 2
+    without = Tokenizer(words())
+    assert without.pad_id is None
+    assert without(["a", "b"])[1].all()
+    with pytest.raises(ValueError, match="padding needs a pad_token or an eos_token"):
+        without(["a", "b c"])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: t("a b"), "texts is 'a b'; wanted a list of texts, one at least"),
+        (lambda t: t([]), r"texts is \[\]"),
+        (lambda t: t(["a"], max_length=0), "max_length is 0"),
+        (lambda t: t(["a"], multiple_of=0), "multiple_of 0"),
+        (lambda t: t.pairs(["a"], []), "second is"),
+        (lambda t: t.pairs(["a"], ["a", "b"]), "1 first and 2 second texts"),
+        (lambda t: t.chat(MESSAGES), "the tokenizer has no chat template"),
+    ],
+)
+def test_calls_that_are_refused(call, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        call(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        # A block takes its line, as in the templates that come with models.
+        ("{% for m in messages %}\n  {% if 1 %}\n{{ m.content }};\n{% endif %}{% endfor %}", None),
+        ("{{ bos_token }}{{ messages[0].content | tojson }}", '[CLS]"a <b> & é"'),
+        ("{{ tools is none }}{{ undefined is defined }}{{ extra }}", "TrueFalse7"),
+        ("{% if add_generation_prompt %}> {% endif %}", "> "),
+        ("{% for m in messages %}{{ m.role }}{% break %}{% endfor %}", "user"),
+        ("{% generation %}{{ messages[1]['content'] }}{% endgeneration %}!", "c!"),
+        ("{% set n = namespace(x=1) %}{% set n.x = 2 %}{{ n.x }}", "2"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+    ],
+)
+def test_chats(template, text):
+    tokenizer = Tokenizer(words(), {"bos_token": "[CLS]", "chat_template": template})
+    got = tokenizer.chat(MESSAGES, add_generation_prompt=True, extra=7)
+    assert got == (text or "a <b> & é;\nc;\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% for %}", "Expected"),
+        ("{{ messages + 1 }}", "can only concatenate"),
+    ],
+)
+def test_templates_that_refuse_or_do_harm(template, message):
+    tokenizer = Tokenizer(words(), {"chat_template": template})
+    with pytest.raises(ValueError, match=f"the chat template refuses the messages.*({message})"):
+        tokenizer.chat(MESSAGES)
+
+
+def test_a_template_among_several():
+    named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
+    tokenizer = Tokenizer(words(), {"chat_template": named})
+    assert tokenizer.chat(MESSAGES) == "one"
+    assert tokenizer.chat(MESSAGES, template="tool_use") == "two"
+    with pytest.raises(ValueError, match=r"no chat template 'rag'; .* has default, tool_use"):
+        tokenizer.chat(MESSAGES, template="rag")
+
+
+def test_tokenizers_are_saved_with_models_and_loaded(tmp_path):
+    inner = words()
+    inner.enable_padding(length=9)
+    inner.enable_truncation(2)
+    model, _ = nys.models.load(FIXTURES / "models" / "llama")
+    settings = {"pad_token": "[PAD]", "chat_template": "{{ messages[0].content }}"}
+    nys.models.save(model, tmp_path, Tokenizer(inner, settings))
+    _, again = nys.models.load(tmp_path)
+    assert again.settings == {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    assert again.encode("a b c").ids == [1, 3, 4, 5, 2]  # neither padded nor cut
+    assert again.chat(MESSAGES) == "a <b> & é"
+    # Older folders have special tokens in their own file, newer ones the template.
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "[SEP]"}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }} é", encoding="utf-8")
+    _, again = nys.models.load(tmp_path)
+    assert (again.pad_id, again.chat(MESSAGES)) == (2, "[SEP] é")
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        nys.models.load(tmp_path)
+
+
+def metadata(**changes):
+    """A byte-level vocabulary: every byte, some merges, control tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = ["l o", "lo w", "Ġ low", "1 2", "Ġ Ġ"]
+    tokens = [*letters, *(m.replace(" ", "") for m in merges), "Ġlower", "<end>", "<think>"]
+    found = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "merges": merges,
+        "token_type": [1] * (len(tokens) - 2) + [3, 4],
+        "eos_token_id": len(tokens) - 2,
+        **changes,
+    }
+    return {f"tokenizer.ggml.{k}": v for k, v in found.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["ĠĠ", "Ġlow", "'s", "Ġ12345", "ĊĊĠ", "Ġ-=", "ĠX"]),
+        ("smollm", ["ĠĠ", "Ġlow", "'s", "Ġ", *"12345", "ĊĊĠ", "Ġ-=", "ĠX"]),
+        ("llama-bpe", ["ĠĠ", "Ġlow", "'s", "Ġ", "123", "45", "ĊĊ", "Ġ", "Ġ-=", "ĠX"]),
+    ],
+)
+def test_how_text_is_split_before_it_is_merged(pre, pieces):
+    tokenizer = gguf_tokenizer(metadata(pre=pre, bos_token_id=0))
+    text = "   low's 12345\n\n  -= X"
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_byte_level_vocabularies():
+    tokenizer = gguf_tokenizer(metadata())
+    got = tokenizer.encode(" lower 12<end><think>é")
+    assert got.tokens == ["Ġlow", *"erĠ12", "<end>", "<think>", "Ã", "©"]
+    assert tokenizer.pad_id == tokenizer.token_to_id("<end>")
+    assert tokenizer.decode(got.ids) == " lower 12<think>é"  # control tokens are left out
+    whole = gguf_tokenizer(metadata(pre="llama-bpe", bos_token_id=0))
+    # Llama 3 takes words that are tokens whole, and begins a text with its own token.
+    assert whole.encode(" lower").ids == [0, whole.token_to_id("Ġlower")]
+    without = gguf_tokenizer(metadata(pre="llama-bpe", bos_token_id=0, add_bos_token=False))
+    assert without.encode(" lower").tokens == ["Ġlower"]
+    both = gguf_tokenizer(metadata(bos_token_id=0, add_bos_token=True, add_eos_token=True))
+    _, _, types = both.pairs(["low"], ["l"])
+    assert both.encode("low", "l").tokens == ["!", "low", "<end>", "!", "l", "<end>"]
+    np.testing.assert_array_equal(types, [[0, 0, 0, 1, 1, 1]])
+
+
+def test_chat_templates_of_metadata():
+    one = {"tokenizer.chat_template": "{{ eos_token }}"}
+    assert gguf_tokenizer(metadata() | one).chat(MESSAGES) == "<end>"
+    several = gguf_tokenizer(metadata() | one | {"tokenizer.chat_template.tool_use": "two"})
+    assert several.chat(MESSAGES, template="tool_use") == "two"
+    assert several.chat(MESSAGES) == "<end>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "t5"}, "the tokenizer is 't5'; wanted 'gpt2' or 'llama'"),
+        ({"pre": "tekken"}, "pre is 'tekken'; wanted one of gpt-2, smollm, llama-bpe"),
+        ({"pre": None}, r"lacks tokenizer\.ggml\.pre"),
+        ({"merges": None}, r"lacks tokenizer\.ggml\.merges"),
+        ({"merges": ["l q q"]}, "merges are not of these tokens"),
+        ({"merges": ["q q"]}, "merges are not of these tokens"),
+        ({"tokens": ["a", "a"]}, "has a token twice"),
+        ({"model": "llama"}, r"lacks tokenizer\.ggml\.scores"),
+        ({"eos_token_id": 10**6}, "eos_token_id is 1000000"),
+        ({"token_type": [1]}, r"token_type has 1 entries for \d+ tokens"),
+    ],
+)
+def test_vocabularies_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        gguf_tokenizer(metadata(**changes))
+
+
+def test_files_without_a_vocabulary_have_no_tokenizer():
+    assert gguf_tokenizer({"general.architecture": "llama"}) is None
+
+
+CASES = json.loads((FIXTURES / "sentencepiece.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=["prefix", "bare"])
+def test_tokens_are_those_of_sentencepiece(case):
+    """`tests/fixtures/make_sentencepiece.py`; bytes stand for what the vocabulary lacks."""
+    roles = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    found = {"model": "llama", **case, **roles}
+    tokenizer = gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in found.items()})
+    for text, ids in case["texts"].items():
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+    assert tokenizer.encode("a").ids[0] == 1  # begins with <s>, as nothing says otherwise
+    assert len(case["texts"]) == 8
+
+
+def test_spaces_of_a_vocabulary_that_the_user_defined():
+    """Gemma's: runs of spaces are tokens, which the file has as spaces."""
+    case = CASES[1]
+    spaces = ["  ", "   "]
+    found = {"model": "llama", "unknown_token_id": 0, "bos_token_id": 1, **case}
+    found["tokens"] = [*case["tokens"], *spaces]
+    found["scores"] = [*case["scores"], -1000.0, -1000.0]
+    found["token_type"] = [*case["token_type"], 4, 4]
+    tokenizer = gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in found.items()})
+    got = tokenizer.encode("a   b  a")
+    assert got.tokens == ["<s>", "a", "   ", "b", "  ", "a"]
+    assert tokenizer.decode(got.ids) == "a   b  a"
+    assert tokenizer.inner.get_added_tokens_decoder()[len(case["tokens"])] == AddedToken(
+        "  ", normalized=False
+    )
