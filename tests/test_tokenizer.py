@@ -148,7 +148,8 @@ def test_tokenizers_are_saved_with_models_and_loaded(tmp_path):
     settings = {"pad_token": "[PAD]", "chat_template": "{{ messages[0].content }}"}
     nys.models.save(model, tmp_path, Tokenizer(inner, settings))
     _, again = nys.models.load(tmp_path)
-    assert again.settings == {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    assert again.settings.items() >= settings.items()
+    assert again.settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert again.encode("a b c").ids == [1, 3, 4, 5, 2]  # neither padded nor cut
     assert again.chat(MESSAGES) == "a <b> & é"
     # Older folders have special tokens in their own file, newer ones the template.

@@ -173,7 +173,11 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads."""
         # The class that transformers has for no model: it takes all from tokenizer.json.
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
+        defaults = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        settings = defaults | self.settings
         files.write_text(Path(folder) / FILE, self.inner.to_str(pretty=True))
         files.write_text(Path(folder) / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
