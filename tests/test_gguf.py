@@ -64,7 +64,7 @@ def rope_factors(config):
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
-def write(path, name, kind=Kind.F32, metadata=(), tensors=()):
+def write(path, name, kind=Kind.F32, metadata=(), tensors=(), order=gguf.GGUFEndian.LITTLE):
     """A model of the fixtures as a GGUF file; `metadata` and `tensors` replace what it has."""
     source = open_folder(MODELS / name)
     config = source.config
@@ -82,7 +82,7 @@ def write(path, name, kind=Kind.F32, metadata=(), tensors=()):
     arrays = dict(converted(n, source.read(n), source) for n in source.names)
     if config["rope_parameters"]["rope_type"] == "llama3":
         arrays["rope_freqs.weight"] = rope_factors(config)
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, family, endianess=order)
     adders = {int: "uint32", str: "string", float: "float32", bool: "bool", list: "array"}
     for key, value in (fields | dict(metadata)).items():
         if value is not None:
@@ -189,6 +189,13 @@ def test_files_that_are_cut_short_or_none_of_gguf_are_refused(path):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"model\.gguf is not a sound GGUF file"):
             nys.models.load(path)
+    many = {"tokenizer.ggml.scores": [True] * 7}  # a byte each
+    whole = write(path, "llama", metadata=many).read_bytes()
+    count = whole.index(b"ggml.scores") + len(b"ggml.scores") + 8
+    assert whole[count] == 7
+    path.write_bytes(whole[: count + 4] + b"\xff" + whole[count + 5 :])  # 10¹² of them
+    with pytest.raises(ValueError, match="it ends before what it announces"):
+        nys.models.load(path)
     path.write_bytes(b"PK" + whole)
     with pytest.raises(ValueError, match="is not a sound GGUF file: GGUF magic invalid"):
         nys.models.load(path)
@@ -227,6 +234,12 @@ ONES = np.ones((16, 16), np.float32)
 def test_what_is_refused(metadata, tensors, message, path):
     write(path, "llama", metadata=metadata, tensors=tensors)
     with pytest.raises(ValueError, match=message):
+        nys.models.load(path)
+
+
+def test_the_other_byte_order_is_refused(path):
+    write(path, "llama", order=gguf.GGUFEndian.BIG)
+    with pytest.raises(ValueError, match="has the other byte order; wanted this machine's"):
         nys.models.load(path)
 
 

@@ -105,12 +105,12 @@ class Gguf(Folder):
         """
         _, tensor = self._place(name)
         value = _dequantized(tensor, self.path)
-        llama = self.config["model_type"] == "llama"
-        if llama and name.endswith(("q_proj.weight", "k_proj.weight")):
+        kind = self.config["model_type"]
+        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             # llama.cpp rotates neighbours (2i, 2i + 1), transformers the pairs (i, i + d/2).
             pairs = value.reshape(-1, self.config["head_dim"] // 2, 2, value.shape[-1])
             return pairs.swapaxes(1, 2).reshape(value.shape)
-        if not llama and name.endswith("norm.weight"):
+        if kind == "gemma" and name.endswith("norm.weight"):
             return value - 1  # the file has 1 + w
         return value
 
@@ -143,12 +143,11 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
         ValueError: .../model.gguf has general.architecture 'qwen2'; wanted one of gemma, llama
     """
     path = Path(path)
+    reader_class = _reader_class(path)
     try:
-        reader = _reader(path)
+        reader = reader_class(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except ImportError:
-        raise
     except Exception as error:  # of many classes, on a file that is cut short
         raise ValueError(f"{path} is not a sound GGUF file: {error}") from error
     architecture = metadata.get("general.architecture")
@@ -170,7 +169,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
     return Gguf(path, config, metadata, named)
 
 
-def _reader(path: Path) -> Any:
+def _reader_class(path: Path) -> Any:
     try:
         import gguf
     except ModuleNotFoundError as error:
@@ -187,7 +186,13 @@ def _reader(path: Path) -> Any:
         def data(self, mapped: np.memmap) -> None:
             self._data = mapped.view(np.ndarray)
 
-    return Reader(path)
+        def _get(self, offset: int, *args: Any, **kwargs: Any) -> np.ndarray:
+            # Past the end slices are empty, and a wrong count would be counted to its end.
+            if offset >= len(self._data):
+                raise ValueError("it ends before what it announces")
+            return super()._get(offset, *args, **kwargs)
+
+    return Reader
 
 
 def _named(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,8 +64,7 @@ def load(
 
     Returns:
         The model, which maps tokens (batch, length) and a mask to logits (`Bert` to hidden
-        states), and the
-        `nyscaled.models.Tokenizer` of `tokenizer.json` or of the GGUF file's metadata, None where
+        states), and the `Tokenizer` of `tokenizer.json` or of the GGUF file's metadata, None where
         there is none.
 
     Raises:
