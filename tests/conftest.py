@@ -1,6 +1,7 @@
 """Shape and type checks over the whole package, and a hypothesis profile that repeats itself."""
 
 import os
+from pathlib import Path
 
 # Two workers with two BLAS threads each wait for one another most of the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -13,6 +14,8 @@ from jaxtyping import install_import_hook
 install_import_hook("nyscaled", "typecheck.check")
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=10)
 hypothesis.settings.load_profile("tests")
@@ -24,3 +27,13 @@ if os.environ.get("JAX_ENABLE_X64", "0").lower() not in ("1", "true"):
     collect_ignore.append("x64")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     collect_ignore.append("multidevice")
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets compiled programs before Linux's limit of 65530 mapped regions, which is a crash."""
+    yield
+    if MAPS.exists() and MAPS.read_text().count("\n") > 30_000:
+        jax.clear_caches()
