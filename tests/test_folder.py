@@ -18,7 +18,7 @@ SHARDS = "one.safetensors", "two.safetensors"
 
 @pytest.fixture
 def folder(tmp_path):
-    write(tmp_path, {"model_type": "mine"}, {"a": A, "b": B})
+    write(tmp_path, {"model_type": "mine"}, [("a", A), ("b", B)])
     return tmp_path
 
 
@@ -50,7 +50,7 @@ def test_tensors_are_read_as_they_are(kind, request):
 
 
 def test_an_array_that_is_not_contiguous_is_written_as_it_reads(tmp_path):
-    write(tmp_path, {}, {"a": A.T})
+    write(tmp_path, {}, [("a", A.T)])
     np.testing.assert_array_equal(open_folder(tmp_path).read("a"), A.T)
 
 
@@ -62,7 +62,7 @@ def test_a_failure_leaves_the_old_folder(folder, monkeypatch):
 
     monkeypatch.setattr(files, "flush", flush)
     with pytest.raises(OSError, match="no space left"):
-        write(folder, {}, {"a": A})
+        write(folder, {}, [("a", A)])
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,35 +57,42 @@ def read_tensor(file: Any, path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{path} is not a sound safetensors file, at {name}: {error}") from error
 
 
-def write_pair(
+@contextlib.contextmanager
+def replacing(
     folder: str | os.PathLike[str],
-    tensors: tuple[str, Mapping[str, np.ndarray]],
     config: tuple[str, Mapping[str, Any]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Writes tensors and their configuration, each given with the name of its file.
+    stale: re.Pattern[str] | None = None,
+) -> Iterator[Path]:
+    """A folder aside to write tensors into, which then take the place of those in `folder`.
 
-    Each file is whole whenever it is there: both are written aside and then moved, the
+    Each file is whole whenever it is there: all are written aside and then moved, the
     configuration last, after the old one was taken away, so that it never sits by other tensors.
+    Nothing has changed if the body raises.
 
     Args:
         folder: made if missing; other files in it are left alone.
-        tensors: file name, and arrays by name.
         config: file name, and what to write as JSON.
-        metadata: of the safetensors file.
+        stale: names of files that go, as they belonged to what is replaced.
+
+    Yields:
+        The folder aside.
     """
-    folder = Path(folder)
+    folder, (name, settings) = Path(folder), config
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(value) for name, value in tensors[1].items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
-        aside = Path(name)
-        safetensors.numpy.save_file(arrays, aside / tensors[0], metadata=dict(metadata))
-        (aside / config[0]).write_text(json.dumps(config[1], indent=2) + "\n")
-        for file in (tensors[0], config[0]):
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+        aside = Path(temporary)
+        yield aside
+        new = sorted(file.name for file in aside.iterdir())
+        (aside / name).write_text(json.dumps(settings, indent=2) + "\n")
+        for file in (*new, name):
             flush(aside / file)
-        (folder / config[0]).unlink(missing_ok=True)
-        for file in (tensors[0], config[0]):
+        (folder / name).unlink(missing_ok=True)
+        for file in new:
             os.replace(aside / file, folder / file)
+        for file in folder.iterdir():
+            if stale and stale.fullmatch(file.name) and file.name not in new:
+                file.unlink()
+        os.replace(aside / name, folder / name)
         flush(folder)
 
 
@@ -96,6 +105,14 @@ def write_text(path: Path, text: str) -> None:
         flush(aside)
         os.replace(aside, path)
     flush(path.parent)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file."""
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    safetensors.numpy.save_file(arrays, path, metadata=dict(metadata))
 
 
 def flush(path: Path) -> None:

@@ -6,8 +6,10 @@ twice its size. Pickled weights (`pytorch_model.bin`) can run code and are not r
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from nyscaled.checkpoints import files
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD_SIZE = 2**30  # bytes
+
+# What `write` may have written, of whatever number of shards.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class Folder:
@@ -85,7 +91,7 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
     Example:
         >>> import numpy as np, tempfile
         >>> with tempfile.TemporaryDirectory() as path:
-        ...     write(path, {"model_type": "mine"}, {"head.weight": np.ones((2, 3), "f")})
+        ...     write(path, {"model_type": "mine"}, [("head.weight", np.ones((2, 3), "f"))])
         ...     folder = open_folder(path)
         >>> folder.config["model_type"], folder.names, folder.shape("head.weight")
         ('mine', ('head.weight',), (2, 3))
@@ -105,16 +111,58 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
 
 
 def write(
-    path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_size: int = SHARD_SIZE,
 ) -> None:
     """Writes a model folder that transformers loads; each of its files is whole or not there.
 
+    Tensors go into `model.safetensors`, or into several files with an index. They are asked for
+    one by one, and those of one file are in memory at a time.
+
     Args:
-        path: of the folder, made if missing; other files in it are left alone.
+        path: of the folder, made if missing. Earlier weights under these names are replaced, other
+            files are left alone.
         config: for `config.json`.
-        tensors: by name, for one `model.safetensors`.
+        tensors: names and values.
+        max_shard_size: bytes of tensors in one file; a larger tensor has one to itself.
+
+    Raises:
+        ValueError: on a size that is not positive.
     """
-    files.write_pair(path, (TENSORS, tensors), (CONFIG, config), {"format": "pt"})
+    if max_shard_size <= 0:
+        raise ValueError(f"max_shard_size is {max_shard_size}; wanted a positive number of bytes")
+    with files.replacing(path, (CONFIG, config), stale=_WEIGHTS) as aside:
+        held: dict[str, np.ndarray] = {}
+        shards: list[list[str]] = []
+        total = size = 0
+
+        def close() -> None:
+            files.write_tensors(aside / str(len(shards)), held, {"format": "pt"})
+            shards.append(list(held))
+            held.clear()
+
+        for name, value in tensors:
+            if held and size + value.nbytes > max_shard_size:
+                close()
+                size = 0
+            held[name] = value
+            size += value.nbytes
+            total += value.nbytes
+        close()
+        count = len(shards)
+        named = {
+            f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else TENSORS: names
+            for i, names in enumerate(shards)
+        }
+        for i, file in enumerate(named):
+            os.rename(aside / str(i), aside / file)
+        if count > 1:
+            weight_map = {name: file for file, names in named.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:

@@ -152,7 +152,8 @@ def write(
         "fan_in_fan_out": False,
     }
     metadata = {"format": "pt", **(metadata or {})}
-    files.write_pair(folder, (TENSORS, tensors), (CONFIG, config), metadata)
+    with files.replacing(folder, (CONFIG, config)) as aside:
+        files.write_tensors(aside / TENSORS, tensors, metadata)
 
 
 def read(folder: str | os.PathLike[str]) -> Saved:

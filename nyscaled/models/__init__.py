@@ -12,4 +12,5 @@ from nyscaled.models.load import load as load
 from nyscaled.models.load import save as save
 from nyscaled.models.opt import Opt as Opt
 from nyscaled.models.opt import OptConfig as OptConfig
+from nyscaled.models.sharding import shardings as shardings
 from nyscaled.models.tokenizer import Tokenizer as Tokenizer

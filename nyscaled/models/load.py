@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from nyscaled.checkpoints import hub
-from nyscaled.checkpoints.folder import CONFIG, Folder, open_folder, write
+from nyscaled.checkpoints.folder import CONFIG, SHARD_SIZE, Folder, open_folder, write
 from nyscaled.checkpoints.gguf import SUFFIX, Gguf, open_gguf
 from nyscaled.models import bert
 from nyscaled.models.bert import Bert, BertClassifier, BertConfig
@@ -23,6 +23,8 @@ from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.llama import Llama, LlamaConfig
 from nyscaled.models.names import HEADS, Place, places
 from nyscaled.models.opt import Opt, OptConfig
+from nyscaled.models.sharding import require_mesh, shardings
+from nyscaled.models.tensors import read, tensors
 from nyscaled.models.tokenizer import Tokenizer, open_tokenizer
 from nyscaled.models.vocabulary import gguf_tokenizer
 
@@ -41,6 +43,7 @@ def load(
     dtype: Any = jnp.float32,
     compute_dtype: Any = None,
     remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
     """Reads a language model (LLaMA, Gemma 1, OPT, BERT) and its tokenizer.
 
@@ -49,8 +52,8 @@ def load(
     of masked words, and `cls.seq_relationship.*`, of the next sentence); heads of other tasks are
     refused, as every tensor without a parameter is.
 
-    Parameters are filled one by one from the mapped files, so that a stack or two of layers is
-    all that is needed beside the model's own size.
+    Each tensor goes from the mapped file to its place on the devices before the next is read, so
+    that one tensor is all that memory holds beside the model.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or shards with their index; a GGUF
@@ -61,6 +64,7 @@ def load(
         dtype: of the parameters, whatever the file's.
         compute_dtype: of activations; `dtype` if None.
         remat: whether layers are computed anew in the backward pass, to save memory.
+        mesh: to split parameters over, as `shardings` says; None for the default device.
 
     Returns:
         The model, which maps tokens (batch, length) and a mask to logits (`Bert` to hidden
@@ -70,11 +74,11 @@ def load(
     Raises:
         ValueError: on an unknown architecture, an unsupported setting, a broken file (the
             tokenizer's too), a parameter without its tensor or with one of another shape, or a
-            tensor that belongs to no parameter.
+            tensor that belongs to no parameter; on a mesh that `shardings` refuses.
         ImportError: if a package is missing that the tokenizer, the hub or the GGUF file needs.
 
     Example:
-        >>> import tempfile
+        >>> import jax, tempfile
         >>> from nyscaled.models import Llama, LlamaConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
@@ -87,6 +91,8 @@ def load(
         >>> bool(jnp.all(again.lm_head.kernel[...] == model.lm_head.kernel[...]))
         True
     """
+    if mesh is not None:
+        require_mesh(mesh)
     source = _opened(folder, revision)
     kind = source.config.get("model_type")
     if kind not in FAMILIES:
@@ -107,39 +113,54 @@ def load(
     abstract = nnx.eval_shape(lambda: make(config, numerics=numerics, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     table = _matched(source, places(state, abstract.prefix), config)
+    layout = dict.fromkeys(table)
+    if mesh is not None:
+        layout = {p: v.get_value() for p, v in nnx.to_flat_state(shardings(state, mesh))}
     flat = [
-        (path, variable.replace(_filled(source, table[path], variable)))
+        (path, variable.replace(read(source, table[path], variable, layout[path])))
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
 
 
-def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
+def save(
+    model: Any,
+    folder: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_size: int = SHARD_SIZE,
+) -> None:
     """Writes a model as a folder that `load` and transformers read, in the dtype it has.
+
+    The tensors of one file are in the host's memory at a time, gathered from the mesh one by one
+    if the model lies on one. Weights that the folder had are replaced at the end, all at once:
+    until then it is what it was.
 
     Args:
         model: as `load` returned it, or with trained parameters; adapters merged and removed.
         folder: made if missing; other files in it are left alone.
         tokenizer: written along, with its chat template, so that transformers reads it too.
+        max_shard_size: bytes of a file of weights, beyond which there are several and an index; a
+            larger tensor has a file to itself.
 
     Raises:
         ValueError: if the model is none of this package, or has variables beside its own
-            parameters, such as adapters.
+            parameters, such as adapters, or on a size that is not positive.
     """
     known = [*(model_class for _, model_class in FAMILIES.values()), BertClassifier]
     if type(model) not in known:
         names = ", ".join(k.__name__ for k in known)
         raise ValueError(f"model is a {type(model).__name__}; wanted one of {names}")
     state = nnx.state(model)
-    table, tensors = places(state, model.prefix), {}
-    for path, variable in nnx.to_flat_state(state):
-        place, value = table[path], np.asarray(jax.device_get(variable[...]))
-        pieces = value if place.stacked else value[None]
-        for name, piece in zip(place.names, pieces, strict=True):
-            tensors[name] = piece.T if place.transposed else piece
+    table = places(state, model.prefix)
+    named = (
+        pair
+        for path, variable in nnx.to_flat_state(state)
+        for pair in tensors(variable[...], table[path])
+    )
     dtype = jnp.dtype(model.numerics.dtype).name
     config = {"architectures": [model.architecture], **model.config.to_json()}
-    write(folder, {**config, "torch_dtype": dtype}, tensors)
+    write(folder, {**config, "torch_dtype": dtype}, named, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -199,14 +220,3 @@ def _require_none(what: str, source: Folder, names: set[str]) -> None:
     if names:
         first = ", ".join(sorted(names)[:8])
         raise ValueError(f"{source.path} {what} {first}{' …' if len(names) > 8 else ''}")
-
-
-def _filled(source: Folder, place: Place, variable: Any) -> jax.Array:
-    """The parameter, read from its tensors."""
-    value = np.empty(variable.shape, variable.dtype)
-    for i, name in enumerate(place.names):
-        tensor = source.read(name)
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(f"{source.path} has {name} in {tensor.dtype}; wanted floating weights")
-        (value[i] if place.stacked else value)[...] = tensor.T if place.transposed else tensor
-    return jnp.asarray(value)

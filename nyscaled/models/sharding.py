@@ -1,0 +1,89 @@
+"""How a model's parameters lie on a mesh with the axes "fsdp" and "tensor"."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+FSDP, TENSOR = "fsdp", "tensor"
+
+# Kernels (in, out) whose input an earlier layer left split by "tensor". BERT calls both of them
+# `output.dense`.
+_ROWS = re.compile(r"(.*\.)?(o_proj|out_proj|down_proj|fc2|output\.dense)\.kernel")
+
+
+def shardings(model: Any, mesh: Mesh) -> Any:
+    """The sharding of each parameter, by the names of its modules.
+
+    "tensor" splits the heads and the insides of MLPs (Shoeybi et al., 2019): the outputs of
+    `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`, `fc1` and whatever else comes first, the
+    inputs of `o_proj`, `out_proj`, `down_proj`, `fc2`, and the tokens of embeddings and the head.
+    "fsdp" splits the other side, and is meant for the batch too, so that each layer is gathered
+    when it is its turn (Rajbhandari et al., 2020). The axis of stacked layers is never split. An
+    axis that the mesh's does not divide stays whole, and so do norms, biases and whatever is not
+    the model's own: adapters have a rule of their own, as `nys.lora.apply` lays their factors as
+    it finds their kernels.
+
+    Args:
+        model: a model of this package, or its state; either may be abstract.
+        mesh: with one or both of the axes; others are not used.
+
+    Returns:
+        The model's state with a `NamedSharding` for each value, as `jax.device_put` and `jax.jit`
+        take it.
+
+    Raises:
+        ValueError: if the mesh has neither axis, or axes that are not of type Auto.
+
+    Example:
+        >>> import jax
+        >>> from nyscaled.models import Llama, LlamaConfig
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+        >>> config = LlamaConfig(**sizes, **heads)
+        >>> model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+        >>> axes = (jax.sharding.AxisType.Auto,) * 2
+        >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), axis_types=axes)
+        >>> found = shardings(model, mesh)
+        >>> tuple(found.layers.mlp.down_proj.kernel.get_value().spec)
+        (None, 'tensor', 'fsdp')
+    """
+    require_mesh(mesh)
+    state = model if isinstance(model, nnx.State) else nnx.state(model)
+    flat = [
+        (path, variable.replace(NamedSharding(mesh, _spec(path, variable.shape, mesh))))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def require_mesh(mesh: Mesh) -> None:
+    """Raises ValueError unless the mesh has an axis to split by, and all are left to the compiler."""
+    if not {FSDP, TENSOR} & set(mesh.axis_names):
+        raise ValueError(f"mesh has the axes {mesh.axis_names}; wanted {FSDP!r} or {TENSOR!r}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh has axes of types {mesh.axis_types}; wanted Auto ones: "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 2)"
+        )
+
+
+def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The axes of the mesh for the last two of a parameter's."""
+    name = ".".join(map(str, path))
+    if path[-1] == "embedding" or _ROWS.fullmatch(name):
+        wanted = TENSOR, FSDP
+    elif path[-1] == "kernel":
+        wanted = FSDP, TENSOR
+    else:
+        return PartitionSpec(*(None for _ in shape))
+    axes = (*(None for _ in shape[2:]), *wanted)
+    return PartitionSpec(
+        *(
+            axis if axis in mesh.shape and length % mesh.shape[axis] == 0 else None
+            for axis, length in zip(axes, shape, strict=True)
+        )
+    )
