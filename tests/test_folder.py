@@ -105,3 +105,51 @@ def test_an_index_that_leaves_the_folder_or_lies_is_refused(weight_map, message,
     index(sharded, weight_map)
     with pytest.raises(ValueError, match=message):
         open_folder(sharded)
+
+
+def files_of(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_large_models_are_written_in_shards_that_replace_what_was_there(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    tensors = {"a": A, "b": B, "c": A + 1, "d": A + 2}
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    # 24 bytes each, and b 10: a file takes a and b, or one of the others.
+    write(folder, {}, tensors.items(), max_shard_size=34)
+    assert files_of(folder) == sorted([CONFIG, INDEX, "tokenizer.json", *names])
+    index = json.loads((folder / INDEX).read_text())
+    assert index["metadata"] == {"total_size": 82}
+    assert [list(safetensors.numpy.load_file(folder / n)) for n in names] == [
+        ["a", "b"],
+        ["c"],
+        ["d"],
+    ]
+    opened = open_folder(folder)
+    assert opened.names == ("a", "b", "c", "d")
+    for name, wanted in tensors.items():
+        np.testing.assert_array_equal(opened.read(name), wanted)
+    write(folder, {}, tensors.items(), max_shard_size=1)  # a file each
+    assert len(files_of(folder)) == 7
+    assert open_folder(folder).names == ("a", "b", "c", "d")
+    write(folder, {}, [("a", B)])
+    assert files_of(folder) == [CONFIG, TENSORS, "tokenizer.json"]
+    np.testing.assert_array_equal(open_folder(folder).read("a"), B)
+    with pytest.raises(ValueError, match="max_shard_size is 0; wanted a positive"):
+        write(folder, {}, [("a", A)], max_shard_size=0)
+
+
+def test_tensors_are_asked_for_as_their_shard_is_written(tmp_path):
+    """No shard is begun before the one in front is on the disk, and a failure leaves no trace."""
+
+    def tensors():
+        for i in range(4):
+            (aside,) = tmp_path.iterdir()
+            # The third is taken while the second is still in memory.
+            assert len(list(aside.iterdir())) == max(0, i - 1)
+            yield str(i), A
+        raise OSError("lost")
+
+    with pytest.raises(OSError, match="lost"):
+        write(tmp_path, {}, tensors(), max_shard_size=A.nbytes)
+    assert not files_of(tmp_path)

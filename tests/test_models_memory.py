@@ -1,0 +1,81 @@
+"""Peak memory of reading and writing a model of 112 MB, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nyscaled.checkpoints.folder import write
+
+MB = 2**20
+LAYERS, WIDTH, INNER = 16, 256, 2048
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+# What belongs to no tensor: programs, allocators.
+ALLOWANCE = 16 * MB
+
+SCRIPT = """
+import json, resource, sys
+import nyscaled as nys
+small, large, out = sys.argv[1:]
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+nys.models.save(nys.models.load(small)[0], out)  # what the first use of anything takes
+before = peak()
+model, _ = nys.models.load(large)
+loaded = peak()
+nys.models.save(model, out, max_shard_size=8 * 2**20)
+print(json.dumps([loaded - before, peak() - loaded]))
+"""
+
+
+def tensors(layers, width, inner):
+    heads, ones = CONFIG["num_attention_heads"] * CONFIG["head_dim"], np.ones(width, np.float16)
+    yield "model.embed_tokens.weight", np.ones((CONFIG["vocab_size"], width), np.float16)
+    yield "model.norm.weight", ones
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        for name in ("q", "k", "v"):
+            yield f"{layer}self_attn.{name}_proj.weight", np.ones((heads, width), np.float16)
+        yield f"{layer}self_attn.o_proj.weight", np.ones((width, heads), np.float16)
+        for name in ("gate", "up"):
+            yield f"{layer}mlp.{name}_proj.weight", np.ones((inner, width), np.float16)
+        yield f"{layer}mlp.down_proj.weight", np.ones((width, inner), np.float16)
+        for name in ("input", "post_attention"):
+            yield f"{layer}{name}_layernorm.weight", ones
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in Linux's unit")
+def test_peak_is_the_model_and_one_tensor(tmp_path):
+    small = CONFIG | {"num_hidden_layers": 1, "intermediate_size": 8}
+    write(tmp_path / "small", small, tensors(1, WIDTH, 8))
+    write(tmp_path / "large", CONFIG, tensors(LAYERS, WIDTH, INNER))
+    file = sum(p.stat().st_size for p in (tmp_path / "large").iterdir())
+    model = 2 * file  # float32 of float16
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        *(str(tmp_path / p) for p in ("small", "large", "out")),
+    ]
+    threads = {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    assert done.returncode == 0, done.stderr
+    loaded, saved = json.loads(done.stdout)
+    largest = 4 * CONFIG["vocab_size"] * WIDTH
+    # The file's pages count as they are mapped, though the system may take them back.
+    assert 0.9 * model < loaded < model + file + largest + ALLOWANCE
+    assert saved < 8 * MB + 2 * largest + ALLOWANCE
