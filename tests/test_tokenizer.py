@@ -232,6 +232,7 @@ def test_chat_templates_of_metadata():
         ({"tokens": ["a", "a"]}, "has a token twice"),
         ({"model": "llama"}, r"lacks tokenizer\.ggml\.scores"),
         ({"eos_token_id": 10**6}, "eos_token_id is 1000000"),
+        ({"add_bos_token": True}, r"lacks tokenizer\.ggml\.bos_token_id"),
         ({"token_type": [1]}, r"token_type has 1 entries for \d+ tokens"),
     ],
 )

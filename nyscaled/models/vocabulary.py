@@ -57,6 +57,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
             raise ValueError(
                 f"{_PREFIX}{key} has {len(found[key])} entries for {len(tokens)} tokens"
             )
+    types = found.get("token_type", [_NORMAL] * len(tokens))
     roles = {}
     for key, role in _ROLES.items():
         i = found.get(f"{key}_token_id")
@@ -68,16 +69,17 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
         inner, bos = _byte_level(found, vocabulary)
     else:
         inner, bos = _sentence_piece(found, vocabulary, roles.get("unk_token"))
-    for i, kind_of_token in enumerate(found.get("token_type", ())):
-        if kind_of_token in (_CONTROL, _USER_DEFINED):
-            special = kind_of_token == _CONTROL
-            token = tokenizers.AddedToken(tokens[i], special=special, normalized=False)
-            (inner.add_special_tokens if special else inner.add_tokens)([token])
-    ends = [
-        roles[f"{role}_token"] if found.get(f"add_{role}_token", default) else None
-        for role, default in (("bos", bos), ("eos", False))
-    ]
-    _add_ends(inner, *ends)
+    # Both kinds are found whole in a text; only control tokens are left out of a decoded one.
+    for wanted, add in ((_CONTROL, inner.add_special_tokens), (_USER_DEFINED, inner.add_tokens)):
+        whole = [t for t, is_of in zip(tokens, types, strict=True) if is_of == wanted]
+        special = wanted == _CONTROL
+        add([tokenizers.AddedToken(t, special=special, normalized=False) for t in whole])
+    ends = {}
+    for role, default in (("bos", bos), ("eos", False)):
+        if found.get(f"add_{role}_token", default):
+            _required(found, f"{role}_token_id")
+            ends[role] = roles[f"{role}_token"]
+    _add_ends(inner, **ends)
     return Tokenizer(inner, roles | _templates(metadata))
 
 
@@ -112,7 +114,7 @@ def _sentence_piece(
     """SentencePiece's BPE, which always merges the pair whose union has the best score."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores, types = _required(found, "scores"), _required(found, "token_type")
+    scores, types = (_required(found, key) for key in ("scores", "token_type"))
     merges = []
     for token, i in vocabulary.items():
         if types[i] not in (_NORMAL, _USER_DEFINED):
@@ -134,7 +136,7 @@ def _sentence_piece(
     return inner, True
 
 
-def _add_ends(inner: Any, bos: str | None, eos: str | None) -> None:
+def _add_ends(inner: Any, bos: str | None = None, eos: str | None = None) -> None:
     """Puts tokens around each text."""
     from tokenizers.processors import TemplateProcessing
 
