@@ -12,7 +12,11 @@ _GATED = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
 # Where the layers are in transformers' model with its head, the linear layers in each, and others
 # by the ends of their paths.
 _FAMILIES = {
-    "opt": ("model.decoder.layers", r"self_attn\.(?:[qkv]|out)_proj|fc[12]", {}),
+    "opt": (
+        "model.decoder.layers",
+        r"self_attn\.(?:[qkv]|out)_proj|fc[12]",
+        {f"project_{way}": f"model.decoder.project_{way}" for way in ("in", "out")},
+    ),
     "llama": ("model.layers", _GATED, {}),
     "gemma": ("model.layers", _GATED, {}),
     "bert": (
