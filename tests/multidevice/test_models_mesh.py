@@ -1,0 +1,122 @@
+"""Models that are read straight onto a mesh: the logits, steps and files of one device."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import nyscaled as nys
+
+MODELS = Path(__file__).parent.parent / "fixtures" / "models"
+BOTH, FSDP, TENSOR = (("fsdp", 4), ("tensor", 2)), (("fsdp", 8),), (("tensor", 8),)
+CASES = [("llama", BOTH), ("gemma", TENSOR), ("opt", FSDP), ("bert_encoder", BOTH)]
+
+
+def make_mesh(axes, kind=AxisType.Auto):
+    names, sizes = zip(*axes, strict=True)
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(axes))
+
+
+@functools.cache
+def loaded(name, axes):
+    """The model on a mesh, or on one device."""
+    return nys.models.load(MODELS / name, mesh=axes and make_mesh(axes))[0]
+
+
+def batch(name, axes=None):
+    """Eight rows of tokens, their mask and what else a model takes; then transformers' output."""
+    saved = safetensors.numpy.load_file(MODELS / name / "expected.safetensors")
+    rows = {key: value[np.arange(8) % len(value)] for key, value in saved.items()}
+    inputs = [rows["tokens"], rows["mask"] > 0, *(rows[k] for k in rows if k == "types")]
+    if axes is not None:
+        spec = P("fsdp") if "fsdp" in dict(axes) else P()
+        inputs = jax.device_put(inputs, NamedSharding(make_mesh(axes), spec))
+    return inputs, rows["hidden" if "hidden" in rows else "logits"]
+
+
+def state(model):
+    return dict(nnx.to_flat_state(nnx.state(model)))
+
+
+@pytest.mark.parametrize(("name", "axes"), CASES)
+def test_logits_are_those_of_transformers(name, axes):
+    model = loaded(name, axes)
+    for path, value in state(model).items():
+        held = {shard.data.nbytes for shard in value[...].addressable_shards}
+        parts = 8 if path[-1] in ("kernel", "embedding") else 1
+        assert held == {value[...].nbytes // parts}, path
+    inputs, wanted = batch(name, axes)
+    compiled = jax.jit(lambda m, *x: m(*x)).lower(model, *inputs).compile()
+    got, seen = compiled(model, *inputs), np.asarray(inputs[1])
+    np.testing.assert_allclose(np.asarray(got)[seen], wanted[seen], atol=2e-5, rtol=0)
+    whole = sum(v[...].nbytes for v in state(model).values())
+    assert compiled.memory_analysis().argument_size_in_bytes < whole / 4
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train(graphdef, params, rest, tokens, mask):
+    """Gradient descent on the adapters."""
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params, rest, copy=True)(tokens, mask)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+        return jnp.mean(each, where=mask[:, 1:])
+
+    def step(params, _):
+        value, grads = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - 0.3 * g, params, grads), value
+
+    return jax.lax.scan(step, params, length=4)
+
+
+def test_steps_on_adapters_are_those_of_one_device():
+    found = {}
+    for axes in (None, BOTH):
+        model = nnx.clone(loaded("llama", axes))
+        nys.lora.apply(model, 2, 4, targets=".*[qv]_proj", key=jax.random.key(0), scale=1.0)
+        a = model.layers.self_attn.q_proj.adapters["default"].lora_a[...]
+        assert a.addressable_shards[0].data.nbytes * (4 if axes else 1) == a.nbytes
+        _, found[axes] = train(*nnx.split(model, nnx.LoRAParam, ...), *batch("llama", axes)[0])
+    assert found[None][-1] < found[None][0] - 1e-3
+    np.testing.assert_allclose(found[BOTH], found[None], rtol=1e-5)
+
+
+def test_files_from_a_mesh_are_those_from_one_device(tmp_path):
+    for folder, axes in (("one", None), ("mesh", BOTH)):
+        nys.models.save(loaded("llama", axes), tmp_path / folder, max_shard_size=4096)
+    one, mesh = (
+        {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()}
+        for folder in ("one", "mesh")
+    )
+    assert len(one) > 4
+    assert one == mesh
+
+
+def test_what_the_mesh_does_not_divide_stays_whole():
+    model = loaded("llama", None)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:6]).reshape(2, 3), ("fsdp", "tensor"))
+    found = nys.models.shardings(model, mesh)
+    specs = {
+        path[-2]: tuple(sharding.get_value().spec) for path, sharding in nnx.to_flat_state(found)
+    }
+    assert specs["q_proj"] == (None, "fsdp", None)  # (3 layers, 16, 16)
+    assert specs["up_proj"] == (None, "fsdp", "tensor")  # (3, 16, 24)
+    assert specs["down_proj"] == (None, "tensor", "fsdp")
+    assert specs["embed_tokens"] == (None, "fsdp")  # (32, 16)
+    assert specs["norm"] == (None,)
+
+
+def test_meshes_that_are_refused():
+    explicit = make_mesh(BOTH, AxisType.Explicit)
+    with pytest.raises(ValueError, match="wanted Auto ones"):
+        nys.models.load(MODELS / "llama", mesh=explicit)
+    with pytest.raises(ValueError, match=r"has the axes \('rows',\); wanted 'fsdp' or 'tensor'"):
+        nys.models.load(MODELS / "llama", mesh=make_mesh((("rows", 8),)))
