@@ -191,8 +191,8 @@ def trained(tmp_path_factory):
     np.testing.assert_allclose(np.std(model.bert.pooler.dense.kernel[...]), 0.02, rtol=0.2)
     np.testing.assert_allclose(np.std(model.classifier.kernel[...]), 0.02, rtol=0.4)
     assert not model.classifier.bias[...].any()
-    nys.lora.apply(model, 2, targets=".*(query|value)", key=jax.random.key(0))
-    optimizer = nnx.Optimizer(model, nys.nora_plus(optax.adamw(1e-2)), wrt=TRAINED)
+    nys.lora.apply(model, 2, targets=".*query", key=jax.random.key(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=TRAINED)
     losses = [float(step(model, optimizer, inputs, jnp.array([0, 1, 0]))) for _ in range(10)]
     assert losses[-1] < 0.9 * losses[0]
     saving = {"base_model": "tiny", "names": "bert", "task_type": "SEQ_CLS"}
@@ -209,10 +209,9 @@ def test_a_trained_head_goes_with_its_adapter(trained):
     model, folder = trained
     inputs, _ = expected("bert_encoder")
     again = fresh(1)
-    before = call(again, *inputs)
+    assert (again.classifier.kernel[...] != model.classifier.kernel[...]).all()
     nys.lora.load_peft(again, folder, names="bert")
     wanted = call(model, *inputs)
-    assert np.abs(wanted - before).max() > 1e-2
     np.testing.assert_allclose(call(again, *inputs), wanted, atol=2e-5)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
