@@ -6,6 +6,7 @@ from nyscaled.models.bert import BertConfig as BertConfig
 from nyscaled.models.bert import sentence_vectors as sentence_vectors
 from nyscaled.models.gemma import Gemma as Gemma
 from nyscaled.models.gemma import GemmaConfig as GemmaConfig
+from nyscaled.models.generate import generate as generate
 from nyscaled.models.llama import Llama as Llama
 from nyscaled.models.llama import LlamaConfig as LlamaConfig
 from nyscaled.models.load import load as load

@@ -138,12 +138,27 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
 
 
-def run(layers: Any, x: Array, *shared: Any, remat: bool) -> Array:
-    """`x = layer(x, *shared)` through a stack, compiled once whatever its depth."""
+def scan(
+    step: Callable[..., tuple[Array, Any]],
+    x: Array,
+    layers: Any,
+    inputs: Any,
+    *shared: Any,
+    remat: bool,
+) -> tuple[Array, Any]:
+    """`x, output = step(x, layer, input, *shared)` through a stack, compiled once whatever its depth.
 
-    def step(x: Array, layer: Any, *shared: Any) -> Array:
-        return layer(x, *shared)
-
-    axes = (nnx.Carry, 0, *(None for _ in shared))
+    Inputs and outputs have the axis of the layers in front; None if there are none.
+    """
+    axes = (nnx.Carry, 0, 0, *(None for _ in shared))
     body = nnx.remat(step) if remat else step
-    return nnx.scan(body, in_axes=axes, out_axes=nnx.Carry)(x, layers, *shared)
+    return nnx.scan(body, in_axes=axes, out_axes=(nnx.Carry, 0))(x, layers, inputs, *shared)
+
+
+def run(layers: Any, x: Array, *shared: Any, remat: bool) -> Array:
+    """`x = layer(x, *shared)` through a stack."""
+
+    def step(x: Array, layer: Any, _: None, *shared: Any) -> tuple[Array, None]:
+        return layer(x, *shared), None
+
+    return scan(step, x, layers, None, *shared, remat=remat)[0]

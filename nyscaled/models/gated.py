@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Numerics, Rotation
+from nyscaled.models.cache import Cache, Kept, Past, attend, run
 from nyscaled.models.config import Config, sound
 
 
@@ -100,13 +101,15 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
+        mask: Bool[Array, "batch slots"] | None,
+        past: Past | None,
         by: Rotation,
-        mask: Bool[Array, "batch length"] | None,
-    ) -> Float[Array, "batch length width"]:
+    ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
         query, key = blocks.rotate(query, by), blocks.rotate(key, by)
-        return self.o_proj(blocks.attend(query, key, value, mask))
+        out, kept = attend(query, key, value, mask, past)
+        return self.o_proj(out), kept
 
 
 class GatedMLP(nnx.Module):
@@ -144,11 +147,13 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
+        mask: Bool[Array, "batch slots"] | None,
+        past: Past | None,
         by: Rotation,
-        mask: Bool[Array, "batch length"] | None,
-    ) -> Float[Array, "batch length width"]:
-        x = x + self.self_attn(self.input_layernorm(x), by, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    ) -> tuple[Float[Array, "batch length width"], Kept | None]:
+        attended, kept = self.self_attn(self.input_layernorm(x), mask, past, by)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
 
 
 class GatedDecoder(nnx.Module):
@@ -165,6 +170,7 @@ class GatedDecoder(nnx.Module):
 
     architecture: ClassVar[str]
     prefix: ClassVar[str] = "model."
+    max_length: ClassVar[None] = None  # rotations have no end
     norm_offset: ClassVar[float]
     scaled_embedding: ClassVar[bool]
     activation: ClassVar[Callable[[Array], Array]]  # f of the MLP
@@ -196,6 +202,22 @@ class GatedDecoder(nnx.Module):
             mask: True where there is a token and False where there is padding, on either side;
                 None for no padding. Logits at padding have no meaning.
         """
+        return self.logits(self.hidden(tokens, mask)[0])
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "batch length width"], Cache | None]:
+        """What the head reads, and the cache with these tokens.
+
+        Args:
+            tokens: as in a call; with a cache, those that follow the ones in it.
+            mask: as in a call.
+            cache: of `new_cache` or an earlier call, with room for the tokens (which is not
+                checked where its length is traced).
+        """
         config = self.config
         x = self.embed_tokens(tokens)
         if self.scaled_embedding:
@@ -203,6 +225,20 @@ class GatedDecoder(nnx.Module):
         frequencies = blocks.inverse_frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling
         )
-        by = blocks.rotation(jnp.arange(tokens.shape[1]), frequencies)
-        x = self.norm(blocks.run(self.layers, x, by, mask, remat=self.numerics.remat))
-        return self.embed_tokens.attend(x) if config.tie_word_embeddings else self.lm_head(x)
+        # Only differences of positions matter, so that padding may be counted.
+        start = 0 if cache is None else cache.length
+        by = blocks.rotation(start + jnp.arange(tokens.shape[1]), frequencies)
+        x, cache = run(self.layers, x, mask, cache, by, remat=self.numerics.remat)
+        return self.norm(x), cache
+
+    def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
+        """The head."""
+        tied = self.config.tie_word_embeddings
+        return self.embed_tokens.attend(x) if tied else self.lm_head(x)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache with room for `capacity` tokens in each row, in the compute dtype."""
+        config = self.config
+        heads = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, batch, capacity, *heads)
+        return Cache.empty(shape, self.numerics.dtypes["dtype"])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Numerics
+from nyscaled.models.cache import Cache, Kept, Past, attend, run
 from nyscaled.models.config import Config
 
 EPS = 1e-5
@@ -82,11 +83,15 @@ class Attention(nnx.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
 
     def __call__(
-        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
-    ) -> Float[Array, "batch length width"]:
+        self,
+        x: Float[Array, "batch length width"],
+        mask: Bool[Array, "batch slots"] | None,
+        past: Past | None,
+    ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
-        return self.out_proj(blocks.attend(query, key, value, mask))
+        out, kept = attend(query, key, value, mask, past)
+        return self.out_proj(out), kept
 
 
 class Layer(nnx.Module):
@@ -101,13 +106,18 @@ class Layer(nnx.Module):
         self.norm_first = config.do_layer_norm_before
 
     def __call__(
-        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
-    ) -> Float[Array, "batch length width"]:
+        self,
+        x: Float[Array, "batch length width"],
+        mask: Bool[Array, "batch slots"] | None,
+        past: Past | None,
+    ) -> tuple[Float[Array, "batch length width"], Kept | None]:
+        before = self.self_attn_layer_norm(x) if self.norm_first else x
+        attended, kept = self.self_attn(before, mask, past)
+        x = x + attended
         if self.norm_first:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
-            return x + self._mlp(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x, mask))
-        return self.final_layer_norm(x + self._mlp(x))
+            return x + self._mlp(self.final_layer_norm(x)), kept
+        x = self.self_attn_layer_norm(x)
+        return self.final_layer_norm(x + self._mlp(x)), kept
 
     def _mlp(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         return self.fc2(jax.nn.relu(self.fc1(x)))
@@ -166,22 +176,57 @@ class Opt(nnx.Module):
         Raises:
             ValueError: if the input is longer than the table of positions.
         """
-        config, length = self.config, tokens.shape[1]
-        if length > config.max_position_embeddings:
+        if tokens.shape[1] > self.max_length:
             raise ValueError(
-                f"tokens have length {length}; wanted at most {config.max_position_embeddings}, "
-                "the positions that the model knows"
+                f"tokens have length {tokens.shape[1]}; wanted at most {self.max_length}, the "
+                "positions that the model knows"
             )
+        return self.logits(self.hidden(tokens, mask)[0])
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "batch length width"], Cache | None]:
+        """What the head reads, and the cache with these tokens.
+
+        Args:
+            tokens: as in a call; with a cache, those that follow the ones in it. Beyond the
+                table of positions they give NaN.
+            mask: as in a call.
+            cache: of `new_cache` or an earlier call, with room for the tokens (which is not
+                checked where its length is traced).
+        """
+        config = self.config
         seen = jnp.ones_like(tokens) if mask is None else mask.astype(tokens.dtype)
-        positions = jnp.cumsum(seen, axis=1) * seen - 1 + OFFSET
+        count = jnp.cumsum(seen, axis=1)
+        if cache is not None:
+            count = count + jnp.sum(cache.mask, axis=1, keepdims=True, dtype=tokens.dtype)
         x = self.embed_tokens(tokens)
-        projected = config.word_embed_proj_dim != config.hidden_size
-        if projected:
+        if self._projected:
             x = self.project_in(x)
-        x = x + self.embed_positions(positions)
-        x = blocks.run(self.layers, x, mask, remat=self.numerics.remat)
+        x = x + self.embed_positions(count * seen - 1 + OFFSET)
+        x, cache = run(self.layers, x, mask, cache, remat=self.numerics.remat)
         if config.do_layer_norm_before:
             x = self.final_layer_norm(x)
-        if projected:
-            x = self.project_out(x)
-        return self.embed_tokens.attend(x)
+        return x, cache
+
+    def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
+        """The head."""
+        return self.embed_tokens.attend(self.project_out(x) if self._projected else x)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache with room for `capacity` tokens in each row, in the compute dtype."""
+        config, heads = self.config, self.config.num_attention_heads
+        shape = (config.num_hidden_layers, batch, capacity, heads, config.hidden_size // heads)
+        return Cache.empty(shape, self.numerics.dtypes["dtype"])
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row may have."""
+        return self.config.max_position_embeddings
+
+    @property
+    def _projected(self) -> bool:
+        return self.config.word_embed_proj_dim != self.config.hidden_size

@@ -1,0 +1,234 @@
+"""Text continued token by token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+# Lengths are rounded up to powers of two from here on, so that few programs are compiled.
+SHORTEST = 16
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn; numbers are traced, so that others need no new program."""
+
+    key: Key[Array, ""]
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""] | None
+    top_p: Float[Array, ""] | None
+
+
+def generate(
+    model: Any,
+    tokens: Any,
+    mask: Any = None,
+    *,
+    max_new_tokens: int,
+    stop_tokens: int | Sequence[int] | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: Key[Array, ""] | None = None,
+    pad_token: int | None = None,
+) -> Int[np.ndarray, "batch max_new_tokens"]:
+    """Continues each row of tokens, with the most probable token or with drawn ones.
+
+    All of it is one compiled program, which ends when every row has met a stop token. It is
+    compiled anew only for another batch size or when a length passes a power of two. Keys and
+    values of past tokens are kept in the compute dtype.
+
+    Args:
+        model: a causal language model, adapters and all.
+        tokens: ids, (batch, length).
+        mask: True where there is a token, (batch, length); padding on the left only. None for no
+            padding.
+        max_new_tokens: how many are generated at most.
+        stop_tokens: those that end a row; the configuration's `eos_token_id` if None.
+        temperature: that the logits are divided by before a token is drawn; None or 0 for the
+            most probable token.
+        top_k: draws from the k most probable tokens only.
+        top_p: draws from the most probable tokens whose probabilities add up to p only, after
+            `temperature` and `top_k`.
+        key: for drawing. What a row gets does not depend on the rows beside it.
+        pad_token: follows a row's stop token; by default the configuration's `pad_token_id`, or
+            else the first stop token.
+
+    Returns:
+        The new tokens of each row, int32: up to and with its stop token, then `pad_token`.
+        `[tokenizer.decode(row) for row in …]` is text where both are special tokens.
+
+    Raises:
+        ValueError: on ids outside the vocabulary, padding that is not on the left, a row without
+            tokens, more tokens than the model has positions for, numbers out of range, a
+            temperature without a key, or top_k, top_p or a key without a temperature.
+
+    Example:
+        >>> from nyscaled.models import Llama, LlamaConfig
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+        >>> config = LlamaConfig(**sizes, **heads, eos_token_id=2)
+        >>> graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+        >>> model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.ones(x.shape), state))
+        >>> generate(model, [[5, 7, 1]], max_new_tokens=4).shape
+        (1, 4)
+    """
+    config = model.config
+    tokens, mask = _prompt(tokens, mask, config.vocab_size)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; wanted at least 1")
+    most, longest = int(mask.sum(1).max()) + max_new_tokens, model.max_length
+    if longest is not None and most > longest:
+        raise ValueError(
+            f"the longest prompt and max_new_tokens are {most} tokens; wanted at most {longest}, "
+            "the positions that the model knows"
+        )
+    stops = _stops(config.eos_token_id if stop_tokens is None else stop_tokens)
+    if pad_token is None:
+        pad_token = config.pad_token_id
+    if pad_token is None:
+        pad_token = int(stops[0]) if stops.size else 0
+    sampling = _sampling(temperature, top_k, top_p, key, config.vocab_size)
+    left = ((0, 0), (_rounded(tokens.shape[1]) - tokens.shape[1], 0))
+    graphdef, state = nnx.split(model)
+    new = _generate(
+        graphdef,
+        nnx.as_pure(state),
+        np.pad(tokens, left),
+        np.pad(mask, left),
+        stops,
+        pad_token,
+        max_new_tokens,
+        sampling,
+        room=_rounded(max_new_tokens),
+    )
+    return np.asarray(new)[:, :max_new_tokens]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="room")
+def _generate(
+    graphdef: Any,
+    state: Any,
+    tokens: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    stops: Int[Array, " stops"],
+    pad: Int[Array, ""] | int,
+    limit: Int[Array, ""] | int,
+    sampling: Sampling | None,
+    *,
+    room: int,
+) -> Int[Array, "batch room"]:
+    batch, length = tokens.shape
+
+    def after(tokens: Array, mask: Array | None, cache: Any, i: Any) -> tuple[Array, Any]:
+        """The token that follows, and the cache with these."""
+        # Modules belong to the trace they are made in: each has its own.
+        model = nnx.merge(graphdef, state)
+        x, cache = model.hidden(tokens, mask, cache)
+        logits = model.logits(x[:, -1]).astype(jnp.float32)
+        return choose(logits, sampling, i), cache
+
+    def more(carry: Any) -> Array:
+        i, done, *_ = carry
+        return (i < limit) & ~jnp.all(done)
+
+    def step(carry: Any) -> Any:
+        i, done, last, cache, new = carry
+        token, cache = after(last[:, None], None, cache, i)
+        token = jnp.where(done, pad, token)
+        return i + 1, done | jnp.isin(token, stops), token, cache, new.at[:, i].set(token)
+
+    empty = nnx.merge(graphdef, state).new_cache(batch, length + room)
+    first, cache = after(tokens, mask, empty, 0)
+    new = jnp.full((batch, room), pad, jnp.int32).at[:, 0].set(first)
+    return jax.lax.while_loop(more, step, (1, jnp.isin(first, stops), first, cache, new))[-1]
+
+
+def choose(
+    logits: Float[Array, "batch vocab"], sampling: Sampling | None, i: Int[Array, ""] | int
+) -> Int[Array, " batch"]:
+    """The i-th new token of each row: the most probable, or drawn with a key of the row's own."""
+    if sampling is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None or sampling.top_p is not None:
+        logits = restricted(logits, sampling)
+    key = jax.random.fold_in(sampling.key, i)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def restricted(
+    logits: Float[Array, "batch vocab"], sampling: Sampling
+) -> Float[Array, "batch vocab"]:
+    """−∞ for the tokens that top_k and top_p leave out; of equal ones all or none."""
+    falling = -jnp.sort(-logits, axis=-1)
+    if sampling.top_k is not None:
+        ranks = jnp.arange(logits.shape[-1])
+        falling = jnp.where(ranks < sampling.top_k, falling, -jnp.inf)
+    count = jnp.sum(falling > -jnp.inf, axis=-1)
+    if sampling.top_p is not None:
+        chances = jax.nn.softmax(falling, axis=-1)
+        # A token stays while those before it do not reach p; the first does in any case.
+        before = jnp.cumsum(chances, axis=-1) - chances
+        count = jnp.minimum(count, jnp.sum(before < sampling.top_p, axis=-1))
+    least = jnp.take_along_axis(falling, count[:, None] - 1, axis=-1)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _rounded(length: int) -> int:
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def _prompt(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.asarray(tokens)
+    mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask) > 0
+    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"tokens are {tokens.dtype} of shape {tokens.shape}; wanted integers (batch, length)"
+        )
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {mask.shape}; wanted {tokens.shape}, that of tokens")
+    if not mask[:, -1].all() or (mask[:, :-1] > mask[:, 1:]).any():
+        raise ValueError("mask has padding after a token; wanted it on the left only, and a token")
+    real = tokens[mask]
+    if real.min() < 0 or real.max() >= vocab_size:
+        raise ValueError(
+            f"tokens are from {real.min()} to {real.max()}; wanted ids below {vocab_size}"
+        )
+    return np.where(mask, tokens, 0).astype(np.int32), mask
+
+
+def _stops(stop_tokens: int | Sequence[int] | None) -> np.ndarray:
+    return np.asarray([] if stop_tokens is None else stop_tokens, np.int32).reshape(-1)
+
+
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, key: Any, vocab_size: int
+) -> Sampling | None:
+    if not temperature:
+        given = {"top_k": top_k, "top_p": top_p, "key": key}
+        names = [name for name, value in given.items() if value is not None]
+        if names:
+            raise ValueError(f"{', '.join(names)} without a temperature; wanted temperature > 0")
+        return None
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; wanted a positive number, or None")
+    if key is None:
+        raise ValueError("temperature without a key; wanted a key to draw tokens with")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; wanted at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; wanted a number in (0, 1]")
+    return Sampling(
+        key,
+        jnp.float32(temperature),
+        None if top_k is None else jnp.int32(min(top_k, vocab_size)),
+        None if top_p is None else jnp.float32(top_p),
+    )

@@ -1,0 +1,228 @@
+"""Cached logits are those of a whole call, and generation is the loop that it stands for."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nyscaled as nys
+from nyscaled.models.generate import Sampling, _generate, choose, restricted
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+NAMES = ["gemma", "llama", "llama3", "opt", "opt_post"]
+KEY = jax.random.key(0)
+ROWS, LENGTH, NEW = 3, 7, 6
+NONE = 99  # a stop token that is none: one as elsewhere, so that programs are shared
+
+
+@functools.cache
+def load(name):
+    return nys.models.load(MODELS / name)[0]
+
+
+def prompts():
+    """Rows of 7, 4 and 1 tokens."""
+    tokens = np.random.default_rng(0).integers(3, 32, (ROWS, LENGTH))
+    mask = np.arange(LENGTH) >= np.array([[0], [3], [6]])
+    return tokens, mask
+
+
+@nnx.jit
+def call(model, tokens, mask):
+    return model(tokens, mask)
+
+
+def appended(tokens, mask, new):
+    """A prompt with new tokens after it."""
+    return np.hstack([tokens, new]), np.hstack([mask, np.ones(new.shape, bool)])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def continued(graphdef, state, tokens, mask):
+    """Logits at all positions of a prompt, and of each token that follows it greedily."""
+    model = nnx.merge(graphdef, state)
+    x, cache = model.hidden(tokens, mask, model.new_cache(ROWS, 16))
+    logits = model.logits(x)
+
+    def step(carry, _):
+        last, cache = carry
+        model = nnx.merge(graphdef, state)
+        x, cache = model.hidden(jnp.argmax(last, -1)[:, None], None, cache)
+        return (model.logits(x[:, 0]), cache), last
+
+    (_, cache), later = jax.lax.scan(step, (logits[:, -1], cache), length=NEW + 1)
+    return logits, later, cache.length
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_with_a_cache_are_those_of_the_whole(name):
+    model = load(name)
+    tokens, mask = prompts()
+    graphdef, state = nnx.split(model)
+    logits, later, length = continued(graphdef, nnx.as_pure(state), tokens, mask)
+    assert length == LENGTH + NEW + 1
+    new = np.argmax(later[:-1], -1).T
+    wanted = call(model, *appended(tokens, mask, new))
+    np.testing.assert_allclose(logits[mask], wanted[:, :LENGTH][mask], atol=2e-5, rtol=0)
+    later = np.swapaxes(later, 0, 1)
+    np.testing.assert_allclose(later, wanted[:, LENGTH - 1 :], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt_post"])
+def test_greedy_tokens_are_the_most_probable(name):
+    model = load(name)
+    tokens, mask = prompts()
+    new = nys.models.generate(model, tokens, mask, max_new_tokens=NEW, stop_tokens=NONE)
+    assert new.shape == (ROWS, NEW)
+    logits = call(model, *appended(tokens, mask, new))
+    np.testing.assert_array_equal(np.argmax(logits, -1)[:, LENGTH - 1 : -1], new)
+
+
+def test_a_cache_that_is_too_small():
+    tokens, mask = prompts()
+    model = load("llama")
+    with pytest.raises(ValueError, match="have length 7; wanted at most 4, the cache's"):
+        model.hidden(jnp.asarray(tokens), jnp.asarray(mask), model.new_cache(ROWS, 4))
+
+
+def test_rows_do_not_see_one_another():
+    model = load("opt_post")
+    tokens, mask = prompts()
+    generate = functools.partial(nys.models.generate, model, max_new_tokens=NEW, stop_tokens=[NONE])
+    together = generate(tokens, mask)
+    for row, seen, new in zip(tokens, mask, together, strict=True):
+        np.testing.assert_array_equal(generate(row[None, seen]), new[None])
+
+
+def test_rows_end_with_their_stop_token():
+    model = load("llama")
+    tokens, mask = prompts()
+    generate = functools.partial(nys.models.generate, model, tokens, mask, max_new_tokens=NEW)
+    free = generate(stop_tokens=NONE)
+    stop = int(free[0, 2])
+    stopped = generate(stop_tokens=stop, pad_token=NONE)
+    for row, wanted in zip(stopped, free, strict=True):
+        end = [*np.flatnonzero(wanted == stop), NEW][0] + 1
+        np.testing.assert_array_equal(row[:end], wanted[:end])
+        assert (row[end:] == NONE).all()
+    assert (stopped[0, 3:] == NONE).all()
+    # By the configuration, padded with the stop token itself.
+    config = dataclasses.replace(model.config, eos_token_id=(stop,), pad_token_id=None)
+    other = nnx.clone(model)
+    other.config = config
+    tokens_of_other = nys.models.generate(other, tokens, mask, max_new_tokens=NEW)
+    np.testing.assert_array_equal(tokens_of_other, np.where(stopped == NONE, stop, stopped))
+
+
+def test_one_program_a_bucket():
+    model = load("llama")
+    tokens, mask = prompts()
+    generate = functools.partial(nys.models.generate, model)
+    sample = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "key": KEY}
+    generate(tokens, mask, max_new_tokens=NEW)
+    generate(tokens, mask, max_new_tokens=NEW, **sample)
+    before = _generate._cache_size()
+    generate(tokens[:, 2:], mask[:, 2:], max_new_tokens=16)
+    generate(np.tile(tokens, 2)[:, :13], max_new_tokens=1)
+    other = sample | {"temperature": 1.5, "top_k": 7, "top_p": 0.3, "key": jax.random.key(1)}
+    generate(tokens, mask, max_new_tokens=3, **other)
+    assert _generate._cache_size() == before
+
+
+def test_adapters_remat_and_narrow_dtypes():
+    tokens, mask = prompts()
+    options = {"compute_dtype": jnp.bfloat16, "remat": True}
+    model, _ = nys.models.load(MODELS / "llama", **options)
+    assert model.new_cache(1, 1).keys.dtype == jnp.bfloat16
+    layers = nys.lora.apply(model, 2, targets=".*[qv]_proj", key=KEY)
+    for layer in layers.values():
+        layer.adapters["default"].lora_b[...] += 0.3
+    new = nys.models.generate(model, tokens, mask, max_new_tokens=NEW, stop_tokens=NONE)
+    assert (new != nys.models.generate(load("llama"), tokens, mask, max_new_tokens=NEW)).any()
+    # Roundings differ between the programs: each token is among the best by a small margin.
+    logits = np.asarray(call(model, *appended(tokens, mask, new)), np.float32)[:, LENGTH - 1 : -1]
+    chosen = np.take_along_axis(logits, new[..., None], -1)
+    assert np.max(logits.max(-1, keepdims=True) - chosen) < 0.1
+
+
+CHANCES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "kept"),
+    [
+        (1.0, None, None, [0, 1, 2, 3, 4]),
+        (0.5, None, None, [0, 1, 2, 3, 4]),
+        (2.0, 3, None, [1, 3, 4]),
+        (1.0, None, 0.6, [1, 3]),
+        (1.0, None, 0.7, [1, 3, 4]),
+        (1.0, None, 1e-6, [1]),
+        (1.0, 2, 0.6, [1]),  # 0.4/0.65 > 0.6: top_p reads what top_k left
+    ],
+)
+def test_draws_have_the_chances_asked_for(temperature, top_k, top_p, kept):
+    draws = 20_000
+    wanted = np.zeros(5)
+    wanted[kept] = CHANCES[kept] ** (1 / temperature)
+    wanted /= wanted.sum()
+    sampling = Sampling(
+        KEY,
+        jnp.float32(temperature),
+        None if top_k is None else jnp.int32(top_k),
+        None if top_p is None else jnp.float32(top_p),
+    )
+    logits = jnp.broadcast_to(jnp.log(CHANCES) + 3.0, (draws, 5))
+    drawn = np.asarray(jax.jit(choose)(logits, sampling, 0))
+    got = np.bincount(drawn, minlength=5) / draws
+    assert (got[wanted == 0] == 0).all()
+    deviation = np.sqrt(wanted * (1 - wanted) / draws)
+    assert (np.abs(got - wanted) <= 4 * deviation).all()
+
+
+def test_equal_logits_stay_together():
+    sampling = Sampling(KEY, jnp.float32(1), jnp.int32(1), None)
+    got = restricted(jnp.array([[1.0, 2.0, 2.0]]), sampling)
+    np.testing.assert_array_equal(got, [[-np.inf, 2, 2]])
+
+
+def test_drawn_tokens_repeat_with_their_key_and_do_not_depend_on_other_rows():
+    model = load("llama")
+    tokens, mask = prompts()
+    options = {"max_new_tokens": NEW, "temperature": 1.0, "top_k": 20, "top_p": 0.9}
+    generate = functools.partial(nys.models.generate, model, stop_tokens=NONE, **options)
+    drawn = generate(tokens, mask, key=KEY)
+    np.testing.assert_array_equal(generate(tokens, mask, key=KEY), drawn)
+    assert (generate(tokens, mask, key=jax.random.key(1)) != drawn).any()
+    tokens[1:], mask[1:] = tokens[1:, ::-1], True
+    changed = generate(tokens, mask, key=KEY)
+    np.testing.assert_array_equal(changed[0], drawn[0])
+    assert (changed[1:] != drawn[1:]).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": [1, 2]}, r"of shape \(2,\); wanted integers \(batch, length\)"),
+        ({"tokens": [[0.5]]}, "tokens are float64"),
+        ({"tokens": [[3, 32]]}, "from 3 to 32; wanted ids below 32"),
+        ({"mask": [[1]]}, r"mask has shape \(1, 1\); wanted \(1, 2\)"),
+        ({"mask": [[1, 0]]}, "padding after a token"),
+        ({"mask": [[0, 0]]}, "padding after a token"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 63}, "are 65 tokens; wanted at most 64, the positions"),
+        ({"temperature": 1.0}, "temperature without a key"),
+        ({"temperature": -1.0}, r"temperature is -1\.0"),
+        ({"top_k": 3, "key": KEY}, "top_k, key without a temperature"),
+        ({"temperature": 1.0, "key": KEY, "top_k": 0}, "top_k is 0"),
+        ({"temperature": 1.0, "key": KEY, "top_p": 1.5}, r"top_p is 1\.5; wanted a number in"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    arguments = {"tokens": [[3, 4]], "max_new_tokens": 2} | changes
+    with pytest.raises(ValueError, match=message):
+        nys.models.generate(load("opt_post"), **arguments)
