@@ -72,6 +72,23 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def save_record(out: Path, name: str, config: Any, **notes: Any) -> None:
+    """Writes `name`.json: the command, its configuration, the versions, and the notes."""
+    packages = ("nyscaled", "jax", "jaxlib", "optax", "numpy", "matplotlib")
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "config": dataclasses.asdict(config),
+        "versions": {p: importlib.metadata.version(p) for p in packages},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "float": str(jax.numpy.result_type(float)),
+        **notes,
+    }
+    write_atomically(
+        out / f"{name}.json", (json.dumps(record, indent=1, default=str) + "\n").encode()
+    )
+
+
 def save(
     out: Path,
     name: str,
@@ -94,19 +111,7 @@ def save(
             for x, y in zip(*Curve.of(values), strict=True):
                 writer.writerow([panel, label, f"{x:.10g}", f"{y:.6e}"])
     write_atomically(out / f"{name}.csv", text.getvalue().encode())
-    packages = ("nyscaled", "jax", "jaxlib", "optax", "numpy", "matplotlib")
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "config": dataclasses.asdict(config),
-        "versions": {p: importlib.metadata.version(p) for p in packages},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "float": str(jax.numpy.result_type(float)),
-        **notes,
-    }
-    write_atomically(
-        out / f"{name}.json", (json.dumps(record, indent=1, default=str) + "\n").encode()
-    )
+    save_record(out, name, config, **notes)
     for suffix in ("png", "pdf"):
         # Without the creation date, equal runs write equal files.
         metadata = {"CreationDate": None} if suffix == "pdf" else {}

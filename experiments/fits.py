@@ -1,0 +1,297 @@
+"""What fine-tuning real models with adapters takes on each device, found without running it.
+
+    python experiments/fits.py                     # figures/fits.csv, .md, .json
+    python experiments/fits.py --quick --out /tmp  # OPT-125M alone
+
+A training step (bfloat16 base, layers computed anew in the backward pass, float32 adapters with
+AdamW) is traced at the published sizes, split over a mesh of virtual CPU devices and compiled;
+nothing of the model's size is ever made. What arguments take is exact. Temporaries are those of
+XLA's CPU compiler, which works out many bfloat16 operations in float32: see `inflated`, the bytes
+of the largest float32 array that has the shape of a bfloat16 parameter or of a layer of one. The
+same for the start of NoRA, W_0Ω of one layer of the largest kernel.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DEVICES = 8
+# Before jax is imported: the number of devices is a setting of the process.
+_COUNT = f"--xla_force_host_platform_device_count={DEVICES}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+import tyro  # noqa: E402
+from _record import save_record, write_atomically  # noqa: E402
+from flax import nnx  # noqa: E402
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import nyscaled as nys  # noqa: E402
+from nyscaled.models.blocks import Numerics  # noqa: E402
+
+GB = 1e9
+SIZES = (16, 24, 40, 80)  # of devices, GB
+BATCH, LENGTH = 16, 256
+# Sizes of each family's config.json on the hub. LLaMA2-7B is LLaMA-7B with longer positions, which
+# take no parameters.
+LLAMA = nys.models.LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+)
+OPT = nys.models.OptConfig(
+    vocab_size=50272,
+    hidden_size=2048,
+    ffn_dim=8192,
+    num_hidden_layers=24,
+    num_attention_heads=32,
+    word_embed_proj_dim=2048,
+)
+GEMMA = nys.models.GemmaConfig(
+    vocab_size=256000,
+    hidden_size=3072,
+    intermediate_size=24576,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_dim=256,
+)
+MODELS: dict[str, tuple[Any, Any]] = {
+    "OPT-1.3B": (nys.models.Opt, OPT),
+    "LLaMA-7B": (nys.models.Llama, LLAMA),
+    "LLaMA2-7B": (
+        nys.models.Llama,
+        dataclasses.replace(LLAMA, max_position_embeddings=4096, rms_norm_eps=1e-5),
+    ),
+    "Gemma-7B": (nys.models.Gemma, GEMMA),
+}
+SMALL = {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+QUICK = {
+    "OPT-125M": (nys.models.Opt, dataclasses.replace(OPT, **SMALL, word_embed_proj_dim=768)),
+}
+MESHES = ({"fsdp": 1}, {"fsdp": 4}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2})
+LINEAR = "layers.*(_proj|fc[12])"
+ADAPTERS = ((8, "q, v", r"layers.*[qv]_proj"), (32, "all linear", LINEAR))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Memory of a training step by model, adapter and mesh."""
+
+    out: Path = Path("figures")
+    """Folder for the table and its record."""
+    quick: bool = False
+    """OPT-125M, one kind of adapter, two meshes."""
+
+
+class Row(NamedTuple):
+    """One program; bytes are those of one device."""
+
+    model: str
+    parameters: int
+    rank: int
+    targets: str
+    mesh: str
+    base: int
+    adapters: int
+    optimizer: int
+    temporaries: int
+    inflated: int
+    start: int
+
+    @property
+    def total(self) -> int:
+        """At the peak of a step."""
+        return self.base + self.adapters + self.optimizer + self.temporaries
+
+
+def count(make: Any, config: Any) -> int:
+    """The number of parameters."""
+    model = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+
+
+def abstract(make: Any, config: Any, rank: int, targets: str) -> tuple[Any, Any, Any]:
+    """The adapted model's structure, adapters and base, without values."""
+
+    def build() -> Any:
+        numerics = Numerics(jnp.bfloat16, remat=True)
+        model = make(config, numerics=numerics, rngs=nnx.Rngs(0))
+        nys.lora.apply(model, rank, targets=targets, key=jax.random.key(0))
+        return model
+
+    graphdef, adapters, base = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, ...)
+    return graphdef, adapters, base
+
+
+def placed(tree: Any, layout: Any) -> Any:
+    """Abstract values with their shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout
+    )
+
+
+def beside_kernels(adapters: Any, base: Any) -> Any:
+    """The layout that `nys.lora.apply` gives factors: a's rows and b's columns are the kernel's."""
+    kernels = dict(nnx.to_flat_state(base))
+    flat = []
+    for path, factor in nnx.to_flat_state(adapters):
+        sharding = kernels[(*path[:-3], "kernel")].get_value()
+        *stack, rows, columns = sharding.spec
+        spec = (*stack, rows, None) if path[-1] == "lora_a" else (*stack, None, columns)
+        place = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        flat.append((path, factor.replace(place)))
+    return nnx.from_flat_state(flat)
+
+
+def bytes_of(tree: Any) -> int:
+    """On one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def compile_step(graphdef: Any, params: Any, rest: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """The training step, ahead of time, and its arguments."""
+    tx = optax.adamw(1e-4)
+    whole = NamedSharding(mesh, PartitionSpec())
+    base = nys.models.shardings(rest, mesh)
+    factors = beside_kernels(params, base)
+    moments = optax.tree_map_params(
+        tx, lambda _, s: s, jax.eval_shape(tx.init, params), factors,
+        transform_non_params=lambda _: whole,
+    )  # fmt: skip
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=rows)
+    mask = jax.ShapeDtypeStruct((BATCH, LENGTH), bool, sharding=rows)
+    arguments = (
+        placed(params, factors),
+        placed(jax.eval_shape(tx.init, params), moments),
+        placed(rest, base),
+    )
+
+    def step(params: Any, state: Any, rest: Any, tokens: Any, mask: Any) -> Any:
+        def loss(params: Any) -> Any:
+            logits = nnx.merge(graphdef, params, rest, copy=True)(tokens, mask)[:, :-1]
+            wide = logits.astype(jnp.float32)
+            each = optax.softmax_cross_entropy_with_integer_labels(wide, tokens[:, 1:])
+            return jnp.mean(each, where=mask[:, 1:])
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(factors, moments, whole))
+    return jitted.lower(*arguments, tokens, mask).compile(), arguments
+
+
+def compile_start(rest: Any, rank: int, mesh: Mesh) -> Any:
+    """NoRA's start of one layer of the largest kernel, as `nys.lora.apply` computes it."""
+    values = jax.tree.leaves(placed(rest, nys.models.shardings(rest, mesh)))
+    kernel = max((x for x in values if x.ndim == 3), key=lambda x: x.size)
+
+    def start(key: Any, kernel: Any, index: Any) -> Any:
+        return nys.lora.KERNEL_INITS["nora"](key, kernel[index], rank, 1.0).a
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(start).lower(key, kernel, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+
+
+def inflated(text: str, rest: Any) -> int:
+    """Bytes of the largest float32 array in the program that is a bfloat16 parameter's copy."""
+    shapes = set()
+    for x in jax.tree.leaves(rest):
+        if x.dtype == jnp.bfloat16 and x.ndim > 1:
+            shape = x.sharding.shard_shape(x.shape)
+            shapes |= {shape, x.shape}
+            if x.ndim == 3:
+                shapes |= {shape[1:], (1, *shape[1:]), x.shape[1:]}
+    shapes |= {shape[::-1] for shape in shapes if len(shape) == 2}
+    found = {tuple(map(int, m.split(","))) for m in set(re.findall(r"f32\[([\d,]+)\]", text))}
+    return max((4 * math.prod(s) for s in found & shapes), default=0)
+
+
+def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int]) -> Row:
+    """Compiles one program."""
+    rank, kind, targets = adapter
+    sizes, names = tuple(axes.values()), tuple(axes)
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh = Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(axes))
+    graphdef, params, rest = abstract(make, config, rank, targets)
+    compiled, (adapters, state, base) = compile_step(graphdef, params, rest, mesh)
+    memory = compiled.memory_analysis()
+    held = {"base": base, "adapters": adapters, "optimizer": state}
+    taken = {key: bytes_of(tree) for key, tree in held.items()}
+    tokens = 5 * BATCH * LENGTH // mesh.shape["fsdp"]
+    # The keys of adapters are not read in a step, and XLA drops what is not.
+    missing = sum(taken.values()) + tokens - memory.argument_size_in_bytes
+    assert 0 <= missing < 1e6, missing
+    return Row(
+        name,
+        count(make, config),
+        rank,
+        kind,
+        " × ".join(f"{k} {v}" for k, v in axes.items()),
+        **taken,
+        temporaries=memory.temp_size_in_bytes,
+        inflated=inflated(compiled.as_text(), base),
+        start=compile_start(rest, rank, mesh).memory_analysis().temp_size_in_bytes,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """As Markdown, in GB."""
+    bytes_columns = ["base", "adapters + AdamW", "temporaries", "total"]
+    lines = [["model", "adapters", "mesh", *bytes_columns, "fits in"], ["---"] * 3 + ["---:"] * 5]
+    for row in rows:
+        tuned = row.adapters + row.optimizer
+        numbers = (f"{x / GB:.2f}" for x in (row.base, tuned, row.temporaries, row.total))
+        fits = next((f"{size} GB" for size in SIZES if row.total <= size * GB), "–")
+        lines.append([row.model, f"r = {row.rank}, {row.targets}", row.mesh, *numbers, fits])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main(config: Config) -> None:
+    """Compiles each program and writes the table."""
+    models, adapters, meshes = MODELS, ADAPTERS, MESHES
+    if config.quick:
+        models, adapters, meshes = QUICK, ADAPTERS[:1], (MESHES[0], MESHES[3])
+    programs = [
+        (name, make, sizes, adapter, mesh)
+        for name, (make, sizes) in models.items()
+        if name != "LLaMA2-7B"  # the same program as LLaMA-7B's
+        for adapter in adapters
+        for mesh in meshes
+    ]
+    rows = [measure(*p) for p in tqdm(programs, desc="fits", unit="program", file=sys.stderr)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*Row._fields, "total"])
+    writer.writerows([*row, row.total] for row in rows)
+    write_atomically(config.out / "fits.csv", text.getvalue().encode())
+    write_atomically(config.out / "fits.md", table(rows).encode())
+    counts = {name: count(*model) for name, model in models.items()}
+    notes = {"batch": BATCH, "length": LENGTH, "base": "bfloat16", "remat": True}
+    save_record(config.out, "fits", config, parameters=counts, devices=DEVICES, **notes)
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
