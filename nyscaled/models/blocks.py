@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from nyscaled.models.sharding import split_batch
+
 Rotation = tuple[Float[Array, "length half"], Float[Array, "length half"]]
 
 
@@ -150,8 +152,13 @@ def scan(
 
     Inputs and outputs have the axis of the layers in front; None if there are none.
     """
+
+    def constrained(x: Array, *args: Any) -> tuple[Array, Any]:
+        x, output = step(split_batch(x), *args)
+        return split_batch(x), output
+
     axes = (nnx.Carry, 0, 0, *(None for _ in shared))
-    body = nnx.remat(step) if remat else step
+    body = nnx.remat(constrained) if remat else constrained
     return nnx.scan(body, in_axes=axes, out_axes=(nnx.Carry, 0))(x, layers, inputs, *shared)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 FSDP, TENSOR = "fsdp", "tensor"
 
@@ -21,8 +23,9 @@ def shardings(model: Any, mesh: Mesh) -> Any:
     "tensor" splits the heads and the insides of MLPs (Shoeybi et al., 2019): the outputs of
     `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`, `fc1` and whatever else comes first, the
     inputs of `o_proj`, `out_proj`, `down_proj`, `fc2`, and the tokens of embeddings and the head.
-    "fsdp" splits the other side, and is meant for the batch too, so that each layer is gathered
-    when it is its turn (Rajbhandari et al., 2020). The axis of stacked layers is never split. An
+    "fsdp" splits the other side, and the batch, so that each layer is gathered when it is its turn
+    (Rajbhandari et al., 2020): compile what calls the model under `jax.set_mesh(mesh)`, where it
+    holds its activations to that. The axis of stacked layers is never split. An
     axis that the mesh's does not divide stays whole, and so do norms, biases and whatever is not
     the model's own: adapters have a rule of their own, as `nys.lora.apply` lays their factors as
     it finds their kernels.
@@ -39,7 +42,6 @@ def shardings(model: Any, mesh: Mesh) -> Any:
         ValueError: if the mesh has neither axis, or axes that are not of type Auto.
 
     Example:
-        >>> import jax
         >>> from nyscaled.models import Llama, LlamaConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
@@ -58,6 +60,20 @@ def shardings(model: Any, mesh: Mesh) -> Any:
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.from_flat_state(flat)
+
+
+def split_batch(x: Array) -> Array:
+    """Keeps the first axis split by "fsdp", under `jax.set_mesh` of a mesh that has it.
+
+    The compiler, left alone, may split the width of activations in its place, as the kernels of
+    one product after another have it, and then works on the whole batch on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get(FSDP) != AxisType.Auto or x.shape[0] % mesh.shape[FSDP]:
+        return x
+    others = (PartitionSpec.UNCONSTRAINED for _ in x.shape[1:])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(FSDP, *others))
 
 
 def require_mesh(mesh: Mesh) -> None:

@@ -1,6 +1,7 @@
 """Models that are read straight onto a mesh: the logits, steps and files of one device."""
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -84,7 +85,13 @@ def test_steps_on_adapters_are_those_of_one_device():
         nys.lora.apply(model, 2, 4, targets=".*[qv]_proj", key=jax.random.key(0), scale=1.0)
         a = model.layers.self_attn.q_proj.adapters["default"].lora_a[...]
         assert a.addressable_shards[0].data.nbytes * (4 if axes else 1) == a.nbytes
-        _, found[axes] = train(*nnx.split(model, nnx.LoRAParam, ...), *batch("llama", axes)[0])
+        arguments = (*nnx.split(model, nnx.LoRAParam, ...), *batch("llama", axes)[0])
+        with jax.set_mesh(make_mesh(axes or (("none", 1),))):
+            compiled = train.lower(*arguments).compile()
+        _, found[axes] = compiled(*arguments[1:])
+    # The batch, 8 rows of 7 tokens, is split: no device has the logits of more than two rows.
+    logits = r"f32\[(?:\d+,)*?8,7,(?:32|16)\]"
+    assert not re.search(logits, compiled.as_text())
     assert found[None][-1] < found[None][0] - 1e-3
     np.testing.assert_allclose(found[BOTH], found[None], rtol=1e-5)
 

@@ -20,6 +20,7 @@ import safetensors.numpy  # noqa: E402
 from flax import nnx  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
+from nyscaled.models.load import FAMILIES  # noqa: E402
 
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"
 NAMES = sorted(path.name for path in MODELS.iterdir())
@@ -174,3 +175,31 @@ def test_adapters_trained_in_peft_load_here(name, tmp_path):
     assert np.abs(adapted - plain).max() > 1e-2
     got = ours(model, *map(jnp.asarray, inputs(name)))
     np.testing.assert_allclose(meant(name, got), adapted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (
+            transformers.OPTConfig(
+                hidden_size=2048,
+                ffn_dim=8192,
+                num_hidden_layers=24,
+                num_attention_heads=32,
+                word_embed_proj_dim=2048,
+            ),
+            1_315_758_080,
+        ),
+        (transformers.LlamaConfig(), 6_738_415_616),
+        (transformers.GemmaConfig(), 8_537_680_896),
+    ],
+    ids=["opt-1.3b", "llama-7b", "gemma-7b"],
+)
+def test_real_sizes_have_as_many_parameters_as_in_transformers(config, count):
+    """Without values; `experiments/fits.py` claims these counts."""
+    settings, make = FAMILIES[config.model_type]
+    sizes = settings.from_json(config.to_dict())
+    ours = nnx.state(nnx.eval_shape(lambda: make(sizes, rngs=nnx.Rngs(0))))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(x.size for x in jax.tree.leaves(ours)) == theirs.num_parameters() == count

@@ -1,0 +1,41 @@
+"""experiments/fits.py in its quick form, and exact counts of parameters."""
+
+import csv
+import json
+
+from test_experiments import run
+
+# LLaMA and Gemma as on their cards on the hub, OPT as transformers counts it.
+PARAMETERS = {
+    "OPT-1.3B": 1_315_758_080,
+    "LLaMA-7B": 6_738_415_616,
+    "LLaMA2-7B": 6_738_415_616,
+    "Gemma-7B": 8_537_680_896,
+}
+BYTES = "base", "adapters", "optimizer", "temporaries"
+
+
+def rows_of(folder):
+    with (folder / "fits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for key in ("parameters", "rank", "inflated", "start", "total", *BYTES):
+            row[key] = int(row[key])
+        assert row["total"] == sum(row[key] for key in BYTES)
+    return rows
+
+
+def test_quick_run(tmp_path):
+    result = run("fits.py", "--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "fits.json").read_text())["parameters"] == PARAMETERS
+    (row,) = rows_of(tmp_path)
+    assert row["parameters"] == 125_239_296
+    # All but norms, biases and positions is split in eight.
+    assert 1 < 8 * row["base"] / (2 * row["parameters"]) < 1.02
+    adapters = 12 * 2 * 8 * (768 + 768) * 4
+    assert row["adapters"] == adapters // 2 * 3 // 4  # rows in four, columns in two
+    assert row["optimizer"] == 2 * row["adapters"] + 4
+    # Split logits are a quarter of a gigabyte in all of their copies.
+    assert row["temporaries"] < 0.5e9
+    assert "OPT-125M" in (tmp_path / "fits.md").read_text()
