@@ -33,7 +33,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/peers tests nyscaled
 	$(BIN)/python -m pytest paper_checks
 
-test-peers: $(VENV)/.peers
+test-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python -m pytest tests/peers
 
 lint: $(VENV)/.dev
@@ -46,8 +46,9 @@ bench: $(VENV)/.experiments
 	$(BIN)/python benchmarks/problems.py
 	$(BIN)/python benchmarks/lora.py
 
-bench-peers: $(VENV)/.peers
+bench-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python benchmarks/lora_init.py
+	$(BIN)/python benchmarks/models.py
 
 $(DIGITS): $(VENV)/.experiments experiments/_matrix.py
 	$(BIN)/python experiments/_matrix.py $@

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from nyscaled.models import blocks
-from nyscaled.models.blocks import FLOAT32, Numerics
+from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.config import Config, TokenId
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -151,7 +151,7 @@ class SelfAttention(nnx.Module):
         self.head_dim = width // config.num_attention_heads
 
     def __call__(
-        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
+        self, x: Float[Array, "batch length width"], mask: Mask | None
     ) -> Float[Array, "batch length width"]:
         layers = self.query, self.key, self.value
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
@@ -166,7 +166,7 @@ class Attention(nnx.Module):
         self.output = Residual(config.hidden_size, config, numerics, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
+        self, x: Float[Array, "batch length width"], mask: Mask | None
     ) -> Float[Array, "batch length width"]:
         return self.output(self.self(x, mask), x)
 
@@ -183,7 +183,7 @@ class Layer(nnx.Module):
         self.output = Residual(inner, config, numerics, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
+        self, x: Float[Array, "batch length width"], mask: Mask | None
     ) -> Float[Array, "batch length width"]:
         x = self.attention(x, mask)
         return self.output(self.intermediate(x), x)
@@ -199,10 +199,9 @@ class Embeddings(nnx.Module):
         self.token_type_embeddings = nnx.Embed(config.type_vocab_size, width, **options)
         self.LayerNorm = blocks.layer_norm(width, config.layer_norm_eps, numerics, rngs)
 
-    def __call__(
-        self, tokens: Int[Array, "batch length"], types: Int[Array, "batch length"]
-    ) -> Float[Array, "batch length width"]:
-        words = self.word_embeddings(tokens) + self.token_type_embeddings(types)
+    def __call__(self, tokens: Tokens, types: Tokens) -> Float[Array, "batch length width"]:
+        words = self.word_embeddings(jnp.asarray(tokens))
+        words = words + self.token_type_embeddings(jnp.asarray(types))
         return self.LayerNorm(words + self.position_embeddings(jnp.arange(tokens.shape[1])))
 
 
@@ -257,9 +256,9 @@ class Bert(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
-        types: Int[Array, "batch length"] | None = None,
+        tokens: Tokens,
+        mask: Mask | None = None,
+        types: Tokens | None = None,
     ) -> Float[Array, "batch length width"]:
         """The last hidden states, in the compute dtype.
 
@@ -294,7 +293,7 @@ class Bert(nnx.Module):
 
 
 def sentence_vectors(
-    hidden: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None = None
+    hidden: Float[Array, "batch length width"], mask: Mask | None = None
 ) -> Float[Array, "batch width"]:
     """Mean of the hidden states that `mask` marks, divided by its length, in float32.
 
@@ -354,9 +353,9 @@ class BertClassifier(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
-        types: Int[Array, "batch length"] | None = None,
+        tokens: Tokens,
+        mask: Mask | None = None,
+        types: Tokens | None = None,
     ) -> Float[Array, "batch labels"]:
         """Logits of the labels; arguments and errors as in `Bert.__call__`.
 

@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models.sharding import split_batch
 
+# NumPy's too, as tokenizers give them.
+Tokens = Int[Array | np.ndarray, "batch length"]
+Mask = Bool[Array | np.ndarray, "batch length"]
 Rotation = tuple[Float[Array, "length half"], Float[Array, "length half"]]
 
 
@@ -121,7 +124,7 @@ def attend(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
-    mask: Bool[Array, "batch length"] | None,
+    mask: Mask | None,
     *,
     causal: bool = True,
 ) -> Float[Array, "batch length width"]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models import blocks
+from nyscaled.models.blocks import Mask
 from nyscaled.typing import pytree_dataclass
 
 
@@ -49,7 +50,7 @@ class Cache:
         zeros = jnp.zeros(shape, dtype)
         return cls(zeros, zeros, jnp.zeros(shape[1:3], bool), jnp.zeros((), jnp.int32))
 
-    def marked(self, mask: Bool[Array, "batch length"]) -> Cache:
+    def marked(self, mask: Mask) -> Cache:
         """With the next slots marked as tokens or padding, not yet filled."""
         length, capacity = mask.shape[1], self.mask.shape[1]
         if length > capacity:
@@ -99,7 +100,7 @@ def attend(
 def run(
     layers: Any,
     x: Float[Array, "batch length width"],
-    mask: Bool[Array, "batch length"] | None,
+    mask: Mask | None,
     cache: Cache | None,
     *shared: Any,
     remat: bool,

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from nyscaled.models import blocks
-from nyscaled.models.blocks import FLOAT32, Numerics, Rotation
+from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Rotation, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend, run
 from nyscaled.models.config import Config, sound
 
@@ -192,8 +192,8 @@ class GatedDecoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
+        tokens: Tokens,
+        mask: Mask | None = None,
     ) -> Float[Array, "batch length vocab"]:
         """Logits of the next token at each position, in the compute dtype.
 
@@ -206,8 +206,8 @@ class GatedDecoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
+        tokens: Tokens,
+        mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch length width"], Cache | None]:
         """What the head reads, and the cache with these tokens.
@@ -219,7 +219,7 @@ class GatedDecoder(nnx.Module):
                 checked where its length is traced).
         """
         config = self.config
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(jnp.asarray(tokens))
         if self.scaled_embedding:
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
         frequencies = blocks.inverse_frequencies(

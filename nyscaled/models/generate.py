@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
+
+from nyscaled.models.blocks import Mask, Tokens
 
 # Lengths are rounded up to powers of two from here on, so that few programs are compiled.
 SHORTEST = 16
@@ -115,8 +117,8 @@ def generate(
 def _generate(
     graphdef: Any,
     state: Any,
-    tokens: Int[Array, "batch length"],
-    mask: Bool[Array, "batch length"],
+    tokens: Tokens,
+    mask: Mask,
     stops: Int[Array, " stops"],
     pad: Int[Array, ""] | int,
     limit: Int[Array, ""] | int,
@@ -126,7 +128,7 @@ def _generate(
 ) -> Int[Array, "batch room"]:
     batch, length = tokens.shape
 
-    def after(tokens: Array, mask: Array | None, cache: Any, i: Any) -> tuple[Array, Any]:
+    def after(tokens: Tokens, mask: Mask | None, cache: Any, i: Any) -> tuple[Array, Any]:
         """The token that follows, and the cache with these."""
         # Modules belong to the trace they are made in: each has its own.
         model = nnx.merge(graphdef, state)

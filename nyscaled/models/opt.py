@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from nyscaled.models import blocks
-from nyscaled.models.blocks import FLOAT32, Numerics
+from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend, run
 from nyscaled.models.config import Config
 
@@ -162,8 +162,8 @@ class Opt(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
+        tokens: Tokens,
+        mask: Mask | None = None,
     ) -> Float[Array, "batch length vocab"]:
         """Logits of the next token at each position, in the compute dtype.
 
@@ -185,8 +185,8 @@ class Opt(nnx.Module):
 
     def hidden(
         self,
-        tokens: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
+        tokens: Tokens,
+        mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch length width"], Cache | None]:
         """What the head reads, and the cache with these tokens.
@@ -203,7 +203,7 @@ class Opt(nnx.Module):
         count = jnp.cumsum(seen, axis=1)
         if cache is not None:
             count = count + jnp.sum(cache.mask, axis=1, keepdims=True, dtype=tokens.dtype)
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(jnp.asarray(tokens))
         if self._projected:
             x = self.project_in(x)
         x = x + self.embed_positions(count * seen - 1 + OFFSET)
