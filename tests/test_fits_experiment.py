@@ -1,9 +1,9 @@
-"""experiments/fits.py in its quick form, and exact counts of parameters."""
+"""experiments/fits.py in its quick form, exact counts of parameters, and the committed table."""
 
 import csv
 import json
 
-from test_experiments import run
+from test_experiments import ROOT, run
 
 # LLaMA and Gemma as on their cards on the hub, OPT as transformers counts it.
 PARAMETERS = {
@@ -19,7 +19,7 @@ def rows_of(folder):
     with (folder / "fits.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        for key in ("parameters", "rank", "inflated", "start", "total", *BYTES):
+        for key in ("parameters", "rank", "start", "total", *BYTES):
             row[key] = int(row[key])
         assert row["total"] == sum(row[key] for key in BYTES)
     return rows
@@ -39,3 +39,18 @@ def test_quick_run(tmp_path):
     # Split logits are a quarter of a gigabyte in all of their copies.
     assert row["temporaries"] < 0.5e9
     assert "OPT-125M" in (tmp_path / "fits.md").read_text()
+
+
+def test_committed_table():
+    folder = ROOT / "figures"
+    how = json.loads((folder / "fits.json").read_text())
+    assert not how["config"]["quick"]
+    assert how["parameters"] == PARAMETERS
+    rows = rows_of(folder)
+    assert len(rows) == 3 * 2 * 4
+    for row in rows:
+        assert row["parameters"] == PARAMETERS[row["model"]]
+        devices = {"fsdp 1": 1, "fsdp 4": 4}.get(row["mesh"], 8)
+        assert 1 <= devices * row["base"] / (2 * row["parameters"]) < 1.01
+        assert row["start"] < row["total"]
+    assert len((folder / "fits.md").read_text().splitlines()) == len(rows) + 2
