@@ -23,6 +23,7 @@ figures: $(VENV)/.data $(DIGITS)
 	$(BIN)/python experiments/oracle_starts.py
 	$(BIN)/python experiments/faces.py
 	$(BIN)/python experiments/movielens.py
+	$(BIN)/python experiments/fits.py
 
 report: $(VENV)/.experiments
 	$(BIN)/python -m paper_checks --report paper_checks/REPORT.md
@@ -31,10 +32,10 @@ weights: $(WEIGHTS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/peers tests nyscaled
-	$(BIN)/python -m pytest paper_checks
+	$(BIN)/python -m pytest -n 2 --dist loadfile paper_checks
 
 test-peers: $(VENV)/.peers $(WEIGHTS)
-	$(BIN)/python -m pytest tests/peers
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

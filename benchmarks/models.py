@@ -118,8 +118,10 @@ def theirs(model: Any, config: Any, tokens: np.ndarray) -> dict[str, Callable[[]
         adapted(input_ids=ids, labels=ids).loss.backward()
 
     def generate(batch: int) -> Callable[[], Any]:
+        prompt = ids[:batch, :PROMPT]
         options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-        return torch.no_grad()(lambda: model.generate(ids[:batch, :PROMPT], **options))
+        options["attention_mask"] = torch.ones_like(prompt)
+        return torch.no_grad()(lambda: model.generate(prompt, **options))
 
     forward = torch.no_grad()(lambda: model(ids).logits)
     multiply = torch.nn.functional.linear

@@ -49,6 +49,12 @@ def test_tensors_are_read_as_they_are(kind, request):
             ask("c")
 
 
+def test_others_may_read_what_they_may_read_elsewhere(folder, tmp_path):
+    (tmp_path / "plain").write_text("")
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {(folder / name).stat().st_mode for name in (CONFIG, TENSORS)} == {wanted}
+
+
 def test_an_array_that_is_not_contiguous_is_written_as_it_reads(tmp_path):
     write(tmp_path, {}, [("a", A.T)])
     np.testing.assert_array_equal(open_folder(tmp_path).read("a"), A.T)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,6 +86,8 @@ def replacing(
         new = sorted(file.name for file in aside.iterdir())
         (aside / name).write_text(json.dumps(settings, indent=2) + "\n")
         for file in (*new, name):
+            # safetensors lets only their owner read its files.
+            shutil.copymode(aside / name, aside / file)
             flush(aside / file)
         (folder / name).unlink(missing_ok=True)
         for file in new:
