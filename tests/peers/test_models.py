@@ -116,6 +116,19 @@ def test_saved_models_load_in_transformers(name, tmp_path):
         assert got[setting] == wanted[setting], setting
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CLASSES])
+def test_rows_are_continued_as_in_transformers(name):
+    model, _ = nys.models.load(MODELS / name)
+    tokens, mask = (values[:2] for values in inputs(name))  # one with padding on its left
+    assert not mask[1, 0]
+    new = nys.models.generate(model, tokens, mask, max_new_tokens=12, pad_token=1)
+    ids = {"input_ids": torch.tensor(tokens).long(), "attention_mask": torch.tensor(mask).long()}
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
+    wanted = reference(name).eval().generate(**ids, **options).numpy()[:, tokens.shape[1] :]
+    np.testing.assert_array_equal(new[:, : wanted.shape[1]], wanted)
+    assert (new[:, wanted.shape[1] :] == 1).all()
+
+
 @pytest.mark.parametrize("name", ADAPTED)
 def test_trained_adapters_load_in_peft(name, tmp_path):
     """Two sets, which are trained together and saved one by one."""

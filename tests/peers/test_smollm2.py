@@ -50,6 +50,14 @@ def ours():
 
 
 @pytest.fixture(scope="module")
+def theirs():
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        WEIGHTS, gguf_file=FILE, dtype=torch.float32
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
 def their_tokenizer():
     return transformers.AutoTokenizer.from_pretrained(WEIGHTS, gguf_file=FILE)
 
@@ -95,15 +103,12 @@ def test_chats_are_those_of_transformers(prompt, ours, their_tokenizer):
     assert wanted.count("<|im_start|>") == 4 + prompt
 
 
-def test_logits_are_those_of_transformers(ours):
+def test_logits_are_those_of_transformers(ours, theirs):
     model, tokenizer = ours
     tokens, _ = tokenizer([PARAGRAPH])
     got = np.asarray(logits(model, tokens))
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        WEIGHTS, gguf_file=FILE, dtype=torch.float32
-    )
     with torch.no_grad():
-        wanted = again.eval()(input_ids=torch.tensor(tokens)).logits.numpy()
+        wanted = theirs(input_ids=torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(got, wanted, atol=1e-3, rtol=0)  # of up to 35; 2e-4 was seen
     losses = [
         optax.softmax_cross_entropy_with_integer_labels(x[0, :-1], tokens[0, 1:]).mean()
@@ -113,11 +118,18 @@ def test_logits_are_those_of_transformers(ours):
     assert losses[0] < 2  # 1.90 was seen, and 3.59 with q and k in llama.cpp's order
 
 
-def test_it_knows_the_capital_of_france(ours):
+def test_prompts_are_continued_as_in_transformers(ours, theirs):
     model, tokenizer = ours
-    tokens, _ = tokenizer(["The capital of France is"])
-    best = logits(model, tokens)[0, -1].argmax()
-    assert tokenizer.decode([int(best)]) == " Paris"
+    tokens, mask = tokenizer(
+        ["The capital of France is", "Once upon a time", "Two plus two is 4, so"]
+    )
+    assert not mask.all()
+    new = nys.models.generate(model, tokens, mask, max_new_tokens=20)
+    ids, seen = torch.tensor(tokens).long(), torch.tensor(mask).long()
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": tokenizer.pad_id}
+    wanted = theirs.generate(ids, attention_mask=seen, **options).numpy()[:, tokens.shape[1] :]
+    np.testing.assert_array_equal(new, wanted)
+    assert tokenizer.decode(new[0]).startswith(" Paris")
 
 
 def test_the_saved_tokenizer_in_transformers(ours, lines, tmp_path):
