@@ -54,6 +54,8 @@ def test_logits_are_those_of_transformers(name):
     got = np.asarray(call(load(name), tokens, mask))
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got[mask], logits[mask], atol=2e-5, rtol=0)
+    last = mask[:, -1]
+    np.testing.assert_array_equal(got[last, -1].argmax(-1), logits[last, -1].argmax(-1))
     assert not mask[1:].all(1).any()  # both sides of padding have been seen
     whole = call(load(name), tokens[:1])
     np.testing.assert_allclose(whole, logits[:1], atol=2e-5, rtol=0)

@@ -1,9 +1,9 @@
 """Language models as NNX modules, read from and written to Hugging Face folders."""
 
 from nyscaled.models.bert import Bert as Bert
-from nyscaled.models.bert import BertClassifier as BertClassifier
 from nyscaled.models.bert import BertConfig as BertConfig
-from nyscaled.models.bert import sentence_vectors as sentence_vectors
+from nyscaled.models.classify import BertClassifier as BertClassifier
+from nyscaled.models.classify import sentence_vectors as sentence_vectors
 from nyscaled.models.gemma import Gemma as Gemma
 from nyscaled.models.gemma import GemmaConfig as GemmaConfig
 from nyscaled.models.generate import generate as generate

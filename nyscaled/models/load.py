@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from nyscaled.checkpoints import hub
 from nyscaled.checkpoints.folder import CONFIG, SHARD_SIZE, Folder, open_folder, write
 from nyscaled.checkpoints.gguf import SUFFIX, Gguf, open_gguf
-from nyscaled.models import bert
-from nyscaled.models.bert import Bert, BertClassifier, BertConfig
+from nyscaled.models.bert import Bert, BertConfig
 from nyscaled.models.blocks import Numerics
+from nyscaled.models.classify import BertClassifier, of_file
 from nyscaled.models.config import Config
 from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.llama import Llama, LlamaConfig
@@ -103,7 +103,7 @@ def load(
         raise ValueError(f"{source.path} is quantized; wanted floating weights")
     config_class, make = FAMILIES[kind]
     if make is Bert:
-        make = bert.of_file(source.config.get("architectures") or (), source.names)
+        make = of_file(source.config.get("architectures") or (), source.names)
     try:
         config = config_class.from_json(source.config)
     except ValueError as error:

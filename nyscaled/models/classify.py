@@ -1,0 +1,104 @@
+"""What stands on BERT's encoder: vectors of sentences, and a classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from nyscaled.models.bert import Bert, head_options, new_pooler
+from nyscaled.models.blocks import Mask, Tokens
+
+
+def sentence_vectors(
+    hidden: Float[Array, "batch length width"], mask: Mask | None = None
+) -> Float[Array, "batch width"]:
+    """Mean of the hidden states that `mask` marks, divided by its length, in float32.
+
+    What sentence-transformers computes with mean pooling and normalization (Reimers and Gurevych,
+    2019): inner products of these vectors are cosine similarities. No tokens give zeros.
+
+    Example:
+        >>> hidden = jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]])
+        >>> sentence_vectors(hidden, jnp.array([[True, True, False]]))
+        Array([[0.6, 0.8]], dtype=float32)
+    """
+    wide = hidden.astype(jnp.float32)
+    total = jnp.sum(wide, axis=1, where=None if mask is None else mask[..., None])
+    squares = jnp.sum(total * total, axis=-1, keepdims=True)
+    return total * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+
+
+class BertClassifier(nnx.Module):
+    """A linear head on the pooler's output: transformers' `BertForSequenceClassification`.
+
+    The head is new: normal weights of deviation 0.02 (the original's) and zero biases. An encoder
+    without pooler is given one, drawn in the same way. `nys.models.load` reads both instead.
+
+    Args:
+        encoder: is taken into the model as it is, not copied.
+        labels: names of the classes.
+        rngs: for the head.
+
+    Raises:
+        ValueError: without labels.
+
+    Example:
+        >>> from nyscaled.models import BertConfig
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
+        >>> config = BertConfig(**sizes, num_attention_heads=2)
+        >>> def make():
+        ...     encoder = Bert(config, rngs=nnx.Rngs(0))
+        ...     return BertClassifier(encoder, ["negative", "positive"], rngs=nnx.Rngs(1))
+        >>> model = nnx.eval_shape(make)
+        >>> model.classifier.kernel.shape, model.config.labels
+        ((8, 2), ('negative', 'positive'))
+    """
+
+    architecture: ClassVar[str] = "BertForSequenceClassification"
+    prefix: ClassVar[str] = ""
+
+    def __init__(self, encoder: Bert, labels: Sequence[str], *, rngs: nnx.Rngs) -> None:
+        if not labels:
+            raise ValueError("labels is empty; wanted a name for each class")
+        self.config = dataclasses.replace(encoder.config, labels=tuple(labels))
+        self.numerics = encoder.numerics
+        if not hasattr(encoder, "pooler"):
+            encoder.pooler = new_pooler(encoder.config, encoder.numerics, rngs)
+        self.bert = encoder
+        self.classifier = nnx.Linear(
+            self.config.hidden_size, len(labels), rngs=rngs, **head_options(self.numerics)
+        )
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        mask: Mask | None = None,
+        types: Tokens | None = None,
+    ) -> Float[Array, "batch labels"]:
+        """Logits of the labels; arguments and errors as in `Bert.__call__`.
+
+        The first column has to be `[CLS]`, so that padding belongs on the right.
+        """
+        return self.classifier(self.bert.pool(self.bert(tokens, mask, types)))
+
+
+def of_file(architectures: Sequence[str], names: Sequence[str]) -> Callable[..., Any]:
+    """What makes the model of a file, from its config, numerics and rngs.
+
+    Args:
+        architectures: of `config.json`, which tell a classifier from an encoder.
+        names: of the tensors, which tell whether an encoder has a pooler.
+    """
+    if BertClassifier.architecture in architectures:
+        return lambda config, *, numerics, rngs: BertClassifier(
+            Bert(config, numerics=numerics, rngs=rngs), config.labels, rngs=rngs
+        )
+    pooler = any(name.endswith("pooler.dense.weight") for name in names)
+    return functools.partial(Bert, pooler=pooler)
