@@ -4,9 +4,9 @@
     python benchmarks/models.py --rounds 5
 
 Both read the same GGUF file, in float32, on as many threads as the process may use cores. The
-layers' and the head's matrix products alone are timed for both: they are the floor of the forward
-pass, and say how far apart the two could be on this processor. The bounds are printed beside the
-numbers, and nothing is asserted.
+layers' and the head's matrix products alone are timed for both, and in NumPy: they are the floor of
+the forward pass, and say how far apart the two could be on this processor. The bounds are printed
+beside the numbers, and nothing is asserted.
 """
 
 from __future__ import annotations
@@ -130,6 +130,16 @@ def theirs(model: Any, config: Any, tokens: np.ndarray) -> dict[str, Callable[[]
     return {FLOOR: floor} | dict(zip(BOUNDS, work, strict=True))
 
 
+def multiply(config: Any) -> Callable[[], Any]:
+    """The products in NumPy."""
+    draw, shapes = np.random.default_rng(0), products(config)
+    matrices = {s: draw.standard_normal(s, np.float32) for s in set(shapes)}
+    rows = {
+        k: draw.standard_normal((BATCH * LENGTH, k), np.float32) for k in {s[0] for s in shapes}
+    }
+    return lambda: [rows[s[0]] @ matrices[s] for s in shapes]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="SmolLM2-135M here and in transformers.")
     parser.add_argument("--rounds", type=int, default=9)
@@ -151,12 +161,24 @@ def main() -> None:
     )
     print("| SmolLM2-135M, float32 | here, ms | torch, ms | times faster | bound |")
     print("|---|---|---|---|---|")
+    medians: dict[tuple[str, str], float] = {}
     for name in mine:
-        times = interleaved({"here": mine[name], "torch": other[name]}, rounds)
-        here, there = (1e3 * float(np.median(times[side])) for side in ("here", "torch"))
+        functions = {"here": mine[name], "torch": other[name]}
+        if name == FLOOR:
+            functions["NumPy"] = multiply(model.config)
+        times = interleaved(functions, rounds)
+        medians |= {(side, name): float(np.median(times[side])) for side in times}
+        here, there = (1e3 * medians[side, name] for side in ("here", "torch"))
         bound = f"≥ {BOUNDS[name]}" if name in BOUNDS else ""
         factor = ratio(times, "torch", "here")
         print(f"| {name} | {here:.0f} | {there:.0f} | {factor:.2f} | {bound} |", flush=True)
+    forward = next(iter(BOUNDS))
+    work = 2e-9 * BATCH * LENGTH * sum(k * n for k, n in products(model.config))  # GFLOP
+    rates = [f"{side} {work / medians[side, FLOOR]:.0f}" for side in ("here", "torch", "NumPy")]
+    aim = BOUNDS[forward] * work / medians["torch", forward]
+    print(
+        f"\nProducts, GFLOP/s: {', '.join(rates)}; the bound of the forward pass takes {aim:.0f}."
+    )
     print(f"\nCompilation of the LoRA step: {seconds:.1f} s (bound 30 s).")
 
 
