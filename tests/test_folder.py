@@ -49,6 +49,37 @@ def test_tensors_are_read_as_they_are(kind, request):
             ask("c")
 
 
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
+def test_tensors_in_blocks_of_rows(kind, tmp_path, monkeypatch):
+    value = np.arange(42).reshape(7, 3, 2).astype(kind)
+    scalar, empty = np.array(3, kind), np.zeros((0, 4), kind)
+    write(tmp_path, {}, [("a", value), ("scalar", scalar), ("empty", empty)])
+    opened, row = open_folder(tmp_path), value[0].nbytes
+    for size, heights in ((3 * row + 1, [3, 3, 1]), (row, [1] * 7), (1, [1] * 7), (999, [7])):
+        blocks = list(opened.blocks("a", size))
+        assert [len(block) for _, block in blocks] == heights
+        assert [first for first, _ in blocks] == list(np.cumsum([0, *heights[:-1]]))
+        got = np.concatenate([block for _, block in blocks])
+        assert got.dtype == value.dtype
+        np.testing.assert_array_equal(got, value)
+    for name, wanted in (("scalar", scalar), ("empty", empty)):
+        ((first, got),) = opened.blocks(name, 1)
+        assert (first, got.dtype) == (0, wanted.dtype)
+        np.testing.assert_array_equal(got, wanted)
+    # A block is all that is read at a time.
+    monkeypatch.setattr(type(opened), "read", None)
+    assert next(opened.blocks("a", row))[1].nbytes == row
+
+
+def test_blocks_are_refused_as_whole_tensors_are(tmp_path):
+    write(tmp_path, {}, [("a", np.ones((2, 2), ml_dtypes.float8_e4m3fn))])
+    opened = open_folder(tmp_path)
+    for name, message in (("c", "has no tensor c"), ("a", "not a sound safetensors file, at a")):
+        for ask in (opened.read, lambda name: list(opened.blocks(name, 9))):
+            with pytest.raises(ValueError, match=message):
+                ask(name)
+
+
 def test_others_may_read_what_they_may_read_elsewhere(folder, tmp_path):
     (tmp_path / "plain").write_text("")
     wanted = (tmp_path / "plain").stat().st_mode

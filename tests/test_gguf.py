@@ -140,6 +140,18 @@ def test_tensors_are_dequantized(kind, path):
     assert 1e-4 < np.abs(got - tensor).max() < (0.5 if kind == Kind.Q4_0 else 0.05)
 
 
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.BF16])
+def test_tensors_in_blocks_of_rows(kind, path):
+    read = open_gguf(write(path, "llama", kind))
+    for name in read.names:
+        wanted = read.read(name)
+        blocks = list(read.blocks(name, 3 * wanted[0].nbytes))
+        assert [first for first, _ in blocks] == list(range(0, len(wanted), 3))
+        np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), wanted)
+    with pytest.raises(ValueError, match="has no tensor x"):
+        next(read.blocks("x", 1))
+
+
 def test_a_quantized_layer_is_put_in_order_after_its_dequantization(path):
     """Rows of 32 in a wider copy of a projection: q and k have their rows permuted."""
     rng = np.random.default_rng(0)

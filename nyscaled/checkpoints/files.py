@@ -46,14 +46,14 @@ def open_tensors(path: Path) -> Any:
         raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
 
 
-def read_tensor(file: Any, path: Path, name: str) -> np.ndarray:
-    """One tensor of an open file.
+def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> np.ndarray:
+    """One tensor of an open file, or some rows of it, of which alone memory is then taken.
 
     Raises:
         ValueError: on a dtype that NumPy, with ml_dtypes, does not have.
     """
     try:
-        return file.get_tensor(name)
+        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
     except (safetensors.SafetensorError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a sound safetensors file, at {name}: {error}") from error
 

@@ -6,10 +6,11 @@ twice its size. Pickled weights (`pytorch_model.bin`) can run code and are not r
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,33 @@ class Folder:
         """
         path, file = self._place(name)
         return files.read_tensor(file, path, name)
+
+    def blocks(self, name: str, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """A tensor in blocks of rows, each with the number of its first row.
+
+        A block is read from the mapped file as it is asked for, so that a large tensor is never
+        whole in memory. A scalar is one block.
+
+        Args:
+            name: of the tensor.
+            size: bytes of a block at the most, but a block has one row at the least.
+
+        Raises:
+            ValueError: as `read` does.
+        """
+        shape = self.shape(name)
+        if not shape or 0 in shape:  # without rows, or without bytes in them
+            yield 0, self.read(name)
+            return
+        rows = self._rows(name)
+        count = max(1, size // rows(slice(0, 1)).nbytes)
+        for first in range(0, shape[0], count):
+            yield first, rows(slice(first, min(first + count, shape[0])))
+
+    def _rows(self, name: str) -> Callable[[slice], np.ndarray]:
+        """What gives rows of a tensor."""
+        path, file = self._place(name)
+        return functools.partial(files.read_tensor, file, path, name)
 
     def _place(self, name: str) -> tuple[Path, Any]:
         if name not in self._places:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,10 @@ class Gguf(Folder):
         if kind == "gemma" and name.endswith("norm.weight"):
             return value - 1  # the file has 1 + w
         return value
+
+    def _rows(self, name: str) -> Callable[[slice], np.ndarray]:
+        """Rows of the tensor dequantized, which is whole in memory for that."""
+        return self.read(name).__getitem__
 
 
 def open_gguf(path: str | os.PathLike[str]) -> Gguf:
