@@ -1,12 +1,15 @@
 """Text to arrays and chats to text; tokenizers of folders and of GGUF metadata."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers.processors import TemplateProcessing
 
 import nyscaled as nys
@@ -59,6 +62,50 @@ def test_texts_that_are_too_long_keep_their_special_tokens(tokenizer):
     np.testing.assert_array_equal(types, [[0, 0, 0, 0, 1, 1, 0, 0]])
 
 
+def bare():
+    inner = words()
+    inner.post_processor = processors.ByteLevel()  # adds nothing
+    return inner
+
+
+def swapped():
+    """Pairs whose second text comes first."""
+    inner = words()
+    special = [("[CLS]", 1), ("[SEP]", 2)]
+    inner.post_processor = TemplateProcessing(
+        single="[CLS] $A", pair="$B:1 [SEP]:1 [CLS] $A [SEP]", special_tokens=special
+    )
+    return inner
+
+
+TEXT = st.lists(st.sampled_from([*WORDS, "x"]), max_size=9).map(" ".join)
+
+
+@pytest.mark.parametrize("make", [words, bare, swapped])
+@hypothesis.given(TEXT, TEXT, st.integers(3, 20))
+@hypothesis.settings(max_examples=200)
+def test_texts_are_cut_as_the_library_cuts_them(make, first, second, length):
+    """The texts have special tokens in them."""
+    tokenizer, library = Tokenizer(make(), {"pad_token": "[PAD]"}), make()
+    library.enable_truncation(length)
+    for special in (True, False):
+        tokens, mask = tokenizer([first], max_length=length, add_special_tokens=special)
+        assert list(tokens[mask]) == library.encode(first, add_special_tokens=special).ids
+    wanted = library.encode(first, second)
+    tokens, mask, types = tokenizer.pairs([first], [second], max_length=length)
+    assert (list(tokens[mask]), list(types[mask])) == (wanted.ids, wanted.type_ids)
+
+
+def test_calls_at_once_do_not_cut_one_another(tokenizer):
+    texts = ["a b c d " * 50] * 20
+
+    def width(length):
+        return {tokenizer(texts, max_length=length)[0].shape[1] for _ in range(20)}
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(width, (5, 90, 17, None))) == [{5}, {90}, {17}, {202}]
+
+
 def test_pairs(tokenizer):
     tokens, mask, types = tokenizer.pairs(["a", "a b c"], ["b c", "d"])
     assert (tokens.dtype, mask.dtype, types.dtype) == (np.int32, bool, np.int32)
@@ -84,7 +131,11 @@ def test_the_token_to_pad_with():
         (lambda t: t("a b"), "texts is 'a b'; wanted a list of texts, one at least"),
         (lambda t: t([]), r"texts is \[\]"),
         (lambda t: t(["a"], max_length=0), "max_length is 0"),
-        (lambda t: t(["a"], multiple_of=0), "multiple_of 0"),
+        (lambda t: t(["a"], max_length=True), "max_length is True; wanted a positive integer"),
+        (lambda t: t(["a"], max_length=1), "max_length is 1; the special tokens alone are 2"),
+        (lambda t: t.pairs(["a"], ["b"], max_length=2), "is 2; the special tokens alone are 3"),
+        (lambda t: t(["a"], multiple_of=0), "multiple_of is 0; wanted a positive integer"),
+        (lambda t: t(["a"], multiple_of=True), "multiple_of is True"),
         (lambda t: t.pairs(["a"], []), "second is"),
         (lambda t: t.pairs(["a"], ["a", "b"]), "1 first and 2 second texts"),
         (lambda t: t.chat(MESSAGES), "the tokenizer has no chat template"),

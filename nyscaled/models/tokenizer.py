@@ -87,14 +87,12 @@ class Tokenizer:
                 them already.
 
         Raises:
-            ValueError: on anything but texts, a length that is not positive, or texts of different
-                lengths without a token to pad with.
+            ValueError: on anything but texts, a length that is no positive integer or has no room
+                for the special tokens, or texts of different lengths without a token to pad with.
         """
         _require_texts("texts", texts)
-        encodings = self._encoded(list(texts), max_length, add_special_tokens)
-        rows = [encoding.ids for encoding in encodings]
-        tokens, mask = self._padded(rows, side, multiple_of)
-        return tokens, mask
+        rows, _ = self._encoded(list(texts), max_length, add_special_tokens)
+        return self._padded(rows, side, multiple_of)
 
     def pairs(
         self,
@@ -114,11 +112,11 @@ class Tokenizer:
         if len(first) != len(second):
             raise ValueError(f"there are {len(first)} first and {len(second)} second texts")
         both = list(zip(first, second, strict=True))
-        encodings = self._encoded(both, max_length, True)
-        tokens, mask = self._padded([e.ids for e in encodings], "right", multiple_of)
+        rows, kinds = self._encoded(both, max_length, True)
+        tokens, mask = self._padded(rows, "right", multiple_of)
         types = np.zeros_like(tokens)
-        for row, encoding in zip(types, encodings, strict=True):
-            row[: len(encoding.type_ids)] = encoding.type_ids
+        for row, kind in zip(types, kinds, strict=True):
+            row[: len(kind)] = kind
         return tokens, mask, types
 
     def chat(
@@ -196,25 +194,26 @@ class Tokenizer:
             return {entry["name"]: entry["template"] for entry in given}
         return {_DEFAULT: given} if isinstance(given, str) else dict(given)
 
-    def _encoded(self, texts: list[Any], max_length: int | None, special: bool) -> list[Any]:
-        if max_length is None:
-            return self.inner.encode_batch(texts, add_special_tokens=special)
-        if max_length < 1:
-            raise ValueError(f"max_length is {max_length}; wanted a positive number")
-        self.inner.enable_truncation(max_length)
-        try:
-            return self.inner.encode_batch(texts, add_special_tokens=special)
-        finally:
-            self.inner.no_truncation()
+    def _encoded(
+        self, texts: list[Any], max_length: int | None, special: bool
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens and types of each text or pair."""
+        if max_length is not None:
+            _require_positive("max_length", max_length)
+        tokens, types = [], []
+        # The library cuts by a setting that all who share the tokenizer would see: it is done here.
+        for encoding in self.inner.encode_batch(texts, add_special_tokens=special):
+            kept = _kept(encoding, max_length)
+            for rows, row in ((tokens, encoding.ids), (types, encoding.type_ids)):
+                rows.append(row if kept is None else [row[i] for i in kept])
+        return tokens, types
 
     def _padded(
         self, rows: list[list[int]], side: str, multiple_of: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        if side not in ("left", "right") or multiple_of < 1:
-            raise ValueError(
-                f"side is {side!r} and multiple_of {multiple_of}; wanted 'left' or 'right', and a "
-                "positive number"
-            )
+        if side not in ("left", "right"):
+            raise ValueError(f"side is {side!r}; wanted 'left' or 'right'")
+        _require_positive("multiple_of", multiple_of)
         lengths = [len(row) for row in rows]
         width = -(-max(*lengths, 1) // multiple_of) * multiple_of
         if self.pad_id is None and min(lengths) < width:
@@ -259,6 +258,37 @@ def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
 def _require_texts(name: str, texts: Sequence[str]) -> None:
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is {texts!r:.80}; wanted a list of texts, one at least")
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} is {value!r}; wanted a positive integer")
+
+
+def _kept(encoding: Any, max_length: int | None) -> list[int] | None:
+    """The places that a text or a pair keeps, None if all: specials, and the longer is cut first.
+
+    As the library's truncation has it.
+    """
+    if max_length is None or len(encoding) <= max_length:
+        return None
+    sequences = encoding.sequence_ids  # 0 and 1, None for special tokens
+    special = sequences.count(None)
+    room = max_length - special
+    if room < 0:
+        raise ValueError(f"max_length is {max_length}; the special tokens alone are {special}")
+    lengths = [sequences.count(0), sequences.count(1)]
+    shorter = min(*lengths, room // 2)
+    left = [shorter, room - shorter]
+    if lengths[0] > lengths[1]:
+        left.reverse()
+    kept = []
+    for i, sequence in enumerate(sequences):
+        if sequence is not None:
+            left[sequence] -= 1
+        if sequence is None or left[sequence] >= 0:
+            kept.append(i)
+    return kept
 
 
 def _environment() -> Any:
