@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -103,6 +105,38 @@ def test_a_failure_leaves_the_old_folder(folder, monkeypatch):
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
 
 
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, "model-00001-of-00002.safetensors"])
+def test_a_directory_in_the_place_of_a_file_is_refused(name, folder):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    before = {p.name: p.is_file() and p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(ValueError, match=f"{name} is a directory; wanted a file"):
+        write(folder, {}, [("a", A + 1)])
+    assert {p.name: p.is_file() and p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_swap_that_fails_keeps_what_is_new(folder, monkeypatch):
+    moved = []
+
+    def replace(source, target):
+        if len(moved) == 2:
+            raise OSError("disk on fire")
+        moved.append(target)
+        os.rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    with pytest.raises(OSError, match=r"disk on fire; the new files are whole.*") as caught:
+        write(folder, {}, [("a", A + 1), ("b", B), ("c", A)], max_shard_size=1)
+    with pytest.raises(ValueError, match=r"config\.json.*wanted a model folder"):
+        open_folder(folder)
+    (aside,) = folder.glob(".writing-*")
+    assert f"in {aside} into {folder}" in str(caught.value)
+    for file in aside.iterdir():
+        os.rename(file, folder / file.name)
+    np.testing.assert_array_equal(open_folder(folder).read("a"), A + 1)
+    assert open_folder(folder).names == ("a", "b", "c")
+
+
 def test_folders_without_sound_files_are_refused(folder):
     path = folder / TENSORS
     whole = path.read_bytes()
@@ -116,13 +150,25 @@ def test_folders_without_sound_files_are_refused(folder):
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: a pickle can run code"):
         open_folder(folder)
-    for text, message in (("[]", "holds a list"), ("{", "not JSON")):
+    refused = ("[]", "holds a list"), ("{", "not JSON"), ("[" * 100_000, "not JSON: .*recursion")
+    for text, message in refused:
         (folder / CONFIG).write_text(text)
         with pytest.raises(ValueError, match=message):
             open_folder(folder)
     (folder / CONFIG).unlink()
     with pytest.raises(ValueError, match=r"config\.json.*wanted a model folder"):
         open_folder(folder)
+
+
+def test_json_is_read_as_utf8_whatever_the_locale(folder):
+    """The name is one that cp1252 and ASCII would spoil."""
+    (folder / CONFIG).write_text('{"<｜é｜>": 1}', encoding="utf-8")
+    code = f"from nyscaled.checkpoints.folder import *; print(ascii(open_folder({str(folder)!r}).config))"
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | plain, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == ascii({"<｜é｜>": 1}), run.stderr
 
 
 @pytest.mark.parametrize(

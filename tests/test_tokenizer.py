@@ -214,6 +214,30 @@ def test_tokenizers_are_saved_with_models_and_loaded(tmp_path):
         nys.models.load(tmp_path)
 
 
+OLDER = {
+    "chat_template.jinja": "old",
+    "special_tokens_map.json": '{"pad_token": "[SEP]", "bos_token": "a"}',
+    "added_tokens.json": '{"old": 9}',
+}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_files_that_would_override_a_saved_tokenizer_go(alone, tmp_path):
+    tokenizer = Tokenizer(words(), {"pad_token": "[PAD]", "chat_template": "new"})
+    model, _ = nys.models.load(FIXTURES / "models" / "llama")
+    nys.models.save(model, tmp_path)
+    for name, text in OLDER.items():
+        (tmp_path / name).write_text(text)
+    nys.models.save(model, tmp_path)  # leaves them alone
+    assert all((tmp_path / name).is_file() for name in OLDER)
+    tokenizer.save(tmp_path) if alone else nys.models.save(model, tmp_path, tokenizer)
+    _, again = nys.models.load(tmp_path)
+    assert (again.pad_id, again.chat(MESSAGES)) == (0, "new")
+    assert "bos_token" not in again.settings
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+
+
 def metadata(**changes):
     """A byte-level vocabulary: every byte, some merges, control tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

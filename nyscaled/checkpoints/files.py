@@ -24,10 +24,10 @@ def read_object(path: Path, wanted: str) -> dict[str, Any]:
         ValueError: on a missing file (saying what was `wanted`), or one that holds no object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{error}; wanted {wanted}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}; wanted an object")
@@ -61,53 +61,70 @@ def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> 
 @contextlib.contextmanager
 def replacing(
     folder: str | os.PathLike[str],
-    config: tuple[str, Mapping[str, Any]],
+    texts: Mapping[str, str | None],
+    *,
+    last: str,
     stale: re.Pattern[str] | None = None,
 ) -> Iterator[Path]:
     """A folder aside to write tensors into, which then take the place of those in `folder`.
 
-    Each file is whole whenever it is there: all are written aside and then moved, the
-    configuration last, after the old one was taken away, so that it never sits by other tensors.
-    Nothing has changed if the body raises.
+    Each file is whole whenever it is there: all are written aside and then moved, `last` at the
+    end, after the old one was taken away, so that it never sits by other tensors. Nothing has
+    changed if the body raises. A process that is killed in the swap leaves the folder without
+    `last`; at any time, it leaves a hidden folder `.writing-…`, which may be deleted.
 
     Args:
         folder: made if missing; other files in it are left alone.
-        config: file name, and what to write as JSON.
-        stale: names of files that go, as they belonged to what is replaced.
+        texts: more files, by their names; None for those that go.
+        last: of `texts`, the file without which the others are not read.
+        stale: names of further files that go, as they belonged to what is replaced.
 
     Yields:
         The folder aside.
+
+    Raises:
+        ValueError: if a directory is in the place of a file; nothing has changed.
+        OSError: if a file cannot be written, and nothing has changed; or cannot be moved, and the
+            folder aside is kept.
     """
-    folder, (name, settings) = Path(folder), config
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-        aside = Path(temporary)
+    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    try:
         yield aside
-        new = sorted(file.name for file in aside.iterdir())
-        (aside / name).write_text(json.dumps(settings, indent=2) + "\n")
-        for file in (*new, name):
+        for name, text in texts.items():
+            if text is not None:
+                (aside / name).write_text(text, encoding="utf-8")
+        new = {file.name for file in aside.iterdir()}
+        for name in new:
             # safetensors lets only their owner read its files.
-            shutil.copymode(aside / name, aside / file)
-            flush(aside / file)
-        (folder / name).unlink(missing_ok=True)
-        for file in new:
-            os.replace(aside / file, folder / file)
-        for file in folder.iterdir():
-            if stale and stale.fullmatch(file.name) and file.name not in new:
-                file.unlink()
-        os.replace(aside / name, folder / name)
-        flush(folder)
+            shutil.copymode(aside / last, aside / name)
+            flush(aside / name)
+        there = {file.name for file in folder.iterdir()}
+        old = {n for n in there - new if n in texts or (stale and stale.fullmatch(n))}
+        for name in sorted(new | old):
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                raise ValueError(f"{folder / name} is a directory; wanted a file, or nothing")
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    try:
+        for name in (last, *old):
+            (folder / name).unlink(missing_ok=True)
+        for name in (*sorted(new - {last}), last):
+            os.replace(aside / name, folder / name)
+    except OSError as error:
+        raise OSError(
+            f"{error}; the new files are whole: to end what began, move those that are still in "
+            f"{aside} into {folder}"
+        ) from error
+    aside.rmdir()
+    flush(folder)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, which is whole whenever it is there; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as name:
-        aside = Path(name) / path.name
-        aside.write_text(text, encoding="utf-8")
-        flush(aside)
-        os.replace(aside, path)
-    flush(path.parent)
+def as_json(value: Mapping[str, Any]) -> str:
+    """The text of a JSON file."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def write_tensors(

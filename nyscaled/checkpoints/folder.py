@@ -7,7 +7,6 @@ twice its size. Pickled weights (`pytorch_model.bin`) can run code and are not r
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -144,11 +143,16 @@ def write(
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
     max_shard_size: int = SHARD_SIZE,
+    texts: Mapping[str, str | None] | None = None,
 ) -> None:
     """Writes a model folder that transformers loads; each of its files is whole or not there.
 
     Tensors go into `model.safetensors`, or into several files with an index. They are asked for
     one by one, and those of one file are in memory at a time.
+
+    All is written aside, and swapped for what was there at the end. A process that is killed in
+    the swap leaves a folder without `config.json`, which is refused when read; at any time, it
+    leaves a hidden folder `.writing-…`, which may be deleted.
 
     Args:
         path: of the folder, made if missing. Earlier weights under these names are replaced, other
@@ -156,13 +160,17 @@ def write(
         config: for `config.json`.
         tensors: names and values.
         max_shard_size: bytes of tensors in one file; a larger tensor has one to itself.
+        texts: of more files, replaced in the same swap; None for those that go.
 
     Raises:
-        ValueError: on a size that is not positive.
+        ValueError: on a size that is not positive, or a directory in the place of a file.
+        OSError: if a file cannot be written, and nothing has changed; or if the swap fails, and
+            the message says where the new files are.
     """
     if max_shard_size <= 0:
         raise ValueError(f"max_shard_size is {max_shard_size}; wanted a positive number of bytes")
-    with files.replacing(path, (CONFIG, config), stale=_WEIGHTS) as aside:
+    texts = {**(texts or {}), CONFIG: files.as_json(config)}
+    with files.replacing(path, texts, last=CONFIG, stale=_WEIGHTS) as aside:
         held: dict[str, np.ndarray] = {}
         shards: list[list[str]] = []
         total = size = 0
@@ -190,7 +198,7 @@ def write(
         if count > 1:
             weight_map = {name: file for file, names in named.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (aside / INDEX).write_text(files.as_json(index))
 
 
 def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:

@@ -94,7 +94,8 @@ def write(
 ) -> None:
     """Writes an adapter folder that PEFT loads.
 
-    Each file is whole whenever it is there, and never beside another adapter's.
+    Each file is whole whenever it is there, and never beside another adapter's. A process that is
+    killed may leave a hidden folder `.writing-…`, which may be deleted, and no configuration.
 
     Args:
         folder: made if missing; other files in it are left alone.
@@ -152,7 +153,7 @@ def write(
         "fan_in_fan_out": False,
     }
     metadata = {"format": "pt", **(metadata or {})}
-    with files.replacing(folder, (CONFIG, config)) as aside:
+    with files.replacing(folder, {CONFIG: files.as_json(config)}, last=CONFIG) as aside:
         files.write_tensors(aside / TENSORS, tensors, metadata)
 
 

@@ -17,6 +17,7 @@ FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
+_OVERRIDING = _SPECIAL, _TEMPLATE, "added_tokens.json"
 _DEFAULT = "default"
 
 
@@ -169,15 +170,30 @@ class Tokenizer:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads."""
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads.
+
+        Older files of a tokenizer that would override them are removed: their content is in these.
+        `nyscaled.models.save` writes them together with a model.
+
+        Raises:
+            ValueError: if a directory is in the place of a file.
+            OSError: if a file cannot be written or moved.
+        """
+        with files.replacing(folder, self.files(), last=FILE):
+            pass
+
+    def files(self) -> dict[str, str | None]:
+        """The files that `save` writes: their texts by their names, None for those that go."""
         # The class that transformers has for no model: it takes all from tokenizer.json.
         defaults = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        settings = defaults | self.settings
-        files.write_text(Path(folder) / FILE, self.inner.to_str(pretty=True))
-        files.write_text(Path(folder) / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        return {
+            FILE: self.inner.to_str(pretty=True),
+            SETTINGS: files.as_json(defaults | self.settings),
+            **dict.fromkeys(_OVERRIDING),
+        }
 
     def _special(self) -> dict[str, str]:
         """Special tokens by their roles: `bos_token`, …"""
