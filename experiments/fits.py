@@ -44,7 +44,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E
 from tqdm import tqdm  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
-from nyscaled.models.blocks import Numerics  # noqa: E402
 
 GB = 1e9
 SIZES = (16, 24, 40, 80)  # of devices, GB
@@ -135,7 +134,7 @@ def abstract(make: Any, config: Any, rank: int, targets: str) -> tuple[Any, Any,
     """The adapted model's structure, adapters and base, without values."""
 
     def build() -> Any:
-        numerics = Numerics(jnp.bfloat16, remat=True)
+        numerics = nys.models.Numerics(jnp.bfloat16, remat=True)
         model = make(config, numerics=numerics, rngs=nnx.Rngs(0))
         nys.lora.apply(model, rank, targets=targets, key=jax.random.key(0))
         return model

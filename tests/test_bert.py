@@ -159,8 +159,9 @@ def test_what_the_encoder_cannot_do():
         model(jnp.zeros((1, 65), int))
     with pytest.raises(ValueError, match="the model has no pooler"):
         model.pool(jnp.zeros((1, 2, 16)))
-    with pytest.raises(ValueError, match="labels is empty"):
-        BertClassifier(model, [], rngs=nnx.Rngs(0))
+    for labels in ([], "neg", ["a", "a"]):
+        with pytest.raises(ValueError, match=r"labels is .*; wanted a list of distinct names"):
+            BertClassifier(model, labels, rngs=nnx.Rngs(0))
 
 
 TRAINED = nnx.Any(nnx.LoRAParam, nnx.PathContains("classifier"), nnx.PathContains("pooler"))

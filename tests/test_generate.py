@@ -84,8 +84,11 @@ def test_greedy_tokens_are_the_most_probable(name):
 def test_a_cache_that_is_too_small():
     tokens, mask = prompts()
     model = load("llama")
-    with pytest.raises(ValueError, match="have length 7; wanted at most 4, the cache's"):
-        model.hidden(jnp.asarray(tokens), jnp.asarray(mask), model.new_cache(ROWS, 4))
+    with pytest.raises(ValueError, match="have length 7; wanted at most 4, the cache's room"):
+        model.hidden(tokens, mask, model.new_cache(ROWS, 4))
+    _, cache = model.hidden(tokens, mask, model.new_cache(ROWS, 9))
+    with pytest.raises(ValueError, match="have length 7; wanted at most 2, the cache's room"):
+        model.hidden(tokens, mask, cache)
 
 
 def test_rows_do_not_see_one_another():
@@ -109,12 +112,12 @@ def test_rows_end_with_their_stop_token():
         np.testing.assert_array_equal(row[:end], wanted[:end])
         assert (row[end:] == NONE).all()
     assert (stopped[0, 3:] == NONE).all()
-    # By the configuration, padded with the stop token itself.
-    config = dataclasses.replace(model.config, eos_token_id=(stop,), pad_token_id=None)
-    other = nnx.clone(model)
-    other.config = config
-    tokens_of_other = nys.models.generate(other, tokens, mask, max_new_tokens=NEW)
-    np.testing.assert_array_equal(tokens_of_other, np.where(stopped == NONE, stop, stopped))
+    # By the configuration, padded with the stop token itself where it has no token for that.
+    for pad in (None, -1):
+        other = nnx.clone(model)
+        other.config = dataclasses.replace(model.config, eos_token_id=(stop,), pad_token_id=pad)
+        tokens_of_other = nys.models.generate(other, tokens, mask, max_new_tokens=NEW)
+        np.testing.assert_array_equal(tokens_of_other, np.where(stopped == NONE, stop, stopped))
 
 
 def test_one_program_a_bucket():
@@ -128,7 +131,7 @@ def test_one_program_a_bucket():
     generate(tokens[:, 2:], mask[:, 2:], max_new_tokens=16)
     generate(np.tile(tokens, 2)[:, :13], max_new_tokens=1)
     other = sample | {"temperature": 1.5, "top_k": 7, "top_p": 0.3, "key": jax.random.key(1)}
-    generate(tokens, mask, max_new_tokens=3, **other)
+    generate(tokens, mask, max_new_tokens=np.int64(3), stop_tokens=[7, 8, 9], **other)
     assert _generate._cache_size() == before
 
 
@@ -160,13 +163,15 @@ CHANCES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
         (1.0, None, 0.6, [1, 3]),
         (1.0, None, 0.7, [1, 3, 4]),
         (1.0, None, 1e-6, [1]),
+        (1.0, None, 0.0, [1]),
+        (1e-30, None, None, [1]),
         (1.0, 2, 0.6, [1]),  # 0.4/0.65 > 0.6: top_p reads what top_k left
     ],
 )
 def test_draws_have_the_chances_asked_for(temperature, top_k, top_p, kept):
     draws = 20_000
     wanted = np.zeros(5)
-    wanted[kept] = CHANCES[kept] ** (1 / temperature)
+    wanted[kept] = (CHANCES[kept] / CHANCES.max()) ** (1 / temperature)
     wanted /= wanted.sum()
     sampling = Sampling(
         KEY,
@@ -212,6 +217,7 @@ def test_drawn_tokens_repeat_with_their_key_and_do_not_depend_on_other_rows():
         ({"mask": [[1, 0]]}, "padding after a token"),
         ({"mask": [[0, 0]]}, "padding after a token"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": np.nan, "key": KEY}, "temperature is nan"),
         ({"max_new_tokens": 63}, "are 65 tokens; wanted at most 64, the positions"),
         ({"temperature": 1.0}, "temperature without a key"),
         ({"temperature": -1.0}, r"temperature is -1\.0"),
@@ -224,3 +230,8 @@ def test_what_is_refused(changes, message):
     arguments = {"tokens": [[3, 4]], "max_new_tokens": 2} | changes
     with pytest.raises(ValueError, match=message):
         nys.models.generate(load("opt_post"), **arguments)
+
+
+def test_encoders_are_refused():
+    with pytest.raises(ValueError, match="model is a Bert; wanted a causal language model"):
+        nys.models.generate(load("bert_encoder"), [[3, 4]], max_new_tokens=2)

@@ -110,15 +110,80 @@ def test_merged_adapters_are_saved_and_others_refused(tmp_path):
     np.testing.assert_allclose(call(again, tokens, mask), wanted, atol=2e-5)
 
 
+def test_calls_outside_of_jit_compile_once():
+    tokens, mask, logits = expected("opt")
+    model = load("opt")
+    model(tokens, mask)
+    before = blocks._scan._cache_size()
+    got = model(tokens, np.asarray(mask, int))
+    assert blocks._scan._cache_size() == before
+    np.testing.assert_allclose(got[mask], logits[mask], atol=2e-5, rtol=0)
+    assert jax.eval_shape(model, tokens).shape == logits.shape
+    np.testing.assert_allclose(jax.jit(model)(tokens, mask), got, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_ids_from_outside_do_not_reach_tokens_from_padding(name):
+    tokens, mask, logits = expected(name)
+    for outside in (32, -100):
+        got = call(load(name), jnp.where(mask, tokens, outside), mask)
+        np.testing.assert_allclose(got[mask], logits[mask], atol=2e-5, rtol=0)
+        assert np.isnan(
+            call(load(name), tokens.at[:, -1].set(outside), mask)[mask[:, -1], -1]
+        ).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "message"),
+    [
+        (np.ones((2, 3)), None, "tokens are float"),
+        (np.ones(3, int), None, r"of shape \(3,\); wanted integers \(batch, length\)"),
+        (np.ones((2, 3), int), np.ones((2, 2), int), r"mask has shape \(2, 2\); wanted \(2, 3\)"),
+    ],
+)
+def test_inputs_that_are_refused(tokens, mask, message):
+    with pytest.raises(ValueError, match=message):
+        blocks.prepare(jnp.asarray(tokens), mask, 32)
+
+
+def test_dropout_of_adapters_in_a_stack_is_drawn_anew():
+    tokens, _, _ = expected("llama")
+    model = load("llama")
+    layers = nys.lora.apply(model, 2, targets=".*q_proj", key=KEY, dropout=0.5)
+    for layer in layers.values():
+        layer.adapters["default"].lora_b[...] += 0.3
+    first, second = call(model, tokens), call(model, tokens)
+    assert jnp.max(jnp.abs(first - second)) > 1e-3
+    model.eval()
+    np.testing.assert_array_equal(call(model, tokens), call(model, tokens))
+
+
+def test_norms_keep_their_digits():
+    """In float32 whatever the dtype of x, and about a mean that is large."""
+    x = np.random.default_rng(0).standard_normal((3, 256))
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    norm = blocks.RMSNorm(256, 1e-6, nys.models.Numerics(jnp.bfloat16))
+    wide = np.asarray(narrow, float)
+    wanted = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(np.asarray(norm(narrow), float), wanted, rtol=2**-8)
+    large = jnp.asarray(x + 1e3, jnp.float32)
+    wide = np.asarray(large, float)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wanted = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-5)
+    norm = blocks.layer_norm(256, 1e-5, nys.models.Numerics(), nnx.Rngs(0))
+    np.testing.assert_allclose(norm(large), wanted, atol=1e-3)
+
+
 def test_dtypes(tmp_path):
     tokens, mask, logits = expected("llama")
     narrow, _ = nys.models.load(MODELS / "llama", dtype=jnp.bfloat16)
     mixed, _ = nys.models.load(MODELS / "llama", compute_dtype=jnp.bfloat16)
     assert {str(v.dtype) for v in arrays(narrow).values()} == {"bfloat16"}
     assert {str(v.dtype) for v in arrays(mixed).values()} == {"float32"}
-    for model in (narrow, mixed):
+    half, _ = nys.models.load(MODELS / "llama", dtype=jnp.float16)
+    for model, dtype in ((narrow, jnp.bfloat16), (mixed, jnp.bfloat16), (half, jnp.float16)):
         got = call(model, tokens, mask)
-        assert got.dtype == jnp.bfloat16
+        assert got.dtype == dtype
         error = np.abs(np.asarray(got, np.float32) - logits)[np.asarray(mask)].max()
         assert 1e-4 < error < 0.1
     nys.models.save(narrow, tmp_path)
@@ -126,24 +191,45 @@ def test_dtypes(tmp_path):
     wide, _ = nys.models.load(tmp_path)
     for path, value in arrays(wide).items():
         np.testing.assert_array_equal(value, arrays(narrow)[path].astype(np.float32))
+    # What is written is what the parameters are, whatever they were loaded as.
+    graphdef, state = nnx.split(wide)
+    cast = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.float16), state))
+    nys.models.save(cast, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float16"
+    for dtype in (jnp.int32, "bogus", jnp.float64):
+        with pytest.raises(ValueError, match=r"dtype is .*; wanted a floating dtype, float64 only"):
+            nys.models.load(MODELS / "llama", dtype=dtype)
+
+
+def gradients(model, tokens, mask):
+    """Of the sum of squares: the lowered program, and what it is called with."""
+    graphdef, state = nnx.split(model)
+
+    def loss(state):
+        logits = nnx.merge(graphdef, state)(tokens, mask)
+        return jnp.sum(jnp.where(mask[..., None], logits, 0) ** 2)
+
+    return jax.jit(jax.grad(loss)).lower(state), state
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert_encoder"])
+def test_remat_is_in_the_program(name):
+    tokens = jnp.ones((1, 4), int)
+    for remat in (False, True):
+        model, _ = nys.models.load(MODELS / name, remat=remat)
+        lowered, _ = gradients(model, tokens, tokens > 0)
+        assert ("optimization_barrier" in lowered.as_text()) == remat
 
 
 def test_remat_has_the_same_gradients():
     tokens, mask, _ = expected("llama")
-
-    def gradients(model):
-        graphdef, state = nnx.split(model)
-
-        def loss(state):
-            logits = nnx.merge(graphdef, state)(tokens, mask)
-            return jnp.sum(jnp.where(mask[..., None], logits, 0) ** 2)
-
-        lowered = jax.jit(jax.grad(loss)).lower(state)
-        return lowered.compile()(state), "optimization_barrier" in lowered.as_text()
-
-    wanted, plain = gradients(load("llama"))
-    got, again = gradients(nys.models.load(MODELS / "llama", remat=True)[0])
-    assert (plain, again) == (False, True)
+    wanted, got = (
+        lowered.compile()(state)
+        for lowered, state in (
+            gradients(model, tokens, mask)
+            for model in (load("llama"), nys.models.load(MODELS / "llama", remat=True)[0])
+        )
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), wanted, got)
 
 
@@ -202,6 +288,27 @@ def test_settings_of_other_families_that_are_refused(name, settings, message, tm
         nys.models.load(folder)
 
 
+def test_configurations_made_by_hand():
+    config = load("llama").config
+    assert dataclasses.replace(config, eos_token_id=[2, 3]).eos_token_id == (2, 3)
+    with pytest.raises(ValueError, match="num_key_value_heads is 0; wanted a positive integer"):
+        dataclasses.replace(config, num_key_value_heads=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"), [("llama", (1, 2, None)), ("gemma", (2, 1, 0)), ("opt", (2, 2, 1))]
+)
+def test_token_ids_that_are_missing_are_those_of_transformers(name, ids, tmp_path):
+    folder = shutil.copytree(MODELS / name, tmp_path / "copy")
+    names = "bos_token_id", "eos_token_id", "pad_token_id"
+    change(folder, **dict.fromkeys(names, "absent"))
+    config = nys.models.load(folder)[0].config
+    assert tuple(getattr(config, n) for n in names) == ids
+    change(folder, **dict.fromkeys(names))
+    config = nys.models.load(folder)[0].config
+    assert tuple(getattr(config, n) for n in names) == (None, None, None)
+
+
 def test_a_tokenizer_comes_along(folder):
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"[UNK]": 0, "low": 1, "rank": 2}
@@ -210,6 +317,10 @@ def test_a_tokenizer_comes_along(folder):
     words.save(str(folder / "tokenizer.json"))
     _, tokenizer = nys.models.load(folder)
     assert tokenizer.encode("low rank model").ids == [1, 2, 0]
+    words.add_tokens([f"more{i}" for i in range(30)])
+    words.save(str(folder / "tokenizer.json"))
+    with pytest.warns(UserWarning, match="tokenizer of 33 tokens and a model of 32"):
+        nys.models.load(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a sound tokenizer"):
         nys.models.load(folder)
@@ -237,6 +348,7 @@ def change(folder, tensors=None, **settings):
     [
         ({"model_type": "mamba"}, "model_type 'mamba'; wanted one of bert, gemma, llama, opt"),
         ({"model_type": "absent"}, "model_type None"),
+        ({"model_type": []}, r"model_type \[\]; wanted one of"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; for llama only 'silu' is supported"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_size": "absent"}, "hidden_size is missing"),
@@ -246,6 +358,20 @@ def change(folder, tensors=None, **settings):
         ({"eos_token_id": 1.5}, r"eos_token_id is 1\.5; wanted an integer, a list"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope is 'yarn'"),
+        ({"rope_parameters": [1]}, r"rope is \[1\]; wanted one object"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope is {.*} and {.*}; wanted one object",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    **dict(zip(SCALING, (8.0, 4.0, 1.0, 16), strict=True)),
+                }
+            },
+            r"low_freq_factor is 4\.0 and high_freq_factor 1\.0",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope is 'default' with"),
         (
             {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2}},

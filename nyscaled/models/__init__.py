@@ -2,8 +2,11 @@
 
 from nyscaled.models.bert import Bert as Bert
 from nyscaled.models.bert import BertConfig as BertConfig
+from nyscaled.models.blocks import Numerics as Numerics
+from nyscaled.models.blocks import RopeScaling as RopeScaling
 from nyscaled.models.classify import BertClassifier as BertClassifier
 from nyscaled.models.classify import sentence_vectors as sentence_vectors
+from nyscaled.models.gated import GatedConfig as GatedConfig
 from nyscaled.models.gemma import Gemma as Gemma
 from nyscaled.models.gemma import GemmaConfig as GemmaConfig
 from nyscaled.models.generate import generate as generate

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
@@ -78,12 +78,13 @@ class BertConfig(Config):
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; wanted "
                 "a multiple of num_attention_heads"
             )
-        if self.hidden_act not in ACTIVATIONS:
+        if self.hidden_act not in list(ACTIVATIONS):  # a list has == for what cannot be hashed
             raise ValueError(
                 f"hidden_act is {self.hidden_act!r}; wanted one of {', '.join(ACTIVATIONS)}"
             )
@@ -151,11 +152,12 @@ class SelfAttention(nnx.Module):
         self.head_dim = width // config.num_attention_heads
 
     def __call__(
-        self, x: Float[Array, "batch length width"], mask: Mask | None
+        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
     ) -> Float[Array, "batch length width"]:
         layers = self.query, self.key, self.value
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
-        return blocks.attend(query, key, value, mask, causal=False)
+        seen = None if mask is None else mask[:, None, None, :]
+        return blocks.attend(query, key, value, seen, causal=False)
 
 
 class Attention(nnx.Module):
@@ -166,7 +168,7 @@ class Attention(nnx.Module):
         self.output = Residual(config.hidden_size, config, numerics, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length width"], mask: Mask | None
+        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
     ) -> Float[Array, "batch length width"]:
         return self.output(self.self(x, mask), x)
 
@@ -183,7 +185,7 @@ class Layer(nnx.Module):
         self.output = Residual(inner, config, numerics, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length width"], mask: Mask | None
+        self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
     ) -> Float[Array, "batch length width"]:
         x = self.attention(x, mask)
         return self.output(self.intermediate(x), x)
@@ -199,9 +201,10 @@ class Embeddings(nnx.Module):
         self.token_type_embeddings = nnx.Embed(config.type_vocab_size, width, **options)
         self.LayerNorm = blocks.layer_norm(width, config.layer_norm_eps, numerics, rngs)
 
-    def __call__(self, tokens: Tokens, types: Tokens) -> Float[Array, "batch length width"]:
-        words = self.word_embeddings(jnp.asarray(tokens))
-        words = words + self.token_type_embeddings(jnp.asarray(types))
+    def __call__(
+        self, tokens: Int[Array, "batch length"], types: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length width"]:
+        words = self.word_embeddings(tokens) + self.token_type_embeddings(types)
         return self.LayerNorm(words + self.position_embeddings(jnp.arange(tokens.shape[1])))
 
 
@@ -263,14 +266,15 @@ class Bert(nnx.Module):
         """The last hidden states, in the compute dtype.
 
         Args:
-            tokens: ids, below `vocab_size` (others give NaN). Positions are counted from the first
-                column, padding or not.
-            mask: True where there is a token and False where there is padding, on either side;
-                None for no padding. Hidden states at padding have no meaning.
+            tokens: ids, below `vocab_size` (others give NaN, at padding any will do). Positions
+                are counted from the first column, padding or not.
+            mask: True (or 1) where there is a token and False where there is padding, on either
+                side; None for no padding. Hidden states at padding have no meaning.
             types: 0 in the first sentence of a pair and 1 in the second; None for zeros.
 
         Raises:
-            ValueError: if the input is longer than the table of positions.
+            ValueError: unless tokens are integers (batch, length), no longer than the table of
+                positions, and the mask of their shape.
         """
         longest = self.config.max_position_embeddings
         if tokens.shape[1] > longest:
@@ -278,7 +282,10 @@ class Bert(nnx.Module):
                 f"tokens have length {tokens.shape[1]}; wanted at most {longest}, the positions "
                 "that the model knows"
             )
-        x = self.embeddings(tokens, jnp.zeros_like(tokens) if types is None else types)
+        tokens, mask = blocks.prepare(tokens, mask, self.config.vocab_size)
+        given = jnp.zeros_like(tokens) if types is None else types
+        types, _ = blocks.prepare(given, mask, self.config.type_vocab_size)
+        x = self.embeddings(tokens, types)
         return blocks.run(self.encoder.layer, x, mask, remat=self.numerics.remat)
 
     def pool(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch width"]:

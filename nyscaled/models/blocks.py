@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models.sharding import split_batch
 
-# NumPy's too, as tokenizers give them.
+# NumPy's too, as tokenizers give them. Masks of 0 and 1 are taken as those of bools.
 Tokens = Int[Array | np.ndarray, "batch length"]
-Mask = Bool[Array | np.ndarray, "batch length"]
+Mask = Bool[Array | np.ndarray, "batch length"] | Tokens
 Rotation = tuple[Float[Array, "length half"], Float[Array, "length half"]]
 
 
@@ -30,11 +31,31 @@ class Numerics:
         compute_dtype: of activations and products; `dtype` if None. Norms, rotations and the
             softmax of attention are computed in float32 whatever it is.
         remat: whether the backward pass computes each layer anew instead of keeping its insides.
+
+    Raises:
+        ValueError: on a dtype that is not floating, or float64 without JAX's 64-bit mode.
     """
 
     dtype: Any = jnp.float32
     compute_dtype: Any = None
     remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("dtype", self.dtype), ("compute_dtype", self.compute_dtype)):
+            if dtype is None and name == "compute_dtype":
+                continue
+            try:
+                kind = jnp.dtype(dtype)
+            except TypeError:
+                kind = None
+            if (
+                not kind
+                or not jnp.issubdtype(kind, jnp.floating)
+                or jax.dtypes.canonicalize_dtype(kind) != kind
+            ):
+                raise ValueError(
+                    f"{name} is {dtype!r}; wanted a floating dtype, float64 only with jax_enable_x64"
+                )
 
     @property
     def dtypes(self) -> dict[str, Any]:
@@ -43,6 +64,35 @@ class Numerics:
 
 
 FLOAT32 = Numerics()
+
+
+def prepare(tokens: Any, mask: Any, count: int) -> tuple[Array, Array | None]:
+    """Tokens in int32, with no id from outside at padding, and the mask in bool.
+
+    Rows beyond a table's end are NaN, also at padding, from where they would reach tokens; and
+    negative ids would count from its end.
+
+    Args:
+        tokens: ids, (batch, length).
+        mask: where they are, or None.
+        count: of the rows of the table that they choose from.
+
+    Raises:
+        ValueError: unless tokens are integers (batch, length), and the mask of their shape.
+    """
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens are {tokens.dtype} of shape {tokens.shape}; wanted integers (batch, length)"
+        )
+    tokens = tokens.astype(jnp.int32)
+    outside = (tokens < 0) | (tokens >= count)
+    if mask is None:
+        return jnp.where(outside, count, tokens), None
+    mask = jnp.asarray(mask).astype(bool)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {mask.shape}; wanted {tokens.shape}, that of tokens")
+    return jnp.where(outside, jnp.where(mask, count, 0), tokens), mask
 
 
 class RMSNorm(nnx.Module):
@@ -77,6 +127,13 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if self.low_freq_factor > self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor is {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor}; wanted the first to be the smaller one"
+            )
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -122,20 +179,22 @@ def split_heads(
 
 def attend(
     query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads head_dim"],
-    mask: Mask | None,
+    key: Float[Array, "batch slots kv_heads head_dim"],
+    value: Float[Array, "batch slots kv_heads head_dim"],
+    mask: Bool[Array, "... slots"] | None,
     *,
-    causal: bool = True,
+    causal: bool,
 ) -> Float[Array, "batch length width"]:
-    """Attention over the tokens that `mask` marks, heads joined again.
+    """Attention to what `mask` marks, heads joined again.
 
     If `causal`, no token sees a later one. Fewer key than query heads are shared in groups
     (Ainslie et al., 2023). Rows of padding come out finite, without meaning.
     """
-    keys = None if mask is None else mask[:, None, None, :]
-    out = jax.nn.dot_product_attention(query, key, value, mask=keys, is_causal=causal)
-    return out.reshape(*out.shape[:-2], -1)
+    dtype = query.dtype
+    if dtype == jnp.float16:  # its products with sums in float32 exist on GPUs alone
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+    return out.reshape(*out.shape[:-2], -1).astype(dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
@@ -153,22 +212,46 @@ def scan(
 ) -> tuple[Array, Any]:
     """`x, output = step(x, layer, input, *shared)` through a stack, compiled once whatever its depth.
 
-    Inputs and outputs have the axis of the layers in front; None if there are none.
+    Args:
+        step: a function of a module, not one made for the call, so that calls outside of `jit` find
+            the program of the last one.
+        x: what goes from layer to layer.
+        layers: the stack. Counters of random streams in it, as dropout has them, move on.
+        inputs: one for each layer, in front; None if there are none. Outputs are alike.
+        shared: the same for all layers.
+        remat: whether the backward pass computes each layer anew.
     """
+    graphdef, random, rest = nnx.split(layers, nnx.RngState, ...)
+    state = nnx.as_pure(random), nnx.as_pure(rest)
+    x, (outputs, random) = _scan(step, graphdef, remat, x, *state, inputs, shared)
+    nnx.update(layers, random)
+    return x, outputs
 
-    def constrained(x: Array, *args: Any) -> tuple[Array, Any]:
-        x, output = step(split_batch(x), *args)
-        return split_batch(x), output
 
-    axes = (nnx.Carry, 0, 0, *(None for _ in shared))
-    body = nnx.remat(constrained) if remat else constrained
-    return nnx.scan(body, in_axes=axes, out_axes=(nnx.Carry, 0))(x, layers, inputs, *shared)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _scan(
+    step: Any,
+    graphdef: Any,
+    remat: bool,
+    x: Array,
+    random: Any,
+    rest: Any,
+    inputs: Any,
+    shared: Any,
+) -> tuple[Array, Any]:
+    def body(x: Array, each: Any) -> tuple[Array, Any]:
+        random, rest, given = each
+        layer = nnx.merge(graphdef, random, rest, copy=True)
+        x, output = step(split_batch(x), layer, given, *shared)
+        return split_batch(x), (output, nnx.as_pure(nnx.state(layer, nnx.RngState)))
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (random, rest, inputs))
 
 
 def run(layers: Any, x: Array, *shared: Any, remat: bool) -> Array:
     """`x = layer(x, *shared)` through a stack."""
+    return scan(_plain, x, layers, None, *shared, remat=remat)[0]
 
-    def step(x: Array, layer: Any, _: None, *shared: Any) -> tuple[Array, None]:
-        return layer(x, *shared), None
 
-    return scan(step, x, layers, None, *shared, remat=remat)[0]
+def _plain(x: Array, layer: Any, _: None, *shared: Any) -> tuple[Array, None]:
+    return layer(x, *shared), None

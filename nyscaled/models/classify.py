@@ -30,7 +30,8 @@ def sentence_vectors(
         Array([[0.6, 0.8]], dtype=float32)
     """
     wide = hidden.astype(jnp.float32)
-    total = jnp.sum(wide, axis=1, where=None if mask is None else mask[..., None])
+    seen = None if mask is None else jnp.asarray(mask)[..., None] > 0
+    total = jnp.sum(wide, axis=1, where=seen)
     squares = jnp.sum(total * total, axis=-1, keepdims=True)
     return total * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
 
@@ -47,7 +48,7 @@ class BertClassifier(nnx.Module):
         rngs: for the head.
 
     Raises:
-        ValueError: without labels.
+        ValueError: on an encoder that is no `Bert`, and unless labels are distinct names.
 
     Example:
         >>> from nyscaled.models import BertConfig
@@ -65,8 +66,13 @@ class BertClassifier(nnx.Module):
     prefix: ClassVar[str] = ""
 
     def __init__(self, encoder: Bert, labels: Sequence[str], *, rngs: nnx.Rngs) -> None:
-        if not labels:
-            raise ValueError("labels is empty; wanted a name for each class")
+        if not isinstance(encoder, Bert):
+            raise ValueError(
+                f"encoder is a {type(encoder).__name__}; wanted a Bert (of a classifier, its .bert)"
+            )
+        names = [] if isinstance(labels, str) else [x for x in labels if isinstance(x, str)]
+        if not names or len(set(names)) < len(labels):
+            raise ValueError(f"labels is {labels!r}; wanted a list of distinct names, one a class")
         self.config = dataclasses.replace(encoder.config, labels=tuple(labels))
         self.numerics = encoder.numerics
         if not hasattr(encoder, "pooler"):

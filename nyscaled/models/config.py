@@ -35,9 +35,13 @@ class Config:
     pad_token_id: TokenId = None
     tie_word_embeddings: bool = False
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, sound(field, getattr(self, field.name)))
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Any:
-        """Reads what `config.json` holds; what is missing there has the defaults of transformers.
+        """Reads what `config.json` holds; what may be missing has transformers' defaults.
 
         Raises:
             ValueError: on a missing, ill-typed or unsupported setting.
@@ -78,9 +82,10 @@ def sound(field: dataclasses.Field, value: Any) -> Any:
         ValueError: on another value, or a number that is not positive.
     """
     if field.type == "TokenId":
-        ids = value if isinstance(value, list) else [] if value is None else [value]
+        several = isinstance(value, list | tuple)
+        ids = value if several else [] if value is None else [value]
         if all(type(i) is int for i in ids):
-            return tuple(value) if isinstance(value, list) else value
+            return tuple(value) if several else value
         wanted = "an integer, a list of them or null"
     elif field.type == "bool":
         if type(value) is bool:

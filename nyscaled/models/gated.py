@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Rotation, Tokens
-from nyscaled.models.cache import Cache, Kept, Past, attend, run
-from nyscaled.models.config import Config, sound
+from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
+from nyscaled.models.config import Config, TokenId, sound
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,14 @@ class GatedConfig(Config):
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float = 1e-6
+    bos_token_id: TokenId = 1
+    eos_token_id: TokenId = 2
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     rope_scaling: blocks.RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads "
@@ -58,7 +61,10 @@ class GatedConfig(Config):
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Also the rotations, in either of transformers' forms."""
         settings = {k: v for k, v in super().settings(config).items() if k != "rope_scaling"}
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        given = [config[k] for k in ("rope_parameters", "rope_scaling") if config.get(k)]
+        if any(not isinstance(rope, Mapping) or rope != given[0] for rope in given):
+            raise ValueError(f"rope is {' and '.join(map(repr, given))}; wanted one object")
+        rope = dict(given[0]) if given else {}
         if "rope_theta" in rope:
             settings["rope_theta"] = rope.pop("rope_theta")
         older = rope.pop("type", "default")
@@ -108,7 +114,7 @@ class Attention(nnx.Module):
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
         query, key = blocks.rotate(query, by), blocks.rotate(key, by)
-        out, kept = attend(query, key, value, mask, past)
+        out, kept = attend_causally(query, key, value, mask, past)
         return self.o_proj(out), kept
 
 
@@ -198,9 +204,12 @@ class GatedDecoder(nnx.Module):
         """Logits of the next token at each position, in the compute dtype.
 
         Args:
-            tokens: ids, below `vocab_size` (others give NaN).
-            mask: True where there is a token and False where there is padding, on either side;
-                None for no padding. Logits at padding have no meaning.
+            tokens: ids, below `vocab_size` (others give NaN, at padding any will do).
+            mask: True (or 1) where there is a token and False where there is padding, on either
+                side; None for no padding. Logits at padding have no meaning.
+
+        Raises:
+            ValueError: unless tokens are integers (batch, length), and the mask of their shape.
         """
         return self.logits(self.hidden(tokens, mask)[0])
 
@@ -219,7 +228,8 @@ class GatedDecoder(nnx.Module):
                 checked where its length is traced).
         """
         config = self.config
-        x = self.embed_tokens(jnp.asarray(tokens))
+        tokens, mask = blocks.prepare(tokens, mask, self.config.vocab_size)
+        x = self.embed_tokens(tokens)
         if self.scaled_embedding:
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
         frequencies = blocks.inverse_frequencies(
@@ -228,7 +238,7 @@ class GatedDecoder(nnx.Module):
         # Only differences of positions matter, so that padding may be counted.
         start = 0 if cache is None else cache.length
         by = blocks.rotation(start + jnp.arange(tokens.shape[1]), frequencies)
-        x, cache = run(self.layers, x, mask, cache, by, remat=self.numerics.remat)
+        x, cache = run_causal(self.layers, x, mask, cache, by, remat=self.numerics.remat)
         return self.norm(x), cache
 
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array
 
+from nyscaled.models.config import TokenId
 from nyscaled.models.gated import GatedConfig, GatedDecoder
 
 
@@ -25,6 +26,9 @@ class GemmaConfig(GatedConfig):
     }
 
     max_position_embeddings: int = 8192
+    bos_token_id: TokenId = 2
+    eos_token_id: TokenId = 1
+    pad_token_id: TokenId = 0
     tie_word_embeddings: bool = True
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
+import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +34,10 @@ def generate(
     tokens: Any,
     mask: Any = None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: SupportsIndex,
     stop_tokens: int | Sequence[int] | None = None,
     temperature: float | None = None,
-    top_k: int | None = None,
+    top_k: SupportsIndex | None = None,
     top_p: float | None = None,
     key: Key[Array, ""] | None = None,
     pad_token: int | None = None,
@@ -43,8 +45,9 @@ def generate(
     """Continues each row of tokens, with the most probable token or with drawn ones.
 
     All of it is one compiled program, which ends when every row has met a stop token. It is
-    compiled anew only for another batch size or when a length passes a power of two. Keys and
-    values of past tokens are kept in the compute dtype.
+    compiled anew only for another batch size, when a length passes a power of two, for more than
+    eight stop tokens, and with or without `temperature`, `top_k` and `top_p`; their values and the
+    prompts do not matter. Keys and values of past tokens are kept in the compute dtype.
 
     Args:
         model: a causal language model, adapters and all.
@@ -59,17 +62,18 @@ def generate(
         top_p: draws from the most probable tokens whose probabilities add up to p only, after
             `temperature` and `top_k`.
         key: for drawing. What a row gets does not depend on the rows beside it.
-        pad_token: follows a row's stop token; by default the configuration's `pad_token_id`, or
-            else the first stop token.
+        pad_token: follows a row's stop token; by default the configuration's `pad_token_id` if it
+            is in the vocabulary, or else the first stop token.
 
     Returns:
         The new tokens of each row, int32: up to and with its stop token, then `pad_token`.
         `[tokenizer.decode(row) for row in …]` is text where both are special tokens.
 
     Raises:
-        ValueError: on ids outside the vocabulary, padding that is not on the left, a row without
-            tokens, more tokens than the model has positions for, numbers out of range, a
-            temperature without a key, or top_k, top_p or a key without a temperature.
+        ValueError: on a model that is no causal language model, ids outside the vocabulary, padding
+            that is not on the left, a row without tokens, more tokens than the model has positions
+            for, numbers out of range, a temperature without a key, or top_k, top_p or a key without
+            a temperature.
 
     Example:
         >>> from nyscaled.models import Llama, LlamaConfig
@@ -81,11 +85,14 @@ def generate(
         >>> generate(model, [[5, 7, 1]], max_new_tokens=4).shape
         (1, 4)
     """
+    if not hasattr(model, "new_cache"):
+        raise ValueError(
+            f"model is a {type(model).__name__}; wanted a causal language model of this package"
+        )
     config = model.config
     tokens, mask = _prompt(tokens, mask, config.vocab_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; wanted at least 1")
-    most, longest = int(mask.sum(1).max()) + max_new_tokens, model.max_length
+    count = _count("max_new_tokens", max_new_tokens)
+    most, longest = int(mask.sum(1).max()) + count, model.max_length
     if longest is not None and most > longest:
         raise ValueError(
             f"the longest prompt and max_new_tokens are {most} tokens; wanted at most {longest}, "
@@ -93,9 +100,10 @@ def generate(
         )
     stops = _stops(config.eos_token_id if stop_tokens is None else stop_tokens)
     if pad_token is None:
-        pad_token = config.pad_token_id
-    if pad_token is None:
-        pad_token = int(stops[0]) if stops.size else 0
+        pad_token, first = config.pad_token_id, int(stops[0])
+        # Early conversions of LLaMA have -1 there.
+        if not isinstance(pad_token, int) or not 0 <= pad_token < config.vocab_size:
+            pad_token = max(first, 0)
     sampling = _sampling(temperature, top_k, top_p, key, config.vocab_size)
     left = ((0, 0), (_rounded(tokens.shape[1]) - tokens.shape[1], 0))
     graphdef, state = nnx.split(model)
@@ -106,11 +114,11 @@ def generate(
         np.pad(mask, left),
         stops,
         pad_token,
-        max_new_tokens,
+        count,
         sampling,
-        room=_rounded(max_new_tokens),
+        room=_rounded(count),
     )
-    return np.asarray(new)[:, :max_new_tokens]
+    return np.asarray(new)[:, :count]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="room")
@@ -158,7 +166,9 @@ def choose(
     """The i-th new token of each row: the most probable, or drawn with a key of the row's own."""
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # Of the greatest logit, so that none is infinite however small the temperature is.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = logits / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
     if sampling.top_k is not None or sampling.top_p is not None:
         logits = restricted(logits, sampling)
     key = jax.random.fold_in(sampling.key, i)
@@ -179,7 +189,8 @@ def restricted(
         chances = jax.nn.softmax(falling, axis=-1)
         # A token stays while those before it do not reach p; the first does in any case.
         before = jnp.cumsum(chances, axis=-1) - chances
-        count = jnp.minimum(count, jnp.sum(before < sampling.top_p, axis=-1))
+        within = jnp.sum(before < sampling.top_p, axis=-1)
+        count = jnp.minimum(count, jnp.maximum(within, 1))  # p may be 0 in float32
     least = jnp.take_along_axis(falling, count[:, None] - 1, axis=-1)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -208,11 +219,31 @@ def _prompt(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.nda
 
 
 def _stops(stop_tokens: int | Sequence[int] | None) -> np.ndarray:
-    return np.asarray([] if stop_tokens is None else stop_tokens, np.int32).reshape(-1)
+    """The stop tokens, filled up with -1 to eight or a multiple, one of them at least."""
+    stops = np.asarray([] if stop_tokens is None else stop_tokens).reshape(-1)
+    if stops.size and stops.dtype.kind not in "iu":
+        raise ValueError(f"stop_tokens is {stop_tokens!r}; wanted ids")
+    filled = np.full(8 * max(1, -(-stops.size // 8)), -1, np.int32)
+    filled[: stops.size] = stops
+    return filled
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} is {value!r}; wanted an integer of at least 1")
+    return number
 
 
 def _sampling(
-    temperature: float | None, top_k: int | None, top_p: float | None, key: Any, vocab_size: int
+    temperature: float | None,
+    top_k: SupportsIndex | None,
+    top_p: float | None,
+    key: Any,
+    vocab_size: int,
 ) -> Sampling | None:
     if not temperature:
         given = {"top_k": top_k, "top_p": top_p, "key": key}
@@ -220,17 +251,15 @@ def _sampling(
         if names:
             raise ValueError(f"{', '.join(names)} without a temperature; wanted temperature > 0")
         return None
-    if temperature < 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; wanted a positive number, or None")
     if key is None:
         raise ValueError("temperature without a key; wanted a key to draw tokens with")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; wanted at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; wanted a number in (0, 1]")
     return Sampling(
         key,
         jnp.float32(temperature),
-        None if top_k is None else jnp.int32(min(top_k, vocab_size)),
+        None if top_k is None else jnp.int32(min(_count("top_k", top_k), vocab_size)),
         None if top_p is None else jnp.float32(top_p),
     )

@@ -40,7 +40,8 @@ class LlamaConfig(GatedConfig):
     @classmethod
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Also what follows from the number of heads, where it is not given."""
-        settings = {k: v for k, v in super().settings(config).items() if v is not None}
+        given = super().settings(config).items()
+        settings = {k: v for k, v in given if v is not None or k.endswith("_token_id")}
         heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
         if type(heads) is int and type(width) is int and heads > 0:
             settings.setdefault("num_key_value_heads", heads)

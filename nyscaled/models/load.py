@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def load(
     of masked words, and `cls.seq_relationship.*`, of the next sentence); heads of other tasks are
     refused, as every tensor without a parameter is.
 
-    Each tensor goes from the mapped file to its place on the devices before the next is read, so
-    that one tensor is all that memory holds beside the model.
+    Tensors go from the mapped file to their places on the devices one after the other, in blocks of
+    rows: beside the model, memory holds little. With a mesh it holds a tensor and its shards, of a
+    GGUF file a tensor.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or shards with their index; a GGUF
@@ -95,7 +97,7 @@ def load(
         require_mesh(mesh)
     source = _opened(folder, revision)
     kind = source.config.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in list(FAMILIES):  # a list has == for what cannot be hashed
         raise ValueError(
             f"{source.config_path} has model_type {kind!r}; wanted one of {', '.join(FAMILIES)}"
         )
@@ -103,12 +105,19 @@ def load(
         raise ValueError(f"{source.path} is quantized; wanted floating weights")
     config_class, make = FAMILIES[kind]
     if make is Bert:
-        make = of_file(source.config.get("architectures") or (), source.names)
+        architectures = source.config.get("architectures")
+        make = of_file(architectures if isinstance(architectures, list) else [], source.names)
     try:
         config = config_class.from_json(source.config)
     except ValueError as error:
         raise ValueError(f"{source.config_path}: {error}") from None
     tokenizer = _tokenizer(source)
+    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
+        warnings.warn(
+            f"{source.path} has a tokenizer of {tokenizer.get_vocab_size()} tokens and a model of "
+            f"{config.vocab_size}: it gives NaN for the others",
+            stacklevel=2,
+        )
     numerics = Numerics(dtype, compute_dtype, remat)
     abstract = nnx.eval_shape(lambda: make(config, numerics=numerics, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
@@ -130,7 +139,7 @@ def save(
     *,
     max_shard_size: int = SHARD_SIZE,
 ) -> None:
-    """Writes a model as a folder that `load` and transformers read, in the dtype it has.
+    """Writes a model as a folder that `load` and transformers read, in the dtype of its parameters.
 
     The tensors of one file are in the host's memory at a time, gathered from the mesh one by one
     if the model lies on one. Weights that the folder had are replaced at the end, all at once:
@@ -158,7 +167,7 @@ def save(
         for path, variable in nnx.to_flat_state(state)
         for pair in tensors(variable[...], table[path])
     )
-    dtype = jnp.dtype(model.numerics.dtype).name
+    dtype = next(variable.dtype.name for _, variable in nnx.to_flat_state(state))
     config = {"architectures": [model.architecture], **model.config.to_json()}
     write(folder, {**config, "torch_dtype": dtype}, named, max_shard_size=max_shard_size)
     if tokenizer is not None:

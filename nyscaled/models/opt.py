@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float
 
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
-from nyscaled.models.cache import Cache, Kept, Past, attend, run
-from nyscaled.models.config import Config
+from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
+from nyscaled.models.config import Config, TokenId
 
 EPS = 1e-5
 # The first rows of the table of positions belong to padding.
@@ -52,10 +52,14 @@ class OptConfig(Config):
     num_attention_heads: int
     word_embed_proj_dim: int
     max_position_embeddings: int = 2048
+    bos_token_id: TokenId = 2
+    eos_token_id: TokenId = 2
+    pad_token_id: TokenId = 1
     do_layer_norm_before: bool = True
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; wanted "
@@ -90,7 +94,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
-        out, kept = attend(query, key, value, mask, past)
+        out, kept = attend_causally(query, key, value, mask, past)
         return self.out_proj(out), kept
 
 
@@ -168,13 +172,14 @@ class Opt(nnx.Module):
         """Logits of the next token at each position, in the compute dtype.
 
         Args:
-            tokens: ids, below `vocab_size` (others give NaN).
-            mask: True where there is a token and False where there is padding, on either side;
-                None for no padding. Tokens are counted without the padding. Logits at padding
-                have no meaning.
+            tokens: ids, below `vocab_size` (others give NaN, at padding any will do).
+            mask: True (or 1) where there is a token and False where there is padding, on either
+                side; None for no padding. Tokens are counted without the padding. Logits at
+                padding have no meaning.
 
         Raises:
-            ValueError: if the input is longer than the table of positions.
+            ValueError: unless tokens are integers (batch, length), no longer than the table of
+                positions, and the mask of their shape.
         """
         if tokens.shape[1] > self.max_length:
             raise ValueError(
@@ -199,15 +204,16 @@ class Opt(nnx.Module):
                 checked where its length is traced).
         """
         config = self.config
+        tokens, mask = blocks.prepare(tokens, mask, self.config.vocab_size)
         seen = jnp.ones_like(tokens) if mask is None else mask.astype(tokens.dtype)
         count = jnp.cumsum(seen, axis=1)
         if cache is not None:
             count = count + jnp.sum(cache.mask, axis=1, keepdims=True, dtype=tokens.dtype)
-        x = self.embed_tokens(jnp.asarray(tokens))
+        x = self.embed_tokens(tokens)
         if self._projected:
             x = self.project_in(x)
         x = x + self.embed_positions(count * seen - 1 + OFFSET)
-        x, cache = run(self.layers, x, mask, cache, remat=self.numerics.remat)
+        x, cache = run_causal(self.layers, x, mask, cache, remat=self.numerics.remat)
         if config.do_layer_norm_before:
             x = self.final_layer_norm(x)
         return x, cache

@@ -15,12 +15,14 @@ from jaxtyping import Array
 from nyscaled.checkpoints.folder import Folder
 from nyscaled.models.names import Place
 
+BLOCK = 2**26  # bytes of a tensor that are in the host's memory at a time
+
 
 def read(source: Folder, place: Place, variable: Any, sharding: NamedSharding | None) -> Array:
     """The parameter: each tensor goes into its layer's place on the device before the next is read.
 
-    Beside the parameter itself, memory holds one tensor on the host, and on the devices that and
-    its transpose.
+    Beside the parameter itself, memory holds a block of a tensor's rows on the host and on the
+    device; with a sharding the tensor and its shards.
 
     Args:
         source: of the tensors.
@@ -33,17 +35,25 @@ def read(source: Folder, place: Place, variable: Any, sharding: NamedSharding | 
     """
     value = jnp.zeros(variable.shape, variable.dtype, device=sharding)
     for i, name in enumerate(place.names):
-        tensor: Any = source.read(name)
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(f"{source.path} has {name} in {tensor.dtype}; wanted floating weights")
+        pieces = source.blocks(name, BLOCK)
         if sharding is not None:
-            spec = sharding.spec[1:] if place.stacked else sharding.spec
-            axes = spec[::-1] if place.transposed else spec
-            there = NamedSharding(sharding.mesh, PartitionSpec(*axes))
-            tensor = jax.make_array_from_callback(tensor.shape, there, tensor.__getitem__)
-        value = _put(value, tensor, i if place.stacked else None, transposed=place.transposed)
-        value.block_until_ready()  # otherwise tensors that wait for the device would pile up
+            pieces = [(None, _split(source.read(name), place, sharding))]
+        for row, piece in pieces:
+            if not jnp.issubdtype(piece.dtype, jnp.floating):
+                raise ValueError(
+                    f"{source.path} has {name} in {piece.dtype}; wanted floating weights"
+                )
+            layer = i if place.stacked else None
+            value = _put(value, piece, layer, row, transposed=place.transposed)
+            value.block_until_ready()  # otherwise pieces that wait for the device would pile up
     return value
+
+
+def _split(tensor: np.ndarray, place: Place, sharding: NamedSharding) -> Array:
+    """A tensor on the mesh, lying there as it will in the parameter."""
+    spec = sharding.spec[1:] if place.stacked else sharding.spec
+    there = NamedSharding(sharding.mesh, PartitionSpec(*(spec[::-1] if place.transposed else spec)))
+    return jax.make_array_from_callback(tensor.shape, there, tensor.__getitem__)
 
 
 def tensors(value: Array, place: Place) -> Iterator[tuple[str, np.ndarray]]:
@@ -54,10 +64,23 @@ def tensors(value: Array, place: Place) -> Iterator[tuple[str, np.ndarray]]:
 
 
 @functools.partial(jax.jit, static_argnames="transposed", donate_argnames="value")
-def _put(value: Array, tensor: Array, index: Any, *, transposed: bool) -> Array:
-    """The parameter with the tensor in it: all of it, or the layer at an index."""
-    new = (tensor.T if transposed else tensor).astype(value.dtype)
-    return value.at[... if index is None else index].set(new)
+def _put(value: Array, piece: Array, layer: Any, row: Any, *, transposed: bool) -> Array:
+    """The parameter with a tensor in it, or with a tensor's rows from one on.
+
+    Args:
+        value: the parameter.
+        piece: of the tensor.
+        layer: of a stacked parameter, where the tensor belongs; None if it is not stacked.
+        row: of the tensor, where the piece begins; None if it is all of it.
+        transposed: whether the tensor's rows are the parameter's columns.
+    """
+    new = (piece.T if transposed else piece).astype(value.dtype)
+    at = [0] * new.ndim
+    if row is not None and at:
+        at[-1 if transposed else 0] = row
+    if layer is not None:
+        new, at = new[None], [layer, *at]
+    return jax.lax.dynamic_update_slice(value, new, [jnp.asarray(i, jnp.int32) for i in at])
 
 
 @functools.partial(jax.jit, static_argnames="transposed")
