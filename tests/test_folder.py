@@ -178,6 +178,8 @@ def test_json_is_read_as_utf8_whatever_the_locale(folder):
         ({"a": "/etc/passwd"}, "wanted a file in the folder"),
         ({"a": ".."}, "wanted a file in the folder"),
         ({"a": "three.safetensors"}, "wanted a file in the folder"),
+        ({"a": "a" * 300}, "wanted a file in the folder"),
+        ({"a": "a\0"}, "wanted a file in the folder"),
         ({"a": SHARDS[0], "c": SHARDS[1]}, "disagree: only one of them has b, c"),
         ({"a": SHARDS[0], "b": SHARDS[0]}, "disagree: only one of them has b"),
         ({"a": 1}, "no weight_map"),

@@ -217,6 +217,7 @@ def test_files_that_are_cut_short_or_none_of_gguf_are_refused(path):
 
 
 ONES = np.ones((16, 16), np.float32)
+ROPE = np.array([1, 8], np.float32)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,15 @@ ONES = np.ones((16, 16), np.float32)
     [
         ({"general.architecture": "qwen2"}, {}, "'qwen2'; wanted one of gemma, llama"),
         ({"split.count": 3}, {}, "one of 3 parts; wanted them merged"),
+        ({"split.count": "x"}, {}, "one of x parts; wanted them merged"),
+        (
+            {"tokenizer.ggml.bos_token_id": 32},
+            {},
+            "bos_token_id is 32; wanted an integer from 0 to 31",
+        ),
+        ({"tokenizer.ggml.eos_token_id": [2]}, {}, r"model\.gguf: .*eos_token_id is \[2\]"),
+        ({"tokenizer.ggml.padding_token_id": "2"}, {}, r"padding_token_id is '2'"),
+        ({"llama.rope.freq_base": "x"}, {"rope_freqs.weight": ROPE}, r"model\.gguf: "),
         ({"llama.block_count": None}, {}, r"lacks llama\.block_count"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, {}, "lacks llama.*_rms_epsilon"),
         ({"llama.block_count": 4}, {}, r"has no tensor for model\.layers\.3\."),
@@ -275,6 +285,8 @@ class Hub:
         from huggingface_hub.utils import filter_repo_objects
 
         self.asked.append((name, revision))
+        if name == "owner/broken":
+            raise RuntimeError("the connection broke")
         if name != "owner/llama":
             raise LocalEntryNotFoundError(f"no {name} in the cache, and no network")
         names = [*(p.name for p in (MODELS / "llama").iterdir()), "pytorch_model.bin", "a/b.json"]
@@ -293,13 +305,15 @@ def test_models_of_the_hub(monkeypatch, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     with pytest.raises(ValueError, match=r"owner/other is no folder here.*no network"):
         nys.models.load("owner/other")
+    with pytest.raises(ValueError, match=r"owner/broken is no folder here.*connection broke"):
+        nys.models.load("owner/broken")
     for local in (MODELS / "llama", str(MODELS / "llama"), Path("owner/llama")):
         with pytest.raises(ValueError, match="is not from the hub; wanted no revision, got 'v1'"):
             nys.models.load(local, revision="v1")
-    assert len(hub.asked) == 2
+    assert len(hub.asked) == 3
     # A folder here comes before a repository of the same name.
     monkeypatch.chdir(tmp_path)
     shutil.copytree(MODELS / "llama3", "owner/llama")
     assert nys.models.load("owner/llama")[0].config.head_dim == 8
-    assert len(hub.asked) == 2
+    assert len(hub.asked) == 3
     assert json.loads(Path("owner/llama/config.json").read_text())["head_dim"] == 8

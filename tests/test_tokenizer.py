@@ -1,4 +1,4 @@
-"""Text to arrays and chats to text; tokenizers of folders and of GGUF metadata."""
+"""Text to arrays and chats to text; tokenizers of folders."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +9,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors
 from tokenizers.processors import TemplateProcessing
 
 import nyscaled as nys
 from nyscaled.models import Tokenizer
-from nyscaled.models.vocabulary import gguf_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "a", "b", "c", "d"]
@@ -174,6 +173,9 @@ def test_chats(template, text):
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% for %}", "Expected"),
         ("{{ messages + 1 }}", "can only concatenate"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a'.index('b') }}", "substring not found"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
     ],
 )
 def test_templates_that_refuse_or_do_harm(template, message):
@@ -189,6 +191,16 @@ def test_a_template_among_several():
     assert tokenizer.chat(MESSAGES, template="tool_use") == "two"
     with pytest.raises(ValueError, match=r"no chat template 'rag'; .* has default, tool_use"):
         tokenizer.chat(MESSAGES, template="rag")
+
+
+@pytest.mark.parametrize("given", [5, True, [{"x": 1}], [5], {"default": 5}, [["default", "x"]]])
+def test_templates_of_another_type_are_refused(given, tmp_path):
+    nys.models.save(nys.models.load(FIXTURES / "models" / "llama")[0], tmp_path, Tokenizer(words()))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json: chat_template is .*wanted a text"
+    ):
+        nys.models.load(tmp_path)
 
 
 def test_tokenizers_are_saved_with_models_and_loaded(tmp_path):
@@ -211,6 +223,10 @@ def test_tokenizers_are_saved_with_models_and_loaded(tmp_path):
     assert (again.pad_id, again.chat(MESSAGES)) == (2, "[SEP] é")
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        nys.models.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not a text in UTF-8"):
         nys.models.load(tmp_path)
 
 
@@ -236,118 +252,3 @@ def test_files_that_would_override_a_saved_tokenizer_go(alone, tmp_path):
     assert "bos_token" not in again.settings
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in tmp_path.iterdir()} == names
-
-
-def metadata(**changes):
-    """A byte-level vocabulary: every byte, some merges, control tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = ["l o", "lo w", "Ġ low", "1 2", "Ġ Ġ"]
-    tokens = [*letters, *(m.replace(" ", "") for m in merges), "Ġlower", "<end>", "<think>"]
-    found = {
-        "model": "gpt2",
-        "pre": "smollm",
-        "tokens": tokens,
-        "merges": merges,
-        "token_type": [1] * (len(tokens) - 2) + [3, 4],
-        "eos_token_id": len(tokens) - 2,
-        **changes,
-    }
-    return {f"tokenizer.ggml.{k}": v for k, v in found.items() if v is not None}
-
-
-@pytest.mark.parametrize(
-    ("pre", "pieces"),
-    [
-        ("gpt-2", ["ĠĠ", "Ġlow", "'s", "Ġ12345", "ĊĊĠ", "Ġ-=", "ĠX"]),
-        ("smollm", ["ĠĠ", "Ġlow", "'s", "Ġ", *"12345", "ĊĊĠ", "Ġ-=", "ĠX"]),
-        ("llama-bpe", ["ĠĠ", "Ġlow", "'s", "Ġ", "123", "45", "ĊĊ", "Ġ", "Ġ-=", "ĠX"]),
-    ],
-)
-def test_how_text_is_split_before_it_is_merged(pre, pieces):
-    tokenizer = gguf_tokenizer(metadata(pre=pre, bos_token_id=0))
-    text = "   low's 12345\n\n  -= X"
-    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
-
-
-def test_byte_level_vocabularies():
-    tokenizer = gguf_tokenizer(metadata())
-    got = tokenizer.encode(" lower 12<end><think>é")
-    assert got.tokens == ["Ġlow", *"erĠ12", "<end>", "<think>", "Ã", "©"]
-    assert tokenizer.pad_id == tokenizer.token_to_id("<end>")
-    assert tokenizer.decode(got.ids) == " lower 12<think>é"  # control tokens are left out
-    whole = gguf_tokenizer(metadata(pre="llama-bpe", bos_token_id=0))
-    # Llama 3 takes words that are tokens whole, and begins a text with its own token.
-    assert whole.encode(" lower").ids == [0, whole.token_to_id("Ġlower")]
-    without = gguf_tokenizer(metadata(pre="llama-bpe", bos_token_id=0, add_bos_token=False))
-    assert without.encode(" lower").tokens == ["Ġlower"]
-    both = gguf_tokenizer(metadata(bos_token_id=0, add_bos_token=True, add_eos_token=True))
-    _, _, types = both.pairs(["low"], ["l"])
-    assert both.encode("low", "l").tokens == ["!", "low", "<end>", "!", "l", "<end>"]
-    np.testing.assert_array_equal(types, [[0, 0, 0, 1, 1, 1]])
-
-
-def test_chat_templates_of_metadata():
-    one = {"tokenizer.chat_template": "{{ eos_token }}"}
-    assert gguf_tokenizer(metadata() | one).chat(MESSAGES) == "<end>"
-    several = gguf_tokenizer(metadata() | one | {"tokenizer.chat_template.tool_use": "two"})
-    assert several.chat(MESSAGES, template="tool_use") == "two"
-    assert several.chat(MESSAGES) == "<end>"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": "t5"}, "the tokenizer is 't5'; wanted 'gpt2' or 'llama'"),
-        ({"pre": "tekken"}, "pre is 'tekken'; wanted one of gpt-2, smollm, llama-bpe"),
-        ({"pre": None}, r"lacks tokenizer\.ggml\.pre"),
-        ({"merges": None}, r"lacks tokenizer\.ggml\.merges"),
-        ({"merges": ["l q q"]}, "merges are not of these tokens"),
-        ({"merges": ["q q"]}, "merges are not of these tokens"),
-        ({"tokens": ["a", "a"]}, "has a token twice"),
-        ({"model": "llama"}, r"lacks tokenizer\.ggml\.scores"),
-        ({"eos_token_id": 10**6}, "eos_token_id is 1000000"),
-        ({"add_bos_token": True}, r"lacks tokenizer\.ggml\.bos_token_id"),
-        ({"token_type": [1]}, r"token_type has 1 entries for \d+ tokens"),
-    ],
-)
-def test_vocabularies_that_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        gguf_tokenizer(metadata(**changes))
-
-
-def test_files_without_a_vocabulary_have_no_tokenizer():
-    assert gguf_tokenizer({"general.architecture": "llama"}) is None
-
-
-CASES = json.loads((FIXTURES / "sentencepiece.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("case", CASES, ids=["prefix", "bare"])
-def test_tokens_are_those_of_sentencepiece(case):
-    """`tests/fixtures/make_sentencepiece.py`; bytes stand for what the vocabulary lacks."""
-    roles = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    found = {"model": "llama", **case, **roles}
-    tokenizer = gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in found.items()})
-    for text, ids in case["texts"].items():
-        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
-        assert tokenizer.decode(ids) == text.replace("▁", " ")
-    assert tokenizer.encode("a").ids[0] == 1  # begins with <s>, as nothing says otherwise
-    assert len(case["texts"]) == 8
-
-
-def test_spaces_of_a_vocabulary_that_the_user_defined():
-    """Gemma's: runs of spaces are tokens, which the file has as spaces."""
-    case = CASES[1]
-    spaces = ["  ", "   "]
-    found = {"model": "llama", "unknown_token_id": 0, "bos_token_id": 1, **case}
-    found["tokens"] = [*case["tokens"], *spaces]
-    found["scores"] = [*case["scores"], -1000.0, -1000.0]
-    found["token_type"] = [*case["token_type"], 4, 4]
-    tokenizer = gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in found.items()})
-    got = tokenizer.encode("a   b  a")
-    assert got.tokens == ["<s>", "a", "   ", "b", "  ", "a"]
-    assert tokenizer.decode(got.ids) == "a   b  a"
-    assert tokenizer.inner.get_added_tokens_decoder()[len(case["tokens"])] == AddedToken(
-        "  ", normalized=False
-    )

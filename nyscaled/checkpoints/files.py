@@ -34,6 +34,18 @@ def read_object(path: Path, wanted: str) -> dict[str, Any]:
     return value
 
 
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: on a file that cannot be read, or is not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
+
+
 def open_tensors(path: Path) -> Any:
     """A safetensors file, mapped into memory: only its header is read.
 

@@ -208,7 +208,8 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         raise ValueError(f"{path / INDEX} has no weight_map from names to files")
     shards: dict[str, Any] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not (path / shard).is_file():
+        # Of a name that no file can have, `Path.is_file` raises instead.
+        if Path(shard).name != shard or not os.path.isfile(path / shard):
             raise ValueError(f"{path / INDEX} names {shard!r}; wanted a file in the folder itself")
         shards[shard] = files.open_tensors(path / shard)
         held = set(shards[shard].keys())

@@ -160,17 +160,34 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
             f"{path} has general.architecture {architecture!r}; wanted one of "
             f"{', '.join(ARCHITECTURES)}"
         )
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise ValueError(f"{path} is one of {metadata['split.count']} parts; wanted them merged")
     if reader.byte_order != "I":
         raise ValueError(f"{path} has the other byte order; wanted this machine's")
     rope = tensors.pop(_ROPE, None)
-    named = _named(path, tensors)
-    config = _config(path, metadata, named)
-    if rope is not None:
-        theta, factors = config["rope_theta"], _dequantized(rope, path).astype(float)
-        config["rope_scaling"] = _llama3(path, factors, theta, config["head_dim"])
+    factors = None if rope is None else _dequantized(rope, path).astype(float)
+    try:
+        named = _named(tensors)
+        config = _config(metadata, named)
+        if factors is not None:
+            theta, width = config["rope_theta"], config["head_dim"]
+            config["rope_scaling"] = _llama3(factors, theta, width)
+    except Exception as error:  # of many classes, on values of other types
+        raise ValueError(f"{path}: {error}") from error
     return Gguf(path, config, metadata, named)
+
+
+def token_id(metadata: Mapping[str, Any], role: str, count: int) -> int | None:
+    """The id of a special token, None where the metadata of a GGUF file does not say it.
+
+    Raises:
+        ValueError: on an id that is none of `count` tokens.
+    """
+    key = f"tokenizer.ggml.{role}_token_id"
+    i = metadata.get(key)
+    if i is not None and (type(i) is not int or not 0 <= i < count):
+        raise ValueError(f"{key} is {i!r}; wanted an integer from 0 to {count - 1}")
+    return i
 
 
 def _reader_class(path: Path) -> Any:
@@ -199,7 +216,7 @@ def _reader_class(path: Path) -> Any:
     return Reader
 
 
-def _named(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _named(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors by transformers' names."""
     named, unknown = {}, []
     for name, tensor in tensors.items():
@@ -212,23 +229,23 @@ def _named(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
             unknown.append(name)
     if unknown:
         first = ", ".join(sorted(unknown)[:8])
-        raise ValueError(f"{path} has tensors that are not known here: {first}")
+        raise ValueError(f"it has tensors that are not known here: {first}")
     return named
 
 
-def _config(path: Path, metadata: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+def _config(metadata: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
     kind = metadata["general.architecture"]
     prefix = f"{kind}."
     found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     missing = [prefix + key for key in _NEEDED if key not in found]
     if missing or "model.embed_tokens.weight" not in named:
-        raise ValueError(f"{path} lacks {', '.join(missing) or 'token_embd.weight'}")
+        raise ValueError(f"it lacks {', '.join(missing) or 'token_embd.weight'}")
     config = {
         new: _decimal(found.pop(old)) for old, new in (_NEEDED | _OPTIONAL).items() if old in found
     }
     for name in config.keys() - {"rms_norm_eps", "rope_theta"}:
         if type(config[name]) is not int or config[name] < 1:
-            raise ValueError(f"{path} has {config[name]!r} for {name}; wanted a positive integer")
+            raise ValueError(f"it has {config[name]!r} for {name}; wanted a positive integer")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("rope_theta", 10000.0)
@@ -242,21 +259,22 @@ def _config(path: Path, metadata: Mapping[str, Any], named: Mapping[str, Any]) -
         wanted = neutral.get(key, ())
         if value and value not in wanted:
             hint = f"wanted {wanted[0]!r}" if wanted else "which is not known here"
-            raise ValueError(f"{path} has {prefix}{key} {value!r}; {hint}")
-    eos = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    ends = list(dict.fromkeys(i for i in eos if i is not None))
+            raise ValueError(f"it has {prefix}{key} {value!r}; {hint}")
+    roles = "bos", "eos", "eot", "padding"
+    bos, eos, eot, padding = (token_id(metadata, role, vocabulary) for role in roles)
+    ends = list(dict.fromkeys(i for i in (eos, eot) if i is not None))
     return {
         **config,
         "model_type": kind,
         "vocab_size": vocabulary,
         "tie_word_embeddings": "lm_head.weight" not in named,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": bos,
         "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": padding,
     }
 
 
-def _llama3(path: Path, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
+def _llama3(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
     """The parameters of Llama 3 from which the file's divisors of the frequencies came.
 
     The divisors tell `factor` and the other three up to a common multiple. As published, slow
@@ -280,7 +298,7 @@ def _llama3(path: Path, factors: np.ndarray, theta: float, head_dim: int) -> dic
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
-    raise ValueError(f"{path} has {_ROPE} that is not of Llama 3: {factors}")
+    raise ValueError(f"it has {_ROPE} that is not of Llama 3: {factors}")
 
 
 def _decimal(value: Any) -> Any:

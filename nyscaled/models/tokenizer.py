@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -36,6 +37,9 @@ class Tokenizer:
     Attributes:
         pad_id: of `pad_token`, else of `eos_token`, else None.
 
+    Raises:
+        ValueError: on a `chat_template` that is neither a text nor several with names.
+
     Example:
         >>> import tokenizers
         >>> vocabulary = {"<pad>": 0, "low": 1, "rank": 2}
@@ -61,6 +65,7 @@ class Tokenizer:
         names = [self._special().get(name) for name in ("pad_token", "eos_token")]
         ids = [inner.token_to_id(name) for name in names if name is not None]
         self.pad_id: int | None = next((i for i in ids if i is not None), None)
+        self._templates()  # refuses what is none
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "inner":
@@ -153,20 +158,16 @@ class Tokenizer:
             known = ", ".join(templates) or "no chat template"
             raise ValueError(f"there is no chat template {template!r}; the tokenizer has {known}")
         try:
-            import jinja2
+            environment = _environment()
         except ModuleNotFoundError as error:
             raise ImportError("chats need jinja2: pip install 'nyscaled[models]'") from error
         # Templates see all that transformers gives them, absent tools as None.
         given = {"tools": None, "documents": None, **self._special(), **variables}
         try:
-            return (
-                _environment()
-                .from_string(templates[template])
-                .render(
-                    messages=list(messages), add_generation_prompt=add_generation_prompt, **given
-                )
+            return environment.from_string(templates[template]).render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **given
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # of any class: templates compute
             raise ValueError(f"the chat template refuses the messages: {error}") from error
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -206,9 +207,15 @@ class Tokenizer:
 
     def _templates(self) -> dict[str, str]:
         given = self.settings.get("chat_template") or {}
-        if isinstance(given, list):
-            return {entry["name"]: entry["template"] for entry in given}
-        return {_DEFAULT: given} if isinstance(given, str) else dict(given)
+        named: dict[Any, Any] = {_DEFAULT: given}
+        if isinstance(given, dict):
+            named = given
+        elif isinstance(given, list):
+            with contextlib.suppress(KeyError, TypeError):
+                named = {entry["name"]: entry["template"] for entry in given}
+        if not all(isinstance(part, str) for pair in named.items() for part in pair):
+            raise ValueError(f"chat_template is {given!r:.80}; wanted a text, or some with names")
+        return named
 
     def _encoded(
         self, texts: list[Any], max_length: int | None, special: bool
@@ -267,8 +274,11 @@ def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
         if (folder / name).is_file():
             settings |= files.read_object(folder / name, "settings of the tokenizer")
     if (folder / _TEMPLATE).is_file():
-        settings["chat_template"] = (folder / _TEMPLATE).read_text(encoding="utf-8")
-    return Tokenizer(inner, settings)
+        settings["chat_template"] = files.read_text(folder / _TEMPLATE)
+    try:
+        return Tokenizer(inner, settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / SETTINGS}: {error}") from None
 
 
 def _require_texts(name: str, texts: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nyscaled.checkpoints.gguf import token_id
 from nyscaled.models.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
@@ -38,6 +39,15 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
             on metadata that is missing or unsound.
         ImportError: without the package tokenizers.
     """
+    try:
+        return _tokenizer(metadata)
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # of many classes, on values of other types
+        raise ValueError(f"the tokenizer's metadata is not sound: {error}") from error
+
+
+def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     found = {k.removeprefix(_PREFIX): v for k, v in metadata.items() if k.startswith(_PREFIX)}
     kind = found.get("model")
     if kind in (None, "none", "no_vocab"):
@@ -48,7 +58,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
         import tokenizers
     except ModuleNotFoundError as error:
         raise ImportError("tokens need tokenizers: pip install 'nyscaled[models]'") from error
-    tokens = _required(found, "tokens")
+    tokens = _texts(found, "tokens")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise ValueError("tokenizer.ggml.tokens has a token twice")
@@ -60,9 +70,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     types = found.get("token_type", [_NORMAL] * len(tokens))
     roles = {}
     for key, role in _ROLES.items():
-        i = found.get(f"{key}_token_id")
-        if i is not None and i >= len(tokens):
-            raise ValueError(f"{_PREFIX}{key}_token_id is {i}; there are {len(tokens)} tokens")
+        i = token_id(metadata, key, len(tokens))
         if i is not None:
             roles[f"{role}_token"] = tokens[i]
     if kind == "gpt2":
@@ -91,7 +99,7 @@ def _byte_level(found: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple[A
     if pre not in _SPLITS:
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; wanted one of {', '.join(_SPLITS)}")
     split = _SPLITS[pre]
-    merges = [tuple(merge.split(" ")) for merge in _required(found, "merges")]
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in _texts(found, "merges")]
     try:
         # Llama 3 takes a word that is a token whole, whatever the merges.
         inner = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama3"))
@@ -164,6 +172,13 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if named.keys() <= {"default"}:
         return {"chat_template": named["default"]} if named else {}
     return {"chat_template": [{"name": k, "template": v} for k, v in named.items()]}
+
+
+def _texts(found: Mapping[str, Any], key: str) -> list[str]:
+    value = _required(found, key)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{_PREFIX}{key} is {value!r:.80}; wanted texts")
+    return value
 
 
 def _required(found: Mapping[str, Any], key: str) -> Any:
