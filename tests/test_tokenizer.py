@@ -252,3 +252,14 @@ def test_files_that_would_override_a_saved_tokenizer_go(alone, tmp_path):
     assert "bos_token" not in again.settings
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def test_a_failure_leaves_the_tokenizer_with_the_weights(tmp_path):
+    """Both are replaced, or neither."""
+    model, _ = nys.models.load(FIXTURES / "models" / "llama")
+    nys.models.save(model, tmp_path, Tokenizer(words(), {"chat_template": "old"}))
+    (tmp_path / "added_tokens.json").mkdir()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(ValueError, match=r"added_tokens\.json is a directory"):
+        nys.models.save(model, tmp_path, Tokenizer(words(), {"chat_template": "new"}))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before

@@ -142,19 +142,25 @@ def save(
     """Writes a model as a folder that `load` and transformers read, in the dtype of its parameters.
 
     The tensors of one file are in the host's memory at a time, gathered from the mesh one by one
-    if the model lies on one. Weights that the folder had are replaced at the end, all at once:
-    until then it is what it was.
+    if the model lies on one. All is written aside, and swapped at the end for the weights and the
+    tokenizer that the folder had: until then it is what it was. A process that is killed in the
+    swap leaves a folder without `config.json`, which is refused when read; at any time, it leaves
+    a hidden folder `.writing-…`, which may be deleted.
 
     Args:
         model: as `load` returned it, or with trained parameters; adapters merged and removed.
         folder: made if missing; other files in it are left alone.
-        tokenizer: written along, with its chat template, so that transformers reads it too.
+        tokenizer: written along, with its chat template, so that transformers reads it too; None
+            leaves that of the folder alone.
         max_shard_size: bytes of a file of weights, beyond which there are several and an index; a
             larger tensor has a file to itself.
 
     Raises:
         ValueError: if the model is none of this package, or has variables beside its own
-            parameters, such as adapters, or on a size that is not positive.
+            parameters, such as adapters, on a size that is not positive, or on a directory in the
+            place of a file.
+        OSError: if a file cannot be written, and nothing has changed; or if the swap fails, and
+            the message says where the new files are.
     """
     known = [*(model_class for _, model_class in FAMILIES.values()), BertClassifier]
     if type(model) not in known:
@@ -169,9 +175,9 @@ def save(
     )
     dtype = next(variable.dtype.name for _, variable in nnx.to_flat_state(state))
     config = {"architectures": [model.architecture], **model.config.to_json()}
-    write(folder, {**config, "torch_dtype": dtype}, named, max_shard_size=max_shard_size)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    config["torch_dtype"] = dtype
+    texts = None if tokenizer is None else tokenizer.files()
+    write(folder, config, named, max_shard_size=max_shard_size, texts=texts)
 
 
 def _opened(folder: str | os.PathLike[str], revision: str | None) -> Folder:
