@@ -28,6 +28,7 @@ def test_snippets_with_real_weights_run(capsys, monkeypatch, tmp_path):
         exec(compile(snippet, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "Paris" in printed.splitlines()[0]
+    assert float(names["value"]) < 2.5  # 4.8 before training
     first, *_, last = ast.literal_eval(printed.splitlines()[-1])
     assert last < 0.9 * first
     assert (tmp_path / "reviews" / "adapter_model.safetensors").is_file()
