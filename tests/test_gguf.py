@@ -289,10 +289,13 @@ class Hub:
             raise RuntimeError("the connection broke")
         if name != "owner/llama":
             raise LocalEntryNotFoundError(f"no {name} in the cache, and no network")
-        names = [*(p.name for p in (MODELS / "llama").iterdir()), "pytorch_model.bin", "a/b.json"]
+        names = ["config.json", "model.safetensors", "merges.txt", "pytorch_model.bin", "a/b.json"]
         options = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
         for file in filter_repo_objects(names, **options):
-            shutil.copy(MODELS / "llama" / file, self.cache)
+            there = MODELS / "llama" / file
+            (self.cache / file).write_bytes(there.read_bytes() if there.is_file() else b"")
+        if revision == "pickled":
+            (self.cache / "model.safetensors").unlink()
         return str(self.cache)
 
 
@@ -302,7 +305,8 @@ def test_models_of_the_hub(monkeypatch, tmp_path):
     wanted, _ = nys.models.load(MODELS / "llama")
     jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(wanted))
     assert hub.asked == [("owner/llama", "v1")]
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    wanted = {"config.json", "model.safetensors", "merges.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == wanted
     with pytest.raises(ValueError, match=r"owner/other is no folder here.*no network"):
         nys.models.load("owner/other")
     with pytest.raises(ValueError, match=r"owner/broken is no folder here.*connection broke"):
@@ -310,10 +314,12 @@ def test_models_of_the_hub(monkeypatch, tmp_path):
     for local in (MODELS / "llama", str(MODELS / "llama"), Path("owner/llama")):
         with pytest.raises(ValueError, match="is not from the hub; wanted no revision, got 'v1'"):
             nys.models.load(local, revision="v1")
-    assert len(hub.asked) == 3
+    with pytest.raises(ValueError, match=r"came without model\*\.safetensors: .*refs/pr/N"):
+        nys.models.load("owner/llama", revision="pickled")
+    assert len(hub.asked) == 4
     # A folder here comes before a repository of the same name.
     monkeypatch.chdir(tmp_path)
     shutil.copytree(MODELS / "llama3", "owner/llama")
     assert nys.models.load("owner/llama")[0].config.head_dim == 8
-    assert len(hub.asked) == 3
+    assert len(hub.asked) == 4
     assert json.loads(Path("owner/llama/config.json").read_text())["head_dim"] == 8

@@ -230,6 +230,71 @@ def test_tokenizers_are_saved_with_models_and_loaded(tmp_path):
         nys.models.load(tmp_path)
 
 
+OPT = {
+    "tokenizer_class": "GPT2Tokenizer",
+    "add_prefix_space": False,
+    "add_bos_token": True,
+    "bos_token": {"content": "</s>", "lstrip": False, "__type": "AddedToken"},
+    "pad_token": "<pad>",
+}
+
+
+@pytest.fixture
+def opt(tmp_path):
+    """A folder as those of OPT, whose tokenizer is a vocabulary and its merges."""
+    nys.models.save(nys.models.load(FIXTURES / "models" / "opt")[0], tmp_path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "</s>", *alphabet, "lo", "low", "Ġlow", "##"]
+    (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nl o\nlo w\nĠ low\n# #\n", "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(OPT))
+    return tmp_path
+
+
+def load_tokenizer(folder):
+    return nys.models.load(folder)[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*has a tokenizer of")
+def test_a_vocabulary_with_merges(opt):
+    tokenizer = load_tokenizer(opt)
+    assert tokenizer.encode("low low</s>##é").tokens == [
+        *("</s>", "low", "Ġlow", "</s>", "##", "Ã", "©"),
+    ]
+    assert tokenizer.encode("l", "o").tokens == ["</s>", "l", "</s>", "o"]
+    assert (tokenizer.pad_id, tokenizer.decode([1, 0, tokenizer.token_to_id("low")])) == (0, "low")
+    changes = {"add_prefix_space": True, "add_bos_token": False, "add_eos_token": True}
+    (opt / "tokenizer_config.json").write_text(json.dumps(OPT | changes))
+    assert load_tokenizer(opt).encode("low").tokens == ["Ġlow", "<|endoftext|>"]
+    for name, text, message in (
+        ("merges.txt", "l q", "the merges are not of these tokens"),
+        ("vocab.json", '{"l": "o"}', r"vocab\.json has ids that are none; wanted integers"),
+        ("vocab.json", "[]", r"vocab\.json holds a list"),
+    ):
+        (opt / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            nys.models.load(opt)
+
+
+@pytest.mark.parametrize(
+    "changed", ["class", "added", "merges.txt", "vocab.txt", "tokenizer.model"]
+)
+def test_tokenizers_of_other_forms_are_none_with_a_warning(changed, opt):
+    kinds = {
+        "class": {"tokenizer_class": "RobertaTokenizer"},
+        "added": {"additional_special_tokens": ["<x>"]},
+    }
+    if changed in kinds:
+        (opt / "tokenizer_config.json").write_text(json.dumps(OPT | kinds[changed]))
+    else:
+        (opt / "merges.txt").unlink()
+    if changed in ("vocab.txt", "tokenizer.model"):
+        (opt / "vocab.json").rename(opt / changed)
+    name = changed if changed in ("vocab.txt", "tokenizer.model") else "vocab.json"
+    with pytest.warns(UserWarning, match=f"has {name}, from which no tokenizer"):
+        assert load_tokenizer(opt) is None
+
+
 OLDER = {
     "chat_template.jinja": "old",
     "special_tokens_map.json": '{"pad_token": "[SEP]", "bos_token": "a"}',

@@ -7,7 +7,8 @@ from pathlib import Path
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Pickled weights can run code, and are not fetched; other forms of the same weights are not needed.
-WANTED = "*.json", "*.jinja", "model*.safetensors"
+WEIGHTS = "model*.safetensors"
+WANTED = "*.json", "*.jinja", "merges.txt", WEIGHTS
 
 
 def is_id(name: str) -> bool:
@@ -23,7 +24,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
         revision: branch, tag or commit; `main` if None.
 
     Raises:
-        ValueError: if the hub does not have it, or does not give it, and the cache neither.
+        ValueError: if the hub does not have it, or does not give it, and the cache neither; if it
+            has no safetensors.
         ImportError: without the package huggingface_hub.
     """
     try:
@@ -34,8 +36,15 @@ def fetch(name: str, revision: str | None = None) -> Path:
         ) from error
     options = {"revision": revision, "allow_patterns": list(WANTED), "ignore_patterns": ["*/*"]}
     try:
-        return Path(huggingface_hub.snapshot_download(name, **options))
+        path = Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # of many classes: of the hub, of the network, of the disk
         raise ValueError(
             f"{name} is no folder here, and the Hugging Face hub gives none: {error}"
         ) from error
+    if not any(path.glob(WEIGHTS)):
+        raise ValueError(
+            f"{name} came without {WEIGHTS}: only safetensors are read, pickles are not fetched; "
+            "wanted a revision that has them (often refs/pr/N on the hub), or the folder that "
+            "transformers' save_pretrained writes of it"
+        )
+    return path

@@ -26,7 +26,8 @@ from nyscaled.models.names import HEADS, Place, places
 from nyscaled.models.opt import Opt, OptConfig
 from nyscaled.models.sharding import require_mesh, shardings
 from nyscaled.models.tensors import read, tensors
-from nyscaled.models.tokenizer import Tokenizer, open_tokenizer
+from nyscaled.models.tokenizer import Tokenizer
+from nyscaled.models.tokenizer_files import open_tokenizer
 from nyscaled.models.vocabulary import gguf_tokenizer
 
 FAMILIES: dict[str, tuple[type[Config], Any]] = {

@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +15,10 @@ from nyscaled.checkpoints import files
 
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
-_SPECIAL = "special_tokens_map.json"
-_TEMPLATE = "chat_template.jinja"
-_OVERRIDING = _SPECIAL, _TEMPLATE, "added_tokens.json"
+SPECIAL = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+ADDED = "added_tokens.json"
+_OVERRIDING = SPECIAL, TEMPLATE, ADDED
 _DEFAULT = "default"
 
 
@@ -62,7 +62,8 @@ class Tokenizer:
         inner.no_truncation()
         self.inner = inner
         self.settings = dict(settings or {})
-        names = [self._special().get(name) for name in ("pad_token", "eos_token")]
+        special = special_tokens(self.settings)
+        names = [special.get(name) for name in ("pad_token", "eos_token")]
         ids = [inner.token_to_id(name) for name in names if name is not None]
         self.pad_id: int | None = next((i for i in ids if i is not None), None)
         self._templates()  # refuses what is none
@@ -162,7 +163,7 @@ class Tokenizer:
         except ModuleNotFoundError as error:
             raise ImportError("chats need jinja2: pip install 'nyscaled[models]'") from error
         # Templates see all that transformers gives them, absent tools as None.
-        given = {"tools": None, "documents": None, **self._special(), **variables}
+        given = {"tools": None, "documents": None, **special_tokens(self.settings), **variables}
         try:
             return environment.from_string(templates[template]).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **given
@@ -195,15 +196,6 @@ class Tokenizer:
             SETTINGS: files.as_json(defaults | self.settings),
             **dict.fromkeys(_OVERRIDING),
         }
-
-    def _special(self) -> dict[str, str]:
-        """Special tokens by their roles: `bos_token`, …"""
-        found = {}
-        for name, value in self.settings.items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(content, str):
-                found[name] = content
-        return found
 
     def _templates(self) -> dict[str, str]:
         given = self.settings.get("chat_template") or {}
@@ -249,36 +241,14 @@ class Tokenizer:
         return tokens, mask
 
 
-def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer of a model folder, None if it has no `tokenizer.json`.
-
-    Raises:
-        ValueError: on a broken file.
-        ImportError: without the package tokenizers.
-    """
-    folder = Path(folder)
-    if not (folder / FILE).is_file():
-        return None
-    try:
-        import tokenizers
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{folder / FILE} needs tokenizers: pip install 'nyscaled[models]'"
-        ) from error
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(folder / FILE))
-    except Exception as error:  # the library raises no other class
-        raise ValueError(f"{folder / FILE} is not a sound tokenizer: {error}") from error
-    settings: dict[str, Any] = {}
-    for name in (_SPECIAL, SETTINGS):
-        if (folder / name).is_file():
-            settings |= files.read_object(folder / name, "settings of the tokenizer")
-    if (folder / _TEMPLATE).is_file():
-        settings["chat_template"] = files.read_text(folder / _TEMPLATE)
-    try:
-        return Tokenizer(inner, settings)
-    except ValueError as error:
-        raise ValueError(f"{folder / SETTINGS}: {error}") from None
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by their roles, `bos_token`, …, of what `tokenizer_config.json` holds."""
+    found = {}
+    for name, value in settings.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            found[name] = content
+    return found
 
 
 def _require_texts(name: str, texts: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""Tokenizers from the metadata of GGUF files, which have vocabularies but no `tokenizer.json`."""
+"""Tokenizers from vocabularies where there is no `tokenizer.json`, as in GGUF files' metadata."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nyscaled.checkpoints.gguf import token_id
@@ -74,9 +74,14 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
         if i is not None:
             roles[f"{role}_token"] = tokens[i]
     if kind == "gpt2":
-        inner, bos = _byte_level(found, vocabulary)
+        pre = _required(found, "pre")
+        if pre not in _SPLITS:
+            raise ValueError(f"{_PREFIX}pre is {pre!r}; wanted one of {', '.join(_SPLITS)}")
+        # Whether texts begin with a token of their own, if nothing says so.
+        bos = _SPLITS[pre] == "llama3"
+        inner = byte_level(vocabulary, _texts(found, "merges"), _SPLITS[pre])
     else:
-        inner, bos = _sentence_piece(found, vocabulary, roles.get("unk_token"))
+        bos, inner = True, _sentence_piece(found, vocabulary, roles.get("unk_token"))
     # Both kinds are found whole in a text; only control tokens are left out of a decoded one.
     for wanted, add in ((_CONTROL, inner.add_special_tokens), (_USER_DEFINED, inner.add_tokens)):
         whole = [t for t, is_of in zip(tokens, types, strict=True) if is_of == wanted]
@@ -87,25 +92,40 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
         if found.get(f"add_{role}_token", default):
             _required(found, f"{role}_token_id")
             ends[role] = roles[f"{role}_token"]
-    _add_ends(inner, **ends)
+    add_ends(inner, **ends)
     return Tokenizer(inner, roles | _templates(metadata))
 
 
-def _byte_level(found: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple[Any, bool]:
-    """BPE over bytes; and whether texts begin with a token of their own, if nothing says so."""
+def byte_level(
+    vocabulary: Mapping[str, int],
+    merges: Sequence[str],
+    split: str = "gpt2",
+    *,
+    prefix_space: bool = False,
+) -> Any:
+    """BPE over bytes.
+
+    Args:
+        vocabulary: ids of the tokens.
+        merges: pairs of tokens with a space between, the first is merged first.
+        split: how text is split before, "gpt2", "digits" or "llama3".
+        prefix_space: whether a text begins with a space.
+
+    Returns:
+        A tokenizer of the package tokenizers.
+
+    Raises:
+        ValueError: on merges that are not of the vocabulary.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    pre = _required(found, "pre")
-    if pre not in _SPLITS:
-        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; wanted one of {', '.join(_SPLITS)}")
-    split = _SPLITS[pre]
-    merges: list[Any] = [tuple(merge.split(" ")) for merge in _texts(found, "merges")]
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
     try:
         # Llama 3 takes a word that is a token whole, whatever the merges.
-        inner = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama3"))
+        inner = Tokenizer(models.BPE(dict(vocabulary), pairs, ignore_merges=split == "llama3"))
     except Exception as error:  # the library raises no other class
-        raise ValueError(f"{_PREFIX}merges are not of these tokens: {error}") from error
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama3")
+        raise ValueError(f"the merges are not of these tokens: {error}") from error
+    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=split != "llama3")
     first = {
         "gpt2": [],
         "digits": [pre_tokenizers.Digits(individual_digits=True)],
@@ -113,12 +133,12 @@ def _byte_level(found: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple[A
     }[split]
     inner.pre_tokenizer = pre_tokenizers.Sequence([*first, level])
     inner.decoder = decoders.ByteLevel()
-    return inner, split == "llama3"
+    return inner
 
 
 def _sentence_piece(
     found: Mapping[str, Any], vocabulary: dict[str, int], unknown: str | None
-) -> tuple[Any, bool]:
+) -> Any:
     """SentencePiece's BPE, which always merges the pair whose union has the best score."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -141,10 +161,10 @@ def _sentence_piece(
         parts.append(decoders.Strip(" ", 1, 0))
     inner.normalizer = normalizers.Sequence(spaces)
     inner.decoder = decoders.Sequence(parts)
-    return inner, True
+    return inner
 
 
-def _add_ends(inner: Any, bos: str | None = None, eos: str | None = None) -> None:
+def add_ends(inner: Any, bos: str | None = None, eos: str | None = None) -> None:
     """Puts tokens around each text."""
     from tokenizers.processors import TemplateProcessing
 

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every tokenizer here is a file
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 import tokenizers  # noqa: E402
 
 from nyscaled.models import Tokenizer  # noqa: E402
-from nyscaled.models.tokenizer import open_tokenizer  # noqa: E402
+from nyscaled.models.tokenizer_files import open_tokenizer  # noqa: E402
 
 MINILM = Path(__file__).parents[2] / "build" / "weights" / "all-MiniLM-L6-v2"
 TEXTS = [
@@ -58,6 +59,46 @@ def test_batches_and_pairs():
         names = ("input_ids", "attention_mask", "token_type_ids")
         for got, name in zip(ours.pairs(TEXTS, TEXTS[::-1], max_length=length), names, strict=True):
             np.testing.assert_array_equal(got, wanted[name])
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_vocabulary_with_merges_as_opt_has(prefix, tmp_path):
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    inner.train_from_iterator(readme.splitlines(), trainer)
+    inner.model.save(str(tmp_path))
+    end = {"content": "</s>", "single_word": False, "lstrip": False, "rstrip": False}
+    end |= {"normalized": True, "__type": "AddedToken"}
+    settings = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+    settings |= {"pad_token": end | {"content": "<pad>"}, "add_bos_token": True}
+    settings |= {"add_prefix_space": prefix, "tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = open_tokenizer(tmp_path)
+    texts = [*TEXTS, *readme.splitlines(), "a</s> <pad>b <s>"]
+    options = {"padding": True, "return_tensors": "np"}
+    wanted = theirs(texts, padding_side="left", **options)
+    tokens, mask = ours(texts)
+    np.testing.assert_array_equal(tokens, wanted["input_ids"])
+    np.testing.assert_array_equal(mask, wanted["attention_mask"])
+    for row in tokens:
+        for skip in (True, False):
+            got = ours.decode(list(row), skip_special_tokens=skip)
+            assert got == theirs.decode(row, skip_special_tokens=skip)
+    wanted = theirs(texts, texts[::-1], padding_side="right", **options)
+    np.testing.assert_array_equal(ours.pairs(texts, texts[::-1])[0], wanted["input_ids"])
+    # Once saved it has a tokenizer.json, and is the same to transformers.
+    ours.save(tmp_path / "saved")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again(texts)["input_ids"] == theirs(texts)["input_ids"]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -1,0 +1,115 @@
+"""Tokenizers from the files of model folders."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nyscaled.checkpoints import files
+from nyscaled.models.tokenizer import (
+    ADDED,
+    FILE,
+    SETTINGS,
+    SPECIAL,
+    TEMPLATE,
+    Tokenizer,
+    special_tokens,
+)
+from nyscaled.models.vocabulary import add_ends, byte_level
+
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+# Of tokenizers that are not read: WordPiece's words, SentencePiece's model.
+_OTHERS = _VOCABULARY, "vocab.txt", "tokenizer.model"
+_END = "<|endoftext|>"  # the GPT2Tokenizer's own
+_MORE = "added_tokens_decoder", "additional_special_tokens"
+_FLAGS = "lstrip", "rstrip", "single_word", "normalized"
+
+
+def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer of a model folder, None if there is none that can be read.
+
+    It is that of `tokenizer.json`, else GPT-2's of `vocab.json` and `merges.txt`, which the
+    repositories of OPT have. A warning says where there is one of another form.
+
+    Raises:
+        ValueError: on a broken file.
+        ImportError: without the package tokenizers.
+    """
+    folder = Path(folder)
+    there = [name for name in (FILE, *_OTHERS) if (folder / name).is_file()]
+    if not there:
+        return None
+    settings: dict[str, Any] = {}
+    for name in (SPECIAL, SETTINGS):
+        if (folder / name).is_file():
+            settings |= files.read_object(folder / name, "settings of the tokenizer")
+    if (folder / TEMPLATE).is_file():
+        settings["chat_template"] = files.read_text(folder / TEMPLATE)
+    if FILE not in there and not _is_gpt2(folder, settings):
+        warnings.warn(
+            f"{folder} has {there[0]}, from which no tokenizer is made here: it is None; wanted "
+            f"{FILE}, which transformers' AutoTokenizer writes in save_pretrained, or "
+            f"{_VOCABULARY} and {_MERGES} of a GPT2Tokenizer without added tokens",
+            stacklevel=4,  # of the call of `nyscaled.models.load`
+        )
+        return None
+    try:
+        import tokenizers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{folder / there[0]} needs tokenizers: pip install 'nyscaled[models]'"
+        ) from error
+    if FILE in there:
+        inner = _of_json(folder / FILE)
+    else:
+        settings = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END) | settings
+        inner = _of_merges(folder, settings)
+    try:
+        return Tokenizer(inner, settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / SETTINGS}: {error}") from None
+
+
+def _of_json(path: Path) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"{path} is not a sound tokenizer: {error}") from error
+
+
+def _is_gpt2(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `vocab.json` and `merges.txt` say all of a tokenizer."""
+    kind = settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast")
+    more = any(map(settings.get, _MORE)) or (folder / ADDED).is_file()
+    return kind and not more and all((folder / f).is_file() for f in (_VOCABULARY, _MERGES))
+
+
+def _of_merges(folder: Path, settings: Mapping[str, Any]) -> Any:
+    from tokenizers import AddedToken
+
+    vocabulary = files.read_object(folder / _VOCABULARY, "tokens and their ids")
+    if not all(type(i) is int for i in vocabulary.values()):
+        raise ValueError(f"{folder / _VOCABULARY} has ids that are none; wanted integers")
+    lines = files.read_text(folder / _MERGES).split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    try:
+        inner = byte_level(vocabulary, merges, prefix_space=bool(settings.get("add_prefix_space")))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    special = special_tokens(settings)
+    for name, content in special.items():
+        given = settings[name] if isinstance(settings[name], dict) else {}
+        flags = {flag: bool(given[flag]) for flag in _FLAGS if flag in given}
+        inner.add_special_tokens([AddedToken(content, **flags)])
+    ends = {
+        role: special[f"{role}_token"]
+        for role in ("bos", "eos")
+        if settings.get(f"add_{role}_token") and f"{role}_token" in special
+    }
+    add_ends(inner, **ends)
+    return inner
