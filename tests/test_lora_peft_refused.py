@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -14,6 +16,7 @@ from flax import nnx
 from test_lora_peft import CONFIG, KEY, NAMES, TENSORS, Model, X, adapted, key_of, save
 
 import nyscaled as nys
+from nyscaled.checkpoints import peft
 
 
 @pytest.fixture
@@ -259,3 +262,20 @@ def test_experts_refused(tmp_path):
     nys.lora.save_peft(plain, tmp_path, base_model="mine")
     nys.lora.remove(model)
     refused(tmp_path, "batch axes", model=model, names=None)
+
+
+def test_whole_modules_are_checked_without_a_wider_copy(tmp_path):
+    head = np.ones((1000, 1000), ml_dtypes.bfloat16)
+    update = peft.Update(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32), 1.0)
+    tracemalloc.start()
+    try:
+        peft.write(tmp_path, {"out": update}, base_model="mine", whole={"head.weight": head})
+        tracemalloc.reset_peak()
+        read = peft.read(tmp_path).whole["head.weight"]
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * head.nbytes  # in float64 it has four
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(read, head)
+    head[3, 4] = np.nan
+    with pytest.raises(ValueError, match=r"head\.weight has NaN or Inf"):
+        peft.write(tmp_path, {"out": update}, base_model="mine", whole={"head.weight": head})

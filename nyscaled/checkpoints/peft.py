@@ -270,7 +270,7 @@ def _require_sound(updates: Mapping[str, Update], whole: Mapping[str, np.ndarray
     for module, value in [*values, *whole.items()]:
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{module} has {value.dtype} tensors; wanted floating ones")
-        if not np.isfinite(value.astype(np.float64)).all():
+        if not np.isfinite(value).all():
             raise ValueError(f"{module} has NaN or Inf in its tensors; wanted finite ones")
 
 
