@@ -71,8 +71,9 @@ def load(
 
     Returns:
         The model, which maps tokens (batch, length) and a mask to logits (`Bert` to hidden
-        states), and the `Tokenizer` of `tokenizer.json` or of the GGUF file's metadata, None where
-        there is none.
+        states), and the `Tokenizer` of `tokenizer.json`, of GPT-2's `vocab.json` and `merges.txt`, or
+        of the GGUF file's metadata; None where there is none, with a warning where it has a form
+        that is not read.
 
     Raises:
         ValueError: on an unknown architecture, an unsupported setting, a broken file (the
