@@ -1,9 +1,7 @@
 """BERT against what transformers computed (`tests/fixtures/make_models.py`), and its files."""
 
-import functools
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,40 +10,19 @@ import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
+from model_cases import MODELS, arrays, call, change, load, saved
 
 import nyscaled as nys
 from nyscaled.models import Bert, BertClassifier
 
-MODELS = Path(__file__).parent / "fixtures" / "models"
 NAMES = {"bert": BertClassifier, "bert_encoder": Bert}
-TENSORS = "model.safetensors"
 
 
-@functools.cache
-def _loaded(name):
-    return nys.models.load(MODELS / name)[0]
-
-
-def load(name):
-    """A fresh copy of a model."""
-    return nnx.clone(_loaded(name))
-
-
-@functools.cache
 def expected(name):
     """Tokens, mask and types, and what transformers computed."""
-    saved = safetensors.numpy.load_file(MODELS / name / "expected.safetensors")
-    inputs = saved["tokens"], saved["mask"] > 0, saved["types"]
-    return tuple(map(jnp.asarray, inputs)), saved["logits" if name == "bert" else "hidden"]
-
-
-@nnx.jit
-def call(model, tokens, mask=None, types=None):
-    return model(tokens, mask, types)
-
-
-def arrays(model):
-    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+    parts = saved(name)
+    inputs = parts["tokens"], parts["mask"], jnp.asarray(parts["types"])
+    return inputs, parts["logits" if name == "bert" else "hidden"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,14 +56,6 @@ def test_saved_and_loaded_again(name, tmp_path):
         assert config["label2id"] == {"no": 0, "perhaps": 1, "yes": 2}
 
 
-def change(folder, rename=lambda name: name, tensors=None, **settings):
-    """A copy of a model with other settings, names and tensors."""
-    config = json.loads((folder / "config.json").read_text()) | settings
-    (folder / "config.json").write_text(json.dumps(config))
-    old = {rename(k): v for k, v in safetensors.numpy.load_file(folder / TENSORS).items()}
-    safetensors.numpy.save_file(old | (tensors or {}), folder / TENSORS)
-
-
 def older(name):
     return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
         "LayerNorm.bias", "LayerNorm.beta"
@@ -112,7 +81,7 @@ def test_forms_that_older_files_have(tmp_path):
     # And as all-MiniLM-L6-v2: an encoder alone.
     nys.models.save(model, folder)
     change(folder, tensors={"embeddings.position_ids": np.arange(64)[None]})
-    names = safetensors.numpy.load_file(folder / TENSORS).keys()
+    names = safetensors.numpy.load_file(folder / "model.safetensors").keys()
     assert {"embeddings.LayerNorm.weight", "pooler.dense.bias"} < names
     again, _ = nys.models.load(folder)
     jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))

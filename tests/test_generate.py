@@ -2,27 +2,20 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_cases import DECODERS, MODELS, call, load
 
 import nyscaled as nys
 from nyscaled.models.generate import Sampling, _generate, choose, restricted
 
-MODELS = Path(__file__).parent / "fixtures" / "models"
-NAMES = ["gemma", "llama", "llama3", "opt", "opt_post"]
 KEY = jax.random.key(0)
 ROWS, LENGTH, NEW = 3, 7, 5
 NONE = 99  # a stop token that is none: one as elsewhere, so that programs are shared
-
-
-@functools.cache
-def load(name):
-    return nys.models.load(MODELS / name)[0]
 
 
 def prompts():
@@ -30,11 +23,6 @@ def prompts():
     tokens = np.random.default_rng(0).integers(3, 32, (ROWS, LENGTH))
     mask = np.arange(LENGTH) >= np.array([[0], [3], [6]])
     return tokens, mask
-
-
-@nnx.jit
-def call(model, tokens, mask):
-    return model(tokens, mask)
 
 
 def appended(tokens, mask, new):
@@ -56,7 +44,7 @@ def piecewise(graphdef, state, tokens, mask):
     return logits, cache
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DECODERS)
 def test_logits_with_a_cache_are_those_of_the_whole(name):
     """The padding of two rows ends within a piece, and one piece of a row is all padding."""
     model = load(name)

@@ -1,54 +1,22 @@
-"""Models against what transformers computed (`tests/fixtures/make_models.py`), and their files."""
+"""Models against what transformers computed (`tests/fixtures/make_models.py`)."""
 
-import dataclasses
-import functools
 import json
-import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from flax import nnx
+from model_cases import DECODERS, MODELS, arrays, call, expected, load
 
 import nyscaled as nys
 from nyscaled.models import blocks
 
-MODELS = Path(__file__).parent / "fixtures" / "models"
-NAMES = ["gemma", "llama", "llama3", "opt", "opt_post"]
 ADAPTED = [("gemma", "nora"), ("llama", "nora"), ("llama", "pissa"), ("opt", "nora")]
 KEY = jax.random.key(0)
 
 
-@functools.cache
-def _loaded(name):
-    return nys.models.load(MODELS / name)[0]
-
-
-def load(name):
-    """A fresh copy of a model."""
-    return nnx.clone(_loaded(name))
-
-
-@functools.cache
-def expected(name):
-    """Tokens, mask and transformers' logits."""
-    saved = safetensors.numpy.load_file(MODELS / name / "expected.safetensors")
-    return jnp.asarray(saved["tokens"]), jnp.asarray(saved["mask"] > 0), saved["logits"]
-
-
-@nnx.jit
-def call(model, tokens, mask=None):
-    return model(tokens, mask)
-
-
-def arrays(model):
-    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DECODERS)
 def test_logits_are_those_of_transformers(name):
     tokens, mask, logits = expected(name)
     got = np.asarray(call(load(name), tokens, mask))
@@ -61,7 +29,7 @@ def test_logits_are_those_of_transformers(name):
     np.testing.assert_allclose(whole, logits[:1], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DECODERS)
 def test_saved_and_loaded_again(name, tmp_path):
     model = load(name)
     nys.models.save(model, tmp_path)
@@ -255,173 +223,3 @@ def test_inverse_frequencies_of_llama3():
     turns = 100 / (2 * np.pi) * 0.1
     kept = (turns - 1) / 3
     np.testing.assert_allclose(got, [1, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8], rtol=1e-12)
-
-
-SCALING = [field.name for field in dataclasses.fields(blocks.RopeScaling)]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A copy of a model to spoil."""
-    return shutil.copytree(MODELS / "llama", tmp_path / "copy")
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
-        ("opt", {"activation_function": "gelu"}, "activation_function is 'gelu'; for opt only"),
-        ("opt", {"enable_bias": False}, "enable_bias is False"),
-        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True"),
-        ("opt", {"num_attention_heads": 3}, "with 3 heads; wanted a multiple"),
-        ("opt", {"do_layer_norm_before": False}, r"no parameter for: model\.decoder\.final"),
-        ("opt_post", {"word_embed_proj_dim": None}, r"for: model\.decoder\.project_in\.weight"),
-        ("gemma", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; for gemma only"),
-        ("gemma", {"head_dim": "absent"}, "head_dim is missing; wanted it for gemma"),
-        ("gemma", {"head_dim": 7}, "head_dim 7; wanted"),
-        ("gemma", {"tie_word_embeddings": False}, r"has no tensor for lm_head\.weight"),
-    ],
-)
-def test_settings_of_other_families_that_are_refused(name, settings, message, tmp_path):
-    folder = shutil.copytree(MODELS / name, tmp_path / "copy")
-    change(folder, **settings)
-    with pytest.raises(ValueError, match=message):
-        nys.models.load(folder)
-
-
-def test_configurations_made_by_hand():
-    config = load("llama").config
-    assert dataclasses.replace(config, eos_token_id=[2, 3]).eos_token_id == (2, 3)
-    with pytest.raises(ValueError, match="num_key_value_heads is 0; wanted a positive integer"):
-        dataclasses.replace(config, num_key_value_heads=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "ids"), [("llama", (1, 2, None)), ("gemma", (2, 1, 0)), ("opt", (2, 2, 1))]
-)
-def test_token_ids_that_are_missing_are_those_of_transformers(name, ids, tmp_path):
-    folder = shutil.copytree(MODELS / name, tmp_path / "copy")
-    names = "bos_token_id", "eos_token_id", "pad_token_id"
-    change(folder, **dict.fromkeys(names, "absent"))
-    config = nys.models.load(folder)[0].config
-    assert tuple(getattr(config, n) for n in names) == ids
-    change(folder, **dict.fromkeys(names))
-    config = nys.models.load(folder)[0].config
-    assert tuple(getattr(config, n) for n in names) == (None, None, None)
-
-
-def test_a_tokenizer_comes_along(folder):
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {"[UNK]": 0, "low": 1, "rank": 2}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.save(str(folder / "tokenizer.json"))
-    _, tokenizer = nys.models.load(folder)
-    assert tokenizer.encode("low rank model").ids == [1, 2, 0]
-    words.add_tokens([f"more{i}" for i in range(30)])
-    words.save(str(folder / "tokenizer.json"))
-    with pytest.warns(UserWarning, match="tokenizer of 33 tokens and a model of 32"):
-        nys.models.load(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a sound tokenizer"):
-        nys.models.load(folder)
-
-
-def test_inputs_longer_than_the_positions_are_refused():
-    model = load("opt")
-    with pytest.raises(ValueError, match="have length 65; wanted at most 64"):
-        model(jnp.zeros((1, 65), int))
-
-
-def change(folder, tensors=None, **settings):
-    config = json.loads((folder / "config.json").read_text()) | settings
-    config = {name: value for name, value in config.items() if value != "absent"}
-    (folder / "config.json").write_text(json.dumps(config))
-    path = folder / "model.safetensors"
-    if tensors:
-        changed = safetensors.numpy.load_file(path) | tensors
-        kept = {name: value for name, value in changed.items() if value is not None}
-        safetensors.numpy.save_file(kept, path)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"model_type": "mamba"}, "model_type 'mamba'; wanted one of bert, gemma, llama, opt"),
-        ({"model_type": "absent"}, "model_type None"),
-        ({"model_type": []}, r"model_type \[\]; wanted one of"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; for llama only 'silu' is supported"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"hidden_size": "absent"}, "hidden_size is missing"),
-        ({"hidden_size": "16"}, "hidden_size is '16'; wanted a positive integer"),
-        ({"rms_norm_eps": -1.0}, r"rms_norm_eps is -1\.0; wanted a positive number"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; wanted true or false"),
-        ({"eos_token_id": 1.5}, r"eos_token_id is 1\.5; wanted an integer, a list"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope is 'yarn'"),
-        ({"rope_parameters": [1]}, r"rope is \[1\]; wanted one object"),
-        (
-            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-            "rope is {.*} and {.*}; wanted one object",
-        ),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    **dict(zip(SCALING, (8.0, 4.0, 1.0, 16), strict=True)),
-                }
-            },
-            r"low_freq_factor is 4\.0 and high_freq_factor 1\.0",
-        ),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope is 'default' with"),
-        (
-            {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2}},
-            "rope is 'linear'",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "llama3"} | dict.fromkeys(SCALING, "8")},
-            "factor is '8'; wanted a positive number",
-        ),
-        ({"quantization_config": {"bits": 4}}, "is quantized"),
-        ({"vocab_size": 33}, r"embed_tokens.weight of shape \(32, 16\); wanted \(33, 16\)"),
-        ({"num_hidden_layers": 4}, r"has no tensor for model\.layers\.3\."),
-        ({"num_hidden_layers": 2}, r"no parameter for: model\.layers\.2\."),
-        ({"tie_word_embeddings": True}, r"no parameter for: lm_head\.weight"),
-    ],
-)
-def test_settings_that_are_refused(settings, message, folder):
-    change(folder, **settings)
-    with pytest.raises(ValueError, match=message):
-        nys.models.load(folder)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"model.norm.weight": None}, r"has no tensor for model\.norm\.weight"),
-        ({"model.norm.bias": np.ones(16, "f")}, r"no parameter for: model\.norm\.bias"),
-        ({"model.norm.weight": np.ones(17, "f")}, r"of shape \(17,\); wanted \(16,\)"),
-        ({"model.norm.weight": np.ones(16, int)}, "in int64; wanted floating weights"),
-    ],
-)
-def test_tensors_that_are_refused(tensors, message, folder):
-    change(folder, tensors)
-    with pytest.raises(ValueError, match=message):
-        nys.models.load(folder)
-
-
-def test_forms_that_older_files_have(folder):
-    """Constants among the weights, a head that repeats a tied embedding, names without their root."""
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    bare = {k.removeprefix("model."): v for k, v in tensors.items()}
-    bare["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    bare["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, "f")
-    safetensors.numpy.save_file(bare, folder / "model.safetensors")
-    older = {"rope_theta": 123.0, "rope_parameters": "absent", "num_key_value_heads": 2}
-    change(folder, tie_word_embeddings=True, rope_scaling=None, eos_token_id=[2, 3], **older)
-    model, _ = nys.models.load(folder)
-    assert model.config.rope_theta == 123.0
-    assert model.config.rope_scaling is None
-    assert model.config.eos_token_id == (2, 3)
-    assert not hasattr(model, "lm_head")
-    kernel = tensors["model.layers.1.mlp.up_proj.weight"].T
-    np.testing.assert_array_equal(model.layers.mlp.up_proj.kernel[...][1], kernel)
