@@ -49,12 +49,15 @@ def arrays(model):
     return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
 
 
-def change(folder, rename=lambda name: name, tensors=None, **settings):
+def change(folder, rename=None, tensors=None, **settings):
     """Other settings and tensors in a folder; "absent" and None take away."""
     config = json.loads((folder / "config.json").read_text()) | settings
     config = {name: value for name, value in config.items() if value != "absent"}
     (folder / "config.json").write_text(json.dumps(config))
+    if not rename and not tensors:
+        return
     path = folder / "model.safetensors"
     changed = safetensors.numpy.load_file(path) | (tensors or {})
-    kept = {rename(name): value for name, value in changed.items() if value is not None}
+    new = rename or str
+    kept = {new(name): value for name, value in changed.items() if value is not None}
     safetensors.numpy.save_file(kept, path)
