@@ -1,4 +1,4 @@
-"""Peak memory of reading and writing a model of 160 MB, in a process of its own."""
+"""Peak memory of reading and writing a model of 200 MB, in a process of its own."""
 
 import json
 import os
@@ -20,10 +20,9 @@ CONFIG = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 2,
     "head_dim": 64,
-    "tie_word_embeddings": True,
 }
 # What belongs to no tensor: programs, allocators.
-ALLOWANCE = 16 * MB
+ALLOWANCE = 40 * MB
 
 SCRIPT = r"""
 import json, re, sys
@@ -39,16 +38,24 @@ nys.models.save(nys.models.load(small)[0], out)  # what the first use of anythin
 before = peak()
 model, _ = nys.models.load(large)
 loaded = peak()
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+held = peak()
 nys.models.save(model, out, max_shard_size=8 * 2**20)
-print(json.dumps([loaded - before, peak() - loaded]))
+print(json.dumps([loaded - before, peak() - held]))
 """
 
 
-def tensors(layers, width, inner):
-    heads, ones = CONFIG["num_attention_heads"] * CONFIG["head_dim"], np.ones(width, np.float16)
-    yield "model.embed_tokens.weight", np.ones((CONFIG["vocab_size"], width), np.float16)
+def tensors(config):
+    """All of float16 ones."""
+    vocabulary, width, inner = (
+        config[name] for name in ("vocab_size", "hidden_size", "intermediate_size")
+    )
+    heads, ones = config["num_attention_heads"] * config["head_dim"], np.ones(width, np.float16)
+    yield "model.embed_tokens.weight", np.ones((vocabulary, width), np.float16)
+    # Large, and read when nearly all of the model is there.
+    yield "lm_head.weight", np.ones((vocabulary, width), np.float16)
     yield "model.norm.weight", ones
-    for i in range(layers):
+    for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         for name in ("q", "k", "v"):
             yield f"{layer}self_attn.{name}_proj.weight", np.ones((heads, width), np.float16)
@@ -62,9 +69,9 @@ def tensors(layers, width, inner):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in /proc")
 def test_peak_is_the_model_and_a_block(tmp_path):
-    small = CONFIG | {"num_hidden_layers": 1, "intermediate_size": 8}
-    write(tmp_path / "small", small, tensors(1, WIDTH, 8))
-    write(tmp_path / "large", CONFIG, tensors(LAYERS, WIDTH, INNER))
+    small = CONFIG | {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
+    write(tmp_path / "small", small, tensors(small))
+    write(tmp_path / "large", CONFIG, tensors(CONFIG))
     file = sum(p.stat().st_size for p in (tmp_path / "large").iterdir())
     model = 2 * file  # float32 of float16
     command = [
@@ -80,4 +87,4 @@ def test_peak_is_the_model_and_a_block(tmp_path):
     largest = 4 * CONFIG["vocab_size"] * WIDTH
     # The file's pages count as they are mapped, though the system may take them back.
     assert 0.9 * model < loaded < model + file + ALLOWANCE
-    assert saved < 8 * MB + 2 * largest + ALLOWANCE
+    assert saved < 8 * MB + largest + ALLOWANCE

@@ -276,15 +276,12 @@ class Bert(nnx.Module):
             ValueError: unless tokens are integers (batch, length), no longer than the table of
                 positions, and the mask of their shape.
         """
-        longest = self.config.max_position_embeddings
-        if tokens.shape[1] > longest:
-            raise ValueError(
-                f"tokens have length {tokens.shape[1]}; wanted at most {longest}, the positions "
-                "that the model knows"
-            )
-        tokens, mask = blocks.prepare(tokens, mask, self.config.vocab_size)
+        config = self.config
+        tokens, mask = blocks.prepare(
+            tokens, mask, config.vocab_size, longest=config.max_position_embeddings
+        )
         given = jnp.zeros_like(tokens) if types is None else types
-        types, _ = blocks.prepare(given, mask, self.config.type_vocab_size)
+        types, _ = blocks.prepare(given, mask, config.type_vocab_size)
         x = self.embeddings(tokens, types)
         return blocks.run(self.encoder.layer, x, mask, remat=self.numerics.remat)
 

@@ -66,7 +66,9 @@ class Numerics:
 FLOAT32 = Numerics()
 
 
-def prepare(tokens: Any, mask: Any, count: int) -> tuple[Array, Array | None]:
+def prepare(
+    tokens: Any, mask: Any, count: int, longest: int | None = None
+) -> tuple[Array, Array | None]:
     """Tokens in int32, with no id from outside at padding, and the mask in bool.
 
     Rows beyond a table's end are NaN, also at padding, from where they would reach tokens; and
@@ -76,14 +78,21 @@ def prepare(tokens: Any, mask: Any, count: int) -> tuple[Array, Array | None]:
         tokens: ids, (batch, length).
         mask: where they are, or None.
         count: of the rows of the table that they choose from.
+        longest: how long they may be, where positions are a table too.
 
     Raises:
-        ValueError: unless tokens are integers (batch, length), and the mask of their shape.
+        ValueError: unless tokens are integers (batch, length) and not too long, and the mask of
+            their shape.
     """
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens are {tokens.dtype} of shape {tokens.shape}; wanted integers (batch, length)"
+        )
+    if longest is not None and tokens.shape[1] > longest:
+        raise ValueError(
+            f"tokens have length {tokens.shape[1]}; wanted at most {longest}, the positions that "
+            "the model knows"
         )
     tokens = tokens.astype(jnp.int32)
     outside = (tokens < 0) | (tokens >= count)

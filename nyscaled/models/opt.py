@@ -181,11 +181,6 @@ class Opt(nnx.Module):
             ValueError: unless tokens are integers (batch, length), no longer than the table of
                 positions, and the mask of their shape.
         """
-        if tokens.shape[1] > self.max_length:
-            raise ValueError(
-                f"tokens have length {tokens.shape[1]}; wanted at most {self.max_length}, the "
-                "positions that the model knows"
-            )
         return self.logits(self.hidden(tokens, mask)[0])
 
     def hidden(
@@ -197,14 +192,15 @@ class Opt(nnx.Module):
         """What the head reads, and the cache with these tokens.
 
         Args:
-            tokens: as in a call; with a cache, those that follow the ones in it. Beyond the
-                table of positions they give NaN.
+            tokens: as in a call; with a cache, those that follow the ones in it, and give NaN
+                beyond the table of positions.
             mask: as in a call.
             cache: of `new_cache` or an earlier call, with room for the tokens (which is not
                 checked where its length is traced).
         """
         config = self.config
-        tokens, mask = blocks.prepare(tokens, mask, self.config.vocab_size)
+        longest = self.max_length if cache is None else None
+        tokens, mask = blocks.prepare(tokens, mask, config.vocab_size, longest)
         seen = jnp.ones_like(tokens) if mask is None else mask.astype(tokens.dtype)
         count = jnp.cumsum(seen, axis=1)
         if cache is not None:
