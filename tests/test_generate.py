@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_cases import DECODERS, MODELS, call, load
+from model_cases import DECODERS, MODELS, call, change, load
 
 import nyscaled as nys
 from nyscaled.models.generate import Sampling, _generate, choose, restricted
@@ -223,3 +225,54 @@ def test_what_is_refused(changes, message):
 def test_encoders_are_refused():
     with pytest.raises(ValueError, match="model is a Bert; wanted a causal language model"):
         nys.models.generate(load("bert_encoder"), [[3, 4]], max_new_tokens=2)
+
+
+def generation(folder, **settings):
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A folder whose `config.json` has another end than its `generation_config.json`."""
+    folder = shutil.copytree(MODELS / "llama", tmp_path / "chat")
+    model, (tokens, _) = load("llama"), prompts()
+    generate = functools.partial(nys.models.generate, tokens=tokens[:1], max_new_tokens=NEW)
+    ends = [int(token) for token in generate(model, stop_tokens=NONE)[0, 1:3]]
+    change(folder, eos_token_id=ends[1])
+    generation(folder, eos_token_id=[30, ends[0]], pad_token_id=29, temperature=0.6)
+    return folder, generate, ends
+
+
+def test_ends_are_those_of_the_generation_config(chat, tmp_path):
+    folder, generate, ends = chat
+    model, _ = nys.models.load(folder)
+    assert (model.config.eos_token_id, model.config.pad_token_id) == ((30, ends[0]), 29)
+    new = generate(model)[0]
+    np.testing.assert_array_equal(new[1:], [ends[0], 29, 29, 29])
+    nys.models.save(model, tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    tokens = {"bos_token_id": 1, "eos_token_id": [30, ends[0]], "pad_token_id": 29}
+    assert written == tokens | {"temperature": 0.6}
+    again, _ = nys.models.load(tmp_path / "saved")
+    np.testing.assert_array_equal(generate(again)[0], new)
+    # A model that is saved over another leaves none of its ends.
+    nys.models.save(load("llama"), folder)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    nys.models.save(load("bert_encoder"), folder)
+    assert not (folder / "generation_config.json").exists()
+
+
+def test_what_the_generation_config_lacks_is_that_of_the_model(chat):
+    folder, generate, ends = chat
+    generation(folder, temperature=0.6)
+    assert generate(nys.models.load(folder)[0])[0, 2] == ends[1]
+    generation(folder, eos_token_id=None)
+    assert nys.models.load(folder)[0].config.eos_token_id is None
+    for text, message in (
+        ("[", r"generation_config\.json is not JSON"),
+        ("[]", r"generation_config\.json holds a list"),
+        ('{"eos_token_id": "2"}', r"generation_config\.json: eos_token_id is '2'; wanted an int"),
+    ):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            nys.models.load(folder)

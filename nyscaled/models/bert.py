@@ -51,6 +51,7 @@ class BertConfig(Config):
     """
 
     model_type = "bert"
+    generates = False
     root = "bert."
     # Its constants; the heads that it was trained with, of masked words and of the next sentence.
     left_out = (

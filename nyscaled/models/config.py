@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 TokenId = int | tuple[int, ...] | None
+ELSEWHERE = {"generation"}  # fields that are not in `config.json`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,12 @@ class Config:
         eos_token_id: ends a text; several may.
         pad_token_id: fills up a batch.
         tie_word_embeddings: whether the head is the embedding.
+        generation: what `generation_config.json` has beside token ids, as JSON; written back by
+            `nyscaled.models.save`.
     """
 
     model_type: ClassVar[str]
+    generates: ClassVar[bool] = True  # whether it is a causal language model's
     # Begins the names of all tensors but the head's; files of a model without its head lack it.
     root: ClassVar[str] = "model."
     # Tensors that files may have and models do not, as an expression for the whole name: here
@@ -34,6 +38,7 @@ class Config:
     eos_token_id: TokenId = None
     pad_token_id: TokenId = None
     tie_word_embeddings: bool = False
+    generation: str = "{}"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -63,11 +68,13 @@ class Config:
     @classmethod
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that `config` has; families add what follows from other settings."""
-        return {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+        names = {f.name for f in dataclasses.fields(cls)} - ELSEWHERE
+        return {name: config[name] for name in names if name in config}
 
     def to_json(self) -> dict[str, Any]:
         """What `config.json` is to hold, for transformers too."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ELSEWHERE]
+        fields = {name: getattr(self, name) for name in names}
         return {
             "model_type": self.model_type,
             **{name: values[0] for name, values in self.fixed.items()},

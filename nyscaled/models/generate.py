@@ -55,7 +55,9 @@ def generate(
         mask: True where there is a token, (batch, length); padding on the left only. None for no
             padding.
         max_new_tokens: how many are generated at most.
-        stop_tokens: those that end a row; the configuration's `eos_token_id` if None.
+        stop_tokens: those that end a row; if None the configuration's `eos_token_id`, which is
+            that of `generation_config.json` where a folder has one. Nothing else is taken from
+            that file: temperature, top_k and top_p are the arguments here.
         temperature: that the logits are divided by before a token is drawn; None or 0 for the
             most probable token.
         top_k: draws from the k most probable tokens only.

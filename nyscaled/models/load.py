@@ -21,6 +21,8 @@ from nyscaled.models.blocks import Numerics
 from nyscaled.models.classify import BertClassifier, of_file
 from nyscaled.models.config import Config
 from nyscaled.models.gemma import Gemma, GemmaConfig
+from nyscaled.models.generation_config import FILE as GENERATION
+from nyscaled.models.generation_config import generation_config, with_generation
 from nyscaled.models.llama import Llama, LlamaConfig
 from nyscaled.models.names import HEADS, Place, places
 from nyscaled.models.opt import Opt, OptConfig
@@ -53,6 +55,8 @@ def load(
     and as `Bert` otherwise. Left out are then the heads it was trained with (`cls.predictions.*`,
     of masked words, and `cls.seq_relationship.*`, of the next sentence); heads of other tasks are
     refused, as every tensor without a parameter is.
+
+    The tokens that end a text are those of `generation_config.json`, else of `config.json`.
 
     Tensors go from the mapped file to their places on the devices one after the other, in blocks of
     rows: beside the model, memory holds little. With a mesh it holds a tensor and its shards, of a
@@ -113,6 +117,8 @@ def load(
         config = config_class.from_json(source.config)
     except ValueError as error:
         raise ValueError(f"{source.config_path}: {error}") from None
+    if config.generates and not isinstance(source, Gguf):
+        config = with_generation(config, source.path)
     tokenizer = _tokenizer(source)
     if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
         warnings.warn(
@@ -151,7 +157,8 @@ def save(
 
     Args:
         model: as `load` returned it, or with trained parameters; adapters merged and removed.
-        folder: made if missing; other files in it are left alone.
+        folder: made if missing; other files in it are left alone, but a `generation_config.json`
+            is replaced by one that agrees.
         tokenizer: written along, with its chat template, so that transformers reads it too; None
             leaves that of the folder alone.
         max_shard_size: bytes of a file of weights, beyond which there are several and an index; a
@@ -178,7 +185,8 @@ def save(
     dtype = next(variable.dtype.name for _, variable in nnx.to_flat_state(state))
     config = {"architectures": [model.architecture], **model.config.to_json()}
     config["torch_dtype"] = dtype
-    texts = None if tokenizer is None else tokenizer.files()
+    texts: dict[str, str | None] = {} if tokenizer is None else tokenizer.files()
+    texts[GENERATION] = generation_config(model.config) if model.config.generates else None
     write(folder, config, named, max_shard_size=max_shard_size, texts=texts)
 
 

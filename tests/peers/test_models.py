@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model here is in the repository
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -127,6 +129,24 @@ def test_rows_are_continued_as_in_transformers(name):
     wanted = reference(name).eval().generate(**ids, **options).numpy()[:, tokens.shape[1] :]
     np.testing.assert_array_equal(new[:, : wanted.shape[1]], wanted)
     assert (new[:, wanted.shape[1] :] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt_post"])
+def test_generation_ends_as_in_transformers(name, tmp_path):
+    """By `generation_config.json`, also after it was saved here."""
+    folder = shutil.copytree(MODELS / name, tmp_path / "chat")
+    tokens = inputs(name)[0][:1]
+    ids, options = torch.tensor(tokens).long(), {"max_new_tokens": 6, "do_sample": False}
+    free = reference(name).generate(ids, eos_token_id=-1, **options)[0, tokens.shape[1] :].tolist()
+    for ends in (free[2], [31, free[1]], [free[3]]):
+        settings = {"eos_token_id": ends, "pad_token_id": 30}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        model, _ = nys.models.load(folder)
+        nys.models.save(model, tmp_path / "saved")
+        new = nys.models.generate(model, tokens, max_new_tokens=6)[0]
+        for where in (folder, tmp_path / "saved"):
+            wanted = reference(name, where).generate(ids, **options)[0, tokens.shape[1] :].numpy()
+            np.testing.assert_array_equal(new, np.append(wanted, [30] * (6 - len(wanted))))
 
 
 @pytest.mark.parametrize("name", ADAPTED)
