@@ -137,6 +137,7 @@ def test_generation_ends_as_in_transformers(name, tmp_path):
     folder = shutil.copytree(MODELS / name, tmp_path / "chat")
     tokens = inputs(name)[0][:1]
     ids, options = torch.tensor(tokens).long(), {"max_new_tokens": 6, "do_sample": False}
+    options["attention_mask"] = torch.ones_like(ids)
     free = reference(name).generate(ids, eos_token_id=-1, **options)[0, tokens.shape[1] :].tolist()
     for ends in (free[2], [31, free[1]], [free[3]]):
         settings = {"eos_token_id": ends, "pad_token_id": 30}
