@@ -34,11 +34,36 @@ def test_outputs_are_those_of_transformers(name):
     assert np.isfinite(got).all()
     seen = mask if name == "bert_encoder" else ...
     np.testing.assert_allclose(got[seen], wanted[seen], atol=2e-5, rtol=0)
-    assert not mask[1:].all(1).any()  # both sides of padding have been seen
+    assert not mask[1:].all(1).any()
     others = np.asarray(call(model, tokens, mask, jnp.zeros_like(types)))
     assert np.abs(others - wanted)[seen].max() > 1e-2
     # Without types, there is the first alone; without a mask, there is no padding.
     np.testing.assert_allclose(call(model, tokens[:1]), others[:1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_do_not_depend_on_the_side_of_padding(name):
+    """Nor on how much there is of it, nor on the rows beside."""
+    (tokens, mask, types), wanted = expected(name)
+    model = load(name)
+    width = tokens.shape[1] + 3
+
+    def aside(rows):
+        moved = np.zeros((len(rows), width), rows.dtype)
+        for new, row, seen in zip(moved, np.asarray(rows), np.asarray(mask), strict=True):
+            new[width - seen.sum() :] = row[seen]
+        return moved
+
+    left, seen = aside(tokens), aside(mask)
+    got = np.asarray(call(model, left, seen, aside(types)))
+    if name == "bert_encoder":
+        got, wanted = got[seen], wanted[mask]
+        pooled = BertClassifier(model, ["a"], rngs=nnx.Rngs(0)).bert
+        states = pooled(left, seen, aside(types))
+        np.testing.assert_allclose(
+            pooled.pool(states, seen), pooled.pool(pooled(tokens, mask, types)), atol=2e-6
+        )
+    np.testing.assert_allclose(got, wanted, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

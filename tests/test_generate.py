@@ -90,6 +90,16 @@ def test_rows_do_not_see_one_another():
         np.testing.assert_array_equal(generate(row[None, seen]), new[None])
 
 
+@pytest.mark.parametrize("name", ["llama", "opt_post"])
+def test_the_side_of_padding_does_not_matter(name):
+    model, (tokens, mask) = load(name), prompts()
+    generate = functools.partial(nys.models.generate, model, max_new_tokens=NEW, stop_tokens=NONE)
+    right, seen = np.zeros_like(tokens), np.zeros_like(mask)
+    for row, new, kept, own in zip(right, tokens, seen, mask, strict=True):
+        row[: own.sum()], kept[: own.sum()] = new[own], True
+    np.testing.assert_array_equal(generate(right, seen), generate(tokens, mask))
+
+
 def test_rows_end_with_their_stop_token():
     model = load("llama")
     tokens, mask = prompts()
@@ -204,8 +214,8 @@ def test_drawn_tokens_repeat_with_their_key_and_do_not_depend_on_other_rows():
         ({"tokens": [[0.5]]}, "tokens are float64"),
         ({"tokens": [[3, 32]]}, "from 3 to 32; wanted ids below 32"),
         ({"mask": [[1]]}, r"mask has shape \(1, 1\); wanted \(1, 2\)"),
-        ({"mask": [[1, 0]]}, "padding after a token"),
-        ({"mask": [[0, 0]]}, "padding after a token"),
+        ({"tokens": [[3, 4, 5]], "mask": [[1, 0, 1]]}, "padding between tokens, or no token"),
+        ({"mask": [[0, 0]]}, "padding between tokens, or no token"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": np.nan, "key": KEY}, "temperature is nan"),
         ({"max_new_tokens": 63}, "are 65 tokens; wanted at most 64, the positions"),

@@ -113,6 +113,38 @@ def test_pairs(tokenizer):
     np.testing.assert_array_equal(types, [[0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1]])
 
 
+def test_the_side_of_padding():
+    """By the call, else the settings, else `tokenizer.json`, else on the left."""
+    inner = words()
+    tokenizer = Tokenizer(inner, {"pad_token": "[PAD]"})
+    assert tokenizer(["a", "b c"])[0][0, 0] == 0
+    assert Tokenizer(inner, tokenizer.settings | {"padding_side": "right"})(["a", "b c"])[1][0, 0]
+    inner.enable_padding(direction="right", pad_token="d", pad_id=6)
+    tokenizer = Tokenizer(inner)
+    tokens, _ = tokenizer(["a", "b c"])
+    np.testing.assert_array_equal(tokens, [[1, 3, 2, 6], [1, 4, 5, 2]])
+    assert not tokenizer(["a", "b c"], side="left")[1][0, 0]
+    inner.enable_padding(direction="right", pad_token="d", pad_id=6)
+    tokenizer = Tokenizer(inner, {"pad_token": "[PAD]", "padding_side": "left"})
+    np.testing.assert_array_equal(tokenizer(["a", "b c"])[0], [[0, 1, 3, 2], [1, 4, 5, 2]])
+    with pytest.raises(ValueError, match="padding_side is 'both'; wanted 'left' or 'right'"):
+        Tokenizer(inner, {"padding_side": "both"})
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_encoder", "llama"])
+def test_models_without_a_side_in_their_folder(name, tmp_path):
+    """Encoders pad on the right, as transformers does, also after a save; decoders on the left."""
+    model, _ = nys.models.load(FIXTURES / "models" / name)
+    nys.models.save(model, tmp_path, Tokenizer(words(), {"pad_token": "[PAD]"}))
+    for _ in range(2):
+        _, tokenizer = nys.models.load(tmp_path)
+        assert tokenizer(["a", "b c"])[1][0, 0] == (name != "llama")
+        nys.models.save(model, tmp_path, tokenizer)
+    settings = {"padding_side": "left", "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert not nys.models.load(tmp_path)[1](["a", "b c"])[1][0, 0]
+
+
 def test_the_token_to_pad_with():
     given = {"pad_token": {"content": "[PAD]"}, "eos_token": "[SEP]"}
     assert Tokenizer(words(), given).pad_id == 0

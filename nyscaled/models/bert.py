@@ -115,6 +115,11 @@ def _labels(id2label: Any) -> tuple[str, ...]:
     return tuple(given[i] for i in ids)
 
 
+def starts(mask: Bool[Array, "batch length"]) -> Int[Array, " batch"]:
+    """Return the column of each row's first token; 0 where there is none."""
+    return jnp.argmax(mask, axis=1)
+
+
 class Dense(nnx.Module):
     """f(x W + b)."""
 
@@ -203,10 +208,16 @@ class Embeddings(nnx.Module):
         self.LayerNorm = blocks.layer_norm(width, config.layer_norm_eps, numerics, rngs)
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], types: Int[Array, "batch length"]
+        self,
+        tokens: Int[Array, "batch length"],
+        types: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None,
     ) -> Float[Array, "batch length width"]:
+        positions = jnp.arange(tokens.shape[1])
+        if mask is not None:  # counted from the first token, on whichever side the padding is
+            positions = jnp.maximum(positions - starts(mask)[:, None], 0)
         words = self.word_embeddings(tokens) + self.token_type_embeddings(types)
-        return self.LayerNorm(words + self.position_embeddings(jnp.arange(tokens.shape[1])))
+        return self.LayerNorm(words + self.position_embeddings(positions))
 
 
 class Encoder(nnx.Module):
@@ -268,7 +279,7 @@ class Bert(nnx.Module):
 
         Args:
             tokens: ids, below `vocab_size` (others give NaN, at padding any will do). Positions
-                are counted from the first column, padding or not.
+                are counted from the first token.
             mask: True (or 1) where there is a token and False where there is padding, on either
                 side; None for no padding. Hidden states at padding have no meaning.
             types: 0 in the first sentence of a pair and 1 in the second; None for zeros.
@@ -283,18 +294,27 @@ class Bert(nnx.Module):
         )
         given = jnp.zeros_like(tokens) if types is None else types
         types, _ = blocks.prepare(given, mask, config.type_vocab_size)
-        x = self.embeddings(tokens, types)
+        x = self.embeddings(tokens, types, mask)
         return blocks.run(self.encoder.layer, x, mask, remat=self.numerics.remat)
 
-    def pool(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch width"]:
-        """tanh of a layer on the hidden state of the first column, which is to be `[CLS]`.
+    def pool(
+        self, hidden: Float[Array, "batch length width"], mask: Mask | None = None
+    ) -> Float[Array, "batch width"]:
+        """Return tanh of a layer on the hidden state of the first token, which is to be `[CLS]`.
+
+        Args:
+            hidden: the states that a call returns.
+            mask: that of the call, which says where the tokens begin; None for the first column.
 
         Raises:
             ValueError: if the model has no pooler.
         """
         if not hasattr(self, "pooler"):
             raise ValueError("the model has no pooler; wanted one in its file, or sentence_vectors")
-        return self.pooler(hidden[:, 0])
+        if mask is None:
+            return self.pooler(hidden[:, 0])
+        columns = starts(jnp.asarray(mask) > 0)[:, None, None]
+        return self.pooler(jnp.take_along_axis(hidden, columns, axis=1)[:, 0])
 
 
 def head_options(numerics: Numerics) -> dict[str, Any]:

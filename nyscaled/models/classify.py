@@ -88,11 +88,11 @@ class BertClassifier(nnx.Module):
         mask: Mask | None = None,
         types: Tokens | None = None,
     ) -> Float[Array, "batch labels"]:
-        """Logits of the labels; arguments and errors as in `Bert.__call__`.
+        """Logits of the labels, from each row's first token, which is to be `[CLS]`.
 
-        The first column has to be `[CLS]`, so that padding belongs on the right.
+        Arguments and errors as in `Bert.__call__`.
         """
-        return self.classifier(self.bert.pool(self.bert(tokens, mask, types)))
+        return self.classifier(self.bert.pool(self.bert(tokens, mask, types), mask))
 
 
 def of_file(architectures: Sequence[str], names: Sequence[str]) -> Callable[..., Any]:

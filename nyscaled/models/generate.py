@@ -52,7 +52,7 @@ def generate(
     Args:
         model: a causal language model, adapters and all.
         tokens: ids, (batch, length).
-        mask: True where there is a token, (batch, length); padding on the left only. None for no
+        mask: True where there is a token, (batch, length); padding on either side. None for no
             padding.
         max_new_tokens: how many are generated at most.
         stop_tokens: those that end a row; if None the configuration's `eos_token_id`, which is
@@ -73,7 +73,7 @@ def generate(
 
     Raises:
         ValueError: on a model that is no causal language model, ids outside the vocabulary, padding
-            that is not on the left, a row without tokens, more tokens than the model has positions
+            between tokens, a row without tokens, more tokens than the model has positions
             for, numbers out of range, a temperature without a key, or top_k, top_p or a key without
             a temperature.
 
@@ -210,13 +210,17 @@ def _prompt(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.nda
         )
     if mask.shape != tokens.shape:
         raise ValueError(f"mask has shape {mask.shape}; wanted {tokens.shape}, that of tokens")
-    if not mask[:, -1].all() or (mask[:, :-1] > mask[:, 1:]).any():
-        raise ValueError("mask has padding after a token; wanted it on the left only, and a token")
+    edges = np.diff(mask.astype(int), axis=1, prepend=0, append=0)
+    if (np.count_nonzero(edges, axis=1) != 2).any():
+        raise ValueError("mask has padding between tokens, or no token; wanted it on one side")
     real = tokens[mask]
     if real.min() < 0 or real.max() >= vocab_size:
         raise ValueError(
             f"tokens are from {real.min()} to {real.max()}; wanted ids below {vocab_size}"
         )
+    # What is generated follows the last column: padding goes to the left.
+    order = np.argsort(mask, axis=1, kind="stable")
+    tokens, mask = (np.take_along_axis(x, order, axis=1) for x in (tokens, mask))
     return np.where(mask, tokens, 0).astype(np.int32), mask
 
 

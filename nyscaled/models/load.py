@@ -120,6 +120,8 @@ def load(
     if config.generates and not isinstance(source, Gguf):
         config = with_generation(config, source.path)
     tokenizer = _tokenizer(source)
+    if tokenizer is not None and not config.generates:
+        tokenizer.settings["padding_side"] = tokenizer.settings.get("padding_side") or "right"
     if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
         warnings.warn(
             f"{source.path} has a tokenizer of {tokenizer.get_vocab_size()} tokens and a model of "

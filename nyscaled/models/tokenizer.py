@@ -31,14 +31,15 @@ class Tokenizer:
 
     Args:
         inner: the library's.
-        settings: what `tokenizer_config.json` holds; `pad_token`, `eos_token` and `chat_template`
-            are read of it.
+        settings: what `tokenizer_config.json` holds; `pad_token`, `eos_token`, `padding_side` and
+            `chat_template` are read of it. What it lacks of padding is that of `tokenizer.json`.
 
     Attributes:
         pad_id: of `pad_token`, else of `eos_token`, else None.
 
     Raises:
-        ValueError: on a `chat_template` that is neither a text nor several with names.
+        ValueError: on a `chat_template` that is neither a text nor several with names, or a
+            `padding_side` that is neither "left" nor "right".
 
     Example:
         >>> import tokenizers
@@ -58,15 +59,28 @@ class Tokenizer:
     """
 
     def __init__(self, inner: Any, settings: Mapping[str, Any] | None = None) -> None:
+        padding = inner.padding or {}
         inner.no_padding()
         inner.no_truncation()
         self.inner = inner
         self.settings = dict(settings or {})
+        for name, key in (("pad_token", "pad_token"), ("padding_side", "direction")):
+            if key in padding:
+                self.settings.setdefault(name, padding[key])
+        _require_side("padding_side", self.padding_side)
         special = special_tokens(self.settings)
         names = [special.get(name) for name in ("pad_token", "eos_token")]
         ids = [inner.token_to_id(name) for name in names if name is not None]
         self.pad_id: int | None = next((i for i in ids if i is not None), None)
         self._templates()  # refuses what is none
+
+    @property
+    def padding_side(self) -> str:
+        """Where padding goes if a call does not say it: "left" where the settings do not either.
+
+        `nyscaled.models.load` makes it "right" there for an encoder.
+        """
+        return self.settings.get("padding_side") or "left"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "inner":
@@ -77,7 +91,7 @@ class Tokenizer:
         self,
         texts: Sequence[str],
         *,
-        side: Literal["left", "right"] = "left",
+        side: Literal["left", "right"] | None = None,
         max_length: int | None = None,
         multiple_of: int = 1,
         add_special_tokens: bool = True,
@@ -86,7 +100,7 @@ class Tokenizer:
 
         Args:
             texts: one a row.
-            side: where padding goes; generation needs it on the left.
+            side: where padding goes; `padding_side` if None.
             max_length: longer texts lose what is at their end; special tokens stay.
             multiple_of: the length is rounded up to a multiple, so that a program is compiled for
                 few shapes; with the value of `max_length` there is one shape alone.
@@ -99,7 +113,7 @@ class Tokenizer:
         """
         _require_texts("texts", texts)
         rows, _ = self._encoded(list(texts), max_length, add_special_tokens)
-        return self._padded(rows, side, multiple_of)
+        return self._padded(rows, self.padding_side if side is None else side, multiple_of)
 
     def pairs(
         self,
@@ -226,8 +240,7 @@ class Tokenizer:
     def _padded(
         self, rows: list[list[int]], side: str, multiple_of: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        if side not in ("left", "right"):
-            raise ValueError(f"side is {side!r}; wanted 'left' or 'right'")
+        _require_side("side", side)
         _require_positive("multiple_of", multiple_of)
         lengths = [len(row) for row in rows]
         width = -(-max(*lengths, 1) // multiple_of) * multiple_of
@@ -254,6 +267,11 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def _require_texts(name: str, texts: Sequence[str]) -> None:
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is {texts!r:.80}; wanted a list of texts, one at least")
+
+
+def _require_side(name: str, side: Any) -> None:
+    if side not in ("left", "right"):
+        raise ValueError(f"{name} is {side!r}; wanted 'left' or 'right'")
 
 
 def _require_positive(name: str, value: Any) -> None:
