@@ -250,13 +250,43 @@ ROPE = np.array([1, 8], np.float32)
         ({}, {"rope_freqs.weight": np.array([1, 7, 2], "f")}, "rope_freqs.* not of Llama 3"),
         ({}, {"rope_freqs.weight": np.array([2, 1], "f")}, "rope_freqs.* not of Llama 3"),
         ({}, {"output_norm.weight": np.ones(16, np.int32)}, "output_norm.weight in I32"),
-        ({"tokenizer.ggml.model": "bert"}, {}, "model.gguf: the tokenizer is 'bert'"),
     ],
 )
 def test_what_is_refused(metadata, tensors, message, path):
     write(path, "llama", metadata=metadata, tensors=tensors)
     with pytest.raises(ValueError, match=message):
         nys.models.load(path)
+
+
+GPT2 = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": [f"<{i}>" for i in range(32)],
+    "tokenizer.ggml.merges": ["< 0"],
+}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"pre": None}, r"lacks tokenizer\.ggml\.pre"),
+        *(({"pre": pre}, f"pre is '{pre}'; wanted one") for pre in ("default", "tekken", "qwen2")),
+        ({"model": "bert"}, "the tokenizer is 'bert'"),
+        ({"model": "t5"}, "the tokenizer is 't5'"),
+        ({"tokens": ["a", "a"]}, "has a token twice"),
+        ({"merges": None}, r"lacks tokenizer\.ggml\.merges"),
+        ({}, "merges are not of these tokens"),
+        ({"merges": "0"}, "merges is '0'"),
+    ],
+)
+def test_a_vocabulary_that_is_not_read_leaves_the_model(metadata, message, path):
+    """As a folder's that is not read: there is a warning, and the weights are of use alone."""
+    write(path, "llama", metadata=GPT2 | {f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
+    with pytest.warns(UserWarning, match=f"model.gguf has a vocabulary of which no.*{message}"):
+        got, tokenizer = nys.models.load(path)
+    assert tokenizer is None
+    wanted, _ = nys.models.load(MODELS / "llama")
+    jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(wanted))
 
 
 def test_the_other_byte_order_is_refused(path):

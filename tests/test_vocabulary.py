@@ -36,6 +36,7 @@ def metadata(**changes):
         ("gpt-2", ["ĠĠ", "Ġlow", "'s", "Ġ12345", "ĊĊĠ", "Ġ-=", "ĠX"]),
         ("smollm", ["ĠĠ", "Ġlow", "'s", "Ġ", *"12345", "ĊĊĠ", "Ġ-=", "ĠX"]),
         ("llama-bpe", ["ĠĠ", "Ġlow", "'s", "Ġ", "123", "45", "ĊĊ", "Ġ", "Ġ-=", "ĠX"]),
+        ("smaug-bpe", ["ĠĠ", "Ġlow", "'s", "Ġ", "123", "45", "ĊĊ", "Ġ", "Ġ-=", "ĠX"]),
     ],
 )
 def test_how_text_is_split_before_it_is_merged(pre, pieces):

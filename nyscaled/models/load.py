@@ -80,8 +80,8 @@ def load(
         that is not read.
 
     Raises:
-        ValueError: on an unknown architecture, an unsupported setting, a broken file (the
-            tokenizer's too), a parameter without its tensor or with one of another shape, or a
+        ValueError: on an unknown architecture, an unsupported setting, a broken file (a folder's
+            tokenizer too), a parameter without its tensor or with one of another shape, or a
             tensor that belongs to no parameter; on a mesh that `shardings` refuses.
         ImportError: if a package is missing that the tokenizer, the hub or the GGUF file needs.
 
@@ -209,7 +209,12 @@ def _tokenizer(source: Folder) -> Tokenizer | None:
     try:
         return gguf_tokenizer(source.metadata)
     except ValueError as error:
-        raise ValueError(f"{source.path}: {error}") from None
+        warnings.warn(
+            f"{source.path} has a vocabulary of which no tokenizer is made here: it is None, and "
+            f"the model is read ({error})",
+            stacklevel=3,  # of the call of `load`
+        )
+        return None
 
 
 def _matched(

@@ -25,6 +25,7 @@ _SPLITS = {
     "llama-bpe": "llama3",
     "llama-v3": "llama3",
     "llama3": "llama3",
+    "smaug-bpe": "llama3",  # which Llama 3 itself was called at first
 }
 
 
