@@ -1,8 +1,10 @@
 """PEFT folders that are refused, and those that only look unusual."""
 
+import contextlib
 import json
 import os
 import shutil
+import time
 import tracemalloc
 
 import jax
@@ -51,10 +53,18 @@ CONFIGS = {
     "dora": ({"use_dora": True}, "use_dora"),
     "adapted and saved whole": ({"modules_to_save": ["heads"]}, "not among"),
     "modules to save": ({"modules_to_save": "heads"}, "modules_to_save is 'heads'; wanted a list"),
-    "bias": ({"bias": "all"}, "bias"),
+    "bias": ({"bias": "some"}, "bias"),
     "lora bias": ({"lora_bias": True}, "lora_bias"),
-    "first layer": ({"layers_to_transform": 0}, "layers_to_transform"),
-    "layers": ({"layers_to_transform": [1], "layers_pattern": "h"}, "layers_to_transform"),
+    "other layers": (
+        {"layers_to_transform": 0, "target_modules": ["up", "down", "heads", "out", "0", "1"]},
+        "not among",
+    ),
+    "layers as text": ({"layers_to_transform": ["0"]}, "layers_to_transform"),
+    "layers of an expression": (
+        {"layers_to_transform": [0], "target_modules": ".*"},
+        "wanted a list in target_modules",
+    ),
+    "pattern without layers": ({"layers_pattern": "h"}, "wanted layers_to_transform"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "megatron": ({"megatron_config": {"a": 1}}, "megatron_config"),
@@ -74,7 +84,14 @@ CONFIGS = {
     "alpha nan": ({"lora_alpha": float("nan")}, "lora_alpha"),
     "scaling text": ({"use_rslora": "no"}, "use_rslora"),
     "rank pattern": ({"rank_pattern": {"heads": 3}}, "rank 2, and 3"),
-    "idle pattern": ({"alpha_pattern": {"q_proj": 3}}, "apply to none"),
+    "alpha of 400 digits": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "dropout of 400 digits": ({"lora_dropout": 10**400}, "lora_dropout"),
+    "pattern of 400 digits": ({"alpha_pattern": {"up": 10**400}}, "alpha_pattern"),
+    "rank of 400 digits": ({"r": 10**400}, "rank 2, and 1000"),
+    "all dropped": ({"lora_dropout": 1}, r"lora_dropout is 1; wanted a number in \[0, 1\)"),
+    "more than all dropped": ({"lora_dropout": 2}, "lora_dropout is 2; wanted"),
+    "less than nothing dropped": ({"lora_dropout": -1}, "lora_dropout is -1; wanted"),
+    "dropout text": ({"lora_dropout": "0.1"}, "lora_dropout"),
     "pattern list": ({"rank_pattern": [3]}, "rank_pattern"),
     "broken pattern": ({"alpha_pattern": {"(": 3}}, "regular expression"),
     "stack alphas": ({"alpha_pattern": {r"layers\.0\.up": 7}}, r"\(r, α\)"),
@@ -93,6 +110,49 @@ def test_configuration_refused(fields, match, folder):
     refused(folder, match)
 
 
+# Hangs or other exceptions than ValueError, as expressions of `re`.
+HOSTILE = {
+    "nested repeats": "(([a-z0-9_.])+)+!",
+    "repeats of anything": "(.*)*!",
+    "repeats side by side": "(.?){200}" * 20 + "!",
+    "count": "a{99999999999999999999}",
+    "nesting": "(?:" * 500 + ")" * 500,
+    "nesting that can be read": "(" * 90 + "a+" + ")+" * 90 + "!",
+    "reference": r"(.+)\1",
+    "length": "a" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("expression", HOSTILE.values(), ids=HOSTILE.keys())
+def test_expressions_end(expression, folder):
+    """Refused, or read as one that matches nothing: in any case soon."""
+    for fields in (
+        {"target_modules": expression},
+        {"exclude_modules": expression},
+        {"rank_pattern": {expression: 2}},
+        {"alpha_pattern": {expression: 2}},
+        {"layers_to_transform": [0], "layers_pattern": expression},
+    ):
+        edit_config(folder, **({"target_modules": ["up", "0"]} | fields))
+        started = time.process_time()
+        with contextlib.suppress(ValueError):
+            nys.lora.load_peft(Model(), folder, names=NAMES)
+        assert (
+            time.process_time() - started < 20
+        )  # two seconds, on a machine with nothing else to do
+
+
+def test_expressions_are_read_inside_their_form(folder):
+    """PEFT writes `(.*\\.)?(…)$` around a pattern, where others are sound than alone."""
+    edit_config(folder, alpha_pattern={"(?i)HEADS": 6})
+    refused(folder, "not a regular expression")
+    model = Model()
+    edit_config(folder, alpha_pattern={"heads)|(out": 6})
+    nys.lora.load_peft(model, folder, names=NAMES)
+    layers = model.heads, model.out, model.items[0]
+    assert [layer.adapters["default"].alpha for layer in layers] == [6, 6, 3]
+
+
 HARMLESS = {
     **{"task_type": "CAUSAL_LM", "auto_mapping": {"base_model_class": "X"}, "revision": "main"},
     **{"peft_version": "0.21.2", "inference_mode": False, "runtime_config": {"a": 1}},
@@ -100,10 +160,29 @@ HARMLESS = {
     **{"init_lora_weights": "gaussian", "lora_dropout": 0.3, "use_dora": False},
     **{"modules_to_save": ["score"], "layers_pattern": None, "exclude_modules": ["score"]},
     **{"target_modules": ["up", "down", "heads", "out", "0", "1"], "alpha_pattern": {}},
+    # PEFT keeps names of other architectures in the file.
+    **{"rank_pattern": {"c_attn": 8}, "layers_to_transform": 0, "bias": "lora_only"},
+}
+COMBINED = {
+    "names of no layer": {"target_modules": ["up", "down", "heads", "out", "0", "1", "c_attn"]},
+    "a name all excluded": {
+        "target_modules": ["up", "down", "heads", "out", "0", "1", "score"],
+        "exclude_modules": ["score"],
+    },
+    "all layers": {
+        "target_modules": ["up", "down", "items.0", "items.1", "heads", "out"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": ["h", "layers"],
+        "alpha_pattern": {"c_attn": 8, "h.0.*": 9},
+    },
 }
 
 
-@pytest.mark.parametrize("fields", [{k: v} for k, v in HARMLESS.items()], ids=HARMLESS)
+@pytest.mark.parametrize(
+    "fields",
+    [*({k: v} for k, v in HARMLESS.items()), *COMBINED.values()],
+    ids=[*HARMLESS, *COMBINED],
+)
 def test_configuration_without_effect(fields, folder):
     wanted, got = Model(), Model()
     nys.lora.load_peft(wanted, folder, names=NAMES)
@@ -137,7 +216,7 @@ WIDE = np.zeros((2, 9), "f")
 FILES = {
     "A alone": (dropped(key_of("out", "B")), "only lora_A of out"),
     "B alone": (dropped(key_of("out", "A")), "only lora_B of out"),
-    "missing in config": (dropped(key_of("out"), key_of("out", "B")), "'out' in target_modules"),
+    "missing in config": (dropped(key_of("out"), key_of("out", "B")), "no tensors of out"),
     "empty": (lambda old: {}, "no modules"),
     "magnitude": (added(base_model__model__out__lora_magnitude_vector=WIDE), "magnitude"),
     "other prefix": (lambda old: {k[len("base_model.") :]: v for k, v in old.items()}, "holds"),

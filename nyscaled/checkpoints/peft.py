@@ -7,44 +7,26 @@ computes something else; here whatever cannot be read as just that update is an 
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from nyscaled.checkpoints import files
+from nyscaled.checkpoints.peft_config import CONFIG, Rules
 
 TENSORS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 # Tasks for which PEFT itself adds the head to `modules_to_save`, and then needs its tensors.
 HEADED = "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"
 TASKS = "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _WHOLE = re.compile(r"base_model\.model\.(?P<name>(?P<module>.+)\.(?:weight|bias))")
-
-# What is read of a configuration (lora/config.py of PEFT 0.21 says what each field means).
-_READ = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern"),
-    *("alpha_pattern", "target_modules", "exclude_modules", "bias", "init_lora_weights"),
-    "modules_to_save",
-}
-# What has no bearing on a saved update: where it came from, PEFT's bookkeeping, options of starts
-# (`init_lora_weights` decides on those) and of variants that are refused by their own switch.
-_WITHOUT_EFFECT = {
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config", "loftq_config", "eva_config", "corda_config"),
-    *("lora_ga_config", "megatron_core", "qalora_group_size"),
-}
-# Starts that leave the base weights alone. With the others (PiSSA, OLoRA, CorDA, LoftQ) PEFT
-# changes the base as it loads the adapter, so that the file alone does not say the update.
-_STARTS = True, False, None, "gaussian", "eva", "orthogonal"
 
 
 class Update(NamedTuple):
@@ -68,7 +50,7 @@ class Saved(NamedTuple):
         updates: by module name.
         rank_stabilized: whether the scaling is α/√r.
         dropout: rate in training.
-        config: the configuration file, for `is_targeted`.
+        rules: which modules the configuration means.
         metadata: of the safetensors file.
         whole: `<module>.weight` and `<module>.bias` of modules that are saved whole.
     """
@@ -76,7 +58,7 @@ class Saved(NamedTuple):
     updates: dict[str, Update]
     rank_stabilized: bool
     dropout: float
-    config: dict[str, Any]
+    rules: Rules
     metadata: dict[str, str]
     whole: dict[str, np.ndarray]
 
@@ -172,14 +154,14 @@ def read(folder: str | os.PathLike[str]) -> Saved:
             configuration that disagree, or a configuration that asks for more.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    rules = _read_rules(folder / CONFIG)
     tensors, metadata = _read_tensors(folder / TENSORS)
     sides: dict[str, dict[str, np.ndarray]] = {}
     whole = {}
     for key, value in tensors.items():
         if match := _KEY.fullmatch(key):
             sides.setdefault(match["module"], {})[match["side"]] = value
-        elif (match := _WHOLE.fullmatch(key)) and is_whole(config, match["module"]):
+        elif (match := _WHOLE.fullmatch(key)) and rules.is_whole(match["module"]):
             whole[match["name"]] = value
         else:
             raise ValueError(
@@ -189,69 +171,27 @@ def read(folder: str | os.PathLike[str]) -> Saved:
     for module, pair in sides.items():
         if len(pair) != 2:
             raise ValueError(f"{folder / TENSORS} has only lora_{next(iter(pair))} of {module}")
-    alphas = _by_pattern(config, "alpha_pattern", config["lora_alpha"], sides)
-    updates = {m: Update(pair["A"], pair["B"], alphas[m]) for m, pair in sides.items()}
+    updates = {m: Update(pair["A"], pair["B"], rules.alpha(m)) for m, pair in sides.items()}
     _require_sound(updates, whole)
-    ranks = _by_pattern(config, "rank_pattern", config["r"], sides)
     for module, update in updates.items():
-        if update.down.shape[0] != ranks[module]:
+        if update.down.shape[0] != rules.rank(module):
             raise ValueError(
-                f"{module} has tensors of rank {update.down.shape[0]}, and {ranks[module]} in {CONFIG}"
+                f"{module} has tensors of rank {update.down.shape[0]}, and {rules.rank(module)} in "
+                f"{CONFIG}"
             )
-        if is_targeted(config, module) is False:
+        if rules.is_targeted(module) is False:
             raise ValueError(
                 f"{folder / TENSORS} has tensors of {module}, which is not among the "
                 f"target_modules of {CONFIG}"
             )
-    targets = config.get("target_modules")
-    for target in targets if isinstance(targets, list) else ():
-        if not any(_matches([target], module) for module in updates):
-            raise ValueError(f"{CONFIG} has {target!r} in target_modules, without any tensor")
-    stabilized, dropout = bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0
-    return Saved(updates, stabilized, float(dropout), config, metadata, whole)
-
-
-def is_targeted(config: Mapping[str, Any], module: str) -> bool | None:
-    """Whether PEFT would adapt the module; None where that depends on the model's classes."""
-    targets = config.get("target_modules")
-    if targets in (None, "all-linear"):
-        return None
-    excluded = _matches(config.get("exclude_modules"), module) or is_whole(config, module)
-    return _matches(targets, module) and not excluded
-
-
-def is_whole(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would save the module whole: it, or one that it is in, is in modules_to_save."""
-    names = config.get("modules_to_save") or ()
-    return any(f".{name}." in f".{module}." for name in names)
-
-
-def _matches(wanted: Any, module: str) -> bool:
-    """PEFT's rule: an expression for the whole name, or a list of names and ends of names."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == w or module.endswith(f".{w}") for w in wanted or ())
+    stabilized = bool(rules.config.get("use_rslora"))
+    dropout = float(rules.config.get("lora_dropout") or 0.0)
+    return Saved(updates, stabilized, dropout, rules, metadata, whole)
 
 
 def _exactly(module: str) -> str:
     """The pattern for one module alone; PEFT puts `(.*\\.)?` before it and `$` after."""
     return f"^{re.escape(module)}"
-
-
-def _by_pattern(
-    config: Mapping[str, Any], field: str, default: float, modules: Mapping[str, Any]
-) -> dict[str, float]:
-    """The value of each module: of the first pattern that matches, or the default."""
-    patterns = config.get(field) or {}
-    used, values = set(), {}
-    for module in modules:
-        hits = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
-        pattern = next(hits, None)
-        used.add(pattern)
-        values[module] = default if pattern is None else patterns[pattern]
-    if unused := sorted(set(patterns) - used):
-        raise ValueError(f"{CONFIG} has {unused} in {field}, which apply to none of the modules")
-    return values
 
 
 def _number(value: float) -> float | int:
@@ -284,59 +224,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return tensors, file.metadata() or {}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_rules(path: Path) -> Rules:
     config = files.read_object(path, f"a folder with {CONFIG} and {TENSORS}")
     try:
-        _require_supported(config)
+        return Rules(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return config
-
-
-def _require_supported(config: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the configuration is of a plain LoRA update, soundly typed."""
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {config.get('peft_type')!r}; wanted 'LORA'")
-    for field, value in config.items():
-        # Zero is a value here: `layers_to_transform: 0` is the first layer.
-        off = value is None or value is False or value in ("", [], {})
-        if not off and field not in _READ | _WITHOUT_EFFECT:
-            raise ValueError(f"{field} is {value!r}; only plain LoRA is supported, without it")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"bias is {config['bias']!r}; wanted 'none'")
-    if config.get("init_lora_weights", True) not in _STARTS:
-        raise ValueError(
-            f"init_lora_weights is {config['init_lora_weights']!r}, with which the update depends "
-            "on the base; wanted an adapter that PEFT converted to plain LoRA as it saved it "
-            "(`path_initial_model_for_weight_conversion`)"
-        )
-    if not isinstance(config.get("use_rslora", False), bool):
-        raise ValueError(f"use_rslora is {config['use_rslora']!r}; wanted true or false")
-    ranks, alphas = (config.get(f"{field}_pattern") or {} for field in ("rank", "alpha"))
-    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        raise ValueError("rank_pattern and alpha_pattern: wanted objects")
-    for rank in (config.get("r"), *ranks.values()):
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"a rank is {rank!r}; wanted a positive integer in r, rank_pattern")
-    numbers: list[Any] = [config.get("lora_alpha"), *alphas.values()]
-    for number in (*numbers, config.get("lora_dropout") or 0.0):
-        if type(number) not in (int, float) or not math.isfinite(number):
-            raise ValueError(
-                f"a number is {number!r}; wanted a finite one in lora_alpha, alpha_pattern, lora_dropout"
-            )
-    for field in ("target_modules", "exclude_modules"):
-        value = config.get(field)
-        sound = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        if not (value is None or isinstance(value, str) or sound):
-            raise ValueError(f"{field} is {value!r}; wanted a list of strings, a string or null")
-    names = config.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"modules_to_save is {names!r}; wanted a list of strings or null")
-    expressions = [
-        v for v in (config.get("target_modules"), config.get("exclude_modules")) if type(v) is str
-    ]
-    for expression in (*ranks, *alphas, *expressions):
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"{expression!r} is not a regular expression: {error}") from error

@@ -155,7 +155,7 @@ def load_peft(
         )
     wanted = [p for p, of_path in modules.items() if not saved.updates.keys().isdisjoint(of_path)]
     for module, path in owners.items():
-        targeted = path in wanted or peft.is_targeted(saved.config, module)
+        targeted = path in wanted or saved.rules.is_targeted(module)
         if targeted and module not in saved.updates:
             raise ValueError(f"{folder} has no tensors of {module}, the layer {path}")
     replaced = _replaced(folder, saved, owners, layers)
@@ -218,7 +218,7 @@ def _replaced(
     parameters = {
         f"{module}.{end}": parameter
         for module, path in owners.items()
-        if peft.is_whole(saved.config, module)
+        if saved.rules.is_whole(module)
         for end, parameter in _parameters(path, layers[path]).items()
     }
     if other := sorted(saved.whole.keys() ^ parameters.keys()):
