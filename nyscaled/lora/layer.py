@@ -10,6 +10,7 @@ the base's to the last bit.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -164,7 +165,22 @@ class Adapted(nnx.Module):
 
 @functools.cache
 def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass of a layer's class that carries adapters; one object a class, as jit caches want."""
+    """The subclass of a layer's class that carries adapters; one object a class, as jit caches want.
+
+    No module defines it: it is pickled as the call that makes it. The name in this module tells
+    cloudpickle that the class is not one to be copied.
+    """
     name = f"LoRA{base.__name__}"
-    meta: Any = type(base)
-    return meta(name, (Adapted, base), {"__module__": __name__, "base_class": base})
+    unique = f"{name}_of_{base.__module__}.{base.__qualname__}".replace(".", "_")
+    fields = {"__module__": __name__, "__qualname__": unique, "base_class": base}
+    made = _adapted_meta(type(base))(name, (Adapted, base), fields)
+    globals()[unique] = made
+    return made
+
+
+@functools.cache
+def _adapted_meta(meta: Any) -> Any:
+    """A metaclass of its own, as pickle asks for the reducer of a class by its metaclass."""
+    made = type(f"Adapted{meta.__name__}", (meta,), {"__module__": __name__})
+    copyreg.pickle(made, lambda adapted: (adapted_class, (adapted.base_class,)))  # pyright: ignore[reportArgumentType]
+    return made
