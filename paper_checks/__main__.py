@@ -1,4 +1,4 @@
-"""`python -m paper_checks [--only ID …] [--list] [--json FILE] [--report FILE]`."""
+"""`python -m paper_checks [--only ID …] [--list] [--check] [--json FILE] [--report FILE]`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 from tqdm import tqdm
 
 from paper_checks import report
-from paper_checks.claim import Outcome, registry, run, select
+from paper_checks.claim import Outcome, registry, select
+from paper_checks.runner import run_all
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Runs the paper's statements as claims; ends with status 1 if one fails."""
+    """Run the paper's statements as claims; end with status 1 if one fails."""
 
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Ids to run; "thm-1" is all of Theorem 1. May be repeated; all claims if absent."""
@@ -32,6 +32,10 @@ class Config:
     """Write the outcomes here."""
     report: Path | None = None
     """Write the report here, as Markdown."""
+    check: bool = False
+    """Also fail where the committed report is not what the code gives, and print those lines."""
+    workers: int = 2
+    """How many processes share the work."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -76,24 +80,23 @@ def line(outcome: Outcome) -> str:
 
 
 def main(config: Config) -> int:
-    """Runs the claims; the exit status."""
-    jax.config.update("jax_enable_x64", True)
+    """Run the claims and return the exit status."""
     claims = select(registry(), config.only)
     if config.list:
         for claim in claims.values():
             print(f"{claim.id:<22} {claim.source:<10} {claim.statement}")
         return 0
-    if config.report and config.only:
-        raise ValueError("--report wants all claims; leave --only away")
-    outcomes: list[Outcome] = []
+    if (config.report or config.check) and config.only:
+        raise ValueError("--only is set; expected all claims with --report and --check")
+    found: dict[str, Outcome] = {}
     begin = time.monotonic()
-    with tqdm(claims.values(), unit="claim", file=sys.stderr, dynamic_ncols=True) as bar:
-        for claim in bar:
-            bar.set_postfix_str(claim.id)
-            outcome = run(claim)
-            outcomes.append(outcome)
+    results = run_all(tuple(claims.values()), config.workers)
+    with tqdm(results, total=len(claims), unit="claim", file=sys.stderr, dynamic_ncols=True) as bar:
+        for outcome in bar:
+            found[outcome.claim.id] = outcome
             with tqdm.external_write_mode(file=sys.stdout):
                 print(line(outcome), flush=True)
+    outcomes = [found[id] for id in claims]  # noqa: A001
     failed = [o for o in outcomes if not o.passed]
     for outcome in failed:
         why = "the control holds too" if outcome.check.satisfied else "the bound is violated"
@@ -106,7 +109,13 @@ def main(config: Config) -> int:
         write_atomically(config.json, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     if config.report:
         write_atomically(config.report, report.render(outcomes))
-    return 1 if failed else 0
+    changed = (
+        report.differences(report.committed(), report.render(outcomes)) if config.check else []
+    )
+    if changed:
+        print(f"paper_checks/REPORT.md is not what the code gives ({report.COMMAND} writes it):")
+        print("\n".join(changed))
+    return 1 if failed or changed else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ RANK = 5
     "a2-linear-lora",
     "½‖(W_0 + XYᵀ)D − BD‖_F² with DDᵀ = I is f(X, Y) of (4) with A = B − W_0: equal losses and gradients",
     hypotheses="W_0, B 60 × 40, D 40 × 200 with orthonormal rows, 20 random (X, Y), r = 5",
-    without="whitening: Gaussian D/√200 with no correction",
+    removes="whitened data",
+    instead="Gaussian D/√200 without correction",
     whitened=False,
 )
 def linear_lora(whitened: bool = True) -> Measured:
@@ -57,7 +58,8 @@ def linear_lora(whitened: bool = True) -> Measured:
     "a4-symmetric",
     "X_0 = −∇f(Ω) + ΩΩᵀΩ = AΩ: the start (3) from one gradient of (1)",
     hypotheses="m = 60, r = 5, κ = 2, 1e2, 1e4 (float32: 2, 1e1, 1e2), ξ = .1, 1, 3; float64 and float32; the same Ω",
-    without="a gradient of (1): that of (1) plus a ridge ½·0.1‖X‖²",
+    removes="a gradient of (1) itself",
+    instead="the gradient of (1) plus a ridge ½·0.1‖X‖²",
     ridge=0.1,
 )
 def gradient_start_symmetric(ridge: float = 0.0) -> Measured:
@@ -89,7 +91,8 @@ def gradient_start_symmetric(ridge: float = 0.0) -> Measured:
     "a4-asymmetric",
     "X_0 = −∇_X f(0, Ω) = AΩ, Y_0 = 0: the start (5) from one gradient of (4)",
     hypotheses="60 × 40, r = 5, κ = 2, 1e2, 1e4 (float32: 2, 1e1, 1e2), ξ = .1, 1, 3; float64 and float32; the same Ω",
-    without="the point X = 0: the gradient at (1e-3, Ω)",
+    removes="the point X = 0",
+    instead="the gradient at (1e-3, Ω)",
     shift=1e-3,
 )
 def gradient_start_asymmetric(shift: float = 0.0) -> Measured:
@@ -160,7 +163,8 @@ def _departures(symmetric: bool, first_row: float, literal: bool) -> dict[str, t
     "a4-sensing",
     "Without A: X_0 = −∇_X f(0, Ω) = 𝒜*(b)Ω of sensing is MΩ up to √(m/p)‖M‖_F‖Ω‖_F, which falls as p^(−½)",
     hypotheses="M 20 × 20 of rank 2, p = 100, 800 Gaussian measurements that keep norms on average, r = 2, ξ = 1; RMS over 16 problems within 10 %",
-    without="isotropy: measurements that see the first row of M twice as large",
+    removes="isotropic measurements",
+    instead="measurements that see the first row of M twice as large",
     source="ours",
     first_row=2.0,
 )
@@ -174,7 +178,8 @@ def gradient_start_sensing(first_row: float = 1.0) -> Measured:
     "a4-sensing-symmetric",
     "Without A: one gradient near 0, X_0 = −∇f(δΩ)/δ, is MΩ up to √((m+1)/2p)‖M‖_F‖Ω‖_F for symmetric sensing",
     hypotheses="as a4-sensing, M positive semidefinite; ‖δΩ‖_F = √eps",
-    without="δ → 0: A.4's −∇f(Ω) + ΩΩᵀΩ at ξ = 1, with the error ((𝒜*𝒜 − I)(ΩΩᵀ))Ω",
+    removes="δ → 0",
+    instead="A.4's −∇f(Ω) + ΩΩᵀΩ at ξ = 1, with the error ((𝒜*𝒜 − I)(ΩΩᵀ))Ω",
     source="ours",
     literal=True,
 )
@@ -188,7 +193,8 @@ def gradient_start_sensing_symmetric(literal: bool = False) -> Measured:
     "alg-1",
     "NoRA's start X_0 = W_0Ω, Y_0 = 0: W_0 + X_0Y_0ᵀ is W_0 to the last bit, and X_0 is in range(W_0)",
     hypotheses="W_0 60 × 40 of rank 8, κ = 2 … 1e4, float64 and float32, r = 5, ξ = .05, .1, .2; range by optimality.residual_space in units of eps·‖X_0‖",
-    without="Nyström's start: the balanced SVD start (PiSSA's), which must be taken from W_0",
+    removes="NoRA's start",
+    instead="the balanced SVD start (PiSSA's), which must be taken from W_0",
     spectral=True,
 )
 def algorithm_1(spectral: bool = False) -> Measured:
@@ -219,7 +225,8 @@ def algorithm_1(spectral: bool = False) -> Measured:
     "alg-2",
     "NoRA+: G_X ← G_X M/‖M‖_F, M = (YᵀY + λI)⁻¹, for t > 0 only, and G_Y ← G_Y N/‖N‖_F, N = (XᵀX + λI)⁻¹, both of the factors before the step",
     hypotheses="nora_plus(optax.sgd) against a plain NumPy transcription, 4 steps from Algorithm 1's start, r = 5, λ = 1e-6, 1e-2; float64 and float32",
-    without="the normalization by ‖(·)⁻¹‖_F: the raw damped preconditioner (LoRA-P's)",
+    removes="the normalization by ‖(·)⁻¹‖_F",
+    instead="the raw damped preconditioner (LoRA-P's)",
     normalized=False,
 )
 def algorithm_2(normalized: bool = True) -> Measured:

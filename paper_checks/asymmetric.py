@@ -61,7 +61,8 @@ def pair_alignment(f: PairFamily, dtype: str) -> tuple[float, float]:
     "lem-6",
     "X_t = UΦ_t and Y_t = VΨ_t for all t",
     hypotheses=where("exact"),
-    without="the Nyström start: both factors small and random (ζ = 1e-3)",
+    removes="the Nyström start",
+    instead="both factors small and random (ζ = 1e-3)",
     start="small",
 )
 def lemma_6(start: Any = "nystrom") -> Measured:
@@ -95,7 +96,8 @@ def one_step(regime: Regime, eta: float) -> Measured:
     "thm-3",
     "η = 1: X_1Y_1ᵀ = A",
     hypotheses=where("exact", "η = 1; 8 runs each"),
-    without="η = 0.9 in place of 1",
+    removes="η = 1",
+    instead="η = 0.9",
     eta=0.9,
 )
 def theorem_3(eta: float = 1.0) -> Measured:
@@ -107,7 +109,8 @@ def theorem_3(eta: float = 1.0) -> Measured:
     "thm-6",
     "η = 1, pseudo-inverses (35): X_1Y_1ᵀ = A",
     hypotheses=where("over", "η = 1; 8 runs each"),
-    without="η = 0.9 in place of 1",
+    removes="η = 1",
+    instead="η = 0.9",
     eta=0.9,
 )
 def theorem_6(eta: float = 1.0) -> Measured:
@@ -132,7 +135,8 @@ def weak_after_one_step(eta: float = 1.0, regime: Regime = "under") -> Measured:
     "thm-4",
     "η = 1: Y_1ᵀA†X_1 = I_r",
     hypotheses=where("under", "η = 1; 8 runs each"),
-    without="η = 0.9 in place of 1",
+    removes="η = 1",
+    instead="η = 0.9",
     eta=0.9,
 )
 def theorem_4(eta: float = 1.0) -> Measured:
@@ -145,7 +149,8 @@ def theorem_4(eta: float = 1.0) -> Measured:
     "generalized weak optimality YᵀA†X = I_r: the measure is the ‖YᵀA†X − I‖_F of its definition",
     hypotheses="A† by NumPy; 60 × 40, r = 5, r_A = 8, κ = 2 … 1e6; points are X_1, Y_1 of thm-4 with A† "
     "exact to eps·κ",
-    without="points that are weakly optimal: one step with η = 0.9",
+    removes="weakly optimal points",
+    instead="the points after one step with η = 0.9",
     eta=0.9,
 )
 def definition_2(eta: float = 1.0) -> Measured:
@@ -170,7 +175,8 @@ def definition_2(eta: float = 1.0) -> Measured:
     "lem-13",
     "every global optimum of (4), X* = U₁Σ₁^{1/2}S, Y* = V₁Σ₁^{1/2}S^{−ᵀ}, is weakly optimal",
     hypotheses="r ≤ r_A; 60 × 40, r_A = 8, r = 1, 3, 5, 8, κ = 2, 100, 1e4; X*, Y* by problems.Asymmetric.optimum, S = I + a random matrix, invertible; allowed 1e-12·κ",
-    without="r > r_A (r = 10), where X*Y*ᵀ = A has rank 8 only",
+    removes="r ≤ r_A",
+    instead="r = 10 > r_A = 8, where X*Y*ᵀ = A has rank 8 only",
     ranks=(10,),
 )
 def lemma_13(ranks: tuple[int, ...] = (1, 3, 5, 8)) -> Measured:
@@ -193,7 +199,8 @@ def lemma_13(ranks: tuple[int, ...] = (1, 3, 5, 8)) -> Measured:
     "eq-30",
     "Φ_{t+1} = (1−η)Φ_t + ηΣΨ_t^{−ᵀ}, Ψ_{t+1} = (1−η)Ψ_t + ηΣΦ_t^{−ᵀ} for t ≥ 1",
     hypotheses=where("exact"),
-    without="the Nyström start: both factors small and random (ζ = 1e-3)",
+    removes="the Nyström start",
+    instead="both factors small and random (ζ = 1e-3)",
     start="small",
 )
 def equation_30(start: Any = "nystrom") -> Measured:
@@ -223,7 +230,8 @@ def pair_cores(f: PairFamily) -> np.ndarray:
     "eq-31",
     "Φ_1Ψ_1ᵀ = ηΣ, and Φ_tΨ_tᵀ is symmetric positive definite for t ≥ 1",
     hypotheses=where("exact"),
-    without="the Nyström start: both factors small and random (ζ = 1e-3)",
+    removes="the Nyström start",
+    instead="both factors small and random (ζ = 1e-3)",
     start="small",
 )
 def equation_31(start: Any = "nystrom") -> Measured:
@@ -252,7 +260,8 @@ def equation_31(start: Any = "nystrom") -> Measured:
     "eq-32",
     "B_{t+1} = (1−η)²B_t + 2η(1−η)Σ + η²ΣB_t^{−1}Σ with B = ΦΨᵀ, t ≥ 1: (12) again",
     hypotheses=where("exact"),
-    without="the Nyström start: both factors small and random (ζ = 1e-3)",
+    removes="the Nyström start",
+    instead="both factors small and random (ζ = 1e-3)",
     start="small",
 )
 def equation_32(start: Any = "nystrom") -> Measured:
@@ -274,7 +283,8 @@ def equation_32(start: Any = "nystrom") -> Measured:
     "eq-35",
     "with pseudo-inverses (35) needs no case for Y_0 = 0: X_1 = X_0, and Y_1 = ηAᵀ(X_0†)ᵀ",
     hypotheses=where("over", "η = .1, .5, .9, 1; 32 runs each"),
-    without="Y_0 = 0: both factors small and random (ζ = 1e-3)",
+    removes="Y_0 = 0",
+    instead="both factors small and random (ζ = 1e-3)",
     start="small",
 )
 def equation_35(start: Any = "nystrom") -> Measured:
@@ -326,7 +336,8 @@ _pair_curves = jax.jit(_pair_curves_impl, static_argnums=3)
     "cor-1-phase1",
     "η = O(1/(κ³‖A‖_F)): ‖X_tY_tᵀ − A‖_F ≤ O(1/κ²) after O(κ³√r log κ) steps",
     hypotheses="60 × 40, r = r_A = 5, Nyström start, any ξ; κ = 2, 3, 4, two kinds of spectrum, η = 1/(κ³‖A‖_F), T₁ = ⌈log(9κ²‖A‖_F)/η⌉ steps: the log 9 is for σ_r(B_1) = ησ_r(Σ), which no ξ can raise",
-    without="a step size below 1: η = 1.0 from a small random start, where one step does not reach A",
+    removes="the Nyström start and η < 1",
+    instead="a small random start and η = 1, where one step does not reach A",
     eta=1.0,
     start="small",
 )
@@ -352,7 +363,8 @@ def corollary_1_phase_1(eta: float = 0.0, start: Any = "nystrom") -> Measured:
     "cor-1-phase2",
     "η = 1/2 after phase 1: ‖X_tY_tᵀ − A‖_F ≤ (4/(3κ²)) 2^{−2^t}",
     hypotheses="60 × 40, r = r_A = 5, Nyström start; κ = 2, 3, 4, two kinds of spectrum; 600 steps with η = 1/(κ³‖A‖_F), then η = 1/2",
-    without="the Nyström start: both factors small and random (ζ = 1e-3), 20 steps before the count begins",
+    removes="the Nyström start",
+    instead="both factors small and random (ζ = 1e-3), 20 steps before the count begins",
     start="small",
 )
 def corollary_1_phase_2(start: Any = "nystrom") -> Measured:
@@ -387,7 +399,8 @@ def _is_jaxpr(value: Any) -> bool:
     "rem-1",
     "one step of (6) with η = 1 factors A by products with A and factorizations of r × r matrices only",
     hypotheses="60 × 40, r = 5; read off the traced program of one step: the longest side of any matrix that is factored",
-    without="the step: the factorization by an SVD of A (problems.Asymmetric.optimum)",
+    removes="the ScaledGD step",
+    instead="the factorization by an SVD of A (problems.Asymmetric.optimum)",
     svd=True,
 )
 def remark_1(svd: bool = False) -> Measured:

@@ -30,33 +30,69 @@ Source = Literal["paper", "ours", "literature"]
 """Whose statement it is: the paper's, this project's, or another paper's, cited in the statement."""
 
 
+Sense = Literal["≤", "≥"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A further number of a claim whose size rounding decides: it is reported as its limit.
+
+    Attributes:
+        value: what was measured.
+        limit: what it must not exceed ("≤") or fall below ("≥").
+        sense: "≤" or "≥".
+    """
+
+    value: float
+    limit: float
+    sense: Sense = "≤"
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value keeps its limit; never with NaN."""
+        return self.value <= self.limit if self.sense == "≤" else self.value >= self.limit
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """A measurement held against its bound.
+
+    The report shows `measured` as a number, unless rounding decides its size. A number that differs
+    from processor to processor is shown as a bound instead: within the claim's bound if `rounding`
+    is set, and beyond it if `at_least` is.
 
     Attributes:
         measured: the number that was measured.
         bound: what the claim says of it.
         sense: "≤" if the bound is from above, "≥" if from below.
         detail: what the number is, and over what it was taken.
-        facts: numbers for the report beyond the claim itself, by name.
+        facts: numbers for the report beyond the claim itself, by name; a Limit must hold.
+        rounding: a number that satisfies the bound is rounding error.
+        at_least: a number that violates the bound is amplified rounding error of at least this size.
     """
 
     measured: float
     bound: float
-    sense: Literal["≤", "≥"] = "≤"
+    sense: Sense = "≤"
     detail: str = ""
-    facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, float | Limit] = dataclasses.field(default_factory=dict)
+    rounding: bool = False
+    at_least: float | None = None
 
     @property
     def satisfied(self) -> bool:
-        """Whether the bound holds; never with NaN."""
-        return self.measured <= self.bound if self.sense == "≤" else self.measured >= self.bound
+        """Whether the bound and the limits of all facts hold; never with NaN."""
+        limits = (fact for fact in self.facts.values() if isinstance(fact, Limit))
+        return self._within and all(limit.holds for limit in limits)
 
     @property
     def violated(self) -> bool:
         """Whether the bound is broken by a number: NaN neither satisfies nor violates."""
-        return not self.satisfied and not math.isnan(self.measured)
+        return not self._within and not math.isnan(self.measured)
+
+    @property
+    def _within(self) -> bool:
+        return self.measured <= self.bound if self.sense == "≤" else self.measured >= self.bound
 
     @property
     def margin(self) -> float:
@@ -67,16 +103,34 @@ class Measured:
         return top / bottom if bottom else math.inf
 
 
-def worst(detail: str = "", **parts: tuple[Any, float]) -> Measured:
-    """Several `name=(measured, upper bound)` as one: the largest ratio, which must not exceed 1."""
+def worst(
+    detail: str = "",
+    *,
+    rounding: bool = False,
+    at_least: float | None = None,
+    **parts: tuple[Any, float],
+) -> Measured:
+    """Return several `name=(measured, upper bound)` as one: the largest ratio, at most 1.
+
+    Args:
+        detail: what the parts are, and over what they were taken.
+        rounding: whether the parts are rounding errors where they keep their bounds.
+        at_least: as in `Measured`, for the largest ratio.
+        **parts: each measurement with its bound.
+    """
     ratios = {name: float(value) / bound for name, (value, bound) in parts.items()}
     broken = [ratio for ratio in ratios.values() if math.isnan(ratio)]
     largest = broken[0] if broken else max(ratios.values())
-    shown = ", ".join(
-        f"{name.replace('_', ' ')} {float(value):.1e} (allowed {bound:.1e})"
-        for name, (value, bound) in parts.items()
-    )
-    return Measured(largest, 1.0, detail=f"{detail}; {shown}" if detail else shown)
+
+    def shown(name: str, value: float, bound: float) -> str:
+        label = name.replace("_", " ")
+        if rounding and value <= bound:
+            return f"{label} ≤ {bound:.3g}"
+        return f"{label} {value:.3g} (allowed {bound:.3g})"
+
+    text = ", ".join(shown(name, float(v), bound) for name, (v, bound) in parts.items())
+    detail = f"{detail}; {text}" if detail else text
+    return Measured(largest, 1.0, detail=detail, rounding=rounding, at_least=at_least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +144,10 @@ class Claim:
         hypotheses: under which conditions.
         check: measures it where the hypotheses hold.
         control: the same measurement with one of them removed.
-        control_description: which one, and how.
+        removes: the one hypothesis that the control does without.
+        instead: what the control does in its place.
         section: the module that the claim is in.
+        function: the name of the function that measures it, and its line there.
     """
 
     id: str
@@ -100,8 +156,10 @@ class Claim:
     hypotheses: str
     check: Callable[[], Measured]
     control: Callable[[], Measured]
-    control_description: str
+    removes: str
+    instead: str
     section: str = ""
+    function: tuple[str, int] = ("", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +183,17 @@ def claim(
     statement: str,
     *,
     hypotheses: str,
-    without: str,
+    removes: str,
+    instead: str,
     source: Source = "paper",
-    **removed: Any,
+    **control: Any,
 ) -> Callable[[Callable[..., Measured]], Callable[..., Measured]]:
-    """Registers a measurement as a claim.
+    """Register a measurement as a claim.
 
-    The control is the decorated function itself, called with the keywords `removed`: each takes
-    one hypothesis away. `without` says in words which.
+    The control is the decorated function itself, called with the keywords `control`, which take
+    one hypothesis away. The report says of it: "Control: without {removes}; instead, {instead}."
     """
-    if not removed:
+    if not control:
         raise ValueError(f"claim {id!r} has no control; pass the keyword that removes a hypothesis")
 
     def register(measure: Callable[..., Measured]) -> Callable[..., Measured]:
@@ -146,9 +205,11 @@ def claim(
             statement,
             hypotheses,
             check=measure,
-            control=functools.partial(measure, **removed),
-            control_description=without,
+            control=functools.partial(measure, **control),
+            removes=removes,
+            instead=instead,
             section=measure.__module__.rpartition(".")[2],
+            function=(measure.__name__, measure.__code__.co_firstlineno),
         )
         return measure
 

@@ -83,7 +83,8 @@ def facts_of(found: np.ndarray) -> dict[str, float]:
     "Byers, Xu 2008: scaled Newton with the weights of Byers and Xu brings every s within 1e-16 of 1 in at most 9 steps for κ(S) ≤ 1e16",
     source="literature",
     hypotheses="the scalars s⁺ = (μs + 1/(μs))/2 with 60 digits, κ(S) = 10, 1e2, …, 1e16, 33 values of s each",
-    without="the scaling: μ = 1, which is (2) at η = 1/2",
+    removes="the scaling",
+    instead="μ = 1, which is (2) at η = 1/2",
     scaled=False,
 )
 def newton_count(scaled: bool = True) -> Measured:
@@ -97,7 +98,8 @@ def newton_count(scaled: bool = True) -> Measured:
     "Nakatsukasa, Bai, Gygi 2010: QDWH brings every s within 1e-16 of 1 in at most 6 steps for κ(S) ≤ 1e16; a bound ℓ 1e3 times too small costs at most one more for each κ",
     source="literature",
     hypotheses="the scalars s⁺ = s(a + bs²)/(1 + cs²) with 60 digits, κ(S) = 10, 1e2, …, 1e16, 33 values of s each; ℓ = s_min/s_max",
-    without="ℓ ≤ s_min/s_max: ℓ ten times as large (at most 1)",
+    removes="ℓ ≤ s_min/s_max",
+    instead="ℓ ten times as large (at most 1)",
     factor=10,
 )
 def qdwh_count(factor: int = 1) -> Measured:
@@ -158,7 +160,8 @@ def counts(name: str, steps: int, kappas: tuple[float, ...]) -> np.ndarray:
     "the library's steps reach 1e-12 in at most 9 (Newton) and 6 (QDWH) steps, whatever κ and ξ",
     source="ours",
     hypotheses="Nyström starts, ξ = 1e-3, 1, 1e3, m = 60, r = r_A = 6, κ = 10, 1e4, 1e8, 1e12, two kinds of spectrum, five seeds; float64",
-    without="the weights: ScaledGD with η = 1/2",
+    removes="QDWH's weights",
+    instead="ScaledGD with η = 1/2",
     plain=True,
 )
 def library_counts(plain: bool = False) -> Measured:
@@ -174,7 +177,8 @@ def library_counts(plain: bool = False) -> Measured:
     "η = 1/2 from cX_0, c minimizing ‖c²X_0X_0ᵀ − A‖_F, takes the same number of steps to 1e-12 for every ξ",
     source="ours",
     hypotheses="the problems of E5-steps, ξ = 1e-3, 1, 1e3 with one Ω for each problem",
-    without="the rescaling",
+    removes="the rescaling",
+    instead="the start as it was drawn",
     rescale=False,
 )
 def rescaled_start(rescale: bool = True) -> Measured:
@@ -190,7 +194,8 @@ def rescaled_start(rescale: bool = True) -> Measured:
     "σ(Σ^{−1/2}QᵀX_t) of the library's steps are the scalars of E5-newton-count and E5-qdwh-count, each on its own",
     source="ours",
     hypotheses="m = 60, r = r_A = 6, κ = 1e4, ξ = 0.1, Nyström start, 8 steps in float64; the scalars with 60 digits from σ of the start",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     noise=1e-2,
 )
 def dynamics(noise: float = 0.0) -> Measured:
@@ -234,7 +239,8 @@ def textbook_qdwh(a: Any, x: Any, low: Any, steps: int, rank: int) -> Any:
     "float32: scaled Newton and QDWH end at 1e-6 whatever κ, as ScaledGD does (E4)",
     source="ours",
     hypotheses="the problems of E4: m = 200, r = r_A = 20, σ_20 = 1/κ, κ = 1e2 … 1e5, X_8",
-    without="A X(XᵀX)⁻¹ in QDWH's step: X(aC + bI)(C + cI)⁻¹, equal on range(A), keeps and multiplies what rounding left outside",
+    removes="A X(XᵀX)⁻¹ in QDWH's step",
+    instead="X(aC + bI)(C + cI)⁻¹, equal on range(A), which keeps and multiplies what rounding left outside",
     on_x_alone=True,
 )
 def floor(on_x_alone: bool = False) -> Measured:
@@ -261,7 +267,8 @@ def floor(on_x_alone: bool = False) -> Measured:
     "the Nyström approximation through an orthonormal basis of range(AΩ) is A itself for r ≥ r_A, to 1e-14",
     source="ours",
     hypotheses="m = 60, r_A = 6, r = 6 and 9, κ = 10, 1e4, 1e8, 1e12, two kinds of spectrum, ten seeds each; float64",
-    without="r ≥ r_A: r = 5",
+    removes="r ≥ r_A",
+    instead="r = 5 < r_A",
     ranks=(5,),
 )
 def direct_factor(ranks: tuple[int, ...] = (6, 9)) -> Measured:

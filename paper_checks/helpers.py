@@ -13,7 +13,8 @@ from paper_checks.common import singular_values
     "lem-14",
     "A_{t+1} = (1−θ)A_t + β gives A_t = (1−θ)^tA_0 + β(1−(1−θ)^t)/θ ≤ (1−θ)^tA_0 + β/θ",
     hypotheses="θ ∈ (0, 1), β > 0; 200 random (θ, β, A_0), 100 steps each",
-    without="θ > 0: θ ∈ (−0.2, 0)",
+    removes="θ > 0",
+    instead="θ ∈ (−0.2, 0)",
     sign=-0.2,
 )
 def lemma_14(sign: float = 1.0) -> Measured:
@@ -36,7 +37,8 @@ def lemma_14(sign: float = 1.0) -> Measured:
     "lem-15",
     "λ_min(A + B) ≥ λ_min(A) + λ_min(B)",
     hypotheses="A, B positive semidefinite; n = 1 … 12, ranks 0 … n, 2000 pairs",
-    without="symmetry (semidefiniteness alone may go: the inequality is Weyl's)",
+    removes="symmetry",
+    instead="general square matrices (semidefiniteness is not needed: the inequality is Weyl's)",
     symmetric=False,
 )
 def lemma_15(symmetric: bool = True) -> Measured:
@@ -66,7 +68,8 @@ def lemma_15(symmetric: bool = True) -> Measured:
     "lem-16",
     "A_{t+1} ≤ αA_t² and A_0 ≤ 1/(2α) give A_{t+1} ≤ (1/α)2^{−2^{t+1}}",
     hypotheses="A_t ≥ 0; 500 random α, A_0 and slacks, 9 steps, in logarithms",
-    without="A_0 ≤ 1/(2α): A_0 up to 0.9/α",
+    removes="A_0 ≤ 1/(2α)",
+    instead="A_0 up to 0.9/α",
     limit=0.9,
 )
 def lemma_16(limit: float = 0.5) -> Measured:
@@ -88,7 +91,8 @@ def lemma_16(limit: float = 0.5) -> Measured:
     "lem-17",
     "σ_min(AB) ≥ σ_min(A)σ_min(B), σ_min the least non-zero singular value",
     hypotheses="A of full column rank, B ≠ 0 of any rank; 2000 random pairs up to 12 × 12",
-    without="A of full column rank: A with more columns than rows",
+    removes="full column rank of A",
+    instead="A with more columns than rows",
     wide=True,
 )
 def lemma_17(wide: bool = False) -> Measured:
@@ -114,7 +118,8 @@ def lemma_17(wide: bool = False) -> Measured:
     "lem-18",
     "A + B = I_r with A, B positive semidefinite gives Tr A ≤ r and Tr B ≤ r",
     hypotheses="r = 1 … 12, A = U diag(λ)Uᵀ with λ ∈ [0, 1], B = I − A; 1000 pairs",
-    without="semidefiniteness: λ ∈ [−2, 3]",
+    removes="semidefiniteness",
+    instead="eigenvalues in [−2, 3]",
     low=-2.0,
     high=3.0,
 )
@@ -137,7 +142,8 @@ def lemma_18(low: float = 0.0, high: float = 1.0) -> Measured:
     "lem-19",
     "P(σ_r(W) ≤ τ(√d − √(r−1))) ≤ (C₁τ)^{d−r+1} + e^{−C₂d}, W Gaussian d × r (Rudelson, Vershynin)",
     hypotheses="d ≥ r; (d, r) = (5, 5), (8, 8), (8, 5), (8, 3), (5, 2), (20, 5), (20, 18), τ = .05 … .8; C₁, C₂ fitted on 10,000 draws each, tested on 10,000 others",
-    without="independent columns: the last is the first plus 1e-3 of itself",
+    removes="independent columns",
+    instead="the last column is the first plus 1e-3 of itself",
     correlated=True,
 )
 def lemma_19(correlated: bool = False) -> Measured:

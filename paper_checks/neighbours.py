@@ -87,7 +87,8 @@ def errors(
     f"PrecGD with r > r* is linear at a rate free of κ {PRECGD}: ‖X_tX_tᵀ − M‖_F ≤ 4·0.9^t‖M‖_F",
     source="literature",
     hypotheses=f"{SETTING}; r = 2r*, κ = 1 … 1e4, η = 1/2, small start (1e-3), t ≤ 200, down to 1e-10",
-    without="damping: λ = 0, which is ScaledGD; its first step divides by the small start, and the fall from there may be linear",
+    removes="damping",
+    instead="λ = 0, which is ScaledGD; its first step divides by the small start",
     make=scaled,
 )
 def linear_rate(make: Make = precgd) -> Measured:
@@ -108,7 +109,8 @@ def linear_rate(make: Make = precgd) -> Measured:
     f"PrecGD ends at an error in proportion to the noise {PRECGD}: between 1/2 and 3/2 of σ√(mr/p)",
     source="literature",
     hypotheses=f"{SETTING}; r = 2r*, κ = 10, σ = 1e-1 … 1e-6, η = 1/2, small start, X_200",
-    without="the preconditioner: GD with the same η and steps",
+    removes="the preconditioner",
+    instead="GD with the same η and steps",
     make=gd,
 )
 def noise_floor(make: Make = precgd) -> Measured:
@@ -129,7 +131,8 @@ def noise_floor(make: Make = precgd) -> Measured:
     "(Xu, Shen, Chi, Ma, ICML 2023): at most 20 + 10 log2 κ",
     source="literature",
     hypotheses=f"{SETTING}; r = 2r*, κ = 1 … 1e4, λ = 0.1/κ, η = 1/2, start 1e-6",
-    without="the preconditioner: GD with the same η (400 steps at most)",
+    removes="the preconditioner",
+    instead="GD with the same η (400 steps at most)",
     make=gd,
 )
 def logarithmic_count(make: Make = scaled_damped) -> Measured:
@@ -149,7 +152,8 @@ def logarithmic_count(make: Make = scaled_damped) -> Measured:
     f"GD with r > r* is sublinear, ‖X_tX_tᵀ − M‖_F ~ 1/t {PRECGD}: doubling t divides it by 1.5 to 2.5",
     source="literature",
     hypotheses=f"{SETTING}; r = 2r*, κ = 2, η = 1/2, start 0.1, t = 50, 100, … 1600",
-    without="r > r*: r = r*, where it is linear",
+    removes="r > r*",
+    instead="r = r*, where it is linear",
     columns=RANK,
 )
 def sublinear(columns: int = 2 * RANK) -> Measured:

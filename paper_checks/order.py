@@ -75,7 +75,8 @@ def orders(errors: Any) -> list[float]:
     "thm-1-order",
     "η = 1/2: the computational order of convergence is 2: at least 1.999 over five consecutive steps",
     hypotheses="the full r × r dynamics (12), r = 20, the spectrum of Fig. 1 (a) (κ = 100), Φ_0 of a Nyström start; 600 digits",
-    without="η = 0.4 in place of 1/2",
+    removes="η = 1/2",
+    instead="η = 0.4",
     eta=0.4,
 )
 def theorem_1_order(eta: float = 0.5) -> Measured:
@@ -95,7 +96,8 @@ def theorem_1_order(eta: float = 0.5) -> Measured:
     "lem-8-extended",
     "‖B_{t+1} − Σ‖_F ≤ (3κ²/4)‖B_t − Σ‖_F² once σ_r(B_t) ≥ σ_r(Σ)/3 and ‖B_t − Σ‖_F ≤ 2/(3κ²), and ‖B_t − Σ‖_F ≤ (4/(3κ²))2^{−2^{t−T₁}}",
     hypotheses="η = 1/2, (12) with 600 digits: r = 20 on the spectrum of Fig. 1 (a); r = 6 with κ = 1e2, 1e4, 1e6, two kinds of spectrum",
-    without="η = 0.4 in place of 1/2",
+    removes="η = 1/2",
+    instead="η = 0.4",
     eta=0.4,
 )
 def lemma_8_extended(eta: float = 0.5) -> Measured:
@@ -142,7 +144,8 @@ def full_errors(a: Any, x: Any, eta: Any, steps: int) -> list[Any]:
     "η ≠ 1/2: ‖X_{t+1}X_{t+1}ᵀ − A‖_F/‖X_tX_tᵀ − A‖_F → |1 − 2η|",
     source="ours",
     hypotheses="iteration (2) itself with 120 digits, m = 6, r = r_A = 3, κ = 10, η = .2, .3, .4, .6, .8; ratio after 60 steps",
-    without="the start leaves range(A) by 1e-3: the ratio is then max(1 − η, |1 − 2η|)",
+    removes="the start inside range(A)",
+    instead="a start that leaves it by 1e-3; the ratio is then max(1 − η, |1 − 2η|)",
     noise=1e-3,
 )
 def linear_rate(noise: float = 0.0) -> Measured:
@@ -164,7 +167,8 @@ def linear_rate(noise: float = 0.0) -> Measured:
     "the closed form 4y/(1−y)², y_t = y_0^{2^t}, of dynamics.symmetric_errors is the curve of (12) down to 1e-300",
     source="ours",
     hypotheses="η = 1/2, r = 20, the spectrum of Fig. 1 (a); the closed form in float64, (12) with 600 digits",
-    without="η = 1/2: (12) with η = 0.4",
+    removes="η = 1/2",
+    instead="η = 0.4 in (12)",
     eta=0.4,
 )
 def closed_form_extended(eta: float = 0.5) -> Measured:

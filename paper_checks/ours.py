@@ -49,7 +49,8 @@ _scales = jax.jit(jax.vmap(lambda eta: nys.dynamics.asymmetric_scale(eta, 12)))
     "with d_0 the singular values of Σ^{−1/2}Φ_0 and d⁺ = (1−η)d + η/d, ‖X_tX_tᵀ − A‖_F = ‖Σ^{1/2}V diag(d_t²−1)VᵀΣ^{1/2}‖_F for all t",
     source="ours",
     hypotheses="r ≥ r_A, Nyström start; m = 60, r_A = 5, r = 5 and 8, κ = 2 … 1e6, η = .1, .3, .5, .9; 64 curves of 48 steps against dynamics.symmetric_errors",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def closed_form(start: Start = "nystrom") -> Measured:
@@ -68,7 +69,8 @@ def closed_form(start: Start = "nystrom") -> Measured:
     "η = 1/2: ‖X_tX_tᵀ − A‖_F ≤ ε‖A‖_F after at most log2 max(d_0, 1/d_0) + log2 log2(4/ε) + 2 steps: the count grows like log κ, not κ³",
     source="ours",
     hypotheses="Nyström start with any ξ: ξ = 1e-3, 1, 1e3; m = 60, r = r_A = 5, κ = 2 … 1e6, two kinds of spectrum, ε = 1e-10",
-    without="η = 0.3 in place of 1/2",
+    removes="η = 1/2",
+    instead="η = 0.3",
     eta=0.3,
 )
 def logarithmic_count(eta: float = 0.5) -> Measured:
@@ -94,7 +96,8 @@ def logarithmic_count(eta: float = 0.5) -> Measured:
     "X_tY_tᵀ = c_tA exactly, t ≥ 1, c_1 = η, c⁺ = (1−η)²c + 2η(1−η) + η²/c: no dependence on A, κ, Ω or the sizes",
     source="ours",
     hypotheses="r ≥ r_A, start (5); 60 × 40, r_A = 5, r = 5 and 8, κ = 2 … 1e6 (float32: 2 … 1e3), η = .1, .5, .9, 1, 12 steps; c_t by dynamics.asymmetric_scale",
-    without="Y_0 = 0: both factors small and random (ζ = 1e-3)",
+    removes="Y_0 = 0",
+    instead="both factors small and random (ζ = 1e-3)",
     start="small",
 )
 def asymmetric_scale(start: str = "nystrom") -> Measured:
@@ -158,7 +161,8 @@ def decay(values: np.ndarray, high: float, low: float) -> np.ndarray:
     "r < r_A: the angle to the top-r eigenspace decays by ρ = 1 − η(1 − σ_{r+1}/σ_r) a step, the excess loss f − f* by max(ρ, |1−2η|)²",
     source="ours",
     hypotheses="σ = 1, .9, .8, .7, .6 | .4, .3, .2, r = 5, m = 60, η = .2, .3, .5, .9, two starts each; angle between 1e-7 and 1e-10, excess between 1e-12 and 1e-17; ρ by dynamics.subspace_rate",
-    without="a start that sees all of range(A): the first eigenvector is projected out of X_0",
+    removes="a start that sees all of range(A)",
+    instead="X_0 with the first eigenvector projected out",
     blind=True,
 )
 def gap_rate(blind: bool = False) -> Measured:
@@ -181,7 +185,8 @@ def gap_rate(blind: bool = False) -> Measured:
     "r < r_A, σ_r > σ_{r+1}: ScaledGD ends at a global optimum, not only at a weak one",
     source="ours",
     hypotheses="the runs of E3-rate, X_500",
-    without="a start that sees all of range(A): the first eigenvector is projected out of X_0",
+    removes="a start that sees all of range(A)",
+    instead="X_0 with the first eigenvector projected out",
     blind=True,
 )
 def gap_global(blind: bool = False) -> Measured:
@@ -202,7 +207,8 @@ def gap_global(blind: bool = False) -> Measured:
     "asymmetric, η = 1: X_1Y_1ᵀ = P_{range(AΩ)}A, the randomized range projection",
     source="ours",
     hypotheses="60 × 40, r = 5, r_A = 8, κ = 2 … 1e6, start (5)",
-    without="η = 0.9 in place of 1",
+    removes="η = 1",
+    instead="η = 0.9",
     eta=0.9,
 )
 def range_projection(eta: float = 1.0) -> Measured:
@@ -222,7 +228,8 @@ def range_projection(eta: float = 1.0) -> Measured:
     "Theorem 4's point is weakly optimal, and its error exceeds the best of rank r by 5 % and more",
     source="ours",
     hypotheses="100 × 100, r = 20, η = 1, one step of (6) from (5): the spectrum of Fig. 1 (c); σ_i = 1/i; rank 20 plus noise of level 0.01. ‖Y_1ᵀA†X_1 − I‖_F ≤ 1e-9 at each",
-    without="the stop after one step: 200 steps with η = 1",
+    removes="the stop after one step",
+    instead="200 steps with η = 1",
     steps=200,
 )
 def weak_without_accuracy(steps: int = 1) -> Measured:
@@ -256,7 +263,8 @@ def weak_without_accuracy(steps: int = 1) -> Measured:
     "float32: with the dual from an orthonormal factor ScaledGD ends at 1e-6 whatever κ",
     source="ours",
     hypotheses="m = 200, r = r_A = 20, spectrum near 1 but for σ_20 = 1/κ, κ = 1e2 … 1e5, η = 1/2, Nyström start, X_60",
-    without="the orthonormal factor: the textbook (XᵀX)^{−1} in float32",
+    removes="the orthonormal factor",
+    instead="the textbook (XᵀX)^{−1} in float32",
     textbook=True,
 )
 def rounding(textbook: bool = False) -> Measured:
@@ -289,7 +297,8 @@ def rounding(textbook: bool = False) -> Measured:
     "XᵀA†X = I alone gives min_U ‖X − X*U‖_F ≤ 2√r, below √(3r + 2r^{3/2}) of Lemma 5's proof for every r, and below r^{3/4} for r > 16",
     source="ours",
     hypotheses="σ_1(A) = 1; 50 random weak optima each of r = 1, 4, 8, 17, 30, r_A = 34, κ = 2, 100",
-    without="weak optimality: the same points times 3",
+    removes="weak optimality",
+    instead="the same points times 3",
     stretch=3.0,
 )
 def simple_distance(stretch: float = 1.0) -> Measured:
@@ -314,7 +323,8 @@ def simple_distance(stretch: float = 1.0) -> Measured:
     "η = 1/2 from the start reaches ‖X_tX_tᵀ − A‖_F ≤ 1e-10 in less than 5 % of the steps of Theorem 1's phase 1",
     source="ours",
     hypotheses="the starts of lem-7 at κ = 5; T₁ = ⌈log(κ²‖B_0 − Σ‖_F)/η⌉ with η = 1/(κ³‖A‖_F)",
-    without="η = 1/2: the step size of phase 1 itself",
+    removes="η = 1/2",
+    instead="the step size of phase 1 itself",
     eta=0.0,
 )
 def no_phase_one(eta: float = 0.5) -> Measured:
@@ -342,7 +352,8 @@ def no_phase_one(eta: float = 0.5) -> Measured:
     "with a constant η the weak-optimality error goes on to 0: after 500 steps it is below 1e-9 times Theorem 2's floor η√r + 3ηr",
     source="ours",
     hypotheses="the runs of E3-rate",
-    without="η < 1: η = 1, where σ(Σ^{−1/2}Φ) turns in a circle of two",
+    removes="η < 1",
+    instead="η = 1, where σ(Σ^{−1/2}Φ) turns in a circle of two",
     eta=1.0,
 )
 def no_floor(eta: float | None = None) -> Measured:
@@ -362,7 +373,8 @@ def no_floor(eta: float | None = None) -> Measured:
     "(26) with the rank cut once, at X_0, stays at the rounding level; r > r_A",
     source="ours",
     hypotheses="m = 100, r = 40, r_A = 10, κ = 1e6, η = 1/2, Nyström start, 200 steps, the largest error over the last 150",
-    without="the single cut: the pseudo-inverse of X at every step, cut at √m·eps (linalg.pinv)",
+    removes="the single cut",
+    instead="the pseudo-inverse of X at every step, cut at √m·eps (linalg.pinv)",
     every_step=True,
 )
 def rank_cut_once(every_step: bool = False) -> Measured:

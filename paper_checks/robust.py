@@ -46,7 +46,8 @@ def errors(preconditioned: bool, fraction: float) -> np.ndarray:
     source="literature",
     hypotheses=f"{M} × {N}, r = {RANK}, κ = 2 … 100, 5 % of the entries of each row and column wrong by ten times their size, "
     f"η = 1/2, starts about 0.1 σ_r(M) away, {TRIALS} problems, t ≤ {STEPS}",
-    without="the preconditioner: GD with the same η",
+    removes="the preconditioner",
+    instead="GD with the same η",
     preconditioned=False,
 )
 def rate(preconditioned: bool = True) -> Measured:
@@ -61,7 +62,8 @@ def rate(preconditioned: bool = True) -> Measured:
     "entries that are wrong by any size do not move the limit: ‖X_tY_tᵀ − M‖_F ≤ 1e-5 σ_r(M) after 60 steps (Tong, Ma, Chi, JMLR 2021)",
     source="literature",
     hypotheses="as robust-rate; the share α that the problem is told is that of the errors",
-    without="enough thresholding: α of two fifths of the errors",
+    removes="enough thresholding",
+    instead="α of two fifths of the errors",
     fraction=0.02,
 )
 def exact(fraction: float = 0.05) -> Measured:

@@ -63,7 +63,8 @@ def alignment(f: common.Family, dtype: Dtype) -> float:
     "lem-2i",
     "X_t = QΦ_t for all t: (I − QQᵀ)X_t = 0",
     hypotheses=f"exactly parametrized, Nyström start, ScaledGD (2). {EVERYWHERE}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def lemma_2i(start: Start = "nystrom") -> Measured:
@@ -79,7 +80,8 @@ def lemma_2i(start: Start = "nystrom") -> Measured:
     "lem-2ii",
     "σ_r(X_{t+1}X_{t+1}ᵀ) ≥ (1−η)^{2t+2} σ_r(X_0X_0ᵀ) + (1−η)σ_r(A) − (1−η)^{2t+3} σ_r(A)",
     hypotheses=f"exactly parametrized, Nyström start, 0 < η ≤ 1. {EVERYWHERE}",
-    without="a small start (ζ = 1e-3), which is not in range(A)",
+    removes="the Nyström start",
+    instead="a small start (ζ = 1e-3), which is not in range(A)",
     start="small",
 )
 def lemma_2ii(start: Start = "nystrom") -> Measured:
@@ -101,7 +103,8 @@ def lemma_2ii(start: Start = "nystrom") -> Measured:
     "eq-10",
     "‖X_tX_tᵀ − A‖_F = ‖B_t − Σ‖_F with B_t = Φ_tΦ_tᵀ",
     hypotheses=f"X_t = QΦ_t (Lemma 2). {EVERYWHERE}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def equation_10(start: Start = "nystrom") -> Measured:
@@ -122,7 +125,8 @@ def equation_10(start: Start = "nystrom") -> Measured:
     "eq-11",
     "Φ_{t+1} = (1−η)Φ_t + ηΣΦ_t^{−T}: the m × r iteration is one of r × r matrices",
     hypotheses=f"exactly parametrized, Nyström start. {EVERYWHERE}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def equation_11(start: Start = "nystrom") -> Measured:
@@ -160,7 +164,8 @@ def core_error(f: common.Family, dtype: str) -> float:
     "eq-12",
     "B_{t+1} = (1−η)²B_t + 2η(1−η)Σ + η²ΣB_t^{−1}Σ",
     hypotheses=f"exactly parametrized, Nyström start. {EVERYWHERE}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def equation_12(start: Start = "nystrom") -> Measured:
@@ -177,7 +182,8 @@ def equation_12(start: Start = "nystrom") -> Measured:
     "σ_r(X_0) ≥ ξτ(√r_A − √(r−1))σ_{r_A}(A) with probability ≥ 1 − (C₁τ)^{r_A−r+1} − e^{−C₂r_A}",
     hypotheses="r ≤ r_A, Ω Gaussian; 4,000 starts each of (r_A, r) = (5, 5), (8, 5) for κ = 1, 100, "
     "m = 60; C₁ and C₂ fitted on Gaussian matrices, never on these starts",
-    without="Ω has two nearly parallel columns (correlation 1 − 5e-7)",
+    removes="Gaussian Ω",
+    instead="Ω with nearly parallel columns (correlation 1 − 5e-7)",
     correlated=True,
 )
 def lemma_1(correlated: bool = False) -> Measured:
@@ -235,7 +241,8 @@ PHASE_ONE = "κ = 2, 3, 5, two kinds of spectrum, η = 1/(κ³‖A‖_F), m = 60
     "lem-7",
     "‖B_t − Σ‖_F ≤ η‖A‖_F(1 + 3κ) + (1−η)^t‖B_0 − Σ‖_F, hence O(1/κ²) for η = O(1/(κ³‖A‖_F))",
     hypotheses=f"σ_r(B_0) ≥ σ_r(Σ)/3, η ≤ 2/3. {PHASE_ONE}",
-    without="σ_r(B_0) ≥ σ_r(Σ)/3: the same start scaled by 1e-4",
+    removes="σ_r(B_0) ≥ σ_r(Σ)/3",
+    instead="the same start scaled by 1e-4",
     small=1e-4,
 )
 def lemma_7(small: float = 1.0) -> Measured:
@@ -247,7 +254,8 @@ def lemma_7(small: float = 1.0) -> Measured:
     "thm-1-phase1",
     "η = O(1/(κ³‖A‖_F)): ‖X_tX_tᵀ − A‖_F ≤ O(1/κ²) after O(κ³√r log κ) steps",
     hypotheses=f"exactly parametrized, Nyström start with σ_r(B_0) ≥ σ_r(Σ)/3. {PHASE_ONE}",
-    without="the step size: η = 1, where d → 1/d turns in a circle of two",
+    removes="the step size",
+    instead="η = 1, where d → 1/d turns in a circle of two",
     step_size=1.0,
 )
 def theorem_1_phase_1(step_size: float | None = None) -> Measured:
@@ -282,7 +290,8 @@ PHASE_TWO = "phase 1 (3,000 steps) then η = 1/2, κ = 2, 3, 5, two kinds of spe
     "thm-1-phase2",
     "η = 1/2 after phase 1: ‖X_tX_tᵀ − A‖_F ≤ (4/(3κ²)) 2^{−2^t}, so ε after O(log log 1/(κε)) steps",
     hypotheses=f"exactly parametrized, Nyström start. {PHASE_TWO}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2 before it is scaled",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2 before it is scaled",
     start="perturbed",
 )
 def theorem_1_phase_2(start: Start = "nystrom") -> Measured:
@@ -316,7 +325,8 @@ def quadratic_step(regime: Regime, eta: float) -> Measured:
     "‖B_{t+1} − Σ‖_F ≤ (3κ²/4)‖B_t − Σ‖_F² once σ_r(B_t) ≥ σ_r(Σ)/3 and ‖B_t − Σ‖_F ≤ 2/(3κ²)",
     hypotheses="η = 1/2, exactly parametrized, Nyström start. m = 60, r = 5, κ = 2, 100, two kinds of "
     "spectrum (float64 cannot see this phase at larger κ: it begins at 2/(3κ²); see lem-8-extended)",
-    without="η = 0.3 in place of 1/2",
+    removes="η = 1/2",
+    instead="η = 0.3",
     eta=0.3,
 )
 def lemma_8(eta: float = 0.5) -> Measured:

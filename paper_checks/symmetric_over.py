@@ -27,7 +27,8 @@ EVERYWHERE = "m = 60, r = 8, r_A = 5; κ = 2 … 1e6 (float32: 2 … 1e3), two k
     "σ_{r_A}(X_0) ≥ ξτ(√r − √(r_A−1))σ_{r_A}(A) with probability ≥ 1 − (C₁τ)^{r−r_A+1} − e^{−C₂r}; rank(X_0) = r_A",
     hypotheses="r > r_A, Ω Gaussian; 4,000 starts each of (r_A, r) = (5, 8), (3, 8) for κ = 1, 100, "
     "m = 60; C₁ and C₂ fitted on Gaussian matrices, never on these starts",
-    without="columns of Ω nearly parallel (correlation 1 − 5e-7)",
+    removes="Gaussian Ω",
+    instead="Ω with nearly parallel columns (correlation 1 − 5e-7)",
     correlated=True,
 )
 def lemma_11(correlated: bool = False) -> Measured:
@@ -39,7 +40,8 @@ def lemma_11(correlated: bool = False) -> Measured:
     "lem-12",
     "X_t = QΦ_t for all t under (26)",
     hypotheses=f"over-parametrized, Nyström start. {EVERYWHERE}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def lemma_12(start: Start = "nystrom") -> Measured:
@@ -54,7 +56,8 @@ def lemma_12(start: Start = "nystrom") -> Measured:
     "eq-27",
     "Φ_{t+1} = (1−η)Φ_t + ηΣ(Φ_t†)ᵀ under (26)",
     hypotheses=f"over-parametrized, Nyström start. {EVERYWHERE}",
-    without="the pseudo-inverse: damping λ = 1e-2 in its place",
+    removes="the pseudo-inverse",
+    instead="damping λ = 1e-2",
     damping=1e-2,
 )
 def equation_27(damping: float = 0.0) -> Measured:
@@ -70,7 +73,8 @@ def equation_27(damping: float = 0.0) -> Measured:
     "eq-28",
     "B_{t+1} = (1−η)²B_t + 2η(1−η)Σ + η²ΣB_t^{−1}Σ, B = ΦΦᵀ: the recursion (12) again",
     hypotheses=f"over-parametrized, Nyström start, rank(B_0) = r_A. {EVERYWHERE}",
-    without="the pseudo-inverse: damping λ = 1e-2 in its place",
+    removes="the pseudo-inverse",
+    instead="damping λ = 1e-2",
     damping=1e-2,
 )
 def equation_28(damping: float = 0.0) -> Measured:
@@ -85,7 +89,8 @@ def equation_28(damping: float = 0.0) -> Measured:
     "thm-5-phase1",
     "(26), η = O(1/(κ³‖A‖_F)): ‖X_tX_tᵀ − A‖_F ≤ O(1/κ²) after O(κ³√r log κ) steps",
     hypotheses=f"over-parametrized (r = 8, r_A = 5), Nyström start. {PHASE_ONE}",
-    without="the step size: η = 1, where d → 1/d turns in a circle of two",
+    removes="the step size",
+    instead="η = 1, where d → 1/d turns in a circle of two",
     step_size=1.0,
 )
 def theorem_5_phase_1(step_size: float | None = None) -> Measured:
@@ -97,7 +102,8 @@ def theorem_5_phase_1(step_size: float | None = None) -> Measured:
     "thm-5-phase2",
     "(26), η = 1/2 after phase 1: ‖X_tX_tᵀ − A‖_F ≤ (4/(3κ²)) 2^{−2^t}, with no damping",
     hypotheses=f"over-parametrized (r = 8, r_A = 5), Nyström start. {PHASE_TWO}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2 before it is scaled",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2 before it is scaled",
     start="perturbed",
 )
 def theorem_5_phase_2(start: Start = "nystrom") -> Measured:
@@ -109,7 +115,8 @@ def theorem_5_phase_2(start: Start = "nystrom") -> Measured:
     "thm-5-step",
     "‖B_{t+1} − Σ‖_F ≤ (3κ²/4)‖B_t − Σ‖_F² in phase 2, as in Lemma 8",
     hypotheses="over-parametrized (r = 8, r_A = 5), η = 1/2, Nyström start; κ = 2, 100",
-    without="η = 0.3 in place of 1/2",
+    removes="η = 1/2",
+    instead="η = 0.3",
     eta=0.3,
 )
 def theorem_5_step(eta: float = 0.5) -> Measured:
@@ -121,7 +128,8 @@ def theorem_5_step(eta: float = 0.5) -> Measured:
     "thm-5-undamped",
     "(26) at η = 1/2 ends at the rounding level, which a damped preconditioner does not reach in 48 steps at a quadratic rate",
     hypotheses="over-parametrized (r = 8, r_A = 5), Nyström start; κ = 2 … 1e6, two kinds of spectrum",
-    without="no damping: λ = 1e-2",
+    removes="zero damping",
+    instead="λ = 1e-2",
     damping=1e-2,
 )
 def theorem_5_undamped(damping: float = 0.0) -> Measured:

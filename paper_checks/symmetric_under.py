@@ -40,7 +40,8 @@ def random_weak_optima(count: int, rank: int, spectrum: np.ndarray) -> np.ndarra
     "weak optimality XᵀA†X = I_r: the measure is the ‖XᵀA†X − I‖_F of its definition, zero exactly "
     "on {Q Σ^{1/2} V : VᵀV = I}",
     hypotheses="A† by NumPy; m = 60, r_A = 8, r = 1, 3, 5, 8, κ = 2, 100, 1e4; 20 points each",
-    without="points that are not weak optima: the same, scaled by 1.01",
+    removes="weak optima",
+    instead="the same points scaled by 1.01",
     stretch=1.01,
 )
 def definition_1(stretch: float = 1.0) -> Measured:
@@ -64,7 +65,8 @@ def definition_1(stretch: float = 1.0) -> Measured:
     "lem-3",
     "every global optimum X* = Q₁Σ₁^{1/2}Uᵀ is weakly optimal",
     hypotheses="r ≤ r_A; m = 60, r_A = 8, r = 1, 3, 5, 8, κ = 2, 100, 1e4; X* by problems.Symmetric.optimum, U random orthogonal; allowed 1e-13·κ",
-    without="r > r_A (r = 10), where X* has rank 8 and X*ᵀA†X* is a projector, not I",
+    removes="r ≤ r_A",
+    instead="r = 10 > r_A = 8, where X*ᵀA†X* is a projector and not I",
     ranks=(10,),
 )
 def lemma_3(ranks: tuple[int, ...] = (1, 3, 5, 8)) -> Measured:
@@ -85,7 +87,8 @@ def lemma_3(ranks: tuple[int, ...] = (1, 3, 5, 8)) -> Measured:
     "lem-4",
     "X_t = QΦ_t for all t, Φ_t of size r_A × r",
     hypotheses=f"under-parametrized, Nyström start, ScaledGD (2). {EVERYWHERE}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def lemma_4(start: Start = "nystrom") -> Measured:
@@ -100,7 +103,8 @@ def lemma_4(start: Start = "nystrom") -> Measured:
     "eq-15",
     "Φ_{t+1} = (1−η)Φ_t + ηΣΦ_t(Φ_tᵀΦ_t)^{−1}",
     hypotheses=f"under-parametrized, Nyström start. {EVERYWHERE}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def equation_15(start: Start = "nystrom") -> Measured:
@@ -118,7 +122,8 @@ def equation_15(start: Start = "nystrom") -> Measured:
     "eq-16",
     "B_{t+1} = (1−η)²B_t + 2η(1−η)I + η²Θ_tᵀΣΘ_t with B = ΦᵀΣ⁻¹Φ, Θ = Φ(ΦᵀΦ)^{−1}",
     hypotheses=f"under-parametrized, Nyström start. {EVERYWHERE}",
-    without="the start leaves range(A): AΩ + N with ξ_n = 1e-2",
+    removes="the start inside range(A)",
+    instead="AΩ + N with ξ_n = 1e-2",
     start="perturbed",
 )
 def equation_16(start: Start = "nystrom") -> Measured:
@@ -139,7 +144,8 @@ def equation_16(start: Start = "nystrom") -> Measured:
     "lem-9",
     "σ_r(B_{t+1}) ≥ (1−η)^{2t+2}σ_r(B_0) + (1−η) − (1−η)^{2t+3}, B = ΦᵀΣ⁻¹Φ",
     hypotheses=f"under-parametrized, Nyström start, 0 < η ≤ 1. {EVERYWHERE}",
-    without="a small start (ζ = 1e-3), which is not in range(A)",
+    removes="the Nyström start",
+    instead="a small start (ζ = 1e-3), which is not in range(A)",
     start="small",
 )
 def lemma_9(start: Start = "nystrom") -> Measured:
@@ -183,7 +189,8 @@ _gram = jax.jit(nys.dynamics.weak_gram)
     "‖ΘᵀΣΘ‖_F ≤ r/σ_r(B), B = ΦᵀΣ⁻¹Φ, Θ = Φ(ΦᵀΦ)^{−1}",
     hypotheses="range(Φ) invariant under Σ, which the paper's proof uses (Σ^{1/2}Θ and Σ^{−1/2}Φ "
     "share their column space) and its statement leaves out; r = 1, 2, 5 of r_A = 8, κ = 2 … 1e6, 1200 draws",
-    without="that hypothesis: Φ Gaussian, as the statement allows",
+    removes="an invariant range(Φ)",
+    instead="Gaussian Φ, as the paper's statement allows",
     invariant=False,
 )
 def lemma_10(invariant: bool = True) -> Measured:
@@ -203,7 +210,8 @@ def lemma_10(invariant: bool = True) -> Measured:
     "√r/‖B‖ ≤ ‖ΘᵀΣΘ‖_F ≤ ((κ+1)²/(4κ)) √r/σ_r(B) for every Φ of full column rank",
     source="ours",
     hypotheses="none but the rank (matrix Kantorovich inequality); Φ Gaussian, r = 1, 2, 5 of r_A = 8, κ = 2 … 1e6, 1200 draws",
-    without="the factor (κ+1)²/(4κ)",
+    removes="the factor (κ+1)²/(4κ)",
+    instead="the bound of Lemma 10 as stated",
     factor=False,
 )
 def lemma_10_repaired(factor: bool = True) -> Measured:
@@ -236,7 +244,8 @@ def large_family(eta: float, steps: int, stretch: float = 1.0) -> tuple[np.ndarr
     "thm-2i",
     "‖X_tᵀA†X_t − I‖_F ≤ η√r + 3ηr + (1−η)^t‖B_0 − I‖_F, hence O(ηr) + ε in O(log 1/ε), whatever κ",
     hypotheses="under-parametrized, Nyström start with σ_r(B_0) ≥ 1/3, η ≤ 2/3; m = 60, r = 5, r_A = 8, κ = 2 … 1e6, two kinds of spectrum, η = .1, .3, .5; 200 steps, every one",
-    without="σ_r(B_0) ≥ 1/3: the same start scaled by 1e-4",
+    removes="σ_r(B_0) ≥ 1/3",
+    instead="the same start scaled by 1e-4",
     stretch=1e-4,
 )
 def theorem_2_i(stretch: float = 1.0) -> Measured:
@@ -261,7 +270,8 @@ def theorem_2_i(stretch: float = 1.0) -> Measured:
     "thm-2ii",
     "η = ε/(√r + 3r + 1): ‖X_tᵀA†X_t − I‖_F ≤ ε after O((r/ε) log 1/ε) steps, whatever κ",
     hypotheses="under-parametrized, Nyström start with σ_r(B_0) ≥ 1/3; ε = .5, .2; m = 60, r = 5, r_A = 8, κ = 2 … 1e6; T = ⌈log(‖B_0 − I‖_F (√r+3r+1)/ε)/η⌉ steps",
-    without="a step size tied to ε: η = 1",
+    removes="a step size tied to ε",
+    instead="η = 1",
     tied=False,
 )
 def theorem_2_ii(tied: bool = True) -> Measured:
@@ -288,7 +298,8 @@ def theorem_2_ii(tied: bool = True) -> Measured:
     "lem-5",
     "lim ‖X_t − X*‖_F ≤ √(3r + 2r^{3/2}) = O(r^{3/4}), X* turned to fit best",
     hypotheses="under-parametrized, Nyström start, ScaledGD η = 1/2, X_48; m = 60, r = 5, r_A = 8, κ = 2 … 1e6, σ_1(A) = 1",
-    without="the limit: X_0 with ξ = 10 instead of X_48",
+    removes="the limit",
+    instead="X_0 with ξ = 10",
     limit=False,
 )
 def lemma_5(limit: bool = True) -> Measured:

@@ -54,7 +54,8 @@ def steps_of(step: Any, start: Any, problem: Any, tol: float, cap: int) -> Any:
     "iterations to ‖XYᵀ − A‖_F ≤ 1e-8‖A‖ grow by at most ½ for each doubling of κ: (2) with η = 1/2 and (6) with η = 1, from Nyström starts",
     source="ours",
     hypotheses="r = r_A = 3, 24 × 24 and 24 × 18, 3 seeds; κ = 10 … 1e6, least squares",
-    without="the preconditioner: alternating gradient descent with the start and the step size of Ward and Kolda, κ = 10, 20, 40",
+    removes="the preconditioner",
+    instead="alternating gradient descent with the start and the step size of Ward and Kolda, κ = 10, 20, 40",
     preconditioned=False,
 )
 def scaled(preconditioned: bool = True) -> Measured:
@@ -93,7 +94,8 @@ def scaled(preconditioned: bool = True) -> Measured:
     "modified gradient descent (Xiong, Ding, Du 2024), over-parametrized: the count does not depend on the scale α of its start",
     source="ours",
     hypotheses="24 × 18, r = 6, r_A = 3, κ = 2, α = 0.1, 0.05, 0.025, 0.0125 for X_0 and α/3 for Y_0, η = 0.3, β² = 1/2, refactored after 60 steps; 3 seeds, to 1e-4",
-    without="the refactoring: plain gradient descent, of which α² is the rate",
+    removes="the refactoring",
+    instead="plain gradient descent, of which α² is the rate",
     at=-1,
 )
 def modified(at: int = 60) -> Measured:
@@ -122,7 +124,8 @@ def modified(at: int = 60) -> Measured:
     "Nesterov's method from X_0 = AΩ large, Y_0 = 0 (Xu et al. 2024): iterations grow at most like κ",
     source="ours",
     hypotheses="24 × 18, r_A = 3, r = 9, ξ = 20, η and the momentum of X_0's singular values; κ = 5, 10, 20, 40, 3 seeds, to 1e-4; the power of κ, by least squares",
-    without="the momentum",
+    removes="the momentum",
+    instead="the same step without it",
     momentum=False,
 )
 def nesterov(momentum: bool = True) -> Measured:

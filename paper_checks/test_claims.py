@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -11,27 +10,37 @@ import pytest
 
 from paper_checks import report
 from paper_checks.__main__ import Config, as_record, main
-from paper_checks.claim import Claim, Measured, Outcome, registry, run, select, worst
+from paper_checks.claim import Claim, Limit, Measured, Outcome, registry, run, select, worst
+from paper_checks.runner import run_all
 
 CLAIMS = registry()
-REPORT = Path(__file__).with_name("REPORT.md")
 
 
-@functools.cache
-def outcome(name: str) -> Outcome:
-    return run(CLAIMS[name])
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
+    """The outcomes of the claims that this run selects, each made once."""
+    items = request.session.items
+    names = {
+        item.callspec.params["name"]
+        for item in items
+        if hasattr(item, "callspec") and "name" in item.callspec.params
+    }
+    if any(item.name == "test_report_is_what_the_code_generates" for item in items):
+        names = set(CLAIMS)
+    selected = [claim for name, claim in CLAIMS.items() if name in names]
+    return {outcome.claim.id: outcome for outcome in run_all(selected)}
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_claim(name: str) -> None:
-    result = outcome(name)
+def test_claim(name: str, outcomes: dict[str, Outcome]) -> None:
+    result = outcomes[name]
     assert result.check.satisfied, result.check
     assert result.control.violated, result.control
 
 
-def test_report_is_what_the_code_generates() -> None:
-    generated = report.render([outcome(name) for name in CLAIMS])
-    assert report.differences(REPORT.read_text(encoding="utf-8"), generated) == []
+def test_report_is_what_the_code_generates(outcomes: dict[str, Outcome]) -> None:
+    generated = report.render([outcomes[name] for name in CLAIMS])
+    assert report.differences(report.committed(), generated) == []
 
 
 def make(check: float, control: float) -> Outcome:
@@ -42,7 +51,8 @@ def make(check: float, control: float) -> Outcome:
         "none",
         check=lambda: Measured(check, 1.0),
         control=lambda: Measured(control, 1.0),
-        control_description="anything",
+        removes="anything",
+        instead="nothing",
         section="ours",
     )
     return run(claim)
@@ -92,7 +102,8 @@ def test_there_are_enough_claims_and_each_has_all_its_parts() -> None:
     for claim in CLAIMS.values():
         assert claim.statement
         assert claim.hypotheses
-        assert claim.control_description
+        assert claim.removes
+        assert claim.instead
 
 
 def test_command_line_writes_records_and_returns_the_status(
@@ -107,16 +118,39 @@ def test_command_line_writes_records_and_returns_the_status(
     assert "2 of 2 claims pass" in capsys.readouterr().out
 
 
+def test_a_fact_that_breaks_its_limit_fails_the_check() -> None:
+    facts = {"least": Limit(2.0, 1.0, "≥"), "most": Limit(1e-16, 1e-13)}
+    assert Measured(0.5, 1.0, facts=facts).satisfied
+    assert not Measured(0.5, 1.0, facts=facts | {"most": Limit(1e-12, 1e-13)}).satisfied
+    assert not Measured(0.5, 1.0, facts=facts | {"most": Limit(math.nan, 1e-13)}).satisfied
+
+
+@pytest.mark.parametrize(
+    ("measured", "text"),
+    [
+        (Measured(0.5, 1.0), "0.5"),
+        (Measured(3e-15, 1e-13, rounding=True), "≤ 1e-13"),
+        (Measured(3e-12, 1e-13, rounding=True), "3e-12"),
+        (Measured(0.0123456, 1e-13, at_least=1e-3), "≥ 0.001"),
+        (Measured(1e-4, 1e-13, at_least=1e-3), "0.0001"),
+        (Measured(20.0, 10.0, "≥", rounding=True), "≥ 10"),
+    ],
+)
+def test_what_rounding_decides_is_shown_as_a_bound(measured: Measured, text: str) -> None:
+    assert report.shown(measured) == text
+
+
 TEXT = "### lem-8\n- bound: ≤ 1\n- measured: 0.26, margin 3.9; e_{t+1}\nVersions: a"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "same"),
     [
-        ("0.26", "0.31", True),
-        ("0.26", "4.1", False),  # another order
+        ("0.26", "0.262", True),
+        ("0.26", "0.27", False),
+        ("0.26", "≤ 0.26", False),
         ("lem-8", "lem-9", False),
-        ("≤ 1", "≤ 2", False),
+        ("≤ 1", "≤ 1.001", False),
         ("e_{t+1}", "e_{t+2}", False),
         ("Versions: a", "Versions: b", True),
         ("margin 3.9", "margin > 1e4", False),
@@ -124,3 +158,16 @@ TEXT = "### lem-8\n- bound: ≤ 1\n- measured: 0.26, margin 3.9; e_{t+1}\nVersio
 )
 def test_the_comparison_of_reports_can_fail(old: str, new: str, same: bool) -> None:
     assert (report.differences(TEXT, TEXT.replace(old, new)) == []) is same
+
+
+def test_check_prints_the_lines_that_differ(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = {name: CLAIMS[name] for name in ("lem-14",)}
+    monkeypatch.setattr("paper_checks.__main__.registry", lambda: only)
+    monkeypatch.setattr(report, "render", lambda outcomes: "a\nb")
+    monkeypatch.setattr(report, "committed", lambda: "a\nb")
+    assert main(Config(check=True)) == 0
+    monkeypatch.setattr(report, "committed", lambda: "a\nc")
+    assert main(Config(check=True)) == 1
+    assert "line 2: committed 'c', generated 'b'" in capsys.readouterr().out
