@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from nyscaled.checkpoints import files
+from nyscaled.checkpoints import files, swap
 from nyscaled.checkpoints.folder import CONFIG, INDEX, TENSORS, open_folder, write
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -127,14 +127,15 @@ def test_a_swap_that_fails_keeps_what_is_new(folder, monkeypatch):
     monkeypatch.setattr(files.os, "replace", replace)
     with pytest.raises(OSError, match=r"disk on fire; the new files are whole.*") as caught:
         write(folder, {}, [("a", A + 1), ("b", B), ("c", A)], max_shard_size=1)
-    with pytest.raises(ValueError, match=r"config\.json.*wanted a model folder"):
-        open_folder(folder)
-    (aside,) = folder.glob(".writing-*")
-    assert f"in {aside} into {folder}" in str(caught.value)
-    for file in aside.iterdir():
-        os.rename(file, folder / file.name)
+    assert f"whole in {folder / swap.SAVE}: opening {folder}" in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(swap, "TRIES", 2)
+        with pytest.raises(ValueError, match="a save in it has not ended"):
+            open_folder(folder)  # as long as nothing can be moved
+    monkeypatch.undo()
     np.testing.assert_array_equal(open_folder(folder).read("a"), A + 1)
     assert open_folder(folder).names == ("a", "b", "c")
+    assert not list(folder.glob(".*"))
 
 
 def test_folders_without_sound_files_are_refused(folder):
@@ -231,10 +232,55 @@ def test_tensors_are_asked_for_as_their_shard_is_written(tmp_path):
         for i in range(4):
             (aside,) = tmp_path.iterdir()
             # The third is taken while the second is still in memory.
-            assert len(list(aside.iterdir())) == max(0, i - 1)
+            assert len(list(aside.glob("*/new/*"))) == max(0, i - 1)
             yield str(i), A
         raise OSError("lost")
 
     with pytest.raises(OSError, match="lost"):
         write(tmp_path, {}, tensors(), max_shard_size=A.nbytes)
     assert not files_of(tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_the_system(folder):
+    """And what was there stays: the library that writes has an exception of its own for it."""
+    resource = pytest.importorskip("resource")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot be written: .*File too large"):
+            write(folder, {}, [("a", np.ones(1000, np.float32))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes FIFOs")
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, INDEX])
+def test_what_would_block_a_reader_is_refused_at_once(name, folder):
+    for file in ({TENSORS} if name == INDEX else set()) | {name}:
+        (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "key 'c' twice"),
+        ('{"a": ' + "[" * 70 + "]" * 70 + "}", "nests deeper than 64"),
+        ('{"a": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
+    ],
+)
+def test_json_that_readers_take_for_different_things_is_refused(text, message, folder):
+    (folder / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_folder(folder)
+
+
+def test_texts_beyond_a_limit_are_not_read(folder):
+    with (folder / CONFIG).open("r+") as file:
+        file.truncate(2**40)  # a file of holes
+    with pytest.raises(ValueError, match=r"has 1099511627776 bytes; expected at most"):
+        open_folder(folder)

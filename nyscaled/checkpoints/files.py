@@ -1,14 +1,12 @@
-"""Reading and writing pairs of files: a configuration in JSON and its tensors in safetensors."""
+"""Reading and writing single files: configurations in JSON and tensors in safetensors."""
 
 from __future__ import annotations
 
-import contextlib
+import contextvars
 import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,74 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+MAX_TEXT = 2**28  # bytes of a text or JSON file; the largest tokenizers have a tenth of it
+MAX_DEPTH = 64  # of objects and lists in JSON
+
+Signature = tuple[int, int, int, int] | None
+
+# What the reading that is going on has looked at, and how it was then; see `swap.consistent`.
+SEEN: contextvars.ContextVar[dict[Path, Signature] | None] = contextvars.ContextVar(
+    "seen", default=None
+)
+
+
+def as_folder(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder that a user names.
+
+    Raises:
+        ValueError: unless it is a path, which "" is not: it would be the current directory.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise ValueError(f"the folder is {path!r}; expected a path")
+    if not os.fspath(path):
+        raise ValueError("the folder is ''; expected a path ('.' for the current directory)")
+    return Path(path)
+
+
+def signature(path: Path) -> Signature:
+    """What changes when a file is replaced or written to; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: of a name that no file can have
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def note(path: Path) -> None:
+    """Remember that the reading that is going on depends on a file, or on its absence."""
+    seen = SEEN.get()
+    if seen is not None:
+        seen.setdefault(path, signature(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something of this name, as the reading that is going on sees it."""
+    note(path)
+    return os.path.exists(path)
+
+
+def require_regular(path: Path) -> None:
+    """Require what can be read to an end: a FIFO blocks for ever, a device may have no end.
+
+    Raises:
+        ValueError: on something else than a file.
+        OSError: if there is nothing.
+    """
+    note(path)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a regular file; expected one")
+
 
 def read_object(path: Path, wanted: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: on a missing file (saying what was `wanted`), or one that holds no object.
+        ValueError: on a missing file (saying what was `wanted`), one that holds no object, one
+            that has a key twice in an object, or that nests deeper than `MAX_DEPTH`.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_text(path), object_pairs_hook=_object)
+        _require_shallow(value)
     except OSError as error:
         raise ValueError(f"{error}; wanted {wanted}") from error
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
@@ -41,18 +98,50 @@ def read_text(path: Path) -> str:
         ValueError: on a file that cannot be read, or is not in UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return _text(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
+
+
+def _text(path: Path) -> str:
+    require_regular(path)
+    if (size := os.stat(path).st_size) > MAX_TEXT:
+        raise ValueError(f"it has {size} bytes; expected at most {MAX_TEXT}")
+    return path.read_text(encoding="utf-8")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: of two values for one key, readers take different ones."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+        raise ValueError(f"it has the key {twice!r} twice in one object")
+    return value
+
+
+def _require_shallow(value: Any) -> None:
+    """Require nesting that whatever walks through the value can bear."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [x.values() if isinstance(x, dict) else x for x in level]
+        level = [x for part in inner for x in part if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it nests deeper than {MAX_DEPTH}; the limit of recursion is near")
 
 
 def open_tensors(path: Path) -> Any:
     """A safetensors file, mapped into memory: only its header is read.
 
+    The file must keep its length while its tensors are read: of one that is cut short under the
+    map, the system ends the process (SIGBUS). A save replaces files and cuts none.
+
     Raises:
         ValueError: on a file that is cut short or otherwise broken.
     """
     try:
+        require_regular(path)
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
@@ -70,70 +159,6 @@ def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> 
         raise ValueError(f"{path} is not a sound safetensors file, at {name}: {error}") from error
 
 
-@contextlib.contextmanager
-def replacing(
-    folder: str | os.PathLike[str],
-    texts: Mapping[str, str | None],
-    *,
-    last: str,
-    stale: re.Pattern[str] | None = None,
-) -> Iterator[Path]:
-    """A folder aside to write tensors into, which then take the place of those in `folder`.
-
-    Each file is whole whenever it is there: all are written aside and then moved, `last` at the
-    end, after the old one was taken away, so that it never sits by other tensors. Nothing has
-    changed if the body raises. A process that is killed in the swap leaves the folder without
-    `last`; at any time, it leaves a hidden folder `.writing-…`, which may be deleted.
-
-    Args:
-        folder: made if missing; other files in it are left alone.
-        texts: more files, by their names; None for those that go.
-        last: of `texts`, the file without which the others are not read.
-        stale: names of further files that go, as they belonged to what is replaced.
-
-    Yields:
-        The folder aside.
-
-    Raises:
-        ValueError: if a directory is in the place of a file; nothing has changed.
-        OSError: if a file cannot be written, and nothing has changed; or cannot be moved, and the
-            folder aside is kept.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-    try:
-        yield aside
-        for name, text in texts.items():
-            if text is not None:
-                (aside / name).write_text(text, encoding="utf-8")
-        new = {file.name for file in aside.iterdir()}
-        for name in new:
-            # safetensors lets only their owner read its files.
-            shutil.copymode(aside / last, aside / name)
-            flush(aside / name)
-        there = {file.name for file in folder.iterdir()}
-        old = {n for n in there - new if n in texts or (stale and stale.fullmatch(n))}
-        for name in sorted(new | old):
-            if (folder / name).is_dir() and not (folder / name).is_symlink():
-                raise ValueError(f"{folder / name} is a directory; wanted a file, or nothing")
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    try:
-        for name in (last, *old):
-            (folder / name).unlink(missing_ok=True)
-        for name in (*sorted(new - {last}), last):
-            os.replace(aside / name, folder / name)
-    except OSError as error:
-        raise OSError(
-            f"{error}; the new files are whole: to end what began, move those that are still in "
-            f"{aside} into {folder}"
-        ) from error
-    aside.rmdir()
-    flush(folder)
-
-
 def as_json(value: Mapping[str, Any]) -> str:
     """The text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"
@@ -142,13 +167,20 @@ def as_json(value: Mapping[str, Any]) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file."""
+    """Write a safetensors file.
+
+    Raises:
+        OSError: if it cannot be written, on a full disk, say.
+    """
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    safetensors.numpy.save_file(arrays, path, metadata=dict(metadata))
+    try:
+        safetensors.numpy.save_file(arrays, path, metadata=dict(metadata))
+    except safetensors.SafetensorError as error:  # the library's name for it
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

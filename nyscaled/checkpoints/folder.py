@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nyscaled.checkpoints import files
+from nyscaled.checkpoints import files, swap
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
@@ -23,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_SIZE = 2**30  # bytes
 
 # What `write` may have written, of whatever number of shards.
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_WEIGHTS = TENSORS, INDEX, f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
 
 
 class Folder:
@@ -109,7 +108,8 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
         path: of the folder.
 
     Returns:
-        The folder; headers have been read, tensors not.
+        The folder, all of one save if it was written here; headers have been read, tensors not.
+        Another program must not write into its files, rather than replace them, while it is open.
 
     Raises:
         ValueError: on a missing or unreadable `config.json`, on missing, pickled or broken
@@ -123,12 +123,16 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
         >>> folder.config["model_type"], folder.names, folder.shape("head.weight")
         ('mine', ('head.weight',), (2, 3))
     """
-    path = Path(path)
+    path = files.as_folder(path)
+    return swap.consistent(path, functools.partial(_open, path))
+
+
+def _open(path: Path) -> Folder:
     config = files.read_object(path / CONFIG, f"a model folder with {CONFIG} and {TENSORS}")
-    if (path / TENSORS).is_file():
+    if files.exists(path / TENSORS):
         file = files.open_tensors(path / TENSORS)
         places = dict.fromkeys(file.keys(), (path / TENSORS, file))
-    elif (path / INDEX).is_file():
+    elif files.exists(path / INDEX):
         places = dict(_sharded(path))
     else:
         pickled = sorted(p.name for p in path.glob("*.bin"))
@@ -150,9 +154,8 @@ def write(
     Tensors go into `model.safetensors`, or into several files with an index. They are asked for
     one by one, and those of one file are in memory at a time.
 
-    All is written aside, and swapped for what was there at the end. A process that is killed in
-    the swap leaves a folder without `config.json`, which is refused when read; at any time, it
-    leaves a hidden folder `.writing-…`, which may be deleted.
+    All is written aside, and swapped for what was there at the end. A process that is killed
+    leaves the old folder or the new one to whoever opens it next (`nyscaled.checkpoints.swap`).
 
     Args:
         path: of the folder, made if missing. Earlier weights under these names are replaced, other
@@ -165,12 +168,12 @@ def write(
     Raises:
         ValueError: on a size that is not positive, or a directory in the place of a file.
         OSError: if a file cannot be written, and nothing has changed; or if the swap fails, and
-            the message says where the new files are.
+            the message says how it is ended.
     """
     if max_shard_size <= 0:
         raise ValueError(f"max_shard_size is {max_shard_size}; wanted a positive number of bytes")
     texts = {**(texts or {}), CONFIG: files.as_json(config)}
-    with files.replacing(path, texts, last=CONFIG, stale=_WEIGHTS) as aside:
+    with swap.replacing(path, texts, last=CONFIG, stale=_WEIGHTS) as aside:
         held: dict[str, np.ndarray] = {}
         shards: list[list[str]] = []
         total = size = 0
@@ -208,8 +211,8 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         raise ValueError(f"{path / INDEX} has no weight_map from names to files")
     shards: dict[str, Any] = {}
     for shard in sorted(set(weight_map.values())):
-        # Of a name that no file can have, `Path.is_file` raises instead.
-        if Path(shard).name != shard or not os.path.isfile(path / shard):
+        outside = Path(shard).name != shard or shard == ".."
+        if outside or not files.exists(path / shard):
             raise ValueError(f"{path / INDEX} names {shard!r}; wanted a file in the folder itself")
         shards[shard] = files.open_tensors(path / shard)
         held = set(shards[shard].keys())

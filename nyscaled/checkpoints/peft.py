@@ -7,6 +7,7 @@ computes something else; here whatever cannot be read as just that update is an 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from nyscaled.checkpoints import files
+from nyscaled.checkpoints import files, swap
 from nyscaled.checkpoints.peft_config import CONFIG, Rules
 
 TENSORS = "adapter_model.safetensors"
@@ -76,8 +77,8 @@ def write(
 ) -> None:
     """Writes an adapter folder that PEFT loads.
 
-    Each file is whole whenever it is there, and never beside another adapter's. A process that is
-    killed may leave a hidden folder `.writing-…`, which may be deleted, and no configuration.
+    The two files are replaced as one. A process that is killed leaves the old adapter or the new
+    one to whoever opens the folder next (`nyscaled.checkpoints.swap`).
 
     Args:
         folder: made if missing; other files in it are left alone.
@@ -135,7 +136,7 @@ def write(
         "fan_in_fan_out": False,
     }
     metadata = {"format": "pt", **(metadata or {})}
-    with files.replacing(folder, {CONFIG: files.as_json(config)}, last=CONFIG) as aside:
+    with swap.replacing(folder, {CONFIG: files.as_json(config)}, last=CONFIG) as aside:
         files.write_tensors(aside / TENSORS, tensors, metadata)
 
 
@@ -146,14 +147,18 @@ def read(folder: str | os.PathLike[str]) -> Saved:
         folder: on disk.
 
     Returns:
-        The updates, whose ranks are those of the tensors and of the configuration.
+        The updates, all of one save, whose ranks are those of the tensors and of the configuration.
 
     Raises:
         ValueError: on a missing or broken file, a key that is not a module's `lora_A.weight` or
             `lora_B.weight` nor of `modules_to_save`, one without the other, tensors and
             configuration that disagree, or a configuration that asks for more.
     """
-    folder = Path(folder)
+    path = files.as_folder(folder)
+    return swap.consistent(path, functools.partial(_read, path))
+
+
+def _read(folder: Path) -> Saved:
     rules = _read_rules(folder / CONFIG)
     tensors, metadata = _read_tensors(folder / TENSORS)
     sides: dict[str, dict[str, np.ndarray]] = {}
@@ -215,7 +220,7 @@ def _require_sound(updates: Mapping[str, Update], whole: Mapping[str, np.ndarray
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    if not path.is_file():
+    if not files.exists(path):
         pickled = path.with_suffix(".bin").is_file()
         why = " (adapter_model.bin is a pickle, which can run code: not read)" if pickled else ""
         raise ValueError(f"there is no {path}{why}; wanted a folder with {CONFIG} and {TENSORS}")

@@ -31,7 +31,7 @@ def with_generation(config: C, folder: Path) -> C:
         ValueError: on a file that is not a JSON object, or ids that are not integers.
     """
     path = folder / FILE
-    if not path.exists():
+    if not files.exists(path):
         return config
     settings = files.read_object(path, "settings of the generation")
     fields = {field.name: field for field in dataclasses.fields(config)}

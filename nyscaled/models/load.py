@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import warnings
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from nyscaled.checkpoints import hub
+from nyscaled.checkpoints import files, hub, swap
 from nyscaled.checkpoints.folder import CONFIG, SHARD_SIZE, Folder, open_folder, write
 from nyscaled.checkpoints.gguf import SUFFIX, Gguf, open_gguf
 from nyscaled.models.bert import Bert, BertConfig
@@ -101,25 +102,8 @@ def load(
     """
     if mesh is not None:
         require_mesh(mesh)
-    source = _opened(folder, revision)
-    kind = source.config.get("model_type")
-    if kind not in list(FAMILIES):  # a list has == for what cannot be hashed
-        raise ValueError(
-            f"{source.config_path} has model_type {kind!r}; wanted one of {', '.join(FAMILIES)}"
-        )
-    if source.config.get("quantization_config"):
-        raise ValueError(f"{source.path} is quantized; wanted floating weights")
-    config_class, make = FAMILIES[kind]
-    if make is Bert:
-        architectures = source.config.get("architectures")
-        make = of_file(architectures if isinstance(architectures, list) else [], source.names)
-    try:
-        config = config_class.from_json(source.config)
-    except ValueError as error:
-        raise ValueError(f"{source.config_path}: {error}") from None
-    if config.generates and not isinstance(source, Gguf):
-        config = with_generation(config, source.path)
-    tokenizer = _tokenizer(source)
+    path = _located(folder, revision)
+    source, make, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
     if tokenizer is not None and not config.generates:
         tokenizer.settings["padding_side"] = tokenizer.settings.get("padding_side") or "right"
     if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
@@ -153,9 +137,9 @@ def save(
 
     The tensors of one file are in the host's memory at a time, gathered from the mesh one by one
     if the model lies on one. All is written aside, and swapped at the end for the weights and the
-    tokenizer that the folder had: until then it is what it was. A process that is killed in the
-    swap leaves a folder without `config.json`, which is refused when read; at any time, it leaves
-    a hidden folder `.writing-…`, which may be deleted.
+    tokenizer that the folder had: until then it is what it was. A process that is killed leaves
+    the old folder or the new one to whoever opens it next with this package, and `load` never
+    takes files of two saves for one.
 
     Args:
         model: as `load` returned it, or with trained parameters; adapters merged and removed.
@@ -171,7 +155,7 @@ def save(
             parameters, such as adapters, on a size that is not positive, or on a directory in the
             place of a file.
         OSError: if a file cannot be written, and nothing has changed; or if the swap fails, and
-            the message says where the new files are.
+            the message says how it is ended.
     """
     known = [*(model_class for _, model_class in FAMILIES.values()), BertClassifier]
     if type(model) not in known:
@@ -192,15 +176,39 @@ def save(
     write(folder, config, named, max_shard_size=max_shard_size, texts=texts)
 
 
-def _opened(folder: str | os.PathLike[str], revision: str | None) -> Folder:
-    """The folder, the GGUF file, or the local copy of what the hub has."""
-    path = Path(folder)
+def _located(folder: str | os.PathLike[str], revision: str | None) -> Path:
+    """The path of the folder, of the GGUF file, or of the local copy of what the hub has."""
+    path = files.as_folder(folder)
     elsewhere = not path.exists() and path.suffix != SUFFIX
     if elsewhere and isinstance(folder, str) and hub.is_id(folder):
-        return open_folder(hub.fetch(folder, revision))
+        return hub.fetch(folder, revision)
     if revision is not None:
         raise ValueError(f"{folder} is not from the hub; wanted no revision, got {revision!r}")
-    return open_gguf(path) if path.is_file() or path.suffix == SUFFIX else open_folder(path)
+    return path
+
+
+def _read_all(path: Path) -> tuple[Folder, Any, Config, Tokenizer | None]:
+    """All but the values of the tensors: the open folder, its class, configuration and tokenizer."""
+    is_file = path.is_file() or path.suffix == SUFFIX
+    source = open_gguf(path) if is_file else open_folder(path)
+    kind = source.config.get("model_type")
+    if kind not in list(FAMILIES):  # a list has == for what cannot be hashed
+        raise ValueError(
+            f"{source.config_path} has model_type {kind!r}; wanted one of {', '.join(FAMILIES)}"
+        )
+    if source.config.get("quantization_config"):
+        raise ValueError(f"{source.path} is quantized; wanted floating weights")
+    config_class, make = FAMILIES[kind]
+    if make is Bert:
+        architectures = source.config.get("architectures")
+        make = of_file(architectures if isinstance(architectures, list) else [], source.names)
+    try:
+        config = config_class.from_json(source.config)
+    except ValueError as error:
+        raise ValueError(f"{source.config_path}: {error}") from None
+    if config.generates and not isinstance(source, Gguf):
+        config = with_generation(config, source.path)
+    return source, make, config, _tokenizer(source)
 
 
 def _tokenizer(source: Folder) -> Tokenizer | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nyscaled.checkpoints import files
+from nyscaled.checkpoints import files, swap
 
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -189,13 +189,14 @@ class Tokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads.
 
         Older files of a tokenizer that would override them are removed: their content is in these.
-        `nyscaled.models.save` writes them together with a model.
+        `nyscaled.models.save` writes them together with a model. They are replaced as one: a
+        process that is killed leaves the old tokenizer or the new one to whoever opens it next.
 
         Raises:
             ValueError: if a directory is in the place of a file.
             OSError: if a file cannot be written or moved.
         """
-        with files.replacing(folder, self.files(), last=FILE):
+        with swap.replacing(folder, self.files(), last=FILE):
             pass
 
     def files(self) -> dict[str, str | None]:

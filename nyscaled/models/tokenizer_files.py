@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nyscaled.checkpoints import files
+from nyscaled.checkpoints import files, swap
 from nyscaled.models.tokenizer import (
     ADDED,
     FILE,
@@ -38,22 +39,26 @@ def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
         ValueError: on a broken file.
         ImportError: without the package tokenizers.
     """
-    folder = Path(folder)
-    there = [name for name in (FILE, *_OTHERS) if (folder / name).is_file()]
+    path = files.as_folder(folder)
+    return swap.consistent(path, functools.partial(_open, path))
+
+
+def _open(folder: Path) -> Tokenizer | None:
+    there = [name for name in (FILE, *_OTHERS) if files.exists(folder / name)]
     if not there:
         return None
     settings: dict[str, Any] = {}
     for name in (SPECIAL, SETTINGS):
-        if (folder / name).is_file():
+        if files.exists(folder / name):
             settings |= files.read_object(folder / name, "settings of the tokenizer")
-    if (folder / TEMPLATE).is_file():
+    if files.exists(folder / TEMPLATE):
         settings["chat_template"] = files.read_text(folder / TEMPLATE)
     if FILE not in there and not _is_gpt2(folder, settings):
         warnings.warn(
             f"{folder} has {there[0]}, from which no tokenizer is made here: it is None; wanted "
             f"{FILE}, which transformers' AutoTokenizer writes in save_pretrained, or "
             f"{_VOCABULARY} and {_MERGES} of a GPT2Tokenizer without added tokens",
-            stacklevel=4,  # of the call of `nyscaled.models.load`
+            stacklevel=8,  # of the call of `nyscaled.models.load`
         )
         return None
     try:
@@ -85,8 +90,8 @@ def _of_json(path: Path) -> Any:
 def _is_gpt2(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `vocab.json` and `merges.txt` say all of a tokenizer."""
     kind = settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast")
-    more = any(map(settings.get, _MORE)) or (folder / ADDED).is_file()
-    return kind and not more and all((folder / f).is_file() for f in (_VOCABULARY, _MERGES))
+    more = any(map(settings.get, _MORE)) or files.exists(folder / ADDED)
+    return kind and not more and all(files.exists(folder / f) for f in (_VOCABULARY, _MERGES))
 
 
 def _of_merges(folder: Path, settings: Mapping[str, Any]) -> Any:

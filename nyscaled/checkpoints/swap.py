@@ -1,0 +1,294 @@
+"""Several files of a folder replaced as one, and several read as one.
+
+A save is written into a hidden folder `.writing-…` beside the files. Renaming that to
+`.nyscaled-save` is the save: from then on the new files count, and whoever opens the folder or
+saves into it first moves them to their places. Each move takes its source away, in a folder that
+no other save has, so that any number of processes may make the same moves at once, or make those
+that one which was killed has left. Nobody waits for a lock. The folder holds plain files alone
+when all is done.
+
+Readers look at all that they have read once more: had anything changed, they read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import glob
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from nyscaled.checkpoints import files
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what dead processes left stays
+    fcntl = None
+
+SAVE = ".nyscaled-save"
+ASIDE = ".writing-"
+TRIES = 100
+
+_NEW, _OLD, _PLAN, _PLACEHOLDER = "new", "old", "plan.json", "placeholder"
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def replacing(
+    folder: str | os.PathLike[str],
+    texts: Mapping[str, str | None],
+    *,
+    last: str,
+    stale: Sequence[str] = (),
+) -> Iterator[Path]:
+    """A folder aside to write files into, which then take the place of those in `folder`.
+
+    Nothing has changed if the body raises. A process that is killed leaves the old files or the
+    new ones to whoever opens the folder next with this package. Other programs find no sound
+    `last` in the midst of the swap, so that they do not take the files of two saves for one.
+    Two saves at once leave the files of the one that ended later.
+
+    Args:
+        folder: made if missing; other files in it are left alone.
+        texts: more files, by their names; None for those that go.
+        last: of `texts`, the file without which the others are not read.
+        stale: names of further files that go, as they belonged to what is replaced; with
+            `fnmatch`'s wildcards.
+
+    Yields:
+        The folder aside.
+
+    Raises:
+        ValueError: if a directory is in the place of a file, or the folder is no path; nothing has
+            changed.
+        OSError: if a file cannot be written, and nothing has changed; or cannot be moved, and the
+            new files are kept for the next time that the folder is opened.
+    """
+    folder = files.as_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish(folder)
+    with _aside(folder) as aside:
+        inner = aside / aside.name.removeprefix(ASIDE)
+        new = inner / _NEW
+        (inner / _OLD).mkdir(parents=True)
+        new.mkdir()
+        yield new
+        for name, text in texts.items():
+            if text is not None:
+                (new / name).write_text(text, encoding="utf-8")
+        names = sorted(file.name for file in new.iterdir())
+        gone = [*(glob.escape(name) for name in texts if name not in names), *stale]
+        for name in {*names, *_matching(folder, gone)}:
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                raise ValueError(f"{folder / name} is a directory; wanted a file, or nothing")
+        plan = {"last": last, "new": names, "gone": gone}
+        (inner / _PLAN).write_text(json.dumps(plan), encoding="utf-8")
+        (inner / _PLACEHOLDER).write_text(f"{last} is being replaced, see {SAVE}\n")
+        for file in (*new.iterdir(), inner / _PLAN, inner / _PLACEHOLDER):
+            # safetensors lets only their owner read its files.
+            shutil.copymode(new / last, file)
+            files.flush(file)
+        for part in (new, inner, aside):
+            files.flush(part)
+        _commit(aside, folder)
+    try:
+        finish(folder)
+        files.flush(folder)
+    except OSError as error:
+        raise OSError(
+            f"{error}; the new files are whole in {folder / SAVE}: opening {folder}, or saving into "
+            "it, ends what began"
+        ) from error
+
+
+def consistent(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` returns when all the files that it looks at are of one save.
+
+    A save that was killed in its swap is ended before, where the folder can be written to.
+
+    Args:
+        folder: whose files are read.
+        read: is called again where a file changed meanwhile. What it looks at, through
+            `nyscaled.checkpoints.files`, is checked; open files and maps stay what they were.
+
+    Raises:
+        ValueError: if the files changed in each of `TRIES` readings, or a save has begun to replace
+            them that cannot be ended, as in a folder that is not to be written to.
+    """
+    if files.SEEN.get() is not None:  # part of a larger reading, which checks all of it
+        return read()
+    for attempt in range(TRIES):
+        with contextlib.suppress(OSError):
+            finish(folder)
+        seen: dict[Path, files.Signature] = {}
+        token = files.SEEN.set(seen)
+        value, refusal = None, None
+        try:
+            value = read()
+        except (ValueError, OSError) as error:
+            refusal = error
+        finally:
+            files.SEEN.reset(token)
+        # In this order: if no save had begun, and then all was as it had been read, it was so
+        # at the moment in between.
+        begun = os.path.lexists(folder / SAVE)
+        if not begun and all(files.signature(path) == then for path, then in seen.items()):
+            if refusal is not None:
+                raise refusal
+            return value  # pyright: ignore[reportReturnType]
+        time.sleep(min(0.001 * attempt, 0.05))
+    raise ValueError(
+        f"{folder} changed each time that it was read, or a save in it has not ended ({SAVE} in it); "
+        "expected a folder at rest, or one that can be written to"
+    )
+
+
+def finish(folder: Path) -> None:
+    """End the save that has begun to replace files of a folder, and remove what dead ones left.
+
+    Raises:
+        ValueError: on a `.nyscaled-save` that no save has left.
+        OSError: if a file cannot be moved.
+    """
+    _tidy(folder)
+    save = folder / SAVE
+    try:
+        begun = os.listdir(save)
+    except FileNotFoundError:
+        return
+    for name in begun:
+        _move_all(save / name, folder)
+    with _unless(errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+        os.rmdir(save)
+
+
+def _commit(aside: Path, folder: Path) -> None:
+    """Rename the folder aside, once no other save is in the midst of its moves."""
+    for _ in range(TRIES):
+        with _unless(errno.ENOTEMPTY, errno.EEXIST):
+            os.rename(aside, folder / SAVE)
+            return
+        finish(folder)
+    raise OSError(f"{folder} has other saves without an end; expected few at once")
+
+
+def _move_all(inner: Path, folder: Path) -> None:
+    """Move the files of a save to their places, those that are not there yet."""
+    try:
+        last, new, gone = _read_plan(inner / _PLAN)
+    except FileNotFoundError:  # all was moved
+        shutil.rmtree(inner, ignore_errors=True)
+        return
+    _move(inner / _PLACEHOLDER, folder / last)
+    for name in _matching(folder, gone):
+        if name not in new:
+            _move(folder / name, inner / _OLD / name)
+    for name in (*(n for n in new if n != last), last):
+        _move(inner / _NEW / name, folder / name)
+    shutil.rmtree(inner / _OLD, ignore_errors=True)
+    for remove, part in ((os.rmdir, _NEW), (os.unlink, _PLAN), (os.rmdir, "")):
+        with _unless(errno.ENOENT):
+            remove(inner / part)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file, if nobody else has done so."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(source, target)
+
+
+def _read_plan(path: Path) -> tuple[str, list[str], list[str]]:
+    """What a save wrote of itself: the last of its files, all of them, and patterns of those that go.
+
+    Raises:
+        ValueError: on anything that could name files elsewhere.
+        FileNotFoundError: without it.
+    """
+    files.require_regular(path)
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        last, new, gone = plan["last"], plan["new"], plan["gone"]
+        names = [last, *new, *gone]
+        sound = all(Path(name).name == name and "\0" not in name for name in names)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{path} is not what a save writes; expected names of files (if nothing in "
+            f"{path.parent} is needed, remove {path.parent.parent})"
+        )
+    return last, new, gone
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """The names in a folder, hidden ones aside, that match a pattern."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A new folder, locked while its process lives, so that others do not take it for a leftover."""
+    for _ in range(TRIES):
+        aside = Path(tempfile.mkdtemp(dir=folder, prefix=ASIDE))
+        descriptor = None
+        # Some file systems have no locks; leftovers stay there.
+        with contextlib.suppress(OSError):
+            descriptor = _lock(aside, wait=True)
+        if aside.is_dir():  # else it was removed before it was locked
+            break
+        _unlock(descriptor)
+    else:
+        raise OSError(f"{folder} loses each folder that is made in it")
+    with contextlib.ExitStack() as stack:
+        stack.callback(_unlock, descriptor)
+        stack.callback(shutil.rmtree, aside, ignore_errors=True)
+        yield aside
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what dead processes left."""
+    if fcntl is None:
+        return
+    for aside in folder.glob(f"{ASIDE}*"):
+        with contextlib.suppress(OSError):  # it is locked, or of somebody else
+            descriptor = _lock(aside, wait=False)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+            finally:
+                _unlock(descriptor)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _unless(*numbers: int) -> Iterator[None]:
+    """Passes over an OSError of these numbers."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
