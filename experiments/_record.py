@@ -38,6 +38,29 @@ class Curve(NamedTuple):
 Curves = Mapping[str, Mapping[str, Any]]
 """panel → series → a Curve, or errors by iteration."""
 
+KEPT = 300
+"""How many iterations of a series a record holds at most, beside the start."""
+
+
+def kept_iterations(count: int) -> np.ndarray:
+    """Return which of the iterations 0 … count − 1 a record holds: all, or KEPT on a log scale."""
+    if count <= KEPT + 1:
+        return np.arange(count)
+    return np.unique([0, *np.geomspace(1, count - 1, KEPT).round().astype(int)])
+
+
+def six_digits(value: Any) -> Any:
+    """Return a tree of JSON values with its floats in 6 significant digits.
+
+    More digits would be those of the processor.
+    """
+    if isinstance(value, Mapping):
+        return {name: six_digits(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [six_digits(entry) for entry in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 # Okabe and Ito's colours, told apart by readers with any colour vision; line styles and markers
 # carry the same information for print without colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -82,7 +105,7 @@ def save_record(out: Path, name: str, config: Any, **notes: Any) -> None:
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "float": str(jax.numpy.result_type(float)),
-        **notes,
+        **six_digits(notes),
     }
     write_atomically(
         out / f"{name}.json", (json.dumps(record, indent=1, default=str) + "\n").encode()
@@ -101,15 +124,20 @@ def save(
 ) -> None:
     """Writes `name`.png, .pdf, .csv (panel, series, *columns) and .json (how it was made).
 
-    `columns` names x and y in the CSV; the notes go into the JSON.
+    `columns` names x and y in the CSV; the notes go into the JSON. Errors by iteration are drawn in
+    full, and of more than KEPT the CSV holds those of `kept_iterations`.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["panel", "series", *columns])
     for panel, series in curves.items():
         for label, values in series.items():
-            for x, y in zip(*Curve.of(values), strict=True):
-                writer.writerow([panel, label, f"{x:.10g}", f"{y:.6e}"])
+            curve = Curve.of(values)
+            if not isinstance(values, Curve):
+                held = kept_iterations(len(curve.y))
+                curve = Curve(curve.x[held], curve.y[held])
+            for x, y in zip(*curve, strict=True):
+                writer.writerow([panel, label, f"{x:.10g}", f"{y:.6g}"])
     write_atomically(out / f"{name}.csv", text.getvalue().encode())
     save_record(out, name, config, **notes)
     for suffix in ("png", "pdf"):

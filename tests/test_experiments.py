@@ -30,13 +30,15 @@ def read_curves(path, columns):
 
 
 def read(path):
-    """{panel: {series: errors by iteration}} from a record."""
-    found = {}
+    """{panel: {series: errors by iteration}} from a record; one that it left out is the last held."""
+    curves = {}
     for panel, series in read_curves(path, ("iteration", "error")).items():
         for label, (iterations, errors) in series.items():
-            np.testing.assert_array_equal(iterations, np.arange(len(errors)))
-            found.setdefault(panel, {})[label] = errors
-    return found
+            assert len(errors) <= 301
+            every = np.arange(int(iterations[-1]) + 1)
+            last = np.searchsorted(iterations, every, side="right") - 1
+            curves.setdefault(panel, {})[label] = errors[last]
+    return curves
 
 
 def record(tmp_path_factory, name):
@@ -180,6 +182,32 @@ def test_record_keeps_the_abscissas_of_a_curve(tmp_path, monkeypatch):
     found = read_curves(tmp_path / "x.csv", ("kappa", "steps"))
     np.testing.assert_array_equal(found["a"]["steps"], curve)
     np.testing.assert_array_equal(found["b"]["by iteration"], [[0, 1], [1, 0.5]])
+
+
+def test_a_long_series_is_kept_on_a_log_scale_in_six_digits(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import _record
+    import fig1
+
+    errors = 1 / (3 + np.arange(5000.0))
+    curves = {"a": {"long": errors, "short": errors[:301], "table": _record.Curve(errors, errors)}}
+    notes = {"last": [errors[-1], {"a": errors[0]}], "steps": 123456789}
+    _record.save(tmp_path, "x", _record.plt.figure(), curves, fig1.Config(), **notes)
+    held = read_curves(tmp_path / "x.csv", ("iteration", "error"))["a"]
+    iterations, kept = held["long"]
+    assert len(iterations) <= 301
+    assert iterations[0] == 0
+    assert iterations[-1] == 4999
+    steps = np.diff(iterations)
+    assert (steps[:30] == 1).all()
+    assert (steps <= 1 + 0.03 * iterations[1:]).all()
+    np.testing.assert_allclose(kept, errors[iterations.astype(int)], rtol=5.1e-6)
+    assert len(held["short"][0]) == 301
+    assert len(held["table"][0]) == 5000
+    assert "a,long,0,0.333333\n" in (tmp_path / "x.csv").read_text()
+    how = json.loads((tmp_path / "x.json").read_text())
+    assert how["last"] == [float(f"{errors[-1]:.6g}"), {"a": 0.333333}]
+    assert how["steps"] == 123456789
 
 
 def test_matrix_files_of_each_format(tmp_path, monkeypatch):
