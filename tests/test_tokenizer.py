@@ -221,6 +221,8 @@ def test_a_template_among_several():
     tokenizer = Tokenizer(words(), {"chat_template": named})
     assert tokenizer.chat(MESSAGES) == "one"
     assert tokenizer.chat(MESSAGES, template="tool_use") == "two"
+    assert tokenizer.chat(MESSAGES, tools=[{}]) == "two"
+    assert tokenizer.chat(MESSAGES, tools=[{}], template="default") == "one"
     with pytest.raises(ValueError, match=r"no chat template 'rag'; .* has default, tool_use"):
         tokenizer.chat(MESSAGES, template="rag")
 

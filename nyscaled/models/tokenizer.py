@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nyscaled.checkpoints import files, swap
+from nyscaled.models import chat
 
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -142,22 +141,34 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[object],
         *,
+        tools: Sequence[object] | None = None,
+        documents: Sequence[object] | None = None,
         add_generation_prompt: bool = False,
-        template: str = _DEFAULT,
+        continue_final_message: bool | str = False,
+        template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The text of a conversation, by the chat template, as transformers renders it.
+        """Return the text of a conversation, by the chat template, as transformers renders it.
 
         Args:
             messages: each with "role" and "content".
+            tools: that the model may call: JSON schemas, or functions with type hints and a
+                docstring that describes each argument under `Args:`.
+            documents: that the answer may draw on, each with "title" and "text".
             add_generation_prompt: whether the text ends where the assistant's answer begins.
-            template: name, where there are several.
-            **variables: for the template, such as `tools`.
+            continue_final_message: whether the text ends within the last message, so that the
+                model goes on with it; a text names the field that goes on, as "content" does.
+            template: name, where there are several; if None "tool_use" where there are tools and
+                a template of this name, and "default" otherwise.
+            **variables: others for the template, such as `enable_thinking`.
 
         Raises:
-            ValueError: without a template of this name, or if the template refuses the messages.
+            ValueError: without a template of this name, if the template refuses the messages, on
+                messages, tools and documents of another form, on arguments of transformers'
+                `apply_chat_template` that are none of the template, or if the template does not
+                repeat the message that goes on.
             ImportError: without the package jinja2.
 
         Example:
@@ -169,21 +180,21 @@ class Tokenizer:
             'user: Hello\\n'
         """
         templates = self._templates()
+        if template is None:
+            named = tools is not None and "tool_use" in templates
+            template = "tool_use" if named else _DEFAULT
         if template not in templates:
             known = ", ".join(templates) or "no chat template"
             raise ValueError(f"there is no chat template {template!r}; the tokenizer has {known}")
-        try:
-            environment = _environment()
-        except ModuleNotFoundError as error:
-            raise ImportError("chats need jinja2: pip install 'nyscaled[models]'") from error
-        # Templates see all that transformers gives them, absent tools as None.
-        given = {"tools": None, "documents": None, **special_tokens(self.settings), **variables}
-        try:
-            return environment.from_string(templates[template]).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **given
-            )
-        except Exception as error:  # of any class: templates compute
-            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        return chat.render(
+            templates[template],
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**special_tokens(self.settings), **variables},
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads.
@@ -304,35 +315,3 @@ def _kept(encoding: Any, max_length: int | None) -> list[int] | None:
         if sequence is None or left[sequence] >= 0:
             kept.append(i)
     return kept
-
-
-def _environment() -> Any:
-    """Where chat templates, which come with models from anywhere, are rendered."""
-    import jinja2.ext
-    from jinja2 import nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """The tags around what the assistant says, which change nothing in the text."""
-
-        tags: set[str] = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    extensions = [Generation, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=extensions
-    )
-    environment.filters["tojson"] = to_json  # Jinja's own escapes HTML
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

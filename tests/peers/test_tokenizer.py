@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every tokenizer here is a file
 
 import json
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
+import test_chat  # noqa: E402
 import tokenizers  # noqa: E402
 
 from nyscaled.models import Tokenizer  # noqa: E402
 from nyscaled.models.tokenizer_files import open_tokenizer  # noqa: E402
+from nyscaled.models.tools import tool_schema  # noqa: E402
 
 MINILM = Path(__file__).parents[2] / "build" / "weights" / "all-MiniLM-L6-v2"
 TEXTS = [
@@ -108,7 +111,135 @@ def test_chats(template):
     inner.add_special_tokens(["<s>", "</s>"])
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     ours = Tokenizer(inner, special)
-    for options in ({}, {"add_generation_prompt": True}, {"tools": [{"name": "é<>"}]}):
+    for options in (
+        {},
+        {"add_generation_prompt": True},
+        {"tools": [{"name": "é<>"}]},
+        {"tools": [test_chat.search]},
+        {"documents": [{"title": "a", "text": "b"}], "enable_thinking": True},
+    ):
         wanted = theirs.apply_chat_template(MESSAGES, tokenize=False, **options)
         assert ours.chat(MESSAGES, **options) == wanted
         assert wanted
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES[:3], test_chat.TURNS, test_chat.PARTS])
+def test_messages_that_go_on(template):
+    """Each final message, of texts with spaces at both ends, parts and reasoning."""
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.add_special_tokens(["<s>", "</s>"])
+    template += "{% if messages[-1].thinking is defined %}[{{ messages[-1].thinking }}]{% endif %}"
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    theirs.chat_template = template
+    ours = Tokenizer(inner, special | {"chat_template": template})
+    finals = ["yes", " yes ", "yes\n", [{"text": "a "}, {"text": "b"}], ""]
+    cases = [({"content": final}, True) for final in finals]
+    cases += [({"content": "x", "thinking": "so "}, field) for field in ("thinking", "reasoning")]
+    cases += [({"content": "x", "reasoning": "so"}, "reasoning"), ({"content": "x"}, "nothing")]
+    outcomes = []
+    for final, field in cases:
+        talk = [*MESSAGES[:2], {"role": "assistant", **final}]
+        try:
+            wanted = theirs.apply_chat_template(talk, tokenize=False, continue_final_message=field)
+        except (ValueError, TypeError):
+            with pytest.raises(ValueError, match=r"message|template"):
+                ours.chat(talk, continue_final_message=field)
+            outcomes.append(False)
+        else:
+            assert ours.chat(talk, continue_final_message=field) == wanted, (final, field)
+            outcomes.append(True)
+    assert set(outcomes) == {True, False}
+
+
+class Tools:
+    """Methods, and functions of many types."""
+
+    def method(self, x: float, y: bool = True) -> dict:
+        """
+        A method.
+        Args:
+            x: one
+            y (bool): not found by that name
+              y: nor so
+        """
+
+    def described(self, x: float, y: bool = True) -> dict:
+        """
+        A method, with a list: of things.
+
+        Args:
+            x:
+                on the next line
+                  and deeper: than that
+
+            y: two  (Choices: ["a ", "b"])
+        Raises:
+            ValueError: never
+        """
+
+    @staticmethod
+    def types(
+        a: list,
+        b: tuple,
+        c: dict,
+        d: tuple[int, str],
+        e: dict[str, list[int]],
+        f: int | str,
+        g: list | tuple | None,
+        h: typing.Optional[list[int]],  # noqa: UP045
+        i: typing.Literal["x", 1, None],
+        j: typing.Union[int, list[str], None],  # noqa: UP007
+        k: None,
+    ) -> np.ndarray:
+        """Many.
+
+        Args:
+            a: a
+            b: b
+            c: c
+            d: d
+            e: e
+            f: f
+            g: g
+            h: h
+            i: i
+            j: j
+            k: k
+
+        Returns:
+            An array: of things
+            in two lines.
+        """
+
+    @staticmethod
+    def ellipsis(x: tuple[int, ...]):
+        """One.
+
+        Args:
+            x: many
+        """
+
+    @staticmethod
+    def nothing() -> int:
+        """No arguments."""
+
+    @staticmethod
+    def silent(x: int):
+        pass
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [test_chat.search, test_chat.bare, test_chat.undescribed, test_chat.strange]
+    + [getattr(Tools(), name) for name in vars(Tools) if not name.startswith("_")],
+    ids=lambda tool: tool.__name__,
+)
+def test_schemas_of_functions(tool):
+    try:
+        wanted = transformers.utils.get_json_schema(tool)
+    except Exception:  # of several classes
+        with pytest.raises(ValueError, match=f"the tool {tool.__name__} has no schema"):
+            tool_schema(tool)
+    else:
+        assert json.dumps(tool_schema(tool)) == json.dumps(wanted)

@@ -1,0 +1,195 @@
+"""Conversations as texts, by the chat templates of models, as transformers renders them."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nyscaled.models.tools import tool_schema
+
+# Names under which messages have reasoning: a template may read any of them.
+_REASONING = "reasoning_content", "thinking", "reasoning"
+_MARK = "CONTINUED_FROM_HERE "
+# Arguments of transformers' apply_chat_template that are none of the template.
+_ELSEWHERE = {
+    "chat_template": "`template` names one of the tokenizer's",
+    "conversation": "it is the first argument here",
+    **dict.fromkeys(
+        (
+            *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+            *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+        ),
+        "a chat is a text here: call the tokenizer with it and add_special_tokens=False",
+    ),
+}
+
+
+def render(
+    template: str,
+    messages: Sequence[object],
+    *,
+    tools: Sequence[object] | None,
+    documents: Sequence[object] | None,
+    add_generation_prompt: bool,
+    continue_final_message: bool | str,
+    variables: Mapping[str, Any],
+) -> str:
+    """Return the text of a conversation; see `Tokenizer.chat`.
+
+    Args:
+        template: in Jinja.
+        messages: mappings, or dataclasses.
+        tools: JSON schemas, or functions, of which they are made.
+        documents: mappings.
+        add_generation_prompt: for the template.
+        continue_final_message: whether the text ends with the last message; a text names the
+            field of it that goes on, which is otherwise "content".
+        variables: others that the template sees.
+
+    Raises:
+        ValueError: on other messages, tools or documents, on a template that refuses them, or
+            that does not repeat the message that goes on.
+        ImportError: without the package jinja2.
+    """
+    for name in variables.keys() & _ELSEWHERE.keys():
+        if name != "tokenize" or variables[name]:
+            raise ValueError(f"{name} is not a variable of chat templates; {_ELSEWHERE[name]}")
+    rows = _messages(messages)
+    if documents is not None and not all(isinstance(d, Mapping) for d in documents):
+        raise ValueError(f"documents is {documents!r:.80}; expected mappings (title, text)")
+    context = {
+        **{name: _plain(value) for name, value in variables.items() if name != "tokenize"},
+        "tools": None if tools is None else [_plain(tool_schema(tool)) for tool in tools],
+        "documents": _plain(documents),
+        "add_generation_prompt": add_generation_prompt,
+        "messages": rows,
+    }
+    if not continue_final_message:
+        return run(template, context)
+    if add_generation_prompt:
+        raise ValueError(
+            "continue_final_message and add_generation_prompt contradict one another; expected "
+            "the first to go on with the last message, the second to begin one"
+        )
+    field = "content" if continue_final_message is True else continue_final_message
+    final = _marked(rows[-1], field, template)
+    return _before_mark(run(template, context), final)
+
+
+def run(template: str, context: Mapping[str, Any]) -> str:
+    """Return what a template makes of JSON values, in a sandbox.
+
+    Raises:
+        ValueError: if the template is none, or refuses the values.
+        ImportError: without the package jinja2.
+    """
+    try:
+        environment = _environment()
+    except ModuleNotFoundError as error:
+        raise ImportError("chats need jinja2: pip install 'nyscaled[models]'") from error
+    try:
+        return environment.from_string(template).render(**context)
+    except Exception as error:  # of any class: templates compute
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+
+def _messages(messages: Sequence[object]) -> list[dict[str, Any]]:
+    """Messages as templates take them: without None, and reasoning under each of its names."""
+    if isinstance(messages, str | Mapping) or not len(messages):
+        raise ValueError(f"messages is {messages!r:.80}; expected a list of messages, at least one")
+    rows = []
+    for message in map(_plain, messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"a message is {message!r:.80}; expected a mapping with role, content")
+        row = {name: value for name, value in message.items() if value is not None}
+        reasoning = next((row[name] for name in _REASONING if name in row), None)
+        if reasoning is not None:
+            row = {"thinking": reasoning, **row, "reasoning_content": reasoning}
+        rows.append(row)
+    return rows
+
+
+def _marked(message: dict[str, Any], field: str, template: str) -> str:
+    """The text that goes on, after whose end a mark is put into the message."""
+    if field not in message:
+        raise ValueError(f"the last message has no {field!r} to continue")
+    value = message[field]
+    same = [n for n in _REASONING if message.get(n) == value] if field in _REASONING else [field]
+    if not any(name in template for name in same):
+        raise ValueError(f"the chat template does not use {field!r}; expected a field that it does")
+    if isinstance(value, str):
+        message.update(dict.fromkeys(same, value + _MARK))
+        return value
+    parts = value if isinstance(value, list | tuple) else []
+    texts = [part for part in parts if isinstance(part, dict) and "text" in part]
+    if not texts:
+        raise ValueError(f"the last message has {field} {value!r:.80}; expected a text to continue")
+    text = texts[-1]["text"]
+    texts[-1]["text"] = text + _MARK
+    return text
+
+
+def _before_mark(text: str, final: str) -> str:
+    end = text.rfind(_MARK.strip())
+    if end < 0 or final.strip() not in text:
+        raise ValueError("the chat template does not repeat the last message, which was to go on")
+    # A template that trims messages has trimmed the mark, and not what is before it.
+    return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types: other objects have methods, and templates come from anywhere."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for kind, base in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
+        if isinstance(value, kind):  # of a subclass, as enums are
+            return base(value)
+    if isinstance(value, Mapping):
+        return {_plain(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if callable(getattr(value, "model_dump", None)):  # pydantic
+        return _plain(value.model_dump())
+    return f"<{type(value).__name__}>"
+
+
+def _environment() -> Any:
+    """Where chat templates, which come with models from anywhere, are rendered."""
+    import jinja2.ext
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """The tags around what the assistant says, which change nothing in the text."""
+
+        tags: set[str] = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    extensions = [Generation, jinja2.ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
+    environment.filters["tojson"] = to_json  # Jinja's own escapes HTML
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
