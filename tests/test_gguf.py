@@ -1,7 +1,10 @@
 """GGUF files, written in llama.cpp's layout, against the folders that they were written from."""
 
 import json
+import os
 import shutil
+import struct
+import time
 from pathlib import Path
 
 import gguf
@@ -12,6 +15,7 @@ from flax import nnx
 from gguf import GGMLQuantizationType as Kind
 
 import nyscaled as nys
+from nyscaled.checkpoints import gguf_layout
 from nyscaled.checkpoints.folder import open_folder
 from nyscaled.checkpoints.gguf import open_gguf
 
@@ -83,6 +87,7 @@ def write(path, name, kind=Kind.F32, metadata=(), tensors=(), order=gguf.GGUFEnd
     if config["rope_parameters"]["rope_type"] == "llama3":
         arrays["rope_freqs.weight"] = rope_factors(config)
     writer = gguf.GGUFWriter(path, family, endianess=order)
+    writer.data_alignment = dict(metadata).get("general.alignment", 32)
     adders = {int: "uint32", str: "string", float: "float32", bool: "bool", list: "array"}
     for key, value in (fields | dict(metadata)).items():
         if value is not None:
@@ -214,6 +219,110 @@ def test_files_that_are_cut_short_or_none_of_gguf_are_refused(path):
     path.unlink()
     with pytest.raises(ValueError, match=r"not a sound GGUF file.*No such file"):
         nys.models.load(path)
+
+
+def entry(path, name):
+    """The file's bytes, and where the entry of a tensor has its shape, its type and its offset."""
+    (tensor,) = (t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    shape = tensor.field.offset + 8 + len(name) + 4
+    kind = shape + 8 * len(tensor.shape)
+    return path.read_bytes(), shape, kind, kind + 4
+
+
+def changed(whole, place, form, value):
+    return whole[:place] + struct.pack(form, value) + whole[place + struct.calcsize(form) :]
+
+
+LAYOUT = "is not a sound GGUF file: .*(lies at|ends before|goes on for|which is not known|has rows)"
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.0.ffn_up.weight", "output_norm.weight"])
+def test_tensors_lie_where_the_ones_before_them_end(name, path):
+    """As llama.cpp has it: otherwise a tensor has another's bytes, or the header's."""
+    whole, shape, kind, offset = entry(write(path, "llama"), name)
+    (there,) = struct.unpack_from("<Q", whole, offset)
+    offsets = {0, 4, there + 4, there - 32, there + 32, 2**63, 2**64 - 1, 2**64 - 32} - {there}
+    for value in offsets:
+        path.write_bytes(changed(whole, offset, "<Q", value % 2**64))
+        with pytest.raises(ValueError, match=LAYOUT):
+            open_gguf(path)
+    for value in {*range(45)} - {Kind.F32, Kind.I32}:  # which have as many bytes
+        path.write_bytes(changed(whole, kind, "<I", value))
+        with pytest.raises(ValueError, match=LAYOUT):
+            open_gguf(path)
+    for value in (0, 1, 2**62, 2**64 - 1):
+        path.write_bytes(changed(whole, shape, "<Q", value))
+        with pytest.raises(ValueError, match=LAYOUT):
+            open_gguf(path)
+    for value in (0, 5, 2**32 - 1):
+        path.write_bytes(changed(whole, shape - 4, "<I", value))
+        with pytest.raises(ValueError, match=r"not a sound GGUF file: .*expected 1 to 4"):
+            open_gguf(path)
+
+
+@pytest.mark.parametrize("alignment", [1, 8, 64])
+def test_alignments(alignment, path):
+    """A power of two, for which all offsets are then right."""
+    opened = open_gguf(write(path, "llama"))
+    wanted = {name: opened.read(name).copy() for name in opened.names}
+    got = open_gguf(write(path, "llama", metadata={"general.alignment": alignment}))
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got.read(name), value)
+
+
+def test_files_whose_parts_do_not_fit_are_refused(path):
+    whole = write(path, "llama").read_bytes()
+    (tensors, pairs) = struct.unpack_from("<QQ", whole, 8)
+    twice = b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eos_token_id"
+    same = b"blk.0.ffn_up.weight", b"blk.1.ffn_up.weight"
+    cases = {
+        "goes on for .* bytes after": whole + b"\0" * 64,
+        r"has the key 'tokenizer\.ggml\.bos_token_id' twice": whole.replace(*twice[::-1]),
+        r"has the tensor 'blk\.1\.ffn_up\.weight' twice": whole.replace(*same),
+        "ends before what it announces": changed(whole, 8, "<Q", 2**60),
+        "ends before what it announces.*": changed(whole, 16, "<Q", 2**64 - 1),
+        "version 1; wanted 2 or 3": changed(whole, 4, "<I", 1),
+        "sound GGUF file": changed(whole, 16, "<Q", pairs - 1),
+        "sound GGUF file.*": changed(whole, 8, "<Q", tensors - 1),
+    }
+    for message, content in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_gguf(path)
+    for alignment in (0, 3, 48):
+        with pytest.raises(ValueError, match=r"alignment is \d+; expected a power of two"):
+            open_gguf(
+                rewritten(write(path, "llama", metadata={"general.alignment": 32}), alignment)
+            )
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        nys.models.load(path)
+
+
+def rewritten(path, alignment):
+    whole = path.read_bytes()
+    place = whole.index(b"general.alignment") + len(b"general.alignment") + 4
+    path.write_bytes(changed(whole, place, "<I", alignment))
+    return path
+
+
+def test_large_arrays_are_read_at_once(path):
+    """A million bytes; through Python one by one they took seconds. Beyond a limit they are refused."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_key_value("x", np.zeros(10**6, np.uint8).tobytes(), gguf.GGUFValueType.ARRAY)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    start = time.process_time()
+    with pytest.raises(ValueError, match="it lacks"):
+        open_gguf(path)
+    assert time.process_time() - start < 1
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(gguf_layout, "MAX_ELEMENTS", 10**6 - 1)
+    with monkey.context(), pytest.raises(ValueError, match="more than 999999 elements"):
+        open_gguf(path)
+    monkey.undo()
 
 
 ONES = np.ones((16, 16), np.float32)

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from nyscaled.checkpoints import files, gguf_layout
 from nyscaled.checkpoints.folder import Folder
+from nyscaled.checkpoints.gguf_layout import Tensor
 
 ARCHITECTURES = "gemma", "llama"
 SUFFIX = ".gguf"
@@ -78,7 +80,7 @@ class Gguf(Folder):
         path: Path,
         config: dict[str, Any],
         metadata: Mapping[str, Any],
-        tensors: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
     ) -> None:
         super().__init__(path, config, {name: (path, tensor) for name, tensor in tensors.items()})
         self.metadata = metadata
@@ -95,7 +97,7 @@ class Gguf(Folder):
             ValueError: if there is none of this name.
         """
         _, tensor = self._place(name)
-        return _shape(tensor)
+        return tensor.shape
 
     def read(self, name: str) -> np.ndarray:
         """A tensor in float32, dequantized, in transformers' layout.
@@ -129,8 +131,9 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
         The file; metadata has been read, tensors not.
 
     Raises:
-        ValueError: on a file that is none of GGUF, is cut short, is one of several parts, lacks
-            metadata, or has an architecture, a setting or a tensor that is not known here.
+        ValueError: on a file that is none of GGUF, is cut short or laid out in another way than
+            `gguf_layout` says, is one of several parts, lacks metadata, or has an architecture, a
+            setting or a tensor that is not known here.
         ImportError: without the package gguf.
 
     Example:
@@ -146,13 +149,12 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
         ...
         ValueError: .../model.gguf has general.architecture 'qwen2'; wanted one of gemma, llama
     """
-    path = Path(path)
-    reader_class = _reader_class(path)
+    path = files.as_folder(path)
     try:
-        reader = reader_class(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # of many classes, on a file that is cut short
+        metadata, tensors = gguf_layout.read(path)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{path} needs gguf: pip install 'nyscaled[models]'") from error
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a sound GGUF file: {error}") from error
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -162,8 +164,6 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
         )
     if metadata.get("split.count", 1) not in (0, 1):
         raise ValueError(f"{path} is one of {metadata['split.count']} parts; wanted them merged")
-    if reader.byte_order != "I":
-        raise ValueError(f"{path} has the other byte order; wanted this machine's")
     rope = tensors.pop(_ROPE, None)
     factors = None if rope is None else _dequantized(rope, path).astype(float)
     try:
@@ -190,33 +190,7 @@ def token_id(metadata: Mapping[str, Any], role: str, count: int) -> int | None:
     return i
 
 
-def _reader_class(path: Path) -> Any:
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{path} needs gguf: pip install 'nyscaled[models]'") from error
-
-    class Reader(gguf.GGUFReader):
-        """Reads through plain arrays, whose slices cost a third of a memory map's."""
-
-        @property
-        def data(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
-            return self._data
-
-        @data.setter
-        def data(self, mapped: np.memmap) -> None:
-            self._data = mapped.view(np.ndarray)
-
-        def _get(self, offset: int, *args: Any, **kwargs: Any) -> np.ndarray:
-            # Past the end slices are empty, and a wrong count would be counted to its end.
-            if offset >= len(self._data):
-                raise ValueError("it ends before what it announces")
-            return super()._get(offset, *args, **kwargs)
-
-    return Reader
-
-
-def _named(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by transformers' names."""
     named, unknown = {}, []
     for name, tensor in tensors.items():
@@ -233,7 +207,7 @@ def _named(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _config(metadata: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+def _config(metadata: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[str, Any]:
     kind = metadata["general.architecture"]
     prefix = f"{kind}."
     found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
@@ -249,7 +223,7 @@ def _config(metadata: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, 
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("rope_theta", 10000.0)
-    vocabulary, width = _shape(named["model.embed_tokens.weight"])[0], config["head_dim"]
+    vocabulary, width = named["model.embed_tokens.weight"].shape[0], config["head_dim"]
     neutral = _NEUTRAL | {
         "rope.dimension_count": (width,),
         "attention.value_length": (width,),
@@ -306,16 +280,10 @@ def _decimal(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(map(int, reversed(tensor.shape)))
-
-
-def _dequantized(tensor: Any, path: Path) -> np.ndarray:
+def _dequantized(tensor: Tensor, path: Path) -> np.ndarray:
     import gguf
 
     try:
-        return np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        return np.asarray(gguf.dequantize(tensor.data, tensor.kind), np.float32)
     except NotImplementedError as error:
-        raise ValueError(
-            f"{path} has {tensor.name} in {tensor.tensor_type.name}: {error}"
-        ) from None
+        raise ValueError(f"{path} has {tensor.name} in {tensor.kind.name}: {error}") from None
