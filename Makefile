@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DIGITS := build/digits_rbf.npy
 WEIGHTS := build/weights
 
-.PHONY: fig1 figures report weights test test-peers lint bench bench-peers clean
+.PHONY: fig1 figures report weights test test-all test-peers lint bench bench-peers clean
 
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
@@ -31,8 +31,12 @@ report: $(VENV)/.experiments
 weights: $(WEIGHTS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/peers tests nyscaled
-	$(BIN)/python -m pytest -n 2 --dist loadfile paper_checks
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore=tests/peers tests nyscaled
+	$(BIN)/python -m pytest paper_checks
+
+# What a newcomer need not run: after `test`, all that is marked long.
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long --ignore=tests/peers tests nyscaled
 
 test-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers

@@ -1,12 +1,21 @@
 """Shape and type checks over the whole package, and a hypothesis profile that repeats itself."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Two workers with two BLAS threads each wait for one another most of the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of the time goes into compiling small programs that run once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# The workers of one run, and the processes that tests start, share what they compile.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="nyscaled-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 from jaxtyping import install_import_hook
 

@@ -1,8 +1,15 @@
 """The tests over a mesh, in a process with eight devices."""
 
+import pytest
 from cases import run_pytest
+
+FLAGS = "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8"
 
 
 def test_mesh_suite_passes():
-    level = "--xla_backend_optimization_level=1"
-    run_pytest("multidevice", XLA_FLAGS=f"{level} --xla_force_host_platform_device_count=8")
+    run_pytest("multidevice", "not long", XLA_FLAGS=FLAGS)
+
+
+@pytest.mark.long
+def test_long_mesh_suite_passes():
+    run_pytest("multidevice", "long", XLA_FLAGS=FLAGS)
