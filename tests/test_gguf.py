@@ -346,6 +346,7 @@ ROPE = np.array([1, 8], np.float32)
         ({"llama.block_count": None}, {}, r"lacks llama\.block_count"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, {}, "lacks llama.*_rms_epsilon"),
         ({"llama.block_count": 4}, {}, r"has no tensor for model\.layers\.3\."),
+        ({"llama.block_count": 10**9}, {}, "has 1000000000 layers, and .* tensors"),
         ({"llama.block_count": 2}, {}, r"no parameter for: model\.layers\.2\."),
         ({"llama.feed_forward_length": [24, 24, 24]}, {}, r"\[24, 24, 24\] for intermediate"),
         ({"llama.rope.dimension_count": 2}, {}, "rope.dimension_count 2; wanted 4"),

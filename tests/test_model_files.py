@@ -1,6 +1,7 @@
 """Settings and tensors of model folders: what is read, and what is refused."""
 
 import dataclasses
+import json
 import shutil
 
 import jax.numpy as jnp
@@ -76,6 +77,10 @@ def test_a_tokenizer_comes_along(folder):
     words.save(str(folder / "tokenizer.json"))
     with pytest.warns(UserWarning, match="tokenizer of 33 tokens and a model of 32"):
         nys.models.load(folder)
+    sparse = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "low": 40}, "[UNK]"))
+    sparse.save(str(folder / "tokenizer.json"))
+    with pytest.warns(UserWarning, match="tokenizer of 41 tokens and a model of 32"):
+        nys.models.load(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a sound tokenizer"):
         nys.models.load(folder)
@@ -126,6 +131,31 @@ def test_inputs_longer_than_the_positions_are_refused():
             "factor is '8'; wanted a positive number",
         ),
         ({"quantization_config": {"bits": 4}}, "is quantized"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 1000.*; wanted a positive number from 1e-30"),
+        ({"rms_norm_eps": 1e308}, r"rms_norm_eps is 1e\+308; wanted a positive number"),
+        ({"rms_norm_eps": 1e-50}, "rms_norm_eps is 1e-50; wanted a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_parameters": {"rope_theta": 1e-300}}, "rope_theta is 1e-300; wanted"),
+        ({"rope_parameters": {"rope_theta": 1e300}}, r"rope_theta is 1e\+300; wanted"),
+        ({"rope_parameters": False}, "rope is False; wanted one object"),
+        (
+            {"vocab_size": 10**400},
+            "vocab_size is 1000.*; wanted a positive integer up to 2147483647",
+        ),
+        ({"hidden_size": 2**63}, "hidden_size is 9223372036854775808; wanted a positive integer"),
+        ({"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1}, "(by|sizes that no array)"),
+        ({"head_dim": 2**31 - 2, "num_attention_heads": 2**31 - 1}, "(wanted|no array)"),
+        ({"max_position_embeddings": 10**20}, "max_position_embeddings is 1000"),
+        ({"num_hidden_layers": 10**9}, "has 1000000000 layers, and .* 30 tensors"),
+        ({"num_hidden_layers": 10**21}, "num_hidden_layers is 1000.*; wanted"),
+        (
+            {"eos_token_id": 10**30},
+            "eos_token_id is 1000.*; wanted an integer, a list of them or null, from -1",
+        ),
+        (
+            {"bos_token_id": -2},
+            "bos_token_id is -2; wanted an integer, a list of them or null, from -1",
+        ),
         ({"vocab_size": 33}, r"embed_tokens.weight of shape \(32, 16\); wanted \(33, 16\)"),
         ({"num_hidden_layers": 4}, r"has no tensor for model\.layers\.3\."),
         ({"num_hidden_layers": 2}, r"no parameter for: model\.layers\.2\."),
@@ -169,3 +199,21 @@ def test_forms_that_older_files_have(folder):
     assert not hasattr(model, "lm_head")
     kernel = tensors["model.layers.1.mlp.up_proj.weight"].T
     np.testing.assert_array_equal(model.layers.mlp.up_proj.kernel[...][1], kernel)
+
+
+def test_scaled_rotations_out_of_range_are_refused(tmp_path):
+    folder = shutil.copytree(MODELS / "llama3", tmp_path / "copy")
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    for name, value in (("factor", 1e-50), ("factor", 10**400), ("low_freq_factor", 1e-300)):
+        change(folder, rope_parameters=rope | {name: value})
+        with pytest.raises(ValueError, match=f"{name} is .*; wanted a positive number from"):
+            nys.models.load(folder)
+
+
+def test_the_empty_path_is_refused(monkeypatch, tmp_path):
+    """It would be the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for act in (nys.models.load, lambda path: nys.models.save(load("llama"), path)):
+        with pytest.raises(ValueError, match="the folder is ''; expected a path"):
+            act("")
+    assert not list(tmp_path.iterdir())

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 TokenId = int | tuple[int, ...] | None
+
+LARGEST = 2**31 - 1  # of a size, and of a token's id
+# Where numbers have a meaning: an eps beyond the squares that it is added to makes zeros of all,
+# below 1e-30 it is gone in float32, and rotations that overflow are NaN.
+EPS, OTHERS = (1e-30, 1.0), (1e-6, 1e6)
+RANGES = {
+    "rms_norm_eps": EPS,
+    "layer_norm_eps": EPS,
+    "rope_theta": (1.0, 1e15),
+    "factor": (1.0, 1e6),
+}
 ELSEWHERE = {"generation"}  # fields that are not in `config.json`
 
 
@@ -86,26 +96,29 @@ def sound(field: dataclasses.Field, value: Any) -> Any:
     """The value of a field, which its annotation says to be an int, a float, a bool or token ids.
 
     Raises:
-        ValueError: on another value, or a number that is not positive.
+        ValueError: on another value, or a number that is not positive or out of its range, where
+            it has a meaning and float32 holds it.
     """
     if field.type == "TokenId":
         several = isinstance(value, list | tuple)
         ids = value if several else [] if value is None else [value]
-        if all(type(i) is int for i in ids):
+        # -1 stands for none, as in early conversions of LLaMA.
+        if all(type(i) is int and -1 <= i <= LARGEST for i in ids):
             return tuple(value) if several else value
-        wanted = "an integer, a list of them or null"
+        wanted = f"an integer, a list of them or null, from -1 to {LARGEST}"
     elif field.type == "bool":
         if type(value) is bool:
             return value
         wanted = "true or false"
     elif field.type == "int":
-        if type(value) is int and value > 0:
+        if type(value) is int and 0 < value <= LARGEST:
             return value
-        wanted = "a positive integer"
+        wanted = f"a positive integer up to {LARGEST}"
     elif field.type == "float":
-        if type(value) in (int, float) and math.isfinite(value) and value > 0:
+        low, high = RANGES.get(field.name, OTHERS)
+        if type(value) in (int, float) and low <= value <= high:  # which NaN is not
             return float(value)
-        wanted = "a positive number"
+        wanted = f"a positive number from {low:g} to {high:g}"
     else:
         return value
-    raise ValueError(f"{field.name} is {value!r}; wanted {wanted}")
+    raise ValueError(f"{field.name} is {value!r:.80}; wanted {wanted}")

@@ -61,7 +61,11 @@ class GatedConfig(Config):
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Also the rotations, in either of transformers' forms."""
         settings = {k: v for k, v in super().settings(config).items() if k != "rope_scaling"}
-        given = [config[k] for k in ("rope_parameters", "rope_scaling") if config.get(k)]
+        given = [
+            config[k]
+            for k in ("rope_parameters", "rope_scaling")
+            if config.get(k) not in (None, {})
+        ]
         if any(not isinstance(rope, Mapping) or rope != given[0] for rope in given):
             raise ValueError(f"rope is {' and '.join(map(repr, given))}; wanted one object")
         rope = dict(given[0]) if given else {}

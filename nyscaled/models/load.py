@@ -106,14 +106,18 @@ def load(
     source, make, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
     if tokenizer is not None and not config.generates:
         tokenizer.settings["padding_side"] = tokenizer.settings.get("padding_side") or "right"
-    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
+    tokens = 0 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if tokens > config.vocab_size:  # by the largest id, as ids may leave some out
         warnings.warn(
-            f"{source.path} has a tokenizer of {tokenizer.get_vocab_size()} tokens and a model of "
-            f"{config.vocab_size}: it gives NaN for the others",
+            f"{source.path} has a tokenizer of {tokens} tokens and a model of {config.vocab_size}: "
+            "it gives NaN for the others",
             stacklevel=2,
         )
     numerics = Numerics(dtype, compute_dtype, remat)
-    abstract = nnx.eval_shape(lambda: make(config, numerics=numerics, rngs=nnx.Rngs(0)))
+    try:
+        abstract = nnx.eval_shape(lambda: make(config, numerics=numerics, rngs=nnx.Rngs(0)))
+    except (TypeError, OverflowError) as error:  # JAX's, on products of sizes
+        raise ValueError(f"{source.config_path} has sizes that no array has: {error}") from error
     graphdef, state = nnx.split(abstract)
     table = _matched(source, places(state, abstract.prefix), config)
     layout = dict.fromkeys(table)
@@ -206,6 +210,11 @@ def _read_all(path: Path) -> tuple[Folder, Any, Config, Tokenizer | None]:
         config = config_class.from_json(source.config)
     except ValueError as error:
         raise ValueError(f"{source.config_path}: {error}") from None
+    if config.num_hidden_layers > len(source.names):  # before anything is counted to
+        raise ValueError(
+            f"{source.config_path} has {config.num_hidden_layers} layers, and {source.path} "
+            f"{len(source.names)} tensors; wanted some for each layer"
+        )
     if config.generates and not isinstance(source, Gguf):
         config = with_generation(config, source.path)
     return source, make, config, _tokenizer(source)
