@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
 from nyscaled.linalg import default_rcond, full_precision
+from nyscaled.matrices import as_array, as_dense, reads
 from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.subspace import leading_factors
 from nyscaled.typing import Factors, Scalar
@@ -127,7 +128,7 @@ def nystrom_from_gradient(
     omega = random_sketch(key, m, rank, scale, sketch, dtype or jnp.result_type(float))
     delta = jnp.finfo(omega.dtype).eps ** 0.5 / jnp.linalg.norm(omega)
     near = delta * omega
-    return (near @ (near.T @ near) - gradient(near)) / delta
+    return (near @ (near.T @ near) - _gradient(gradient(near), near.shape)) / delta
 
 
 @full_precision
@@ -150,7 +151,19 @@ def nystrom_factors_from_gradient(
     m, n = shape
     omega = random_sketch(key, n, rank, scale, sketch, dtype or jnp.result_type(float))
     grads = gradient(Factors(jnp.zeros((m, rank), omega.dtype), omega))
-    return Factors(-grads.left, jnp.zeros_like(omega))
+    if not isinstance(grads, Factors):
+        raise ValueError(f"the gradient is a {type(grads).__name__}; expected nyscaled.Factors")
+    return Factors(-_gradient(grads.left, (m, rank)), jnp.zeros_like(omega))
+
+
+def _gradient(value: Any, shape: tuple[int, ...]) -> Array:
+    """What somebody's function gave, if it is an array of this shape: others may broadcast."""
+    value = as_array("the gradient", value)
+    if value.shape != shape:
+        raise ValueError(
+            f"the gradient has shape {value.shape}; expected {shape}, that of its point"
+        )
+    return value
 
 
 @full_precision
@@ -320,6 +333,11 @@ def spectral(
         problem = Symmetric(a) if symmetric else Asymmetric(a)
     elif isinstance(problem, RobustPCA):
         problem = Asymmetric(problem.trimmed())
+    if not isinstance(problem, Symmetric | Asymmetric):
+        raise ValueError(
+            f"problem is a {type(problem).__name__}; expected one of nyscaled.problems, such as "
+            "Symmetric(a)"
+        )
     if isinstance(problem.a, jax.Array):
         return problem.optimum(rank)
     validation.require_rank(rank, problem.shape)
@@ -367,6 +385,7 @@ def altgd(key: Key[Array, ""], a: Any, rank: int, norm: float | Scalar) -> Facto
     return Factors(x0.astype(a.dtype), (root * _ALTGD_D * norm * phi2).astype(a.dtype))
 
 
+@reads(x0=as_dense)
 @full_precision
 def nesterov_parameters(x0: Float[Array, "m r"]) -> tuple[Scalar, Scalar]:
     """Step size and momentum of Nesterov's method from X_0 = AΩ, Y_0 = 0 (`nystrom_factors`).

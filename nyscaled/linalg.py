@@ -29,7 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from nyscaled.typing import Scalar, as_partial, pytree_dataclass, static_field
+from nyscaled.matrices import Operator as Operator
+from nyscaled.matrices import as_dense, as_matrix, reads, transpose_times
+from nyscaled.typing import Scalar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -98,6 +100,7 @@ def _inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:
     return jnp.block([[first, corner], [jnp.zeros((r - half, half), upper.dtype), second]])
 
 
+@reads(x=as_dense)
 @full_precision
 def factor(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> ThinFactorization:
     """Factors X, or [X; √λ I], to thin-QR accuracy for κ up to 1/eps.
@@ -135,6 +138,7 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
+@reads(x=as_dense)
 @full_precision
 def orthonormalize(x: Float[Array, "m r"]) -> Float[Array, "m r"]:
     """An orthonormal basis of range(X), column j in the span of the first j columns of X.
@@ -151,6 +155,7 @@ def orthonormalize(x: Float[Array, "m r"]) -> Float[Array, "m r"]:
     return f.z @ f.core
 
 
+@reads(x=as_dense)
 @full_precision
 def dual(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> Float[Array, "m r"]:
     """The dual X(XᵀX + λI)⁻¹ of a thin factor; at λ = 0 it is (X†)ᵀ.
@@ -174,6 +179,7 @@ def dual(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> Float[Array, 
     return f.dual_of(f.z)
 
 
+@reads(x=as_dense, g=as_dense)
 @full_precision
 def gram_solve(
     x: Float[Array, "m r"], g: Float[Array, "k r"], damping: float | Scalar = 0.0
@@ -206,6 +212,7 @@ class Compressed(NamedTuple):
     rank: Array
 
 
+@reads(x=as_dense)
 @full_precision
 def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
     """Cuts the numerical rank of X: singular values up to `rcond` times the largest become zero.
@@ -227,6 +234,7 @@ def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
     return Compressed(jnp.where(live, u * s, 0), vt.T, jnp.sum(live))
 
 
+@reads(x=as_dense)
 @full_precision
 def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r m"]:
     """The pseudo-inverse X† of a thin factor with a rank-revealing cut on X; X(XᵀX)† = (X†)ᵀ.
@@ -239,6 +247,7 @@ def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r 
     return rotation @ dual(factored).T
 
 
+@reads(a=as_matrix, left=as_dense, right=as_dense)
 @jax.jit
 @full_precision
 def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
@@ -272,6 +281,7 @@ def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r
     return lax.fori_loop(0, -(-size // block), add, jnp.zeros((), left.dtype))
 
 
+@reads(a=as_matrix)
 @functools.partial(jax.jit, static_argnames="num_steps")
 @full_precision
 def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50) -> Scalar:
@@ -286,44 +296,8 @@ def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50
     start = jax.random.normal(key, (a.shape[1], 1), a.dtype)
 
     def body(_: Any, v: Array) -> Array:
-        w = a.T @ (a @ (v / jnp.linalg.norm(v)))
+        w = transpose_times(a, a @ (v / jnp.linalg.norm(v)))
         return w
 
     v = lax.fori_loop(0, num_steps, body, start)
     return jnp.sqrt(jnp.linalg.norm(v))
-
-
-@pytree_dataclass
-class Operator:
-    """A matrix known only by its products: `matmat(x)` is A @ x, `rmatmat(y)` is Aᵀ @ y.
-
-    Both take and return 2-d arrays, (n, k) → (m, k) and (m, k) → (n, k). For arrays inside them
-    pass `jax.tree_util.Partial(fn, array)`: they are then arguments of the compiled loop and
-    not constants in it.
-
-    Example:
-        >>> d = jnp.array([[1.0], [2.0]])
-        >>> a = Operator(lambda x: d * x, lambda y: d * y, shape=(2, 2))
-        >>> a @ jnp.ones((2, 1))
-        Array([[1.],
-               [2.]], dtype=float32)
-    """
-
-    matmat: Any
-    rmatmat: Any
-    shape: tuple[int, int] = static_field()
-    dtype: Any = static_field(default=jnp.dtype("float32"))
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "matmat", as_partial(self.matmat))
-        object.__setattr__(self, "rmatmat", as_partial(self.rmatmat))
-        object.__setattr__(self, "shape", tuple(self.shape))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-
-    @property
-    def T(self) -> Operator:
-        """The transpose."""
-        return Operator(self.rmatmat, self.matmat, (self.shape[1], self.shape[0]), self.dtype)
-
-    def __matmul__(self, other: Array) -> Array:
-        return self.matmat(other)

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled.linalg import full_precision, orthonormalize
+from nyscaled.matrices import as_array, as_dense, reads
 from nyscaled.typing import Factors, Scalar
 
 
+@reads(x=as_dense, basis=as_dense, spectrum=as_array)
 @full_precision
 def residual_in_basis(
     x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
@@ -41,6 +43,7 @@ def residual_in_basis(
     return jnp.sqrt(inner + 2 * cross + outer)
 
 
+@reads(x=as_dense, basis=as_dense, spectrum=as_array)
 @full_precision
 def weak_gram(
     x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
@@ -50,6 +53,7 @@ def weak_gram(
     return scaled.T @ scaled
 
 
+@reads(x=as_dense, basis=as_dense, spectrum=as_array)
 @full_precision
 def weak_optimality(
     x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
@@ -67,6 +71,7 @@ def weak_optimality(
     return jnp.linalg.norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
 
 
+@reads(left=as_dense, right=as_dense, spectrum=as_array)
 @full_precision
 def generalized_weak_optimality(
     factors: Factors,
@@ -75,11 +80,12 @@ def generalized_weak_optimality(
     spectrum: Float[Array, " k"],
 ) -> Scalar:
     """‖YᵀA†X − I_r‖_F for A = U diag(spectrum) Vᵀ, Definition 2; `left` is U, `right` is V."""
-    x, y = factors
+    x, y = (as_dense(name, f) for name, f in zip("XY", factors, strict=True))
     gram = (right.T @ y).T @ ((left.T @ x) / spectrum[:, None])
     return jnp.linalg.norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
 
 
+@reads(x=as_dense, basis=as_dense)
 @full_precision
 def residual_space(x: Float[Array, "m r"], basis: Float[Array, "m k"]) -> Scalar:
     """‖(I − QQᵀ)X‖_F, what X has outside range(A): zero from a Nyström start (Lemmas 2, 4)."""
@@ -87,6 +93,7 @@ def residual_space(x: Float[Array, "m r"], basis: Float[Array, "m k"]) -> Scalar
     return jnp.linalg.norm(rest - basis @ (basis.T @ rest))
 
 
+@reads(x=as_dense, y=as_dense)
 @full_precision
 def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Array, " q"]:
     """Principal angles between range(X) and range(Y) in radians, ascending, q = min(r, k).
@@ -110,6 +117,7 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
     return jnp.where(sines**2 < 0.5, jnp.arcsin(sines), jnp.arccos(cosines))
 
 
+@reads(x=as_dense, optimum=as_dense)
 @full_precision
 def distance(x: Float[Array, "m r"], optimum: Float[Array, "m r"]) -> Scalar:
     """min over orthogonal U of ‖X − X*U‖_F, the distance to the solution set of (1) (Procrustes).

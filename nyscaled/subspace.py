@@ -11,12 +11,14 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from nyscaled.linalg import full_precision
+from nyscaled.matrices import as_matrix, reads, transpose_times
 from nyscaled.typing import Factors
 
 _EXTRA = 8  # columns over 2r, where the spectrum decays slowly after σ_r
 _ROUNDS = 10
 
 
+@reads(a=as_matrix)
 @functools.partial(jax.jit, static_argnames=("rank", "symmetric"))
 @full_precision
 def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = False) -> Factors:
@@ -47,16 +49,15 @@ def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = Fa
     """
     m, n = a.shape
     omega = jax.random.normal(key, (n, min(2 * rank + _EXTRA, m, n)), a.dtype)
-    transpose = a.T
 
     def basis(x: Array) -> Array:
         return jnp.linalg.qr(x)[0]  # of any rank, which Cholesky's is not
 
     def refine(_: Any, q: Array) -> Array:
-        return basis(a @ basis(transpose @ q))
+        return basis(a @ basis(transpose_times(a, q)))
 
     q = lax.fori_loop(0, _ROUNDS, refine, basis(a @ omega))
-    image: Float[Array, "n k"] = transpose @ q
+    image: Float[Array, "n k"] = transpose_times(a, q)
     if symmetric:
         form = q.T @ image
         values, vectors = jnp.linalg.eigh((form + form.T) / 2)

@@ -27,6 +27,7 @@ class LinearMap(Protocol):
     """What the iterations ask of A: products with thin matrices from either side.
 
     A dense array, a `jax.experimental.sparse.BCOO` and `nyscaled.linalg.Operator` all qualify.
+    `nyscaled.matrices.as_matrix` is what decides on others.
     """
 
     @property
@@ -67,13 +68,18 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
         return tuple(getattr(node, name) for name in data), tuple(getattr(node, s) for s in static)
 
     def unflatten(meta: tuple[Any, ...], leaves: Any) -> T:
-        node = object.__new__(cls)
-        for name, value in (*zip(data, leaves, strict=True), *zip(static, meta, strict=True)):
-            object.__setattr__(node, name, value)
-        return node
+        return build(cls, **dict(zip((*data, *static), (*leaves, *meta), strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def build(cls: type[T], **fields: Any) -> T:
+    """A frozen dataclass of these fields, without a call of its constructor, which would check them."""
+    node = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(node, name, value)
+    return node
 
 
 def as_partial(fn: Any) -> jax.tree_util.Partial:

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.experimental.sparse import JAXSparse
 
 from nyscaled.linalg import default_rcond
-from nyscaled.typing import LinearMap
+from nyscaled.matrices import as_array
+from nyscaled.matrices import require_floating as require_floating
 
 
 def is_concrete(tree: Any) -> bool:
@@ -26,34 +26,8 @@ def is_concrete(tree: Any) -> bool:
     leaves = jax.tree.leaves(tree)
     if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
         return False
-    scalars = all(jnp.ndim(leaf) == 0 for leaf in leaves)
+    scalars = all(getattr(leaf, "ndim", 0) == 0 for leaf in leaves)
     return scalars or not isinstance(jnp.zeros(()), jax.core.Tracer)
-
-
-def require_floating(name: str, array: Any) -> None:
-    """Raises ValueError unless `array` is float32 or float64 (the r×r work needs no less)."""
-    if array.dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(
-            f"{name} has dtype {array.dtype}; wanted float32 or float64 (convert it with .astype)"
-        )
-
-
-def as_linear_map(name: str, a: Any) -> Any:
-    """`a` as something with `@` and `.T`: arrays become jax arrays, operators pass through."""
-    is_operator = isinstance(a, JAXSparse) or (
-        not hasattr(a, "__array__") and isinstance(a, LinearMap)
-    )
-    if not is_operator:
-        try:
-            a = jnp.asarray(a)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name} is a {type(a).__name__}; wanted a matrix or an operator with `@` and `.T`"
-            ) from error
-    if len(a.shape) != 2:
-        raise ValueError(f"{name} has shape {tuple(a.shape)}; wanted a matrix, (m, n)")
-    require_floating(name, a)
-    return a
 
 
 def require_rank(rank: Any, shape: tuple[int, ...]) -> None:
@@ -127,6 +101,6 @@ def require_finite(name: str, tree: Any) -> None:
     if not is_concrete(tree):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not bool(jnp.all(jnp.isfinite(leaf))):
-            where = name + jax.tree_util.keystr(path)
+        where = name + jax.tree_util.keystr(path)
+        if not bool(jnp.all(jnp.isfinite(as_array(where, leaf)))):
             raise ValueError(f"{where} has NaN or Inf entries; wanted finite ones")

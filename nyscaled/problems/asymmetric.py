@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nyscaled import linalg, validation
+from nyscaled.matrices import as_array, as_matrix, transpose_times
 from nyscaled.typing import Factors, Scalar, pytree_dataclass
 
 
@@ -18,8 +19,8 @@ class Asymmetric:
     A LoRA layer W₀ + XYᵀ fitted to B on whitened data is this problem with A = B − W₀ (A.2).
 
     Args:
-        a: A (m, n), float32 or float64: a dense array, a sparse BCOO matrix or a
-            `linalg.Operator`. A pytree leaf, so equal shapes share compiled solvers.
+        a: A (m, n), float32 or float64: dense, sparse or a `linalg.Operator`; see `matrices`. A
+            pytree leaf, so equal shapes share compiled solvers.
 
     Raises:
         ValueError: if A is not a finite, non-zero floating matrix. Values are checked by four
@@ -34,7 +35,7 @@ class Asymmetric:
     a: Any
 
     def __post_init__(self) -> None:
-        a = validation.as_linear_map("A", self.a)
+        a = as_matrix("A", self.a)
         validation.require_sound_matrix("A", a, symmetric=False)
         object.__setattr__(self, "a", a)
 
@@ -60,7 +61,7 @@ class Asymmetric:
     def gradient(self, factors: Factors) -> Factors:
         """(X(YᵀY) − AY, Y(XᵀX) − AᵀX), with no m×n intermediate."""
         x, y = factors
-        return Factors(x @ (y.T @ y) - self.a @ y, y @ (x.T @ x) - self.a.T @ x)
+        return Factors(x @ (y.T @ y) - self.a @ y, y @ (x.T @ x) - transpose_times(self.a, x))
 
     def optimum(self, rank: int) -> Factors:
         """The balanced global optimum (U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of Lemma 13 (dense A only; an SVD)."""
@@ -77,10 +78,13 @@ class Asymmetric:
             raise ValueError(
                 f"factors are a {type(factors).__name__}; wanted nyscaled.Factors(left, right)"
             )
-        for name, x, side in zip(("left", "right"), factors, self.shape, strict=True):
-            if not hasattr(x, "shape") or len(x.shape) != 2 or x.shape[0] != side:
-                got = getattr(x, "shape", type(x).__name__)
-                raise ValueError(f"{name} has shape {got}; wanted ({side}, r) for A {self.shape}")
+        names = ("left", "right")
+        factors = [as_array(name, x) for name, x in zip(names, factors, strict=True)]
+        for name, x, side in zip(names, factors, self.shape, strict=True):
+            if x.ndim != 2 or x.shape[0] != side:
+                raise ValueError(
+                    f"{name} has shape {x.shape}; wanted ({side}, r) for A {self.shape}"
+                )
             validation.require_rank(x.shape[1], self.shape)
             validation.require_floating(name, x)
         if factors[0].shape[1] != factors[1].shape[1]:

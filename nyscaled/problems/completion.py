@@ -25,6 +25,7 @@ from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
+from nyscaled.matrices import as_array
 from nyscaled.problems.sensing import Sensing
 from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
 
@@ -49,7 +50,7 @@ class Entries:
     dtype: Any = static_field(default=jnp.dtype("float32"))
 
     def __post_init__(self) -> None:
-        rows, columns = jnp.asarray(self.rows), jnp.asarray(self.columns)
+        rows, columns = as_array("rows", self.rows), as_array("columns", self.columns)
         if rows.ndim != 1 or rows.shape != columns.shape or rows.size == 0:
             raise ValueError(
                 f"rows {rows.shape} and columns {columns.shape} do not go together; wanted (p,) both"
@@ -110,7 +111,7 @@ def observed(rows: Any, columns: Any, values: Any, shape: tuple[int, int]) -> Se
         >>> problem.loss(jnp.array([[1.0], [2.0]]))
         Array(0., dtype=float32)
     """
-    values = jnp.asarray(values)
+    values = as_array("values", values)
     validation.require_floating("values", values)
     entries = Entries(rows, columns, shape, values.dtype)
     return Sensing(entries, entries.scale * values)

@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
+from nyscaled.matrices import as_array, transpose_times
 from nyscaled.problems import sensing
 from nyscaled.typing import pytree_dataclass
 
@@ -43,10 +44,9 @@ class RankOne:
     vectors: Any
 
     def __post_init__(self) -> None:
-        shape = jnp.shape(self.vectors)
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"measurement vectors have shape {shape}; wanted (p, m)")
-        vectors = jnp.asarray(self.vectors)
+        vectors = as_array("the array of measurement vectors", self.vectors)
+        if vectors.ndim != 2 or vectors.size == 0:
+            raise ValueError(f"measurement vectors have shape {vectors.shape}; wanted (p, m)")
         validation.require_floating("the array of measurement vectors", vectors)
         validation.require_finite("the array of measurement vectors", vectors)
         object.__setattr__(self, "vectors", vectors)
@@ -79,7 +79,7 @@ class RankOne:
 
 @linalg.full_precision
 def _weighted_gram(vectors: Array, weights: Array, x: Array) -> Array:
-    return vectors.T @ (weights[:, None] * (vectors @ x))
+    return transpose_times(vectors, weights[:, None] * (vectors @ x))
 
 
 def gaussian(

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from nyscaled import linalg, validation
+from nyscaled.matrices import as_dense, reads, transpose_times
 from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.sensing import random_factor
 from nyscaled.typing import Factors, Scalar, pytree_dataclass
@@ -56,6 +57,7 @@ def _largest(a: Float[Array, "m n"], fraction: Any) -> Bool[Array, "m n"]:
     return bits >= jnp.maximum(row[:, None], column)
 
 
+@reads(a=as_dense)
 def threshold(a: Float[Array, "m n"], fraction: Any) -> Float[Array, "m n"]:
     """T_α[A]: the entries among the largest of their row and of their column, zero elsewhere.
 
@@ -72,7 +74,6 @@ def threshold(a: Float[Array, "m n"], fraction: Any) -> Float[Array, "m n"]:
         Array([[9., 0.],
                [0., 0.]], dtype=float32)
     """
-    validation.require_floating("A", a)
     validation.require_scalar("fraction", fraction, 0, 1, open_low=False)
     return jnp.where(_largest(a, fraction), a, 0)
 
@@ -110,9 +111,7 @@ class RobustPCA:
     slack: Any = 2.0
 
     def __post_init__(self) -> None:
-        observed = validation.as_linear_map("Y", self.observed)
-        if not isinstance(observed, jax.Array):
-            raise ValueError(f"Y is a {type(observed).__name__}; wanted a dense matrix")
+        observed = as_dense("Y", self.observed)
         validation.require_sound_matrix("Y", observed, symmetric=False)
         validation.require_scalar("fraction", self.fraction, 0, 1, open_low=True)
         validation.require_scalar("slack", self.slack, 1, float("inf"), open_low=False)
@@ -146,7 +145,7 @@ class RobustPCA:
     def gradient(self, factors: Factors) -> Factors:
         """(GR, GᵀL) with G = LRᵀ + S − Y."""
         kept = self._kept(factors)
-        return Factors(kept @ factors.right, kept.T @ factors.left)
+        return Factors(kept @ factors.right, transpose_times(kept, factors.left))
 
     def trimmed(self) -> Float[Array, "m n"]:
         """Y − T_α[Y] (m, n), from which starts are made.

@@ -23,6 +23,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
+from nyscaled.matrices import as_array, require_traced, transpose_times
 from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.symmetric import Symmetric
 from nyscaled.typing import Factors, LinearMap, Scalar, pytree_dataclass
@@ -71,10 +72,9 @@ class Matrices:
     matrices: Any
 
     def __post_init__(self) -> None:
-        shape = jnp.shape(self.matrices)
-        if len(shape) != 3 or 0 in shape:
-            raise ValueError(f"measurement matrices have shape {shape}; wanted (p, m, n)")
-        array = jnp.asarray(self.matrices)
+        array = as_array("the array of measurement matrices", self.matrices)
+        if array.ndim != 3 or array.size == 0:
+            raise ValueError(f"measurement matrices have shape {array.shape}; wanted (p, m, n)")
         validation.require_floating("the array of measurement matrices", array)
         validation.require_finite("the array of measurement matrices", array)
         object.__setattr__(self, "matrices", array)
@@ -128,12 +128,14 @@ class Sensing:
 
     def __post_init__(self) -> None:
         a = self.a if isinstance(self.a, MeasurementMap) else Matrices(self.a)
-        if jnp.shape(self.b) != (a.count,) or jnp.result_type(self.b) != a.dtype:
-            got = f"{jnp.shape(self.b)} {jnp.result_type(self.b)}"
+        b = as_array("b", self.b)
+        if b.shape != (a.count,) or b.dtype != a.dtype:
+            got = f"{b.shape} {b.dtype}"
             raise ValueError(f"b is {got}; wanted ({a.count},) {a.dtype}, one number a measurement")
-        validation.require_finite("b", self.b)
+        validation.require_finite("b", b)
+        _require_map(a)
         object.__setattr__(self, "a", a)
-        object.__setattr__(self, "b", jnp.asarray(self.b))
+        object.__setattr__(self, "b", b)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,8 +166,8 @@ class Sensing:
         x, y = _both(point)
         g = self.a.adjoint(self.slope(self.a.forward(x, y)))
         if isinstance(point, Factors):
-            return Factors(g @ y, g.T @ x)
-        return (g @ x + g.T @ x) / 2
+            return Factors(g @ y, transpose_times(g, x))
+        return (g @ x + transpose_times(g, x)) / 2
 
     def backprojection(self, symmetric: bool = False) -> LinearMap:
         """−𝒜*(the slope at 0) (m, n), which is 𝒜*(b): M on average where 𝒜 keeps norms.
@@ -198,9 +200,31 @@ class Sensing:
         return problem.check(cast(Any, self), point)  # which reads nothing but shape and dtype
 
 
+def _require_map(a: MeasurementMap) -> None:
+    """Raise ValueError unless 𝒜 and both products with 𝒜* have their shapes and the dtype of 𝒜."""
+    (m, n), p = a.shape, a.count
+    left, right, weights = (jax.ShapeDtypeStruct(s, a.dtype) for s in ((m, 2), (n, 2), (p,)))
+    kind = f"{type(a).__name__}"
+    require_traced(f"{kind}.forward", _forward, (a, left, right), (p,), a.dtype)
+    require_traced(f"{kind}.adjoint @ x", _adjoint_times, (a, weights, right), (m, 2), a.dtype)
+    require_traced(f"{kind}.adjoint.T @ y", _times_adjoint, (a, weights, left), (n, 2), a.dtype)
+
+
+def _forward(a: Any, left: Array, right: Array) -> Array:
+    return a.forward(left, right)
+
+
+def _adjoint_times(a: Any, weights: Array, x: Array) -> Array:
+    return a.adjoint(weights) @ x
+
+
+def _times_adjoint(a: Any, weights: Array, y: Array) -> Array:
+    return transpose_times(a.adjoint(weights), y)
+
+
 @linalg.full_precision
 def _symmetric_part(a: Any, x: Array) -> Array:
-    return (a @ x + a.T @ x) / 2
+    return (a @ x + transpose_times(a, x)) / 2
 
 
 def _both(point: Any) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
+from nyscaled.matrices import as_array, as_matrix
 from nyscaled.typing import Scalar, pytree_dataclass
 
 
@@ -17,8 +18,8 @@ class Symmetric:
     """Problem (1), f(X) = ¼‖XXᵀ − A‖_F² with X (m, r).
 
     Args:
-        a: A (m, m), float32 or float64: a dense array, a sparse BCOO matrix or a
-            `linalg.Operator`. A pytree leaf, so equal shapes share compiled solvers.
+        a: A (m, m), float32 or float64: dense, sparse or a `linalg.Operator`; see `matrices`. A
+            pytree leaf, so equal shapes share compiled solvers.
 
     Raises:
         ValueError: if A is not a square, symmetric, finite, non-zero floating matrix. Values are
@@ -35,7 +36,7 @@ class Symmetric:
     a: Any
 
     def __post_init__(self) -> None:
-        a = validation.as_linear_map("A", self.a)
+        a = as_matrix("A", self.a)
         if a.shape[0] != a.shape[1]:
             raise ValueError(
                 f"A has shape {tuple(a.shape)}; a symmetric problem wants a square matrix "
@@ -79,9 +80,9 @@ class Symmetric:
     def check(self, x: Any) -> Float[Array, "m r"]:
         """`x` as a factor of this problem; ValueError if it cannot be one."""
         m = self.shape[0]
-        if not hasattr(x, "shape") or len(x.shape) != 2 or x.shape[0] != m:
-            got = getattr(x, "shape", type(x).__name__)
-            raise ValueError(f"X has shape {got}; wanted ({m}, r) for A {self.shape}")
+        x = as_array("X", x)
+        if x.ndim != 2 or x.shape[0] != m:
+            raise ValueError(f"X has shape {x.shape}; wanted ({m}, r) for A {self.shape}")
         validation.require_rank(x.shape[1], self.shape)
         validation.require_floating("X", x)
         return jnp.asarray(x, self.dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nyscaled import linalg
+from nyscaled.matrices import transpose_times
 from nyscaled.typing import Factors
 
 
@@ -54,11 +56,11 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
     noise = singular <= tol * singular[0]
     indefinite, form = jnp.zeros((), bool), None
     parts = jnp.split(u, [factors[0].shape[0]]) if len(factors) == 2 else [u]
-    maps = [problem.a.T, problem.a] if len(factors) == 2 else [problem.a]
-    for part, size, a in zip(parts, sizes, maps, strict=True):
+    maps = [transpose_times, operator.matmul] if len(factors) == 2 else [operator.matmul]
+    for part, size, times in zip(parts, sizes, maps, strict=True):
         lengths = jnp.linalg.norm(part, axis=0)
         directions = part / jnp.where(lengths > 0, lengths, 1)
-        image = a @ directions
+        image = times(problem.a, directions)
         reach = jnp.linalg.norm(image, axis=0)
         noise &= (reach <= tol * jnp.max(reach)) | (size == 0)
         if len(factors) == 1:

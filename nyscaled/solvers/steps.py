@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled import linalg, validation
+from nyscaled.matrices import transpose_times
 from nyscaled.precondition import require_step_size
 from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.solvers.rank import cut_rank
@@ -74,7 +75,7 @@ def _asymmetric(a: Any, factors: Factors, eta: Array, damping: Any) -> Factors:
         return identity - damping * f.solve(identity)
 
     new_x = x + eta * (fy.dual_of(a @ fy.z) - x @ project(fy))
-    new_y = y + eta * (fx.dual_of(a.T @ fx.z) - y @ project(fx))
+    new_y = y + eta * (fx.dual_of(transpose_times(a, fx.z)) - y @ project(fx))
     return Factors(new_x, new_y)
 
 

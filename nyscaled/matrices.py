@@ -1,0 +1,329 @@
+"""What A may be, one door for all functions that take it, and its products.
+
+| what is given                                        | what becomes of it                        |
+|------------------------------------------------------|-------------------------------------------|
+| an array of JAX or NumPy, rows of numbers, a         | a dense JAX array                         |
+| DataFrame, whatever else NumPy reads                 |                                           |
+| `scipy.sparse`, every format, matrix or array        | BCOO, duplicates summed                   |
+| `jax.experimental.sparse`: BCOO, BCSR, COO, CSR, CSC | BCOO                                      |
+| `Operator`                                           | itself                                    |
+| a pytree with `shape`, `dtype`, `T` and `@`          | itself, once both products were traced    |
+| operators of SciPy or NumPy, masked arrays, …        | ValueError, which names it                |
+
+Entries are float32 or float64 (float64 becomes float32 where JAX's x64 is off); other dtypes are a
+ValueError. What is converted is copied once, outside of jit: per stored entry, BCOO takes its value
+and two indices of 4 bytes. On a CPU a product of BCOO with 20 columns takes about 7 times that of
+SciPy's CSR (10⁶ entries of a 20000 × 10000 matrix).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import sparse
+from jaxtyping import Array
+
+from nyscaled.typing import LinearMap, as_partial, build, pytree_dataclass, static_field
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_EXPECTED = (
+    "expected a dense array, a sparse matrix of SciPy or jax.experimental.sparse, or a "
+    "nyscaled.linalg.Operator of JAX functions"
+)
+_INDEX = jnp.int32  # of BCOO, also where x64 is on
+_COLUMNS = 2  # of the products that are traced
+
+
+def require_floating(name: str, array: Any) -> None:
+    """Raise ValueError unless `array` is float32 or float64 (the r×r work needs no less)."""
+    if array.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name} has dtype {array.dtype}; wanted float32 or float64 (convert it with .astype)"
+        )
+
+
+def as_matrix(name: str, a: Any) -> Any:
+    """Return `a` as a dense JAX array, a BCOO or an operator, by the table of this module.
+
+    Args:
+        name: what errors call it.
+        a: a matrix (m, n).
+
+    Raises:
+        ValueError: on what is no matrix, or not of float32 or float64.
+
+    Example:
+        >>> import scipy.sparse
+        >>> as_matrix("A", scipy.sparse.eye_array(3, dtype="float32"))
+        BCOO(float32[3, 3], nse=3)
+    """
+    if isinstance(a, sparse.JAXSparse):
+        _require_matrix(name, a)
+        return _from_jax(a)
+    if _is_scipy(a):
+        _require_matrix(name, a)
+        return _from_scipy(name, a)
+    if not _is_operator(a):
+        a = as_array(name, a)
+    elif not isinstance(a, Operator):
+        _require_products(name, a)
+    _require_matrix(name, a)
+    return a
+
+
+def as_array(name: str, a: Any) -> Array:
+    """Return `a` as a dense JAX array.
+
+    Args:
+        name: what errors call it.
+        a: an array of any shape and dtype.
+
+    Raises:
+        ValueError: on a sparse matrix, an operator, and what JAX or NumPy do not read as numbers.
+    """
+    if isinstance(a, jax.Array):
+        return a
+    if isinstance(a, sparse.JAXSparse) or _is_scipy(a) or _is_operator(a):
+        raise ValueError(f"{name} is a {type(a).__name__}; expected a dense array")
+    # NumPy reads more than JAX does: tensors, DataFrames. But it drops masks without a word.
+    by_numpy = hasattr(a, "__array__") and not hasattr(a, "__jax_array__") and not np.ma.isMA(a)
+    try:
+        return jnp.asarray(np.asarray(a) if by_numpy else a)
+    except Exception as error:  # what the object's own conversion raises
+        dtype = f" of dtype {a.dtype}" if hasattr(a, "dtype") else ""
+        raise ValueError(f"{name} is a {type(a).__name__}{dtype}; {_EXPECTED}") from error
+
+
+def as_dense(name: str, x: Any) -> Array:
+    """Return `x` as a dense matrix of float32 or float64; ValueError on what is none."""
+    x = as_array(name, x)
+    _require_matrix(name, x)
+    return x
+
+
+def reads(**readers: Callable[[str, Any], Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Return a decorator that reads arguments by `as_matrix`, `as_dense` or `as_array` first.
+
+    Example:
+        >>> @reads(a=as_matrix)
+        ... def rows(a):
+        ...     return a.shape[0]
+        >>> rows([[1.0, 2.0]])
+        1
+    """
+
+    def decorate(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(fn)
+
+        @functools.wraps(fn)
+        def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            bound = signature.bind(*args, **kwargs)
+            for name, reader in readers.items():
+                label = name.upper() if len(name) == 1 else name
+                bound.arguments[name] = reader(label, bound.arguments[name])
+            return fn(*bound.args, **bound.kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+def transpose_times(a: Any, x: Array) -> Array:
+    """Return Aᵀ @ x for a thin x, without a transposed copy of a dense A.
+
+    XLA's CPU compiler copies A for `a.T @ x`, which takes longer than the product. Contracting the
+    rows of both reads A as it lies.
+
+    Args:
+        a: A (m, n): dense, sparse or an operator.
+        x: (m, k).
+
+    Returns:
+        (n, k).
+
+    Example:
+        >>> transpose_times(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))
+        Array([[3.],
+               [6.]], dtype=float32)
+    """
+    if not isinstance(a, jax.Array):
+        return a.T @ x
+    return lax.dot_general(x, a, (((0,), (0,)), ((), ()))).T
+
+
+def _require_matrix(name: str, a: Any) -> None:
+    if len(a.shape) != 2:
+        raise ValueError(f"{name} has shape {tuple(a.shape)}; wanted a matrix, (m, n)")
+    require_floating(name, a)
+
+
+def _is_scipy(a: Any) -> bool:
+    # Who has such a matrix has imported the module, and nobody else needs it.
+    scipy_sparse = sys.modules.get("scipy.sparse")
+    return scipy_sparse is not None and scipy_sparse.issparse(a)
+
+
+def _is_operator(a: Any) -> bool:
+    arrays = hasattr(a, "__array__") or hasattr(a, "__jax_array__")
+    return not arrays and isinstance(a, LinearMap)
+
+
+def _from_scipy(name: str, a: Any) -> sparse.BCOO:
+    if max(a.shape) > jnp.iinfo(_INDEX).max:
+        raise ValueError(
+            f"{name} has shape {a.shape}; expected sides that fit in {_INDEX.__name__}"
+        )
+    rows = a.tocsr()
+    if not rows.has_canonical_format:
+        rows = rows.copy()
+        rows.sum_duplicates()
+    entries = rows.tocoo()
+    indices = jnp.asarray(np.stack([entries.row, entries.col], axis=1), _INDEX)
+    data = jnp.asarray(entries.data)
+    return sparse.BCOO((data, indices), shape=a.shape, indices_sorted=True, unique_indices=True)
+
+
+def _from_jax(a: Any) -> Any:
+    if isinstance(a, sparse.COO):
+        return sparse.BCOO((a.data, jnp.stack([a.row, a.col], axis=1)), shape=a.shape)
+    if isinstance(a, sparse.CSC):
+        return _from_jax(sparse.CSR((a.data, a.indices, a.indptr), shape=a.shape[::-1])).T
+    if isinstance(a, sparse.CSR):
+        a = sparse.BCSR((a.data, a.indices, a.indptr), shape=a.shape)
+    a = a.to_bcoo() if isinstance(a, sparse.BCSR) else a
+    if a.n_batch or a.n_dense:  # of which JAX has no transpose
+        return sparse.bcoo_update_layout(a, n_batch=0, n_dense=0)
+    return a
+
+
+def _require_products(name: str, a: Any) -> None:
+    """Raise ValueError unless JAX can trace A @ x and Aᵀ @ y, with the shapes and dtype of A."""
+    _require_matrix(name, a)
+    m, n = a.shape
+    try:
+        if jax.tree_util.all_leaves([a]):
+            raise ValueError("it is no pytree of JAX arrays, so its products cannot be compiled")
+        for product, (rows, columns) in ((_times, (m, n)), (_transposed_times, (n, m))):
+            thin = jax.ShapeDtypeStruct((columns, _COLUMNS), a.dtype)
+            require_traced("its product", product, (a, thin), (rows, _COLUMNS), a.dtype)
+    except ValueError as error:
+        raise ValueError(f"{name} is a {type(a).__name__}, and {error}; {_EXPECTED}") from error
+
+
+def _times(a: Any, x: Array) -> Any:
+    return a @ x
+
+
+def _transposed_times(a: Any, y: Array) -> Any:
+    return a.T @ y
+
+
+def _call(fn: Any, x: Array) -> Any:
+    return fn(x)
+
+
+def require_traced(
+    name: str, fn: Callable[..., Any], args: Any, shape: tuple[int, ...], dtype: Any = None
+) -> Any:
+    """Return the dtype of fn(*args); ValueError unless JAX can trace it to an array of this shape.
+
+    Args:
+        name: what errors call the result.
+        fn: a function of arrays and pytrees to an array.
+        args: its arguments, where `jax.ShapeDtypeStruct` may stand for arrays.
+        shape: of the result.
+        dtype: of the result; None for any.
+    """
+    try:
+        result = jax.eval_shape(fn, *args)
+    except Exception as error:  # what somebody else's function raises
+        reason = (str(error).splitlines() or [""])[0][:200]
+        got = f"cannot be compiled by JAX ({type(error).__name__}: {reason})"
+        raise ValueError(f"{name} {got}") from error
+    if not isinstance(result, jax.ShapeDtypeStruct):
+        raise ValueError(f"{name} is a {type(result).__name__}; expected an array {shape}")
+    wanted = result.dtype if dtype is None else dtype
+    if (result.shape, result.dtype) != (shape, wanted):
+        got = f"{result.shape} {result.dtype}"
+        raise ValueError(f"{name} is {got}; expected {shape} {wanted}")
+    return result.dtype
+
+
+@pytree_dataclass
+class Operator:
+    """A matrix known only by its products: `matmat(x)` is A @ x, `rmatmat(y)` is Aᵀ @ y.
+
+    Both take and return 2-d arrays, (n, k) → (m, k) and (m, k) → (n, k). For arrays inside them
+    pass `jax.tree_util.Partial(fn, array)`: they are then arguments of the compiled loop and
+    not constants in it.
+
+    Args:
+        matmat: a function of JAX, x ↦ A @ x.
+        rmatmat: a function of JAX, y ↦ Aᵀ @ y.
+        shape: (m, n).
+        dtype: of the products with arrays of the same dtype. By default what the functions make of
+            a float32 array: float64 if they hold float64 arrays.
+
+    Raises:
+        ValueError: if JAX cannot trace the functions, or their shapes and dtypes are others.
+
+    Example:
+        >>> d = jnp.array([[1.0], [2.0]])
+        >>> a = Operator(lambda x: d * x, lambda y: d * y, shape=(2, 2))
+        >>> a @ jnp.ones((2, 1))
+        Array([[1.],
+               [2.]], dtype=float32)
+    """
+
+    matmat: Any
+    rmatmat: Any
+    shape: tuple[int, ...] = static_field()
+    dtype: Any = static_field(default=None)
+
+    def __post_init__(self) -> None:
+        shape = tuple(map(int, self.shape))
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"the operator's shape is {shape}; expected (m, n)")
+        products = {"matmat": shape, "rmatmat": shape[::-1]}
+        for name in products:
+            fn = getattr(self, name)
+            if not callable(fn):
+                raise ValueError(f"{name} is a {type(fn).__name__}; expected a function of JAX")
+            object.__setattr__(self, name, as_partial(fn))
+
+        def image(name: str, given: Any, expected: Any = None) -> Any:
+            rows, columns = products[name]
+            thin = jax.ShapeDtypeStruct((columns, _COLUMNS), given)
+            got = f"{name} of an array {thin.shape} {thin.dtype}"
+            args = (getattr(self, name), thin)
+            return require_traced(got, _call, args, (rows, _COLUMNS), expected)
+
+        dtype = self.dtype
+        if dtype is None:
+            dtype = jnp.promote_types(*(image(name, jnp.float32) for name in products))
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+        for name in products:
+            image(name, dtype, dtype)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def T(self) -> Operator:
+        """The transpose."""
+        m, n = self.shape
+        return build(
+            Operator, matmat=self.rmatmat, rmatmat=self.matmat, shape=(n, m), dtype=self.dtype
+        )
+
+    def __matmul__(self, other: Array) -> Array:
+        return self.matmat(other)
