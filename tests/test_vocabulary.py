@@ -1,12 +1,14 @@
 """Tokenizers of GGUF metadata, whose tokens and pieces are those of their sources."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, pre_tokenizers
 
+from nyscaled.models import vocabulary
 from nyscaled.models.vocabulary import gguf_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -138,3 +140,31 @@ def test_spaces_of_a_vocabulary_that_the_user_defined():
     assert tokenizer.inner.get_added_tokens_decoder()[len(case["tokens"])] == AddedToken(
         "  ", normalized=False
     )
+
+
+def test_long_tokens_take_no_longer_than_short_ones():
+    """Only cuts into tokens are looked at: all cuts of one of a million characters took minutes."""
+    case, start = CASES[1], time.process_time()
+    found = {"model": "llama", "unknown_token_id": 0, "bos_token_id": 1, **case}
+    found["tokens"] = [*case["tokens"], "a" * 10**6, "a" * (10**6 - 1)]
+    found["scores"] = [*case["scores"], -1000.0, -1001.0]
+    found["token_type"] = [*case["token_type"], 1, 1]
+    tokenizer = gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in found.items()})
+    assert time.process_time() - start < 5
+    assert (
+        tokenizer.encode("a").ids
+        == gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in (found | case).items()})
+        .encode("a")
+        .ids
+    )
+
+
+def test_tokens_that_are_made_of_one_another_have_a_limit(monkeypatch):
+    monkeypatch.setattr(vocabulary, "_MAX_MERGES", 10_000)
+    tokens = ["<unk>", *("a" * length for length in range(1, 60))]
+    found = {"model": "llama", "tokens": tokens, "scores": [0.0] * 60, "token_type": [1] * 60}
+    with pytest.raises(ValueError, match="pairs of more than 10000 characters"):
+        gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in found.items()})
+    found["scores"] = [float("nan")] * 60
+    with pytest.raises(ValueError, match="scores has NaN"):
+        gguf_tokenizer({f"tokenizer.ggml.{k}": v for k, v in found.items()})

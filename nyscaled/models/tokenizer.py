@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nyscaled.checkpoints import files, swap
-from nyscaled.models import chat
+from nyscaled.models import chat, soundness
 
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -37,8 +38,9 @@ class Tokenizer:
         pad_id: of `pad_token`, else of `eos_token`, else None.
 
     Raises:
-        ValueError: on a `chat_template` that is neither a text nor several with names, or a
-            `padding_side` that is neither "left" nor "right".
+        ValueError: on a `chat_template` that is neither a text nor several with names, a
+            `padding_side` that is neither "left" nor "right", or a tokenizer that fails on some
+            texts. What the library raises later is a ValueError too.
 
     Example:
         >>> import tokenizers
@@ -72,6 +74,7 @@ class Tokenizer:
         ids = [inner.token_to_id(name) for name in names if name is not None]
         self.pad_id: int | None = next((i for i in ids if i is not None), None)
         self._templates()  # refuses what is none
+        soundness.require_usable(inner)
 
     @property
     def padding_side(self) -> str:
@@ -84,7 +87,8 @@ class Tokenizer:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "inner":
             raise AttributeError(name)
-        return getattr(self.inner, name)
+        value = getattr(self.inner, name)
+        return _refusing(name, value) if callable(value) else value
 
     def __call__(
         self,
@@ -243,7 +247,7 @@ class Tokenizer:
             _require_positive("max_length", max_length)
         tokens, types = [], []
         # The library cuts by a setting that all who share the tokenizer would see: it is done here.
-        for encoding in self.inner.encode_batch(texts, add_special_tokens=special):
+        for encoding in self.encode_batch(texts, add_special_tokens=special):
             kept = _kept(encoding, max_length)
             for rows, row in ((tokens, encoding.ids), (types, encoding.type_ids)):
                 rows.append(row if kept is None else [row[i] for i in kept])
@@ -264,6 +268,17 @@ class Tokenizer:
             where = slice(width - len(row), width) if side == "left" else slice(len(row))
             tokens[i, where], mask[i, where] = row, True
         return tokens, mask
+
+
+def _refusing(name: str, method: Any) -> Any:
+    """A method of the library whose errors are ValueErrors."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        with soundness.refusing(f"the tokenizer's {name} fails"):
+            return method(*args, **options)
+
+    return call
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nyscaled.checkpoints import files, swap
+from nyscaled.models import soundness
 from nyscaled.models.tokenizer import (
     ADDED,
     FILE,
@@ -75,15 +76,18 @@ def _open(folder: Path) -> Tokenizer | None:
     try:
         return Tokenizer(inner, settings)
     except ValueError as error:
-        raise ValueError(f"{folder / SETTINGS}: {error}") from None
+        raise ValueError(f"{folder / there[0]}, {SETTINGS}: {error}") from None
 
 
 def _of_json(path: Path) -> Any:
     import tokenizers
 
+    document = files.read_object(path, "a tokenizer")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no other class
+        soundness.require_bounded(document)
+        with soundness.refusing("the package tokenizers refuses it"):
+            return tokenizers.Tokenizer.from_file(str(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not a sound tokenizer: {error}") from error
 
 

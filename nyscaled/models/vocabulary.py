@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nyscaled.checkpoints.gguf import token_id
+from nyscaled.models import soundness
 from nyscaled.models.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
@@ -13,6 +14,9 @@ _TEMPLATE = "tokenizer.chat_template"
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 # Of `token_type`.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+
+# Characters of the pairs that SentencePiece merges; a vocabulary of 256,000 has 5 million.
+_MAX_MERGES = 2**27
 
 # How text is split before bytes are merged. The expression is the one of Llama 3.
 _LLAMA3 = (
@@ -40,12 +44,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
             on metadata that is missing or unsound.
         ImportError: without the package tokenizers.
     """
-    try:
+    with soundness.refusing("the tokenizer's metadata is not sound"):
         return _tokenizer(metadata)
-    except (ImportError, ValueError):
-        raise
-    except Exception as error:  # of many classes, on values of other types
-        raise ValueError(f"the tokenizer's metadata is not sound: {error}") from error
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -121,11 +121,9 @@ def byte_level(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
-    try:
+    with soundness.refusing("the merges are not of these tokens"):
         # Llama 3 takes a word that is a token whole, whatever the merges.
         inner = Tokenizer(models.BPE(dict(vocabulary), pairs, ignore_merges=split == "llama3"))
-    except Exception as error:  # the library raises no other class
-        raise ValueError(f"the merges are not of these tokens: {error}") from error
     level = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=split != "llama3")
     first = {
         "gpt2": [],
@@ -144,15 +142,27 @@ def _sentence_piece(
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores, types = (_required(found, key) for key in ("scores", "token_type"))
-    merges = []
+    if any(score != score for score in scores):
+        raise ValueError(f"{_PREFIX}scores has NaN; wanted numbers")
+    merges, size = [], 0
+    # Of a long token only the cuts are looked at whose parts are as long as tokens are.
+    lengths = sorted(set(map(len, vocabulary)))
     for token, i in vocabulary.items():
         if types[i] not in (_NORMAL, _USER_DEFINED):
             continue
-        for cut in range(1, len(token)):
+        for cut in lengths:
+            if cut >= len(token):
+                break
             left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
             if left is not None and right is not None:
-                merges.append((-scores[i], i, left, right, (token[:cut], token[cut:])))
-    pairs = [pair for *_, pair in sorted(merges)]
+                merges.append((-scores[i], i, left, right))
+                size += len(token)
+        if size > _MAX_MERGES:
+            raise ValueError(
+                f"the tokens are made of one another in pairs of more than {_MAX_MERGES} characters"
+            )
+    tokens = list(vocabulary)
+    pairs = [(tokens[left], tokens[right]) for *_, left, right in sorted(merges)]
     options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
     inner = Tokenizer(models.BPE(vocabulary, pairs, **options))
     spaces: list[Any] = [normalizers.Replace(" ", "▁")]
