@@ -94,7 +94,11 @@ CONFIGS = {
     "dropout text": ({"lora_dropout": "0.1"}, "lora_dropout"),
     "pattern list": ({"rank_pattern": [3]}, "rank_pattern"),
     "broken pattern": ({"alpha_pattern": {"(": 3}}, "regular expression"),
-    "stack alphas": ({"alpha_pattern": {r"layers\.0\.up": 7}}, r"\(r, α\)"),
+    "alpha beyond float32": ({"lora_alpha": 1e39}, "the scaling is 5e\\+38"),
+    "alpha at the end of float64": (
+        {"alpha_pattern": {"up": 1e308}},
+        "finite in the file and not|scaling",
+    ),
     "target without tensors": ({"target_modules": ["heads", "score"]}, "target_modules"),
     "targets missed": ({"target_modules": ["heads"]}, "not among"),
     "targets by expression": ({"target_modules": "heads|items.*"}, "not among"),
@@ -236,12 +240,43 @@ def test_tensors_refused(change, match, folder):
     refused(folder, match)
 
 
+@pytest.mark.parametrize("value", [1e300, -1e39])
+def test_values_that_only_the_file_holds_refused(value, folder):
+    edit_tensors(folder, replaced("layers.1.up", "A", lambda a: np.full(a.shape, value)))
+    refused(folder, r"layers\.up is finite in the file and not in float32")
+
+
+def test_products_and_narrow_dtypes_are_checked(folder):
+    edit_tensors(folder, replaced("out", "A", lambda a: np.full_like(a, 1e6)))
+    refused(folder, "out is finite in the file and not in float16", dtype=jnp.float16)
+    nys.lora.load_peft(Model(), folder, names=NAMES, dtype=jnp.bfloat16)
+    narrow = Model()
+    narrow.out.dtype = jnp.float16
+    refused(folder, "or float16, in which the layer computes", model=narrow)
+    large = replaced("out", "A", lambda a: np.full_like(a, 1e30))
+    edit_tensors(folder, lambda t: replaced("out", "B", lambda b: np.full_like(b, 1e30))(large(t)))
+    refused(folder, "the update of out is finite in the file and not")
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, "nope", None, "int8", bool, jnp.complex64, "float64"])
+def test_dtypes_that_are_not_floating_refused(dtype, folder):
+    refused(folder, "dtype is .*; wanted a floating one", dtype=dtype)
+    with pytest.raises(ValueError, match="wanted a floating one"):
+        nys.lora.apply(Model(), 2, targets=".*", key=KEY, dtype=dtype)
+
+
+def test_dtypes_by_name(folder):
+    model = Model()
+    nys.lora.load_peft(model, folder, names=NAMES, dtype="bfloat16")
+    assert model.out.adapters["default"].lora_a.dtype == jnp.bfloat16
+
+
 def test_unmatched_modules_refused(folder):
     both = key_of("layers.1.up"), key_of("layers.1.up", "B")
     edit_tensors(folder, dropped(*both))
     edit_config(folder, target_modules=["up", "down", "heads", "out", "0", "1"])
     refused(folder, r"no tensors of layers\.1\.up")
-    edit_config(folder, target_modules=None)  # of a stack each layer is needed, targeted or not
+    edit_config(folder, target_modules=None)  # a stack is taken for one that is targeted as a whole
     refused(folder, r"no tensors of layers\.1\.up")
 
 
@@ -288,15 +323,50 @@ def test_truncated_pickled_or_missing_refused(folder, tmp_path):
     refused(tmp_path / "nowhere", "wanted a folder")
 
 
-def test_foreign_record_refused(folder):
+START = {"init": "nora", "options": {"scale": 0.1}, "key": [0, 1], "modules": ["layers.0.up"]}
+RECORDS = {
+    **{"text": "x", "number": "[3]", "fields": '[{"init": "nora"}]', "deep": "[" * 100_000},
+    **{"not a list": "7", "null": "null", "infinite": "[1e999]"},
+    "init": [START | {"init": ["x"]}],
+    "no init": [START | {"init": None}],
+    "options as a list": [START | {"options": ["scale"]}],
+    "an object in options": [START | {"options": {"a": {"b": 1}}}],
+    "nan in options": '[{"init": "a", "options": {"x": NaN}, "key": [0, 1], "modules": ["out"]}]',
+    "negative key": [START | {"key": [-1, 2]}],
+    "wide key": [START | {"key": [2**32, 2]}],
+    "no words": [START | {"key": []}],
+    "words of text": [START | {"key": ["0", 1]}],
+    "key as an object": [START | {"key": {}}],
+    "modules as a number": [START | {"modules": 3}],
+    "modules that cannot be keys": [START | {"modules": [["out"]]}],
+}
+
+
+def with_starts(folder, starts):
     tensors = safetensors.numpy.load_file(folder / TENSORS)
-    for starts in ("x", "[3]", '[{"init": "nora"}]'):
-        safetensors.numpy.save_file(tensors, folder / TENSORS, {"starts": starts})
-        refused(folder, "starts")
-    safetensors.numpy.save_file(tensors, folder / TENSORS)
+    text = starts if isinstance(starts, str) else json.dumps(starts)
+    safetensors.numpy.save_file(tensors, folder / TENSORS, {"starts": text})
+
+
+@pytest.mark.parametrize("starts", RECORDS.values(), ids=RECORDS.keys())
+def test_foreign_record_refused(starts, folder):
+    with_starts(folder, starts)
+    refused(folder, "the metadata 'starts' is not what save_peft writes")
+
+
+def test_records_serve_wherever_they_load(folder, tmp_path):
+    """In compiled calls of a stack, whose structure must be hashable, and when saved again."""
+    options = {"shape": [1, [2, 3]], "side": "input", "big": 10**30, "none": None}
+    with_starts(folder, [START | {"init": "mine", "options": options, "key": [1, 2, 3, 4]}])
     model = Model()
     nys.lora.load_peft(model, folder, names=NAMES)
+    np.testing.assert_allclose(nnx.jit(lambda m: m(X))(model), model(X), atol=1e-5)
     assert model.out.adapters["default"].init == ("peft", ())
+    assert dict(model.layers.up.adapters["default"].init[1])["shape"] == (1, (2, 3))
+    save(model, tmp_path / "again")
+    again = Model()
+    nys.lora.load_peft(again, tmp_path / "again", names=NAMES)
+    assert nnx.graphdef(again) == nnx.graphdef(model)
 
 
 def test_load_into_a_name_in_use_refused(folder):

@@ -116,7 +116,7 @@ def _sequence(tree: Any, flags: int) -> Node:
             parts.append(_run(_parser.SubPattern(tree.state, run), flags))
             run = []
         if item is not None:
-            parts.append(_structured(*item, flags))
+            parts.append(_structured(item[0], item[1], flags))
     if len(parts) == 1:
         return parts[0]
 

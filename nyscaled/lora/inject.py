@@ -41,7 +41,10 @@ def _find(model: nnx.Module, ranks: Mapping[str, int]) -> dict[str, tuple[Any, i
     layers = {p: m for p, m in modules.items() if isinstance(m, KINDS)}
     found: dict[str, tuple[Any, int]] = {}
     for pattern, rank in ranks.items():
-        hits = [path for path in layers if re.fullmatch(pattern, path)]
+        try:
+            hits = [path for path in layers if re.fullmatch(pattern, path)]
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         if not hits:
             others = [p for p in modules if re.fullmatch(pattern, p)]
             named = (
@@ -99,8 +102,8 @@ def apply(
         The layers that were adapted, by path.
 
     Raises:
-        ValueError: on a pattern that matches nothing, a rank above a layer's sides, a name in use,
-            an unknown init, a kernel that is not floating (quantized, say), or NaN in one.
+        ValueError: on a pattern that is no expression or matches nothing, a rank above a layer's
+            sides, a name in use, an unknown init, a dtype that is not floating, a kernel that is not floating (quantized, say), or NaN in one.
 
     Example:
         >>> from flax import nnx
@@ -115,6 +118,7 @@ def apply(
     if alpha is not None:
         validation.require_scalar("alpha", alpha, 0, float("inf"), open_low=True)
     require_new_name(name)
+    dtype = floating(dtype)
     found, draw = _find(model, ranks), kernels.resolve(init)
     for path, (layer, r) in found.items():
         require_room(path, layer, r, name)
@@ -153,6 +157,13 @@ def new_adapter(
     key: Key[Array, ""] | None,
 ) -> Adapter:
     """An adapter with these factors for a layer; without dropout if there is no key for it."""
+    scaling = scaling_of(alpha, a.shape[-1], rank_stabilized)
+    narrow = jnp.dtype(layer.dtype or a.dtype)
+    if abs(scaling) > float(jnp.finfo(narrow).max):
+        raise ValueError(
+            f"{path}: the scaling is {scaling:g} (α is {alpha:g}); wanted one that {narrow} holds, in "
+            "which the layer computes"
+        )
     stack = stack_of(layer, layer.kernel)
     rate = dropout if key is not None else 0.0
     return Adapter(
@@ -181,6 +192,24 @@ def require_new_name(name: str) -> None:
     """Raises ValueError unless `name` can be that of a set of adapters."""
     if not re.fullmatch(r"\w+", name):
         raise ValueError(f"name is {name!r}; wanted letters, digits and underscores")
+
+
+def floating(dtype: Any) -> Any:
+    """The dtype that factors are asked to have, by any of its names.
+
+    Raises:
+        ValueError: if it is not a floating one, or float64 without JAX's 64-bit mode.
+    """
+    try:
+        kind = jnp.dtype(dtype) if dtype is not None else None
+    except TypeError:
+        kind = None
+    sound = kind is not None and jnp.issubdtype(kind, jnp.floating)
+    if not sound or jax.dtypes.canonicalize_dtype(kind) != kind:
+        raise ValueError(
+            f"dtype is {dtype!r}; wanted a floating one, float64 only with jax_enable_x64"
+        )
+    return kind
 
 
 def require_room(path: str, layer: Any, rank: int, name: str) -> None:

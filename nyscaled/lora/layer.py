@@ -178,9 +178,13 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
     return made
 
 
+def _reduced(made: Any) -> tuple[Any, ...]:
+    return adapted_class, (made.base_class,)
+
+
 @functools.cache
 def _adapted_meta(meta: Any) -> Any:
     """A metaclass of its own, as pickle asks for the reducer of a class by its metaclass."""
     made = type(f"Adapted{meta.__name__}", (meta,), {"__module__": __name__})
-    copyreg.pickle(made, lambda adapted: (adapted_class, (adapted.base_class,)))  # pyright: ignore[reportArgumentType]
+    copyreg.pickle(made, _reduced)
     return made

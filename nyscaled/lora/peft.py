@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import json
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,8 @@ from jaxtyping import Array, Key
 
 import nyscaled
 from nyscaled.checkpoints import peft
-from nyscaled.lora import inject, kernels
-from nyscaled.lora.axes import KINDS, declared_shape, split, stack_of
-from nyscaled.lora.inits import KERNEL_INITS
+from nyscaled.lora import factors, inject, records
+from nyscaled.lora.axes import KINDS, stack_of
 from nyscaled.lora.layer import Adapter, AdapterState
 from nyscaled.lora.names import Namer, Names, resolve
 
@@ -36,7 +34,8 @@ def save_peft(
 ) -> None:
     """Writes an adapter set as a folder that PEFT, and what reads its format, can load.
 
-    A stack is written as its layers. An adapter whose start is subtracted (PiSSA, OLoRA) becomes
+    A stack is written as its layers; layers of it, and columns, of which both factors are zero are left
+    out, as `load_peft` makes them where a file has fewer. An adapter whose start is subtracted (PiSSA, OLoRA) becomes
     plain LoRA of twice the rank, [a, a₀] and [b; −b₀], with the same scaling. The metadata of the
     safetensors file records each layer's init, its options and key. Which adapters are active is
     not saved. Factors keep their dtype.
@@ -75,20 +74,18 @@ def save_peft(
     for path, adapter in adapters.items():
         if adapter.merged:
             raise ValueError(f"{path}: {name!r} is merged into the kernel; wanted it unmerged")
-        _sides(path, layers[path])
+        factors.sides(path, layers[path])
     stabilized = all(a.rank_stabilized and a.start is None for a in adapters.values())
     to_name = resolve(names)
     updates: dict[str, peft.Update] = {}
-    origins: dict[str, list[str]] = {}
+    owners: dict[str, Adapter] = {}
     for path, adapter in adapters.items():
-        a, b, alpha = _as_lora(adapter, stabilized)
-        for index in np.ndindex(adapter.stack):
-            module = to_name(path, index)
-            if module in updates:
-                raise ValueError(f"{path}: its name {module!r} is another layer's already")
-            updates[module] = peft.Update(a[index].T, b[index].T, alpha)
-            origins.setdefault(_origin(adapter), []).append(module)
-    starts = [{**json.loads(origin), "modules": modules} for origin, modules in origins.items()]
+        modules = {to_name(path, index): index for index in np.ndindex(adapter.stack)}
+        if len(modules) < math.prod(adapter.stack) or not owners.keys().isdisjoint(modules):
+            raise ValueError(f"{path}: its name {next(iter(modules))!r} is another layer's already")
+        written = factors.to_updates(adapter, modules, stabilized)
+        updates |= written
+        owners |= zip(written, itertools.repeat(adapter))
     peft.write(
         folder,
         updates,
@@ -98,7 +95,7 @@ def save_peft(
         # One field for all layers, and of use in training alone.
         dropout=max(a.dropout.rate if a.dropout else 0.0 for a in adapters.values()),
         task_type=task_type,
-        metadata={"nyscaled": nyscaled.__version__, "starts": json.dumps(starts)},
+        metadata={"nyscaled": nyscaled.__version__, "starts": records.write(owners)},
     )
 
 
@@ -117,20 +114,23 @@ def load_peft(
     of (a tensor without a layer, a targeted layer without tensors), and whatever in the
     configuration is more than plain LoRA, is an error, and then nothing has been changed.
 
+    The layers of a stack share one rank and scaling: layers that the file leaves out get zero factors,
+    smaller ranks zero columns, and other scalings go into b. None of these moves in training.
+
     Args:
         model: the base.
         folder: on disk, with `adapter_model.safetensors` and `adapter_config.json`.
         name: of the new set.
         names: as in `save_peft`. Layers without a name are left alone.
         key: PRNG key for dropout at the file's rate, to go on training; None for no dropout.
-        dtype: of the factors.
+        dtype: of the factors, a floating one.
 
     Returns:
         The layers that were adapted, by path.
 
     Raises:
-        ValueError: on files that are missing, broken, of another base or not plain LoRA; on a stack
-            whose layers differ in rank or α, or of which some are missing; on a name in use; on
+        ValueError: on files that are missing, broken, of another base or not plain LoRA; on values
+            that are not finite in `dtype` or in that of the layer's products; on a name in use; on
             modules saved whole of other shapes than the model's, or that are no linear layers.
 
     Example:
@@ -145,6 +145,7 @@ def load_peft(
         (6, 4)
     """
     inject.require_new_name(name)
+    dtype = inject.floating(dtype)
     saved = peft.read(folder)
     layers, modules = _modules(model, resolve(names))
     owners = {module: path for path, of_path in modules.items() for module in of_path}
@@ -155,28 +156,31 @@ def load_peft(
         )
     wanted = [p for p, of_path in modules.items() if not saved.updates.keys().isdisjoint(of_path)]
     for module, path in owners.items():
-        targeted = path in wanted or saved.rules.is_targeted(module)
-        if targeted and module not in saved.updates:
+        targeted = saved.rules.is_targeted(module)
+        expected = path in wanted if targeted is None else targeted
+        if expected and module not in saved.updates:
             raise ValueError(f"{folder} has no tensors of {module}, the layer {path}")
     replaced = _replaced(folder, saved, owners, layers)
-    records = _records(saved.metadata)
+    origins = records.read(saved.metadata.get("starts", "[]"))
     adapters = {}
     for path in wanted:
+        layer = layers[path]
         # Twice the rank may exceed the layer's sides, so the rank is not checked here.
-        inject.require_room(path, layers[path], 1, name)
-        updates = {module: saved.updates[module] for module in modules[path]}
-        placed = _factors(path, layers[path], updates, dtype)
+        inject.require_room(path, layer, 1, name)
+        updates = [saved.updates.get(module) for module in modules[path]]
+        placed, alpha = factors.from_updates(path, layer, updates, saved.rank_stabilized, dtype)
         adapters[path] = adapter = inject.new_adapter(
-            layers[path],
+            layer,
             path,
             placed.a,
             placed.b,
-            alpha=updates[modules[path][0]].alpha,
+            alpha=alpha,
             rank_stabilized=saved.rank_stabilized,
             dropout=saved.dropout,
             key=key,
         )
-        adapter.init, words = records.get(modules[path][0], (("peft", ()), [0, 0]))
+        known = (origins[module] for module in modules[path] if module in origins)
+        adapter.init, words = next(known, records.UNKNOWN)
         key_data = jnp.asarray(words, jnp.uint32)
         adapter.key = AdapterState(jnp.broadcast_to(key_data, (*adapter.stack, *key_data.shape)))
     for variable, value in replaced:
@@ -237,57 +241,6 @@ def _replaced(
     return pairs
 
 
-def _as_lora(adapter: Adapter, stabilized: bool) -> tuple[np.ndarray, np.ndarray, float]:
-    """Factors and α of plain LoRA with the adapter's update, scaled by α/√r if `stabilized`."""
-    a, b = np.asarray(adapter.lora_a[...]), np.asarray(adapter.lora_b[...])
-    if adapter.start is not None:
-        a0, b0 = (np.asarray(adapter.start[side][...]).astype(a.dtype) for side in "ab")
-        a, b = np.concatenate([a, a0], -1), np.concatenate([b, -b0], -2)
-    if adapter.rank_stabilized and not stabilized:
-        return a, b, adapter.scaling * a.shape[-1]
-    return a, b, adapter.alpha * (a.shape[-1] // adapter.rank)
-
-
-def _sides(path: str, layer: Any) -> tuple[int, int]:
-    """(in, out) of the layer's matrix.
-
-    Raises:
-        ValueError: if the layer holds several (batch axes), which PEFT has no form for.
-    """
-    shape, parts = declared_shape(layer), split(layer)
-    if parts.batch:
-        raise ValueError(
-            f"{path} has batch axes of lengths {[shape[i] for i in parts.batch]} (experts, say), "
-            "for which PEFT's format has no form; wanted a layer of one matrix"
-        )
-    rows, columns = (math.prod(shape[i] for i in axes) for axes in (parts.inputs, parts.outputs))
-    return rows, columns
-
-
-def _origin(adapter: Adapter) -> str:
-    """Where the adapter's start came from, as JSON; options left to their defaults too."""
-    init, given = adapter.init
-    options = dict(given)
-    if init in KERNEL_INITS:
-        parameters = inspect.signature(KERNEL_INITS[init]).parameters.values()
-        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | options
-    key = np.asarray(adapter.key[...])
-    words = key.reshape(-1, key.shape[-1])[0].tolist()
-    return json.dumps({"init": init, "options": options, "key": words}, default=repr)
-
-
-def _records(metadata: dict[str, str]) -> dict[str, tuple[Any, Any]]:
-    """What `_origin` wrote, by module: (init, options) and the key's words."""
-    try:
-        return {
-            module: ((start["init"], tuple(sorted(start["options"].items()))), start["key"])
-            for start in json.loads(metadata.get("starts", "[]"))
-            for module in start["modules"]
-        }
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"the metadata 'starts' is not what save_peft writes: {error}") from error
-
-
 def _modules(model: nnx.Module, to_name: Namer) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """The layers by path, and what PEFT calls each of their matrices; without the nameless."""
     layers, modules, seen = {}, {}, {}
@@ -304,23 +257,3 @@ def _modules(model: nnx.Module, to_name: Namer) -> tuple[dict[str, Any], dict[st
                 raise ValueError(f"{path} and {seen[module]} have the same name, {module!r}")
         layers[path], modules[path] = layer, named
     return layers, modules
-
-
-def _factors(path: str, layer: Any, updates: dict[str, peft.Update], dtype: Any) -> kernels.Drawn:
-    """The layer's factors, from the tensors of its matrices in order, placed as the kernel is."""
-    stack, sides = stack_of(layer, layer.kernel), _sides(path, layer)
-    for module, (down, up, _) in updates.items():
-        if (down.shape[1], up.shape[0]) != sides:
-            raise ValueError(
-                f"{module} has tensors for a layer {(down.shape[1], up.shape[0])} (in, out), and "
-                f"{path} is {sides}; wanted an adapter of this base"
-            )
-    scalings = {(u.down.shape[0], u.alpha) for u in updates.values()}
-    if len(scalings) > 1:
-        raise ValueError(
-            f"{path} is a stack whose layers have (r, α) = {sorted(scalings)}; wanted one of both"
-        )
-    pairs = [(u.down.T, u.up.T) for u in updates.values()]
-    a, b = (np.stack(side) for side in zip(*pairs, strict=True))
-    a, b = (jnp.asarray(x.reshape(*stack, *x.shape[1:]), dtype) for x in (a, b))
-    return kernels.place(kernels.Drawn(a, b, None), layer.kernel, split(layer), len(stack))

@@ -1,0 +1,135 @@
+"""Factors between PEFT's tensors, one pair a module, and those of a layer, which may be a stack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nyscaled.checkpoints import peft
+from nyscaled.lora import kernels
+from nyscaled.lora.axes import declared_shape, split, stack_of
+from nyscaled.lora.layer import Adapter, scaling_of
+
+
+def sides(path: str, layer: Any) -> tuple[int, int]:
+    """(in, out) of the layer's matrix.
+
+    Raises:
+        ValueError: if the layer holds several (batch axes), which PEFT has no form for.
+    """
+    shape, parts = declared_shape(layer), split(layer)
+    if parts.batch:
+        raise ValueError(
+            f"{path} has batch axes of lengths {[shape[i] for i in parts.batch]} (experts, say), "
+            "for which PEFT's format has no form; wanted a layer of one matrix"
+        )
+    rows, columns = (math.prod(shape[i] for i in axes) for axes in (parts.inputs, parts.outputs))
+    return rows, columns
+
+
+def to_updates(
+    adapter: Adapter, modules: Mapping[str, tuple[int, ...]], stabilized: bool
+) -> dict[str, peft.Update]:
+    """The updates of an adapter's modules, given with their places in its stack.
+
+    Layers and columns that `from_updates` has put in are left out again: those of a stack of which
+    both factors are zero, unless all are.
+    """
+    a, b, scaling = _as_lora(adapter)
+    updates, rank = {}, a.shape[-1]
+    used = np.any(a != 0, axis=-2) | np.any(b != 0, axis=-1)
+    whole = not adapter.stack or not used.any()
+    for module, index in modules.items():
+        last = rank if whole else max(np.flatnonzero(used[index]) + 1, default=0)
+        if last:
+            alpha = scaling * (last**0.5 if stabilized else last)
+            if last == adapter.rank and adapter.rank_stabilized == stabilized:
+                alpha = adapter.alpha  # without the rounding
+            updates[module] = peft.Update(a[index][:, :last].T, b[index][:last].T, alpha)
+    return updates
+
+
+def _as_lora(adapter: Adapter) -> tuple[np.ndarray, np.ndarray, float]:
+    """Factors of plain LoRA with the adapter's update, and the scaling of their product."""
+    a, b = np.asarray(adapter.lora_a[...]), np.asarray(adapter.lora_b[...])
+    if adapter.start is not None:
+        a0, b0 = (np.asarray(adapter.start[side][...]).astype(a.dtype) for side in "ab")
+        a, b = np.concatenate([a, a0], -1), np.concatenate([b, -b0], -2)
+    return a, b, adapter.scaling
+
+
+def from_updates(
+    path: str,
+    layer: Any,
+    updates: Sequence[peft.Update | None],
+    rank_stabilized: bool,
+    dtype: Any,
+) -> tuple[kernels.Drawn, float]:
+    """The layer's factors, placed as its kernel is, and their α.
+
+    Args:
+        path: of the layer, for messages.
+        layer: to be adapted.
+        updates: of its matrices in order; None, for zero, where the file has none.
+        rank_stabilized: whether the scaling is α/√r.
+        dtype: of the factors.
+
+    Raises:
+        ValueError: on tensors of another shape than the layer's, or that are not finite in `dtype`
+            or the layer's own.
+    """
+    known = [update for update in updates if update is not None]
+    for down, up, _ in known:
+        if (down.shape[1], up.shape[0]) != sides(path, layer):
+            raise ValueError(
+                f"the tensors of {path} are for a layer {(down.shape[1], up.shape[0])} (in, out), and "
+                f"it is {sides(path, layer)}; wanted an adapter of this base"
+            )
+    ranks = {u.down.shape[0] for u in known}
+    rank, alphas = max(ranks), {u.alpha for u in known}
+    alike = len(ranks) == len(alphas) == 1
+    if alike:
+        alpha = known[0].alpha
+    else:
+        largest = max((_scaling(u, rank_stabilized) for u in known), key=abs)
+        alpha = largest * (rank**0.5 if rank_stabilized else rank)
+    scaling = scaling_of(alpha, rank, rank_stabilized)
+    rows, columns = sides(path, layer)
+    a = np.zeros((len(updates), rows, rank), dtype)
+    b = np.zeros((len(updates), rank, columns), dtype)
+    for i, update in enumerate(updates):
+        if update is None:
+            continue
+        r = update.down.shape[0]
+        share = 1.0 if alike or not scaling else _scaling(update, rank_stabilized) / scaling
+        up = update.up if share == 1 else update.up.astype(np.float64) * share
+        with np.errstate(over="ignore"):
+            a[i, :, :r], b[i, :r] = update.down.T.astype(dtype), up.T.astype(dtype)
+        _require_usable(path, layer, a[i], b[i], scaling)
+    stack = stack_of(layer, layer.kernel)
+    first, second = (jnp.asarray(x.reshape(*stack, *x.shape[1:])) for x in (a, b))
+    drawn = kernels.Drawn(first, second, None)
+    return kernels.place(drawn, layer.kernel, split(layer), len(stack)), alpha
+
+
+def _scaling(update: peft.Update, rank_stabilized: bool) -> float:
+    return scaling_of(update.alpha, update.down.shape[0], rank_stabilized)
+
+
+def _require_usable(path: str, layer: Any, a: np.ndarray, b: np.ndarray, scaling: float) -> None:
+    """Raises ValueError unless factors, scaling and product are finite where they are used."""
+    narrow = jnp.dtype(layer.dtype or a.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = all(np.isfinite(x.astype(narrow)).all() for x in (a, b))
+        columns = np.abs(a).max(-2, initial=0).astype(np.float64)
+        rows = np.abs(b).max(-1, initial=0).astype(np.float64)
+        bound = abs(scaling) * float(np.sum(columns * rows))
+    if not finite or not bound <= float(jnp.finfo(narrow).max):
+        raise ValueError(
+            f"the update of {path} is finite in the file and not in {a.dtype}, as which it is loaded, "
+            f"or {narrow}, in which the layer computes; wanted smaller entries or a wider dtype"
+        )
