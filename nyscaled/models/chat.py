@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from nyscaled.models import templates
 from nyscaled.models.tools import tool_schema
 
 # Names under which messages have reasoning: a template may read any of them.
@@ -52,8 +51,9 @@ def render(
         variables: others that the template sees.
 
     Raises:
-        ValueError: on other messages, tools or documents, on a template that refuses them, or
-            that does not repeat the message that goes on.
+        ValueError: on other messages, tools or documents, on a template that refuses them, goes
+            beyond a limit of `nyscaled.models.templates`, or does not repeat the message that goes
+            on.
         ImportError: without the package jinja2.
     """
     for name in variables.keys() & _ELSEWHERE.keys():
@@ -70,7 +70,7 @@ def render(
         "messages": rows,
     }
     if not continue_final_message:
-        return run(template, context)
+        return templates.render(template, context)
     if add_generation_prompt:
         raise ValueError(
             "continue_final_message and add_generation_prompt contradict one another; expected "
@@ -78,24 +78,7 @@ def render(
         )
     field = "content" if continue_final_message is True else continue_final_message
     final = _marked(rows[-1], field, template)
-    return _before_mark(run(template, context), final)
-
-
-def run(template: str, context: Mapping[str, Any]) -> str:
-    """Return what a template makes of JSON values, in a sandbox.
-
-    Raises:
-        ValueError: if the template is none, or refuses the values.
-        ImportError: without the package jinja2.
-    """
-    try:
-        environment = _environment()
-    except ModuleNotFoundError as error:
-        raise ImportError("chats need jinja2: pip install 'nyscaled[models]'") from error
-    try:
-        return environment.from_string(template).render(**context)
-    except Exception as error:  # of any class: templates compute
-        raise ValueError(f"the chat template refuses the messages: {error}") from error
+    return _before_mark(templates.render(template, context), final)
 
 
 def _messages(messages: Sequence[object]) -> list[dict[str, Any]]:
@@ -161,35 +144,3 @@ def _plain(value: Any) -> Any:
     if callable(getattr(value, "model_dump", None)):  # pydantic
         return _plain(value.model_dump())
     return f"<{type(value).__name__}>"
-
-
-def _environment() -> Any:
-    """Where chat templates, which come with models from anywhere, are rendered."""
-    import jinja2.ext
-    from jinja2 import nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """The tags around what the assistant says, which change nothing in the text."""
-
-        tags: set[str] = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    extensions = [Generation, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=extensions
-    )
-    environment.filters["tojson"] = to_json  # Jinja's own escapes HTML
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

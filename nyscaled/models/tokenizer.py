@@ -156,6 +156,9 @@ class Tokenizer:
     ) -> str:
         """Return the text of a conversation, by the chat template, as transformers renders it.
 
+        Templates are programs from anywhere: one is rendered in a process of its own, which is
+        ended if it takes 5 seconds or a gigabyte (`nyscaled.models.templates` has the limits).
+
         Args:
             messages: each with "role" and "content".
             tools: that the model may call: JSON schemas, or functions with type hints and a
@@ -169,10 +172,10 @@ class Tokenizer:
             **variables: others for the template, such as `enable_thinking`.
 
         Raises:
-            ValueError: without a template of this name, if the template refuses the messages, on
-                messages, tools and documents of another form, on arguments of transformers'
-                `apply_chat_template` that are none of the template, or if the template does not
-                repeat the message that goes on.
+            ValueError: without a template of this name, if the template refuses the messages or
+                goes beyond a limit, on messages, tools and documents of another form, on arguments
+                of transformers' `apply_chat_template` that are none of the template, or if the
+                template does not repeat the message that goes on.
             ImportError: without the package jinja2.
 
         Example:

@@ -1,0 +1,156 @@
+"""Chat templates, which come with models from anywhere, rendered in a process with limits.
+
+A template is a program: one line can loop for ever or ask for all memory, inside a single operation
+that nothing in this process could interrupt. So a process of its own renders it, in Jinja's
+sandbox, and is ended where it takes longer than `SECONDS`, more memory than `MEMORY` (not on
+Windows and macOS, which have no such limit), or more than `CHARACTERS`. It is started at the first
+template and kept; a template then costs about as much as it did without.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nyscaled.models.template_process import EXHAUSTED, LENGTH, TEXT
+
+SECONDS = 5.0  # on the clock, of one rendering
+MEMORY = 2**30  # bytes of address space of the process
+CHARACTERS = 2**24  # of the text
+
+_START_SECONDS = 60.0
+_PROGRAM = Path(__file__).with_name("template_process.py")
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """Return what a template makes of JSON values.
+
+    Args:
+        template: in Jinja.
+        context: the names that it sees.
+
+    Raises:
+        ValueError: if the template is none, refuses the values, or goes beyond a limit.
+        ImportError: without the package jinja2.
+        OSError: if no process can be started.
+
+    Example:
+        >>> render("{{ name }}!", {"name": "Nyström"})
+        'Nyström!'
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        raise ImportError("chats need jinja2: pip install 'nyscaled[models]'")
+    limits = {"seconds": SECONDS, "memory": MEMORY, "characters": CHARACTERS}
+    request = pickle.dumps({"template": template, "context": dict(context), **limits})
+    with _state.lock:
+        if _state.process is None or _state.process.popen.poll() is not None:
+            _state.process = _Process()
+        try:
+            kind, text = _state.process.ask(request, SECONDS)
+        except BaseException:
+            _state.process.end()
+            _state.process = None
+            raise
+        if kind == EXHAUSTED:
+            _state.process.end()
+            _state.process = None
+            raise ValueError(f"the chat template takes more than {MEMORY} bytes of memory")
+    if kind != TEXT:
+        raise ValueError(f"the chat template refuses the messages: {text}")
+    return text
+
+
+class _Process:
+    """A process that renders templates."""
+
+    def __init__(self) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-P", str(_PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # an interruption from the keyboard is not for it
+        )
+        try:
+            self._read(_START_SECONDS)
+        except ValueError as error:
+            self.end()
+            raise OSError(f"the process for chat templates does not start: {error}") from error
+
+    def ask(self, request: bytes, seconds: float) -> tuple[int, str]:
+        """The kind of the answer, and its text."""
+        return self._read(seconds, LENGTH.pack(len(request)) + request)
+
+    def _read(self, seconds: float, request: bytes = b"") -> tuple[int, str]:
+        stdin, stdout = self.popen.stdin, self.popen.stdout
+        assert stdin is not None
+        assert stdout is not None
+        # Ending the process ends a read or a write that waits for it, on every system.
+        timer = threading.Timer(seconds, self.popen.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            stdin.write(request)
+            stdin.flush()
+            header = stdout.read(1 + LENGTH.size)
+            size = LENGTH.unpack(header[1:])[0] if len(header) == 1 + LENGTH.size else -1
+            content = stdout.read(size) if 0 <= size <= 4 * CHARACTERS else b""
+        except OSError:  # a pipe that broke
+            size, header, content = -1, b"", b""
+        finally:
+            late = not timer.is_alive()
+            timer.cancel()
+        if len(content) != size:
+            why = f"takes longer than {seconds:g} s" if late else "ends its process"
+            raise ValueError(f"the chat template {why}")
+        if late:  # the answer came in the same moment
+            self.popen.wait()
+        return header[0], content.decode("utf-8", "surrogatepass")
+
+    def end(self) -> None:
+        """Kill the process, and wait for it."""
+        self.popen.kill()
+        for pipe in (self.popen.stdin, self.popen.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # with a request in its buffer
+                    pipe.close()
+        self.popen.wait()
+
+
+class _State:
+    """The process that is kept, and the lock of its user."""
+
+    def __init__(self) -> None:
+        self.process: _Process | None = None
+        self.lock = threading.Lock()
+
+
+_state = _State()
+_forgotten: list[_State] = []
+
+
+def _forget() -> None:
+    """After a fork, leave the process to the parent."""
+    global _state
+    _forgotten.append(_state)  # else its end would wait for a process that is not its own
+    _state = _State()
+
+
+def _end() -> None:
+    if _state.process is not None:
+        _state.process.end()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+atexit.register(_end)
