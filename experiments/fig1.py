@@ -145,8 +145,11 @@ def own_matrix(config: Config, path: Path) -> None:
     draw_comparison(axes, curves["a"], slope, 1e-16, label, "lower left")
     axes.set(
         ylabel=r"$(\|XX^\top - A\|_F^2 - \|A_r - A\|_F^2)\,/\,\|A\|_F^2$",
-        title=f"{path.stem}, {matrix.shape[0]} × {matrix.shape[0]}, r = {rank}",
     )
+    # The file's name is no formula, whatever dollars are in it.
+    stem = "".join(c if c.isprintable() else "?" for c in path.stem)
+    size = f"{matrix.shape[0]} × {matrix.shape[0]}"
+    axes.set_title(f"{stem}, {size}, r = {rank}", parse_math=False)
     save(config.out, f"fig1_{path.stem}", figure, curves, config, predicted_rate=rate)
 
 

@@ -1,9 +1,11 @@
 """The figures' scripts in their quick form: they run from the command line, and show what they should."""
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -226,12 +228,58 @@ def test_matrix_files_of_each_format(tmp_path, monkeypatch):
         np.testing.assert_allclose(_matrix.load(tmp_path / name), matrix, rtol=1e-12)
 
 
+def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import _matrix
+
+    large = {"descr": "<f8", "fortran_order": False, "shape": (30_000, 30_000)}
+    with (tmp_path / "large.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, large)
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", (tmp_path / "large.npy").read_bytes() + b"\0" * 10**6)
+        archive.writestr("b", b"\0" * 10**6)
+    with zipfile.ZipFile(tmp_path / "other.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", b"\0" * 10**6)
+    head = b"%%MatrixMarket matrix coordinate real "
+    texts = {
+        "nul": head + b"general\n2 2 2\n1 1 1\0\n2 2 1\n",
+        "twice": head + b"general\n2 2 2\n1 1 1\n1 1 1\n",
+        "halves": head + b"symmetric\n2 2 2\n2 1 1\n1 2 1\n",
+        "wide": head + b"general\n3000000000 3000000000 1\n1 1 1\n",
+        "many": head + b"general\n3 3 1000000000000\n1 1 1\n",
+        "complex": head.replace(b"real", b"complex") + b"general\n1 1 1\n1 1 1 1\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.mtx").write_bytes(text)
+        (tmp_path / f"{name}.mtx.gz").write_bytes(gzip.compress(text))
+    wanted = {
+        "large.npy": "holds 30000 rows; wanted at most 20000",
+        "bomb.npz": "holds 30000 rows",
+        "other.npz": "cannot be read as a matrix",
+        "nul.mtx": "has a NUL byte",
+        "nul.mtx.gz": "has a NUL byte",
+        "twice.mtx": "has an entry twice",
+        "halves.mtx.gz": "has an entry twice",
+        "wide.mtx": "holds 3000000000 rows",
+        "many.mtx": "announces 1000000000000 entries in",
+        "complex.mtx": "wanted a square real matrix",
+    }
+    for name, message in wanted.items():
+        with pytest.raises(ValueError, match=message):
+            _matrix.load(tmp_path / name)
+    monkeypatch.setattr(_matrix, "MAX_TEXT", 2**20)
+    (tmp_path / "long.mtx.gz").write_bytes(gzip.compress(texts["twice"] + b"%" * 2**21))
+    with pytest.raises(ValueError, match="longer than 1048576 bytes"):
+        _matrix.load(tmp_path / "long.mtx.gz")
+
+
 def test_own_matrix(tmp_path):
-    path = tmp_path / "mine.npy"
+    """Its name is in the title, and is no formula."""
+    path = tmp_path / r"$\q$.npy"
     np.save(path, decaying_matrix())
     result = run("fig1.py", "--quick", "--matrix", path, "--rank", 5, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    curves = read(tmp_path / "fig1_mine.csv")["a"]
+    curves = read(tmp_path / r"fig1_$\q$.csv")["a"]
     assert abs(curves["ScaledGD, Nyström"][-1]) < 1e-12
 
 
