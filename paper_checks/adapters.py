@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import nyscaled as nys
 from paper_checks import common
@@ -16,6 +18,24 @@ from paper_checks.claim import Measured, claim, worst
 from paper_checks.common import M, N, eps, frobenius
 
 RANK = 5
+DRAWS = [
+    (kappa, size, scale)
+    for kappa in (2.0, 1e2, 1e4)
+    for size, scale in zip((1.0, 1e-6, 1e6), (0.1, 1.0, 3.0), strict=True)
+]
+"""κ (float32: its root), σ_1(A) and ξ of the matrices."""
+WHERE = "κ = 2, 1e2, 1e4 (float32: their roots), σ_1(A) = 1, 1e-6, 1e6 with ξ = .1, 1, 3; float64 and float32"
+
+
+def draws(dtype: str, m: int, n: int, rank: int) -> Iterator[tuple[jax.Array, np.ndarray, float]]:
+    """A, m × n of this rank, U and ξ; A is U diag(σ)Uᵀ if n = 0."""
+    rng = np.random.default_rng((common.SEED, 75, m, n, rank))
+    for kappa, size, scale in DRAWS:
+        kappa = kappa if dtype == "float64" else kappa**0.5
+        values = size * common.spectrum("geometric", rank, kappa)
+        left = np.linalg.qr(rng.standard_normal((m, rank)))[0]
+        right = np.linalg.qr(rng.standard_normal((n, rank)))[0] if n else left
+        yield jnp.asarray((left * values) @ right.T, dtype), left, scale
 
 
 @claim(
@@ -51,15 +71,20 @@ def linear_lora(whitened: bool = True) -> Measured:
         losses.append(abs(float(loss / plain_loss(problem, f)) - 1))
         for mine, other in zip(gradient, expected, strict=True):
             gradients.append(float(frobenius(mine - other) / frobenius(other)))
-    return worst("relative", loss=(max(losses), 1e-12), gradient=(max(gradients), 1e-12))
+    return worst(
+        "relative differences",
+        rounding=True,
+        loss=(max(losses), 1e-12),
+        gradient=(max(gradients), 1e-12),
+    )
 
 
 @claim(
     "a4-symmetric",
     "X_0 = −∇f(Ω) + ΩΩᵀΩ = AΩ: the start (3) from one gradient of (1)",
-    hypotheses="m = 60, r = 5, κ = 2, 1e2, 1e4 (float32: 2, 1e1, 1e2), ξ = .1, 1, 3; float64 and float32; the same Ω",
+    hypotheses=f"m = 60, r_A = 5, r = 1, 5, 8; {WHERE}; the same Ω",
     removes="a gradient of (1) itself",
-    instead="the gradient of (1) plus a ridge ½·0.1‖X‖²",
+    instead="the gradient of (1) plus that of ½·0.1‖A‖_F‖X‖²",
     ridge=0.1,
 )
 def gradient_start_symmetric(ridge: float = 0.0) -> Measured:
@@ -67,32 +92,32 @@ def gradient_start_symmetric(ridge: float = 0.0) -> Measured:
     parts = {}
     for dtype in common.DTYPES:
         gaps = []
-        matrices = common.family("exact", dtype).a
-        for row, scale in zip((0, 12, 24), (0.1, 1.0, 3.0), strict=True):
-            a = matrices[row]
-            problem = nys.problems.Symmetric(a)
-            expected = nys.initializers.nystrom(common.key(72), a, RANK, scale)
-            x0 = nys.initializers.nystrom_from_gradient(
-                common.key(72),
-                lambda x, p=problem: p.gradient(x) + ridge * x,
-                M,
-                RANK,
-                scale,
-                dtype=jnp.dtype(dtype),
-            )
-            # Ω(ΩᵀΩ) is subtracted again: its rounding stays
-            unit = frobenius(expected) + (scale * M**0.5) ** 3
-            gaps.append(float(frobenius(x0 - expected) / unit) / eps(dtype))
+        for rank in (1, RANK, 8):
+            for a, _, scale in draws(dtype, M, 0, 5):
+                problem = nys.problems.Symmetric(a)
+                expected = nys.initializers.nystrom(common.key(72), a, rank, scale)
+                shift = ridge * jnp.linalg.norm(a)
+                x0 = nys.initializers.nystrom_from_gradient(
+                    common.key(72),
+                    lambda x, p=problem, s=shift: p.gradient(x) + s * x,
+                    M,
+                    rank,
+                    scale,
+                    dtype=jnp.dtype(dtype),
+                )
+                # Ω(ΩᵀΩ) is subtracted again: its rounding stays
+                unit = frobenius(expected) + (scale * M**0.5) ** 3
+                gaps.append(float(frobenius(x0 - expected) / unit) / eps(dtype))
         parts[dtype] = (max(gaps), 10.0)
-    return worst("difference in units of eps·(‖AΩ‖ + (ξ√m)³)", **parts)
+    return worst("difference in units of eps·(‖AΩ‖ + (ξ√m)³)", rounding=True, **parts)
 
 
 @claim(
     "a4-asymmetric",
     "X_0 = −∇_X f(0, Ω) = AΩ, Y_0 = 0: the start (5) from one gradient of (4)",
-    hypotheses="60 × 40, r = 5, κ = 2, 1e2, 1e4 (float32: 2, 1e1, 1e2), ξ = .1, 1, 3; float64 and float32; the same Ω",
+    hypotheses=f"60 × 40, r_A = 5, r = 5, and 60 × 6, r_A = 6, r = 1; {WHERE}; the same Ω",
     removes="the point X = 0",
-    instead="the gradient at (1e-3, Ω)",
+    instead="the gradient at (X, Ω), all entries of X being 1e-3",
     shift=1e-3,
 )
 def gradient_start_asymmetric(shift: float = 0.0) -> Measured:
@@ -100,23 +125,22 @@ def gradient_start_asymmetric(shift: float = 0.0) -> Measured:
     parts = {}
     for dtype in common.DTYPES:
         gaps, zeros = [], []
-        matrices = common.pair_family("exact", dtype).a
-        for row, scale in zip((0, 12, 24), (0.1, 1.0, 3.0), strict=True):
-            a = matrices[row]
-            problem = nys.problems.Asymmetric(a)
+        for n, true_rank, rank in ((N, 5, RANK), (6, 6, 1)):
+            for a, _, scale in draws(dtype, M, n, true_rank):
+                problem = nys.problems.Asymmetric(a)
 
-            def oracle(f: nys.Factors, p: nys.problems.Asymmetric = problem) -> nys.Factors:
-                return p.gradient(nys.Factors(f.left + shift, f.right))
+                def oracle(f: nys.Factors, p: nys.problems.Asymmetric = problem) -> nys.Factors:
+                    return p.gradient(nys.Factors(f.left + shift, f.right))
 
-            expected = nys.initializers.nystrom_factors(common.key(74), a, RANK, scale)
-            x0, y0 = nys.initializers.nystrom_factors_from_gradient(
-                common.key(74), oracle, (M, N), RANK, scale, dtype=jnp.dtype(dtype)
-            )
-            gap = frobenius(x0 - expected.left) / frobenius(expected.left)
-            gaps.append(float(gap) / eps(dtype))
-            zeros.append(float(jnp.max(jnp.abs(y0))))
+                expected = nys.initializers.nystrom_factors(common.key(74), a, rank, scale)
+                x0, y0 = nys.initializers.nystrom_factors_from_gradient(
+                    common.key(74), oracle, (M, n), rank, scale, dtype=jnp.dtype(dtype)
+                )
+                gap = frobenius(x0 - expected.left) / frobenius(expected.left)
+                gaps.append(float(gap) / eps(dtype))
+                zeros.append(float(jnp.max(jnp.abs(y0))))
         parts |= {f"X_{dtype}": (max(gaps), 10.0), f"Y_{dtype}": (max(zeros), 1e-300)}
-    return worst("X_0 in units of eps·‖AΩ‖, and the largest entry of Y_0", **parts)
+    return worst("X_0 in units of eps·‖AΩ‖, and the largest entry of Y_0", rounding=True, **parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -190,93 +214,133 @@ def gradient_start_sensing_symmetric(literal: bool = False) -> Measured:
 
 
 @claim(
+    "a3-joint",
+    "NoRA and LoRA adapters, trained, share one base: each model is W_0 + s·XYᵀ of its own adapter, and W_0 stays to the last bit",
+    hypotheses="nys.lora.apply on an nnx.Linear, 40 → 60, r = 5, s = 2; training imitated by a random change of all factors; each adapter activated in turn; float32, in units of eps·‖model‖",
+    removes="NoRA's start",
+    instead="PiSSA's, of which a trained model is W_0 − s·X_0Y_0ᵀ + s·XYᵀ",
+    init="pissa",
+)
+def joint_deployment(init: str = "nora") -> Measured:
+    """A.3: adapters that leave the base alone are deployed together."""
+    model = nnx.Sequential(nnx.Linear(N, M, rngs=nnx.Rngs(0)))
+    layer = model.layers[0]
+    kernel = np.array(layer.kernel[...])
+    for i, start in enumerate(("lora", init)):
+        key = common.key(88, i)
+        nys.lora.apply(model, RANK, 2 * RANK, targets=".*", init=start, key=key, name=start)
+    gaps = []
+    for i, name in enumerate(("lora", init)):
+        adapter = layer.adapters[name]
+        for j, factor in enumerate((adapter.lora_a, adapter.lora_b)):
+            change = jax.random.normal(common.key(89, i, j), factor.shape, jnp.float32)
+            factor[...] += 0.1 * change
+        nys.lora.activate(model, name)
+        plain = kernel + 2.0 * np.asarray(adapter.lora_a[...]) @ np.asarray(adapter.lora_b[...])
+        gap = frobenius(np.asarray(model(jnp.eye(N))) - plain) / frobenius(plain)
+        gaps.append(float(gap) / eps("float32"))
+    changed = float(np.array(layer.kernel[...]).tobytes() != kernel.tobytes())
+    return worst(
+        "‖model − (W_0 + s·XYᵀ)‖_F, and whether W_0 changed",
+        rounding=True,
+        difference=(max(gaps), 30.0),
+        changed=(changed, 0.5),
+    )
+
+
+@claim(
     "alg-1",
     "NoRA's start X_0 = W_0Ω, Y_0 = 0: W_0 + X_0Y_0ᵀ is W_0 to the last bit, and X_0 is in range(W_0)",
-    hypotheses="W_0 60 × 40 of rank 8, κ = 2 … 1e4, float64 and float32, r = 5, ξ = .05, .1, .2; range by optimality.residual_space in units of eps·‖X_0‖",
+    hypotheses=f"W_0 60 × 40 of rank 8, r = 1, 5; {WHERE}; range by optimality.residual_space in units of eps·‖X_0‖",
     removes="NoRA's start",
-    instead="the balanced SVD start (PiSSA's), which must be taken from W_0",
+    instead="the balanced SVD start (PiSSA's), whose product must be taken from W_0",
     spectral=True,
 )
 def algorithm_1(spectral: bool = False) -> Measured:
     """Algorithm 1, lines 1 and 2: the adapter's start. The optimizer that follows is any."""
     changed, outside = 0.0, []
     for dtype in common.DTYPES:
-        f = common.pair_family("under", dtype)
-        for row, scale in zip((0, 12, 24), (0.05, 0.1, 0.2), strict=True):
-            weight, left = f.a[row], f.left[row]
-            before = np.array(weight)
-            if spectral:
-                x0, y0 = nys.initializers.spectral(nys.problems.Asymmetric(weight), RANK)
-            else:
-                x0, y0 = nys.initializers.nystrom_factors(common.key(76), weight, RANK, scale)
-            after = np.asarray(weight + x0 @ y0.T)
-            changed = max(changed, float(np.sum(after.tobytes() != before.tobytes())))
-            changed = max(changed, float(np.max(np.abs(np.asarray(x0 @ y0.T)))))
-            rest = nys.optimality.residual_space(x0, left) / jnp.linalg.norm(x0)
-            outside.append(float(rest) / eps(dtype))
+        for rank in (1, RANK):
+            for weight, left, scale in draws(dtype, M, N, 8):
+                before = np.array(weight)
+                if spectral:
+                    x0, y0 = nys.initializers.spectral(nys.problems.Asymmetric(weight), rank)
+                else:
+                    x0, y0 = nys.initializers.nystrom_factors(common.key(76), weight, rank, scale)
+                after = np.asarray(weight + x0 @ y0.T)
+                changed = max(changed, float(after.tobytes() != before.tobytes()))
+                rest = nys.optimality.residual_space(x0, jnp.asarray(left, dtype))
+                outside.append(float(rest / jnp.linalg.norm(x0)) / eps(dtype))
     return worst(
-        "difference of W_0 + X_0Y_0ᵀ from W_0 (must be 0), and ‖(I − UUᵀ)X_0‖/‖X_0‖ in eps",
-        changed=(changed, 1e-300),
+        "whether W_0 + X_0Y_0ᵀ is not W_0, and ‖(I − UUᵀ)X_0‖/‖X_0‖ in eps",
+        rounding=True,
+        changed=(changed, 0.5),
         outside=(max(outside), 30.0),
     )
 
 
+ALGORITHM_2: dict[str, Any] = {
+    "statement": "NoRA+: G_X ← G_X M/‖M‖_F, M = (YᵀY + λI)^{−1}, for t > 0 only, and G_Y ← G_Y N/‖N‖_F, N = (XᵀX + λI)^{−1}, both of the factors before the step",
+    "hypotheses": "nora_plus(optax.sgd) against a plain NumPy transcription, 4 steps from Algorithm 1's start with random gradients, that in X at t = 0 among them; r = 1, 5, λ = 1e-6, 1e-2; float64 and float32",
+}
+
+
+@claim(
+    "alg-2-first",
+    **ALGORITHM_2,
+    removes="“for t > 0 only”",
+    instead="a transcription that preconditions G_X at t = 0 too",
+    first=0,
+)
 @claim(
     "alg-2",
-    "NoRA+: G_X ← G_X M/‖M‖_F, M = (YᵀY + λI)⁻¹, for t > 0 only, and G_Y ← G_Y N/‖N‖_F, N = (XᵀX + λI)⁻¹, both of the factors before the step",
-    hypotheses="nora_plus(optax.sgd) against a plain NumPy transcription, 4 steps from Algorithm 1's start, r = 5, λ = 1e-6, 1e-2; float64 and float32",
-    removes="the normalization by ‖(·)⁻¹‖_F",
-    instead="the raw damped preconditioner (LoRA-P's)",
+    **ALGORITHM_2,
+    removes="the normalization by ‖(·)^{−1}‖_F",
+    instead="a transcription with the damped inverses as they are",
     normalized=False,
 )
-def algorithm_2(normalized: bool = True) -> Measured:
+def algorithm_2(normalized: bool = True, first: int = 1) -> Measured:
     """Algorithm 2, lines 3 to 10, with gradient descent as the optimizer of line 9."""
     errors = {}
     for dtype in common.DTYPES:
-        worst_error = 0.0
-        for damping in (1e-6, 1e-2):
-            weight = nys.spectra.rectangular(common.key(77), M, N, jnp.linspace(1, 0.5, 20), dtype)[
-                0
-            ]
-            start = nys.initializers.nystrom_factors(common.key(78), weight, RANK, 0.1)
-            gradients = [
-                jax.random.normal(common.key(79, t), (M + N, RANK), dtype) for t in range(4)
-            ]
-            if normalized:
-                tx = nys.nora_plus(optax.sgd(0.1), damping)
-            else:
-                tx = optax.chain(nys.scale_by_gram(damping), optax.sgd(0.1))
-            found = _adapters_trained(tx, start, gradients)
-            expected = _algorithm_2_in_numpy(start, gradients, damping)
-            for mine, other in zip(found, expected, strict=True):
-                error = np.linalg.norm(np.asarray(mine, np.float64) - other) / np.linalg.norm(other)
-                worst_error = max(worst_error, float(error))
-        errors[jnp.dtype(dtype).name] = (worst_error, 1e3 * eps(dtype))
-    return worst("relative error of the factors after 4 steps", **errors)
+        gaps = []
+        for rank in (1, RANK):
+            for damping in (1e-6, 1e-2):
+                weight = next(draws(dtype, M, N, 20))[0]
+                start = nys.initializers.nystrom_factors(common.key(78), weight, rank, 0.1)
+                gradients = [
+                    jax.random.normal(common.key(79, t), (M + N, rank), dtype) for t in range(4)
+                ]
+                found = _adapters_trained(nys.nora_plus(optax.sgd(0.1), damping), start, gradients)
+                expected = _algorithm_2_in_numpy(start, gradients, damping, normalized, first)
+                for mine, other in zip(found, expected, strict=True):
+                    gap = np.linalg.norm(np.asarray(mine, np.float64) - other)
+                    gaps.append(float(gap / np.linalg.norm(other)))
+        errors[jnp.dtype(dtype).name] = (max(gaps), 1e3 * eps(dtype))
+    return worst("relative error of the factors after 4 steps", rounding=True, **errors)
 
 
 def _adapters_trained(tx: Any, factors: nys.Factors, gradients: list[jax.Array]) -> nys.Factors:
     state, update = tx.init(factors), jax.jit(tx.update)
-    for t, g in enumerate(gradients):
-        # At Y_0 = 0 the gradient in X of any loss of XYᵀ is zero.
-        grads = nys.Factors(jnp.zeros_like(g[:M]) if t == 0 else g[:M], g[M:])
-        updates, state = update(grads, state, factors)
+    for g in gradients:
+        updates, state = update(nys.Factors(g[:M], g[M:]), state, factors)
         factors = jax.tree.map(jnp.add, factors, updates)
     return factors
 
 
 def _algorithm_2_in_numpy(
-    start: nys.Factors, gradients: list[jax.Array], damping: float
+    start: nys.Factors, gradients: list[jax.Array], damping: float, normalized: bool, first: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """`first` is the step at which line 6 begins to act."""
     x, y = (np.asarray(f, np.float64) for f in start)
-    ridge = damping * np.eye(RANK)
+
+    def preconditioned(g: np.ndarray, factor: np.ndarray) -> np.ndarray:
+        inverse = np.linalg.inv(factor.T @ factor + damping * np.eye(factor.shape[1]))
+        return g @ inverse / (np.linalg.norm(inverse) if normalized else 1)
+
     for t, g in enumerate(gradients):
         gx, gy = np.asarray(g[:M], np.float64), np.asarray(g[M:], np.float64)
-        gx = 0 * gx if t == 0 else gx
-        if t > 0:
-            m = np.linalg.inv(y.T @ y + ridge)
-            gx = gx @ m / np.linalg.norm(m)
-        n = np.linalg.inv(x.T @ x + ridge)
-        gy = gy @ n / np.linalg.norm(n)
+        gx = preconditioned(gx, y) if t >= first else gx
+        gy = preconditioned(gy, x)
         x, y = x - 0.1 * gx, y - 0.1 * gy
     return x, y

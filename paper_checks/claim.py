@@ -14,6 +14,8 @@ SECTIONS = (
     "symmetric_under",
     "symmetric_over",
     "asymmetric",
+    "corollary",
+    "factorization",
     "helpers",
     "adapters",
     "order",

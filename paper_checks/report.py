@@ -17,6 +17,8 @@ TITLES = {
     "symmetric_under": "Symmetric, under-parametrized (r < r_A)",
     "symmetric_over": "Symmetric, over-parametrized (r > r_A)",
     "asymmetric": "Asymmetric",
+    "corollary": "Corollary 1",
+    "factorization": "Remark 1",
     "helpers": "Helper lemmas",
     "adapters": "Adapters and starts from gradients",
     "order": "Orders, in extended precision",
@@ -123,8 +125,10 @@ def _loose(outcomes: Mapping[str, Outcome]) -> list[str]:
         f"{of('E1-count', 'steps at κ = 1e+02')} steps at κ = 1e2, {of('E1-count', 'steps at κ = 1e+06')} at κ = 1e6.",
         "* **Lemma 8's constant is loose.** With 600 digits the largest e_{t+1}/((3κ²/4)e_t²) was "
         f"{of('lem-8-extended', 'largest e_{t+1}/((3κ²/4)e_t²)')}.",
-        "* **Corollary 1 cannot start where Lemma 7 does.** Φ_1Ψ_1ᵀ = ηΣ whatever Ω is (eq-31), so σ_r(B_1) = ησ_r(Σ) < σ_r(Σ)/3 for the step size of "
-        "phase 1, and no ξ changes that. A constant number of further 1/η is enough (cor-1-phase1). By E2 the error is |c_t − 1|‖A‖_F, free of κ.",
+        "* **Corollary 1 cannot start where Lemma 7 does, and its first phase does not need the Nyström start.** Φ_1Ψ_1ᵀ = ηΣ for every Ω (eq-31), so "
+        "σ_r(B_1) = ησ_r(Σ) < σ_r(Σ)/3 for the step size of phase 1, and no ξ changes that. A constant number of further 1/η is enough: κ² times the error was "
+        f"{measured('cor-1-phase1')} after T₁ steps, and {of('cor-1-phase1', 'the same from a random X_0 with Y_0 = 0')} from a random X_0 with Y_0 = 0. "
+        "The quadratic phase does need it (cor-1-phase2-start). By E2 the error is |c_t − 1|‖A‖_F, free of κ.",
         f"* **Lemma 5 says less than weak optimality alone.** ‖X − X*‖_F ≤ 2√r needs no iteration (E6-lem-5): at r = 30 that is "
         f"{of('E6-lem-5', '2√r at r = 30')} against {of('E6-lem-5', '√(3r+2r^{3/2}) at r = 30')} in the proof. And the limit is a global optimum (E3-global), distance 0.",
         f"* **Theorem 2's O(ηr) is a bound on a transient.** With constant η the error went to {measured('E6-thm-2')} of the floor η√r + 3ηr after 500 steps; "
