@@ -11,9 +11,9 @@ import safetensors.numpy
 from model_cases import MODELS, change, load
 
 import nyscaled as nys
-from nyscaled.models import blocks
+from nyscaled.models import rope
 
-SCALING = [field.name for field in dataclasses.fields(blocks.RopeScaling)]
+SCALING = [field.name for field in dataclasses.fields(rope.RopeScaling)]
 
 
 @pytest.fixture
@@ -99,19 +99,16 @@ def test_inputs_longer_than_the_positions_are_refused():
         ({"model_type": "absent"}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]; wanted one of"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; for llama only 'silu' is supported"),
-        ({"attention_bias": True}, "attention_bias is True"),
+        ({"attention_bias": True}, r"no tensor for model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ({"attention_bias": 1}, "attention_bias is 1; wanted true or false"),
         ({"hidden_size": "absent"}, "hidden_size is missing"),
         ({"hidden_size": "16"}, "hidden_size is '16'; wanted a positive integer"),
         ({"rms_norm_eps": -1.0}, r"rms_norm_eps is -1\.0; wanted a positive number"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; wanted true or false"),
         ({"eos_token_id": 1.5}, r"eos_token_id is 1\.5; wanted an integer, a list"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope is 'longrope'"),
         ({"rope_parameters": [1]}, r"rope is \[1\]; wanted one object"),
-        (
-            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-            "rope is {.*} and {.*}; wanted one object",
-        ),
         (
             {
                 "rope_parameters": {
@@ -121,11 +118,7 @@ def test_inputs_longer_than_the_positions_are_refused():
             },
             r"low_freq_factor is 4\.0 and high_freq_factor 1\.0",
         ),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope is 'default' with"),
-        (
-            {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2}},
-            "rope is 'linear'",
-        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         (
             {"rope_parameters": {"rope_type": "llama3"} | dict.fromkeys(SCALING, "8")},
             "factor is '8'; wanted a positive number",
@@ -159,7 +152,6 @@ def test_inputs_longer_than_the_positions_are_refused():
         ({"vocab_size": 33}, r"embed_tokens.weight of shape \(32, 16\); wanted \(33, 16\)"),
         ({"num_hidden_layers": 4}, r"has no tensor for model\.layers\.3\."),
         ({"num_hidden_layers": 2}, r"no parameter for: model\.layers\.2\."),
-        ({"tie_word_embeddings": True}, r"no parameter for: lm_head\.weight"),
     ],
 )
 def test_settings_that_are_refused(settings, message, folder):
@@ -199,6 +191,79 @@ def test_forms_that_older_files_have(folder):
     assert not hasattr(model, "lm_head")
     kernel = tensors["model.layers.1.mlp.up_proj.weight"].T
     np.testing.assert_array_equal(model.layers.mlp.up_proj.kernel[...][1], kernel)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "llama_bias", "opt"])
+def test_a_tied_file_has_the_embedding_the_head_or_both(name, tmp_path):
+    folder = shutil.copytree(MODELS / name, tmp_path / "copy")
+    embedding = np.asarray(load(name).embed_tokens.embedding[...])
+    model = nys.models.load(folder)[0]
+    nys.models.save(model, folder)  # in one file
+    prefix = "model.decoder." if name == "opt" else "model."
+    embedded = f"{prefix}embed_tokens.weight"
+    change(folder, tie_word_embeddings=True, tensors={"lm_head.weight": embedding})
+    both, _ = nys.models.load(folder)
+    change(folder, tensors={embedded: None})
+    head, _ = nys.models.load(folder)
+    for model in (both, head):
+        assert not hasattr(model, "lm_head")
+        np.testing.assert_array_equal(model.embed_tokens.embedding[...], embedding)
+    change(folder, tensors={"lm_head.weight": None})
+    with pytest.raises(ValueError, match=f"has no tensor for {embedded}"):
+        nys.models.load(folder)
+
+
+def test_another_head_than_the_embedding_is_kept_against_the_settings(tmp_path):
+    """As transformers keeps it, with a warning; OPT has no head of its own."""
+    for name in ("llama", "gemma", "opt_post"):
+        folder = shutil.copytree(MODELS / name, tmp_path / name)
+        other = np.asarray(load(name).embed_tokens.embedding[...]) + 1
+        change(folder, tie_word_embeddings=True, tensors={"lm_head.weight": other})
+        if name == "opt_post":
+            with pytest.raises(ValueError, match=r"lm_head\.weight that is not model\.decoder"):
+                nys.models.load(folder)
+            continue
+        with pytest.warns(UserWarning, match=r"lm_head\.weight that is not model\.embed_tokens"):
+            model, _ = nys.models.load(folder)
+        assert not model.config.tie_word_embeddings
+        np.testing.assert_array_equal(model.lm_head.kernel[...], other.T)
+        nys.models.save(model, folder)
+        assert nys.models.load(folder)[0].config == model.config
+
+
+def test_tensors_of_shards_that_the_index_does_not_name(folder, tmp_path):
+    """They are read as those of one file: constants are left out, others have to be known."""
+    nys.models.save(load("llama"), folder, max_shard_size=4000)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    arrays = safetensors.numpy.load_file(shards[1])
+    constant = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, "f")}
+    safetensors.numpy.save_file(arrays | constant, shards[1])
+    model, _ = nys.models.load(folder)
+    kernel = load("llama").layers.mlp.up_proj.kernel[...]
+    np.testing.assert_array_equal(model.layers.mlp.up_proj.kernel[...], kernel)
+    safetensors.numpy.save_file(arrays | {"other.weight": np.ones(2, "f")}, shards[1])
+    with pytest.raises(ValueError, match=r"no parameter for: other\.weight"):
+        nys.models.load(folder)
+    # A parameter is found although the index does not name it, unless it is there twice.
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name = next(iter(arrays))
+    del index["weight_map"][name]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    safetensors.numpy.save_file(arrays, shards[1])
+    nys.models.load(folder)
+    first = safetensors.numpy.load_file(shards[0])
+    safetensors.numpy.save_file(first | {name: arrays[name]}, shards[0])
+    with pytest.raises(ValueError, match=f"has {name}, as .* has; wanted"):
+        nys.models.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["rotary_emb.inv_freq", "layers.2.self_attn.rotary_emb.cos_cached"]
+)
+def test_constants_of_files_without_a_root(name, folder):
+    change(folder, lambda n: n.removeprefix("model."), {name: np.ones(2, "f")})
+    nys.models.load(folder)
 
 
 def test_scaled_rotations_out_of_range_are_refused(tmp_path):

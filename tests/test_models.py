@@ -10,9 +10,9 @@ from flax import nnx
 from model_cases import DECODERS, MODELS, arrays, call, expected, load
 
 import nyscaled as nys
-from nyscaled.models import blocks
+from nyscaled.models import blocks, rope
 
-ADAPTED = [("gemma", "nora"), ("llama", "nora"), ("llama", "pissa"), ("opt", "nora")]
+ADAPTED = [("gemma", "nora"), ("llama", "pissa"), ("llama_bias", "nora"), ("opt", "nora")]
 KEY = jax.random.key(0)
 
 
@@ -217,9 +217,9 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_inverse_frequencies_of_llama3():
     """One rotation of each kind: kept, between, slowed."""
-    scaling = blocks.RopeScaling(8.0, 1.0, 4.0, 100)
+    scaling = rope.RopeScaling(8.0, 1.0, 4.0, 100)
     # 100 positions turn each pair 16, 1.6 and 0.16 times.
-    got = blocks.inverse_frequencies(6, 1e3, scaling)
+    got = rope.inverse_frequencies(6, 1e3, scaling)
     turns = 100 / (2 * np.pi) * 0.1
     kept = (turns - 1) / 3
     np.testing.assert_allclose(got, [1, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8], rtol=1e-12)

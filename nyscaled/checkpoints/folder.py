@@ -205,22 +205,33 @@ def write(
 
 
 def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
-    """Each tensor of the index, with its shard."""
+    """Each tensor of the shards that the index names, with its shard.
+
+    The shards of early files hold constants that the index does not name.
+    """
     weight_map = files.read_object(path / INDEX, "an index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{path / INDEX} has no weight_map from names to files")
     shards: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         outside = Path(shard).name != shard or shard == ".."
         if outside or not files.exists(path / shard):
             raise ValueError(f"{path / INDEX} names {shard!r}; wanted a file in the folder itself")
         shards[shard] = files.open_tensors(path / shard)
         held = set(shards[shard].keys())
-        named = {name for name, file in weight_map.items() if file == shard}
-        if held != named:
+        lost = sorted(n for n, file in weight_map.items() if file == shard and n not in held)
+        if lost:
             raise ValueError(
-                f"{path / shard} and {INDEX} disagree: only one of them has "
-                f"{', '.join(sorted(held ^ named)[:4])}"
+                f"{path / INDEX} names {', '.join(lost[:4])} in {shard}, which does not have them"
             )
-    for name, shard in weight_map.items():
+        for name in held - places.keys():
+            places[name] = shard
+        twice = sorted(n for n in held - weight_map.keys() if places[n] != shard)
+        if twice:
+            raise ValueError(
+                f"{path / shard} has {', '.join(twice[:4])}, as {places[twice[0]]} has; wanted "
+                f"{INDEX} to name the one to read"
+            )
+    for name, shard in (weight_map | (places | weight_map)).items():  # in the order of the index
         yield name, (path / shard, shards[shard])

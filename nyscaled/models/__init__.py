@@ -3,7 +3,6 @@
 from nyscaled.models.bert import Bert as Bert
 from nyscaled.models.bert import BertConfig as BertConfig
 from nyscaled.models.blocks import Numerics as Numerics
-from nyscaled.models.blocks import RopeScaling as RopeScaling
 from nyscaled.models.classify import BertClassifier as BertClassifier
 from nyscaled.models.classify import sentence_vectors as sentence_vectors
 from nyscaled.models.gated import GatedConfig as GatedConfig
@@ -16,5 +15,9 @@ from nyscaled.models.load import load as load
 from nyscaled.models.load import save as save
 from nyscaled.models.opt import Opt as Opt
 from nyscaled.models.opt import OptConfig as OptConfig
+from nyscaled.models.rope import DynamicScaling as DynamicScaling
+from nyscaled.models.rope import LinearScaling as LinearScaling
+from nyscaled.models.rope import RopeScaling as RopeScaling
+from nyscaled.models.rope import YarnScaling as YarnScaling
 from nyscaled.models.sharding import shardings as shardings
 from nyscaled.models.tokenizer import Tokenizer as Tokenizer

@@ -55,7 +55,7 @@ class BertConfig(Config):
     root = "bert."
     # Its constants; the heads that it was trained with, of masked words and of the next sentence.
     left_out = (
-        r"(bert\.)?embeddings\.position_ids|cls\.seq_relationship\.(weight|bias)|"
+        r"(bert\.)?embeddings\.(position_ids|token_type_ids)|cls\.seq_relationship\.(weight|bias)|"
         r"cls\.predictions\.(bias|decoder\.(weight|bias)"
         r"|transform\.(dense\.(weight|bias)|LayerNorm\.(weight|bias|gamma|beta)))"
     )

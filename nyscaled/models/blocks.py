@@ -1,10 +1,9 @@
-"""What transformers are made of: norms, rotary positions, attention, stacks of layers."""
+"""What transformers are made of: norms, attention, stacks of layers."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,6 @@ from nyscaled.models.sharding import split_batch
 # NumPy's too, as tokenizers give them. Masks of 0 and 1 are taken as those of bools.
 Tokens = Int[Array | np.ndarray, "batch length"]
 Mask = Bool[Array | np.ndarray, "batch length"] | Tokens
-Rotation = tuple[Float[Array, "length half"], Float[Array, "length half"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,62 +119,6 @@ class RMSNorm(nnx.Module):
 def layer_norm(width: int, eps: float, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """A layer norm whose variance does not cancel where the mean is large, as E x² − (E x)² does."""
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, rngs=rngs, **numerics.dtypes)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's change of slow rotations, for contexts longer than trained on.
-
-    Rotations that turn less than `low_freq_factor` times within
-    `original_max_position_embeddings` become `factor` times slower, those that turn more than
-    `high_freq_factor` times stay, and the ones between are interpolated.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        if self.low_freq_factor > self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor is {self.low_freq_factor} and high_freq_factor "
-                f"{self.high_freq_factor}; wanted the first to be the smaller one"
-            )
-
-
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """θ^(−2i/d) for each pair of coordinates, (head_dim / 2,), as float64 constants.
-
-    Su et al., 2021; `scaling` as in Llama 3.
-
-    Example:
-        >>> inverse_frequencies(4, 100.0, None)
-        array([1. , 0.1])
-    """
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-def rotation(positions: Int[Array, " length"], frequencies: np.ndarray) -> Rotation:
-    """Cosines and sines of the angles at some positions, float32."""
-    angles = positions[:, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "batch length heads head_dim"], by: Rotation
-) -> Float[Array, "batch length heads head_dim"]:
-    """Turns the pairs (x_i, x_{i + head_dim/2}), in float32."""
-    cos, sin = (part[:, None] for part in by)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def split_heads(

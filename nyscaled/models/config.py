@@ -40,7 +40,7 @@ class Config:
     root: ClassVar[str] = "model."
     # Tensors that files may have and models do not, as an expression for the whole name: here
     # constants of early LLaMA files, which follow from the configuration.
-    left_out: ClassVar[str] = r".*\.rotary_emb\.inv_freq"
+    left_out: ClassVar[str] = r"(.*\.)?rotary_emb\.\w+"
     # Settings with one supported meaning: the values that stand for it, what is written first.
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
 

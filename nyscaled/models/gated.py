@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from nyscaled.models import blocks
-from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Rotation, Tokens
+from nyscaled.models import blocks, rope
+from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
-from nyscaled.models.config import Config, TokenId, sound
+from nyscaled.models.config import Config, TokenId
+from nyscaled.models.rope import Rotation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,11 @@ class GatedConfig(Config):
         num_key_value_heads: of keys and values; a divisor of `num_attention_heads`.
         head_dim: width of a head.
         rms_norm_eps: added to the mean square.
-        max_position_embeddings: for the record; rotations go on beyond it.
+        max_position_embeddings: of training; rotations go on beyond it, and dynamic scaling
+            begins there.
         rope_theta: base of the rotations' frequencies.
-        rope_scaling: of Llama 3, or None.
+        rope_scaling: how rotations are changed for longer texts, or None.
+        attention_bias: whether the four layers of attention have biases.
     """
 
     vocab_size: int
@@ -46,7 +49,10 @@ class GatedConfig(Config):
     eos_token_id: TokenId = 2
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
-    rope_scaling: blocks.RopeScaling | None = None
+    rope_scaling: rope.Scaling | None = None
+    attention_bias: bool = False
+
+    mlp_bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,43 +62,22 @@ class GatedConfig(Config):
                 f"{self.num_key_value_heads}, head_dim {self.head_dim}; wanted a multiple of the "
                 "second, and even heads"
             )
+        if isinstance(self.rope_scaling, rope.DynamicScaling) and self.head_dim < 4:
+            raise ValueError(f"head_dim is {self.head_dim}; dynamic scaling needs at least 4")
 
     @classmethod
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Also the rotations, in either of transformers' forms."""
         settings = {k: v for k, v in super().settings(config).items() if k != "rope_scaling"}
-        given = [
-            config[k]
-            for k in ("rope_parameters", "rope_scaling")
-            if config.get(k) not in (None, {})
-        ]
-        if any(not isinstance(rope, Mapping) or rope != given[0] for rope in given):
-            raise ValueError(f"rope is {' and '.join(map(repr, given))}; wanted one object")
-        rope = dict(given[0]) if given else {}
-        if "rope_theta" in rope:
-            settings["rope_theta"] = rope.pop("rope_theta")
-        older = rope.pop("type", "default")
-        kind = rope.pop("rope_type", older)
-        fields = {field.name: field for field in dataclasses.fields(blocks.RopeScaling)}
-        if kind == "llama3" and rope.keys() == fields.keys():
-            values = {name: sound(fields[name], value) for name, value in rope.items()}
-            settings["rope_scaling"] = blocks.RopeScaling(**values)
-        elif kind != "default" or rope:
-            raise ValueError(
-                f"rope is {kind!r} with {rope}; wanted 'default' alone, or 'llama3' with "
-                f"{', '.join(fields)}"
-            )
+        if settings.get("attention_bias") is None:
+            settings["attention_bias"] = False
+        longest = settings.get("max_position_embeddings") or cls.max_position_embeddings
+        settings["rope_theta"], settings["rope_scaling"] = rope.read_rope(config, longest)
         return settings
 
     def to_json(self) -> dict[str, Any]:
         """With the rotations in the form that every version of transformers reads."""
-        config = super().to_json()
-        if self.rope_scaling is not None:
-            config["rope_scaling"] = {
-                "rope_type": "llama3",
-                **dataclasses.asdict(self.rope_scaling),
-            }
-        return config
+        return super().to_json() | {"rope_scaling": rope.write_rope(self.rope_scaling)}
 
 
 class Attention(nnx.Module):
@@ -101,7 +86,7 @@ class Attention(nnx.Module):
     def __init__(self, config: GatedConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
         width, head = config.hidden_size, config.head_dim
         outer, inner = config.num_attention_heads * head, config.num_key_value_heads * head
-        options = {"use_bias": False, "rngs": rngs, **numerics.dtypes}
+        options = {"use_bias": config.attention_bias, "rngs": rngs, **numerics.dtypes}
         self.q_proj = nnx.Linear(width, outer, **options)
         self.k_proj = nnx.Linear(width, inner, **options)
         self.v_proj = nnx.Linear(width, inner, **options)
@@ -117,7 +102,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
-        query, key = blocks.rotate(query, by), blocks.rotate(key, by)
+        query, key = rope.rotate(query, by), rope.rotate(key, by)
         out, kept = attend_causally(query, key, value, mask, past)
         return self.o_proj(out), kept
 
@@ -129,7 +114,7 @@ class GatedMLP(nnx.Module):
         self, config: GatedConfig, activation: Callable, numerics: Numerics, rngs: nnx.Rngs
     ) -> None:
         width, inner = config.hidden_size, config.intermediate_size
-        options = {"use_bias": False, "rngs": rngs, **numerics.dtypes}
+        options = {"use_bias": config.mlp_bias, "rngs": rngs, **numerics.dtypes}
         self.gate_proj = nnx.Linear(width, inner, **options)
         self.up_proj = nnx.Linear(width, inner, **options)
         self.down_proj = nnx.Linear(inner, width, **options)
@@ -236,14 +221,26 @@ class GatedDecoder(nnx.Module):
         x = self.embed_tokens(tokens)
         if self.scaled_embedding:
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
-        frequencies = blocks.inverse_frequencies(
-            config.head_dim, config.rope_theta, config.rope_scaling
-        )
-        # Only differences of positions matter, so that padding may be counted.
-        start = 0 if cache is None else cache.length
-        by = blocks.rotation(start + jnp.arange(tokens.shape[1]), frequencies)
+        by = self._rotation(tokens.shape[1], mask, cache)
         x, cache = run_causal(self.layers, x, mask, cache, by, remat=self.numerics.remat)
         return self.norm(x), cache
+
+    def _rotation(
+        self, count: int, mask: Bool[Array, "batch length"] | None, cache: Cache | None
+    ) -> Rotation:
+        """The rotation of new tokens."""
+        config, scaling = self.config, self.config.rope_scaling
+        # Only differences of positions matter, so that padding may be counted.
+        positions = (0 if cache is None else cache.length) + jnp.arange(count)
+        length = count
+        if cache is not None and isinstance(scaling, rope.DynamicScaling):
+            # Unless later tokens have other frequencies, which depend on the longest row.
+            seen = jnp.ones((1, count), bool) if mask is None else mask
+            before = jnp.sum(cache.mask, axis=1, keepdims=True)
+            ends = before + jnp.cumsum(seen, axis=1)
+            positions, length = ends - 1, jnp.max(ends)
+        frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta, scaling, length)
+        return rope.rotation(positions, frequencies, scaling.attention_factor if scaling else 1.0)
 
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         """The head."""

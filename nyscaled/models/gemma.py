@@ -21,7 +21,6 @@ class GemmaConfig(GatedConfig):
     fixed: ClassVar = {
         "hidden_act": ("gelu_pytorch_tanh", "gelu"),
         "hidden_activation": (None, "gelu_pytorch_tanh"),
-        "attention_bias": (False, None),
         "use_bidirectional_attention": (None, False),
     }
 

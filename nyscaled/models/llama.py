@@ -16,6 +16,9 @@ from nyscaled.models.gated import GatedConfig, GatedDecoder
 class LlamaConfig(GatedConfig):
     """See `GatedConfig`.
 
+    Attributes:
+        mlp_bias: whether the three layers of the MLP have biases.
+
     Example:
         >>> config = LlamaConfig.from_json(
         ...     {
@@ -33,9 +36,9 @@ class LlamaConfig(GatedConfig):
     model_type = "llama"
     fixed: ClassVar = {
         "hidden_act": ("silu",),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
     }
+
+    mlp_bias: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:

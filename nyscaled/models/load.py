@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from nyscaled.checkpoints import files, hub, swap
-from nyscaled.checkpoints.folder import CONFIG, SHARD_SIZE, Folder, open_folder, write
+from nyscaled.checkpoints.folder import SHARD_SIZE, Folder, open_folder, write
 from nyscaled.checkpoints.gguf import SUFFIX, Gguf, open_gguf
 from nyscaled.models.bert import Bert, BertConfig
 from nyscaled.models.blocks import Numerics
@@ -25,7 +23,8 @@ from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.generation_config import FILE as GENERATION
 from nyscaled.models.generation_config import generation_config, with_generation
 from nyscaled.models.llama import Llama, LlamaConfig
-from nyscaled.models.names import HEADS, Place, places
+from nyscaled.models.matching import matched, tied_as_in_the_file
+from nyscaled.models.names import places
 from nyscaled.models.opt import Opt, OptConfig
 from nyscaled.models.sharding import require_mesh, shardings
 from nyscaled.models.tensors import read, tensors
@@ -119,7 +118,7 @@ def load(
     except (TypeError, OverflowError) as error:  # JAX's, on products of sizes
         raise ValueError(f"{source.config_path} has sizes that no array has: {error}") from error
     graphdef, state = nnx.split(abstract)
-    table = _matched(source, places(state, abstract.prefix), config)
+    table = matched(source, places(state, abstract.prefix), config)
     layout = dict.fromkeys(table)
     if mesh is not None:
         layout = {p: v.get_value() for p, v in nnx.to_flat_state(shardings(state, mesh))}
@@ -215,6 +214,8 @@ def _read_all(path: Path) -> tuple[Folder, Any, Config, Tokenizer | None]:
             f"{source.config_path} has {config.num_hidden_layers} layers, and {source.path} "
             f"{len(source.names)} tensors; wanted some for each layer"
         )
+    if config.generates:
+        config = tied_as_in_the_file(source, config)
     if config.generates and not isinstance(source, Gguf):
         config = with_generation(config, source.path)
     return source, make, config, _tokenizer(source)
@@ -232,40 +233,3 @@ def _tokenizer(source: Folder) -> Tokenizer | None:
             stacklevel=3,  # of the call of `load`
         )
         return None
-
-
-def _matched(
-    source: Folder, table: dict[tuple[Any, ...], Place], config: Config
-) -> dict[tuple[Any, ...], Place]:
-    """The table with the names of this folder, in which each tensor has its parameter."""
-    names = set(source.names)
-    root = config.root if any(name.startswith(config.root) for name in names) else ""
-
-    def there(name: str) -> str:
-        if name.partition(".")[0] not in HEADS:
-            name = root + name.removeprefix(config.root)
-        older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
-        older = older.replace("LayerNorm.bias", "LayerNorm.beta")
-        return older if older in names else name
-
-    found = {p: place._replace(names=tuple(map(there, place.names))) for p, place in table.items()}
-    wanted = {name: place.shape for place in found.values() for name in place.names}
-    _require_none("has no tensor for", source, wanted.keys() - names)
-    left = {n for n in names - wanted.keys() if not re.fullmatch(config.left_out, n)}
-    if "lm_head.weight" in left and config.tie_word_embeddings:
-        (embedding,) = next(p.names for path, p in found.items() if "embed_tokens" in path)
-        if np.array_equal(source.read("lm_head.weight"), source.read(embedding)):
-            left.remove("lm_head.weight")
-    _require_none(f"has tensors that a {config.model_type} has no parameter for:", source, left)
-    for name, shape in wanted.items():
-        if source.shape(name) != shape:
-            raise ValueError(
-                f"{source.path} has {name} of shape {source.shape(name)}; wanted {shape}, by {CONFIG}"
-            )
-    return found
-
-
-def _require_none(what: str, source: Folder, names: set[str]) -> None:
-    if names:
-        first = ", ".join(sorted(names)[:8])
-        raise ValueError(f"{source.path} {what} {first}{' …' if len(names) > 8 else ''}")

@@ -37,6 +37,7 @@ class OptConfig(Config):
     """
 
     model_type = "opt"
+    left_out = r"(model\.)?decoder\.version"  # of fairseq's files
     fixed: ClassVar = {
         "activation_function": ("relu",),
         "enable_bias": (True,),
