@@ -1,5 +1,6 @@
 """GGUF files, written in llama.cpp's layout, against the folders that they were written from."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import nyscaled as nys
 from nyscaled.checkpoints import gguf_layout
 from nyscaled.checkpoints.folder import open_folder
 from nyscaled.checkpoints.gguf import open_gguf
+from nyscaled.models import LinearScaling, YarnScaling
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 NAMES = {
@@ -50,7 +52,8 @@ def converted(name, value, source):
     kind = source.config["model_type"]
     if kind == "llama" and ("q_proj" in name or "k_proj" in name):
         half = source.config["head_dim"] // 2
-        value = value.reshape(-1, 2, half, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        halves = value.reshape(-1, 2, half, *value.shape[1:])
+        value = halves.swapaxes(1, 2).reshape(value.shape)
     if kind == "gemma" and "norm" in name:
         value = value + 1
     for old, new in NAMES.items():
@@ -84,7 +87,12 @@ def write(path, name, kind=Kind.F32, metadata=(), tensors=(), order=gguf.GGUFEnd
         "tokenizer.ggml.padding_token_id": config["pad_token_id"],
     }
     arrays = dict(converted(n, source.read(n), source) for n in source.names)
-    if config["rope_parameters"]["rope_type"] == "llama3":
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "yarn":
+        scaling = {"type": "yarn", "factor": rope["factor"], "finetuned": True}
+        scaling["original_context_length"] = rope["original_max_position_embeddings"]
+        fields |= {f"{family}.rope.scaling.{key}": value for key, value in scaling.items()}
+    if rope["rope_type"] == "llama3":
         arrays["rope_freqs.weight"] = rope_factors(config)
     writer = gguf.GGUFWriter(path, family, endianess=order)
     writer.data_alignment = dict(metadata).get("general.alignment", 32)
@@ -116,7 +124,7 @@ def path(tmp_path):
     return tmp_path / "model.gguf"
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "llama_bias", "gemma"])
 def test_the_model_is_that_of_the_folder(name, path, tmp_path):
     wanted, _ = nys.models.load(MODELS / name)
     got, tokenizer = nys.models.load(write(path, name))
@@ -351,10 +359,18 @@ ROPE = np.array([1, 8], np.float32)
         ({"llama.feed_forward_length": [24, 24, 24]}, {}, r"\[24, 24, 24\] for intermediate"),
         ({"llama.rope.dimension_count": 2}, {}, "rope.dimension_count 2; wanted 4"),
         ({"llama.vocab_size": 31}, {}, "vocab_size 31; wanted 32"),
-        ({"llama.rope.scaling.type": "linear"}, {}, "scaling.type 'linear'; wanted 'none'"),
+        ({"llama.rope.scaling.type": "longrope"}, {}, "scaling.type 'longrope'; wanted none, lin"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, {}, "scaling.attn_factor 2.0; wanted 1.0"),
+        ({"llama.rope.scaling.factor": "2"}, {}, "factor is '2'; wanted a positive number"),
         ({"llama.expert_count": 8}, {}, "expert_count 8; which is not known here"),
         ({}, {"token_embd.weight": None}, r"lacks token_embd\.weight"),
-        ({}, {"blk.0.attn_q.bias": ONES[0]}, r"not known here: blk\.0\.attn_q\.bias"),
+        ({}, {"blk.0.attn_q.bias": ONES[0]}, r"no tensor for model\.layers\.0\.self_attn\.k_proj"),
+        ({}, {"blk.0.attn_norm.bias": ONES[0]}, "no parameter for: model.*input_layernorm.bias"),
+        (
+            {"llama.rope.scaling.factor": 2.0},
+            {"rope_freqs.weight": np.array([1, 8], "f")},
+            "rope_freqs.weight and rope.scaling; wanted one of them",
+        ),
         ({}, {"blk.0.attn_k.weight": ONES}, r"k_proj\.weight of shape \(16, 16\); wanted"),
         ({}, {"output.weight": ONES}, r"lm_head\.weight of shape \(16, 16\); wanted \(32, 16\)"),
         ({}, {"rope_freqs.weight": np.array([1, 7, 2], "f")}, "rope_freqs.* not of Llama 3"),
@@ -397,6 +413,38 @@ def test_a_vocabulary_that_is_not_read_leaves_the_model(metadata, message, path)
     assert tokenizer is None
     wanted, _ = nys.models.load(MODELS / "llama")
     jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(wanted))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 2.0}, LinearScaling(2.0)),
+        ({"scaling.factor": 2.5}, LinearScaling(2.5)),
+        ({"scale_linear": 4.0}, LinearScaling(4.0)),
+        ({"scaling.type": "none", "scaling.factor": 2.0}, None),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, None),
+        ({"scaling.type": "yarn", "scaling.factor": 1.0}, None),
+        (
+            {"scaling.type": "yarn", "scaling.factor": 2.0},
+            YarnScaling(2.0, 64, 1 + 0.1 * np.log(2)),
+        ),
+        (
+            {
+                "scaling.type": "yarn",
+                "scaling.factor": 2.0,
+                "scaling.original_context_length": 32,
+                "scaling.yarn_beta_fast": 16.0,
+                "scaling.yarn_ext_factor": -1.0,
+            },
+            YarnScaling(2.0, 32, 1 + 0.1 * np.log(2), beta_fast=16.0),
+        ),
+    ],
+)
+def test_scaled_rotations(metadata, scaling, path):
+    """With the defaults of llama.cpp: linear, and the length of training for yarn's."""
+    write(path, "llama", metadata={f"llama.rope.{k}": v for k, v in metadata.items()})
+    got = nys.models.load(path)[0].config.rope_scaling
+    assert got == scaling or dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(scaling))
 
 
 def test_the_other_byte_order_is_refused(path):

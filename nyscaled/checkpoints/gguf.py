@@ -39,7 +39,8 @@ _INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_ROTATED = re.compile(r"self_attn\.[qk]_proj\.")
 _ROPE = "rope_freqs.weight"
 
 # What is read of an architecture's metadata, which it must have and which it may have.
@@ -58,9 +59,10 @@ _OPTIONAL = {
 }
 # Whatever else there is must say that nothing special is meant, or repeat what is known.
 _NEUTRAL = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (1.0,),
-    "rope.scale_linear": (1.0,),
+    "rope.scaling.finetuned": (True,),  # for the record
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),  # the second for the default, which is 1
     "attention.causal": (True,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
@@ -108,9 +110,9 @@ class Gguf(Folder):
         _, tensor = self._place(name)
         value = _dequantized(tensor, self.path)
         kind = self.config["model_type"]
-        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if kind == "llama" and _ROTATED.search(name):
             # llama.cpp rotates neighbours (2i, 2i + 1), transformers the pairs (i, i + d/2).
-            pairs = value.reshape(-1, self.config["head_dim"] // 2, 2, value.shape[-1])
+            pairs = value.reshape(-1, self.config["head_dim"] // 2, 2, *value.shape[1:])
             return pairs.swapaxes(1, 2).reshape(value.shape)
         if kind == "gemma" and name.endswith("norm.weight"):
             return value - 1  # the file has 1 + w
@@ -171,6 +173,8 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
         config = _config(metadata, named)
         if factors is not None:
             theta, width = config["rope_theta"], config["head_dim"]
+            if config["rope_scaling"]:
+                raise ValueError(f"it has {_ROPE} and rope.scaling; wanted one of them")
             config["rope_scaling"] = _llama3(factors, theta, width)
     except Exception as error:  # of many classes, on values of other types
         raise ValueError(f"{path}: {error}") from error
@@ -198,7 +202,7 @@ def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in _OUTER:
             named[_OUTER[name]] = tensor
         elif block and block[2] in _INNER:
-            named[f"model.layers.{block[1]}.{_INNER[block[2]]}.weight"] = tensor
+            named[f"model.layers.{block[1]}.{_INNER[block[2]]}.{block[3]}"] = tensor
         else:
             unknown.append(name)
     if unknown:
@@ -223,6 +227,9 @@ def _config(metadata: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[st
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("rope_theta", 10000.0)
+    config["rope_scaling"] = _scaling(found, config.get("max_position_embeddings"))
+    for setting, layer in (("attention_bias", "q_proj"), ("mlp_bias", "up_proj")):
+        config[setting] = any(name.endswith(f".{layer}.bias") for name in named)
     vocabulary, width = named["model.embed_tokens.weight"].shape[0], config["head_dim"]
     neutral = _NEUTRAL | {
         "rope.dimension_count": (width,),
@@ -246,6 +253,27 @@ def _config(metadata: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[st
         "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": padding,
     }
+
+
+def _scaling(found: dict[str, Any], length: Any) -> dict[str, Any] | None:
+    """The scaling of rotations, of which the keys are taken from the metadata, with their defaults."""
+    kind = found.pop("rope.scaling.type", "linear")
+    older = found.pop("rope.scale_linear", None)
+    factor = _decimal(found.pop("rope.scaling.factor", older)) or 1.0
+    original = found.pop("rope.scaling.original_context_length", length)
+    betas = {
+        name: _decimal(found.pop(f"rope.scaling.yarn_{name}"))
+        for name in ("beta_fast", "beta_slow")
+        if f"rope.scaling.yarn_{name}" in found
+    }
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"it has rope.scaling.type {kind!r}; wanted none, linear or yarn")
+    if kind == "none" or factor == 1:
+        return None
+    scaling = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling |= {"original_max_position_embeddings": original, **betas}
+    return scaling
 
 
 def _llama3(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
