@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DIGITS := build/digits_rbf.npy
 WEIGHTS := build/weights
+# Of `make fuzz`: how long, and which changes of files.
+SECONDS := 120
+SEED := 0
 
-.PHONY: fig1 figures report weights test test-all test-peers lint bench bench-peers clean
+.PHONY: fuzz fig1 figures report weights test test-all test-peers lint bench bench-peers clean
 
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
@@ -40,6 +43,9 @@ test-all: test
 
 test-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers
+
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz $(SECONDS) $(SEED)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

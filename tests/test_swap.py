@@ -306,7 +306,14 @@ def test_files_that_another_program_writes_meanwhile_are_read_again(tmp_path, mo
 
 @pytest.mark.parametrize(
     "plan",
-    ['{"last": "../x", "new": [], "gone": []}', "[]", "{", '{"last": "a", "new": 5}', "[" * 9999],
+    [
+        '{"last": "a", "new": "abc", "gone": []}',
+        '{"last": "../x", "new": ["../x"], "gone": []}',
+        "[]",
+        "{",
+        '{"last": "a", "new": 5}',
+        "[" * 9999,
+    ],
 )
 def test_what_no_save_has_left_is_refused(plan, tmp_path):
     save_model(tmp_path, 1)

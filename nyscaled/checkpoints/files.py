@@ -110,22 +110,28 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def brief(value: object) -> str:
+    """The text of what a file holds or a library says of it, as long as a message bears."""
+    text = str(value)
+    return text if len(text) <= 1000 else f"{text[:600]} … {text[-300:]}"
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys differ: of two values for one key, readers take different ones."""
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))
-        raise ValueError(f"it has the key {twice!r} twice in one object")
+        raise ValueError(f"it has the key {brief(repr(twice))} twice in one object")
     return value
 
 
 def _require_shallow(value: Any) -> None:
     """Require nesting that whatever walks through the value can bear."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = [x.values() if isinstance(x, dict) else x for x in level]
-        level = [x for part in inner for x in part if isinstance(x, dict | list)]
+    level = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        items = [x.values() if isinstance(x, dict) else x for x in level]
+        level = [x for part in items for x in part if isinstance(x, dict | list)]
         if not level:
             return
     raise ValueError(f"it nests deeper than {MAX_DEPTH}; the limit of recursion is near")
@@ -144,7 +150,7 @@ def open_tensors(path: Path) -> Any:
         require_regular(path)
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a sound safetensors file: {brief(error)}") from error
 
 
 def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> np.ndarray:
@@ -156,7 +162,9 @@ def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> 
     try:
         return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
     except (safetensors.SafetensorError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a sound safetensors file, at {name}: {error}") from error
+        raise ValueError(
+            f"{path} is not a sound safetensors file, at {brief(name)}: {brief(error)}"
+        ) from error
 
 
 def as_json(value: Mapping[str, Any]) -> str:

@@ -234,4 +234,4 @@ def _read_rules(path: Path) -> Rules:
     try:
         return Rules(config)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {files.brief(error)}") from None

@@ -217,7 +217,8 @@ def _read_plan(path: Path) -> tuple[str, list[str], list[str]]:
         plan = json.loads(path.read_text(encoding="utf-8"))
         last, new, gone = plan["last"], plan["new"], plan["gone"]
         names = [last, *new, *gone]
-        sound = all(Path(name).name == name and "\0" not in name for name in names)
+        sound = isinstance(new, list) and isinstance(gone, list) and last in new
+        sound = sound and all(Path(name).name == name and "\0" not in name for name in names)
     except (ValueError, LookupError, TypeError, RecursionError):
         sound = False
     if not sound:

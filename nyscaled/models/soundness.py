@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nyscaled.checkpoints import files
+
 # In all that a tokenizer does to it a text may grow this much at the most.
 MAX_GROWTH = 2**20
 LARGEST_ID = 2**31 - 1  # arrays of tokens are int32
@@ -38,7 +40,7 @@ def refusing(what: str) -> Iterator[None]:
         # A panic of Rust is no Exception, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what}: {type(error).__name__}: {files.brief(error)}") from error
 
 
 def require_bounded(document: Mapping[str, Any]) -> None:
