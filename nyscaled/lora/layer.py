@@ -154,7 +154,8 @@ class Adapted(nnx.Module):
             equations(self, inputs.ndim),
             *(tuple(lengths[i] for i in axes) for axes in parts),
             dtype=self.dtype,
-            precision=self.precision,
+            # The layer's, if it names one: full float32 costs the thin products little.
+            precision="highest" if self.precision is None else self.precision,
             out_sharding=kwargs.get("out_sharding"),
         )
         for adapter in self.adapters.values():

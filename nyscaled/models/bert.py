@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from nyscaled.linalg import full_precision
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.config import Config, TokenId
@@ -269,6 +270,7 @@ class Bert(nnx.Module):
         if pooler:
             self.pooler = new_pooler(config, numerics, rngs)
 
+    @full_precision
     def __call__(
         self,
         tokens: Tokens,
@@ -297,6 +299,7 @@ class Bert(nnx.Module):
         x = self.embeddings(tokens, types, mask)
         return blocks.run(self.encoder.layer, x, mask, remat=self.numerics.remat)
 
+    @full_precision
     def pool(
         self, hidden: Float[Array, "batch length width"], mask: Mask | None = None
     ) -> Float[Array, "batch width"]:

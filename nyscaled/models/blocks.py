@@ -27,7 +27,8 @@ class Numerics:
     Attributes:
         dtype: of the parameters.
         compute_dtype: of activations and products; `dtype` if None. Norms, rotations and the
-            softmax of attention are computed in float32 whatever it is.
+            softmax of attention are computed in float32 whatever it is. Products of float32 are
+            full float32 on accelerators too; where that is too slow, bfloat16 is meant.
         remat: whether the backward pass computes each layer anew instead of keeping its insides.
 
     Raises:

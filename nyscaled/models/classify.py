@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from nyscaled.linalg import full_precision
 from nyscaled.models.bert import Bert, head_options, new_pooler
 from nyscaled.models.blocks import Mask, Tokens
 
@@ -82,6 +83,7 @@ class BertClassifier(nnx.Module):
             self.config.hidden_size, len(labels), rngs=rngs, **head_options(self.numerics)
         )
 
+    @full_precision
     def __call__(
         self,
         tokens: Tokens,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nyscaled.linalg import full_precision
 from nyscaled.models import blocks, rope
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
@@ -202,6 +203,7 @@ class GatedDecoder(nnx.Module):
         """
         return self.logits(self.hidden(tokens, mask)[0])
 
+    @full_precision
     def hidden(
         self,
         tokens: Tokens,
@@ -242,6 +244,7 @@ class GatedDecoder(nnx.Module):
         frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta, scaling, length)
         return rope.rotation(positions, frequencies, scaling.attention_factor if scaling else 1.0)
 
+    @full_precision
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         """The head."""
         tied = self.config.tie_word_embeddings

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nyscaled.linalg import full_precision
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
@@ -184,6 +185,7 @@ class Opt(nnx.Module):
         """
         return self.logits(self.hidden(tokens, mask)[0])
 
+    @full_precision
     def hidden(
         self,
         tokens: Tokens,
@@ -215,6 +217,7 @@ class Opt(nnx.Module):
             x = self.final_layer_norm(x)
         return x, cache
 
+    @full_precision
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         """The head."""
         return self.embed_tokens.attend(self.project_out(x) if self._projected else x)
