@@ -105,7 +105,7 @@ def test_fig1_perturbed_curves_leave_and_then_halve(fig1, noise):
     np.testing.assert_allclose(tail[1:] / tail[:-1], 0.5, atol=0.02)
 
 
-@pytest.mark.parametrize("figure", ["fig1", "fig4"])
+@pytest.mark.parametrize("figure", ["fig1", pytest.param("fig4", marks=pytest.mark.long)])
 def test_nystrom_curves_are_the_exact_predictions(figure, request):
     curves = read(request.getfixturevalue(figure) / f"{figure}.csv")
     assert len(curves["b exact"]) == 5
@@ -125,6 +125,7 @@ def test_fig1_under_parametrized_decays_at_the_rate_of_the_gap(tmp_path_factory,
     assert decay[1] - 0.02 < measured < decay[1] + 0.002
 
 
+@pytest.mark.long
 def test_fig4_pseudo_inverse_is_quadratic_and_damping_is_not(fig4):
     curves = read(fig4 / "fig4.csv")["a"]
     assert_quadratic(curves["ScaledGD (†), Nyström"])
@@ -134,6 +135,7 @@ def test_fig4_pseudo_inverse_is_quadratic_and_damping_is_not(fig4):
     assert (damped[21:] / damped[20:-1]).min() > 0.5
 
 
+@pytest.mark.long
 def test_order_shows_the_quadratic_phase_far_below_double_precision(tmp_path_factory):
     curves = read(record(tmp_path_factory, "order") / "order.csv")["order"]
     errors = curves["Nyström"]
@@ -342,6 +344,7 @@ def test_command_line_refusal_is_one_line(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.long
 def test_float32(tmp_path):
     result = run("fig4.py", "--quick", "--precision", "float32", "--out", Path(tmp_path))
     assert result.returncode == 0, result.stderr

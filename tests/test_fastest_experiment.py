@@ -42,6 +42,7 @@ def assert_claims(panels):
     assert textbook[-1] > 30 * steps(panels, "c", "QDWH")[-1]
 
 
+@pytest.mark.long
 def test_quick_run_shows_the_claims(quick):
     assert_claims(quick)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pytest
 from test_experiments import ROOT, run
 
 # LLaMA and Gemma as on their cards on the hub, OPT as transformers counts it.
@@ -25,6 +26,7 @@ def rows_of(folder):
     return rows
 
 
+@pytest.mark.long
 def test_quick_run(tmp_path):
     result = run("fits.py", "--quick", "--out", tmp_path)
     assert result.returncode == 0, result.stderr

@@ -38,6 +38,7 @@ def assert_shown(folder, factor):
         assert min(count) > 110
 
 
+@pytest.mark.long
 def test_quick_figure_shows_it(quick):
     assert_shown(quick, 1.1)
 

@@ -68,6 +68,7 @@ def tensors(config):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in /proc")
+@pytest.mark.long
 def test_peak_is_the_model_and_a_block(tmp_path):
     small = CONFIG | {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
     write(tmp_path / "small", small, tensors(small))

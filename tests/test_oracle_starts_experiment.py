@@ -48,6 +48,7 @@ def assert_sensing_is_linear_from_every_start(panels, name):
     assert all(counts[1] > 3 * counts[0] for _, counts in slow.values())
 
 
+@pytest.mark.long
 def test_quick_run_shows_the_claims(quick):
     assert_sensing_is_linear_from_every_start(quick, "sensing")
 

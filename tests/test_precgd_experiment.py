@@ -45,6 +45,7 @@ def assert_claims(panels):
     np.testing.assert_allclose(told, method(panels["e"], "PrecGD")[-1], rtol=0.2)
 
 
+@pytest.mark.long
 def test_quick_run_shows_the_claims(panels):
     assert_claims(panels)
 

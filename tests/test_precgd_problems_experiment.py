@@ -46,6 +46,7 @@ def assert_noise_and_condition_are_as_claimed(how, spread):
         assert kappa.max() < spread * max(kappa.min(), 1e-15)
 
 
+@pytest.mark.long
 def test_quick_run_shows_the_claims(quick):
     panels, how = quick
     for problem in PROBLEMS:

@@ -41,6 +41,7 @@ def assert_claims(how, found):
     assert 1.0 < power(how, "asymmetric, EP", "AltGD")[0] < 2.0
 
 
+@pytest.mark.long
 def test_quick_run_shows_the_claims(quick):
     how = json.loads((quick / "table1.json").read_text())
     assert_claims(how, counts(quick / "table1.csv"))
