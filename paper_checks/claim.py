@@ -11,8 +11,14 @@ from typing import Any, Literal
 
 SECTIONS = (
     "symmetric_exact",
+    "phases",
     "symmetric_under",
+    "counterexamples",
+    "theorem_2",
+    "lemma_5",
     "symmetric_over",
+    "starts",
+    "equations",
     "asymmetric",
     "corollary",
     "factorization",
@@ -22,6 +28,7 @@ SECTIONS = (
     "table1",
     "fastest",
     "ours",
+    "rounding",
     "neighbours",
     "robust",
 )
@@ -125,7 +132,7 @@ def worst(
     largest = broken[0] if broken else max(ratios.values())
 
     def shown(name: str, value: float, bound: float) -> str:
-        label = name.replace("_", " ")
+        label = name.replace("_", " ") if name.isidentifier() else name  # "‖E‖_F" is none
         if rounding and value <= bound:
             return f"{label} ≤ {bound:.3g}"
         return f"{label} {value:.3g} (allowed {bound:.3g})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -20,17 +21,36 @@ import nyscaled as nys
 SEED = 20250
 M, N = 60, 40
 STEPS = 48
-ETAS = (0.1, 0.3, 0.5, 0.9)
+ETAS = (0.1, 0.3, 0.5, 0.9, 1.0)
 PAIR_ETAS = (0.1, 0.5, 0.9, 1.0)
 KAPPAS = {"float64": (2.0, 1e2, 1e4, 1e6), "float32": (2.0, 1e1, 1e2, 1e3)}
+KINDS = ("geometric", "last", "repeated", "clustered")
 SCALES = (0.1, 1.0, 10.0)  # ξ, in turn
+UNITS = (1.0, 1e6, 1e-6)  # σ_1(A), in turn
+SEEDS = 3
 
 Regime = Literal["exact", "under", "over"]
 Start = Literal["nystrom", "perturbed", "small"]
 Dtype = Literal["float64", "float32"]
 DTYPES: tuple[Dtype, ...] = ("float64", "float32")
-RANKS = {"exact": (5, 5), "under": (5, 8), "over": (8, 5)}
-"""(r, r_A) of each regime."""
+Size = tuple[int, int, int]
+SIZES: dict[Regime, tuple[Size, ...]] = {
+    "exact": ((M, 5, 5), (12, 1, 1), (12, 12, 12)),
+    "under": ((M, 5, 8), (12, 1, 12)),
+    "over": ((M, 8, 5), (12, 12, 1), (12, 12, 4)),
+}
+"""(m, r, r_A) of each regime; the first also in float32."""
+RUNS = (
+    "κ = 2 … 1e6 (float32: 2 … 1e3), σ_1(A) = 1e-6, 1, 1e6; spectra geometric, near 1 but for the last, "
+    "of two repeated values, of clusters 1e-6 apart; η = .1, .3, .5, .9, 1; ξ = .1, 1, 10; three starts "
+    "each, 48 steps"
+)
+EVERYWHERE = {
+    "exact": f"m = 60, r = r_A = 5, and in float64 m = 12, r = r_A = 1, 12; {RUNS}",
+    "under": f"m = 60, r = 5, r_A = 8, and in float64 m = 12, r = 1, r_A = 12; {RUNS}",
+    "over": f"m = 60, r = 8, r_A = 5, and in float64 m = r = 12, r_A = 1, 4; {RUNS}",
+}
+"""What the families of a regime run over."""
 
 
 def eps(dtype: str) -> float:
@@ -39,9 +59,24 @@ def eps(dtype: str) -> float:
 
 
 def spectrum(kind: str, rank: int, kappa: float) -> np.ndarray:
-    """Singular values from 1 to 1/κ: "geometric", or "last" as the paper's: near 1 but for the last."""
+    """Singular values from 1 to 1/κ, descending; 1 if there is but one.
+
+    Args:
+        kind: "geometric"; "last" as the paper's, near 1 but for the last; "repeated", 1 and 1/κ
+            half and half; "clustered", in pairs that differ by 1e-6.
+        rank: how many.
+        kappa: their ratio.
+    """
+    if rank == 1:
+        return np.ones(1)
     if kind == "geometric":
         return np.geomspace(1.0, 1.0 / kappa, rank)
+    if kind == "repeated":
+        return np.where(np.arange(rank) < (rank + 1) // 2, 1.0, 1.0 / kappa)
+    if kind == "clustered":
+        pairs = np.repeat(np.geomspace(1.0, 1.0 / kappa, (rank + 1) // 2), 2)[:rank]
+        values = pairs * (1 + 1e-6 * (np.arange(rank) % 2 == 0))
+        return values / values[0]
     return np.array([*(1.0 - 0.3 * i / rank for i in range(rank - 1)), 1.0 / kappa])
 
 
@@ -63,7 +98,7 @@ class Family:
     """A batch of symmetric trajectories.
 
     Attributes:
-        a: (b, m, m). basis: Q (b, m, k). spectrum: diag(Σ) (b, k). eta: (b,). kappa: (b,).
+        a: (b, m, m). basis: Q (b, m, k). spectrum: diag(Σ) (b, k). eta: (b,). kappa: σ_1/σ_k (b,).
         x: X_t (b, steps + 1, m, r).
     """
 
@@ -89,20 +124,21 @@ def psd_batch(batch_keys: Any, m: int, spectra: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=2)
 def start_batch(batch_keys: Any, a: Any, rank: int, scale: Any, noise: Any) -> Any:
     """`initializers.perturbed` over a batch; at noise = 0 it is `initializers.nystrom`, to the bit."""
-    return jax.vmap(lambda k, a, s: nys.initializers.perturbed(k, a, rank, s, noise))(
-        batch_keys, a, scale
+    noise = jnp.broadcast_to(noise, scale.shape)
+    return jax.vmap(lambda k, a, s, n: nys.initializers.perturbed(k, a, rank, s, n))(
+        batch_keys, a, scale, noise
     )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def trajectories(a: Any, x0: Any, eta: Any, damping: float, steps: int) -> Any:
+@functools.partial(jax.jit, static_argnums=4)
+def trajectories(a: Any, x0: Any, eta: Any, damping: Any, steps: int) -> Any:
     """X_0 … X_steps of ScaledGD by `solvers.scaled_step`, over a batch."""
 
-    def one(a: Any, x: Any, eta: Any) -> Any:
+    def one(a: Any, x: Any, eta: Any, damping: Any) -> Any:
         step = nys.solvers.scaled_step(nys.problems.Symmetric(a), eta, damping)
         return nys.solvers.run(step, x, steps, record=lambda x: x).history
 
-    return jax.vmap(one)(a, x0, eta)
+    return jax.vmap(one)(a, x0, eta, jnp.broadcast_to(damping, eta.shape))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -116,14 +152,17 @@ def pair_trajectories(a: Any, factors: Any, eta: Any, steps: int) -> Any:
     return jax.vmap(one)(a, factors, eta)
 
 
-def grid(dtype: str, etas: tuple[float, ...], rank: int, kappa_max: float = np.inf) -> Any:
-    """The runs of a family: κ × kind of spectrum × η, as arrays (spectra, η, κ, ξ)."""
-    kappas = [k for k in KAPPAS[dtype] if k <= kappa_max]
-    cells = list(itertools.product(kappas, ("geometric", "last"), etas))
-    spectra = np.array([spectrum(kind, rank, kappa) for kappa, kind, _ in cells])
-    eta = np.array([e for *_, e in cells])
-    scale = np.array([SCALES[i % len(SCALES)] for i in range(len(cells))])
-    return spectra, eta, np.array([k for k, *_ in cells]), scale
+def grid(dtype: str, etas: tuple[float, ...], rank: int) -> Any:
+    """The runs of a symmetric family, as arrays (spectra, η, ξ).
+
+    They are κ × kind of spectrum × η × start; ξ and σ_1(A) take turns.
+    """
+    cells = list(itertools.product(KAPPAS[dtype], KINDS, etas, range(SEEDS)))
+    turns = np.arange(len(cells))
+    units = np.array(UNITS)[turns // SEEDS % len(UNITS)]
+    spectra = np.array([spectrum(kind, rank, kappa) for kappa, kind, *_ in cells])
+    eta = np.array([eta for *_, eta, _ in cells])
+    return units[:, None] * spectra, eta, np.array(SCALES)[turns % len(SCALES)]
 
 
 @functools.cache
@@ -136,41 +175,69 @@ def family(
     noise: float = 1e-2,
     scale: float | None = None,
     steps: int = STEPS,
+    size: Size | None = None,
 ) -> Family:
-    """The trajectories of (2) or (26) over `grid`; `start` and `damping` serve the controls."""
-    rank, true_rank = RANKS[regime]
-    spectra, eta, kappa, scales = grid(dtype, etas, true_rank)
+    """The trajectories of (2) or (26) over `grid`.
+
+    Args:
+        regime: which of `SIZES`.
+        dtype: of the iteration.
+        start: "nystrom"; "perturbed" by N with ξ_n = `noise`; "small" with ζ = 1e-3 √σ_1.
+        etas: step sizes.
+        damping: λ, in units of σ_1(A).
+        noise: ξ_n, in units of σ_1(A).
+        scale: ξ, if it is to be one.
+        steps: of each run.
+        size: (m, r, r_A), if it is not the first of the regime.
+    """
+    m, rank, true_rank = size or SIZES[regime][0]
+    spectra, eta, scales = grid(dtype, etas, true_rank)
+    top = spectra[:, 0]
     if scale is not None:
         scales = np.full_like(scales, scale)
     salt = {"exact": 0, "under": 1, "over": 2}[regime]
     batch = len(eta)
-    a, basis = psd_batch(keys(batch, salt, 0), M, spectra)
+    a, basis = psd_batch(keys(batch, salt, 0), m, spectra)
     start_keys = keys(batch, salt, 1)
     if start == "small":
-        x0 = jax.vmap(lambda k: nys.initializers.small(k, M, rank, 1e-3))(start_keys)
+        x0 = jax.vmap(lambda k: nys.initializers.small(k, m, rank, 1e-3))(start_keys)
+        x0 = x0 * np.sqrt(top)[:, None, None]
     else:
-        x0 = start_batch(start_keys, a, rank, scales, noise if start == "perturbed" else 0.0)
+        x0 = start_batch(start_keys, a, rank, scales, top * noise * (start == "perturbed"))
     # The float32 runs are those of the same problems, rounded: sampling compiles once.
     kind = jnp.dtype(dtype)
     a, basis, x0, sigma = (jnp.asarray(v, kind) for v in (a, basis, x0, spectra))
-    x = trajectories(a, x0, jnp.asarray(eta, kind), damping, steps)
-    return Family(a, basis, sigma, eta, kappa, x)
+    x = trajectories(a, x0, jnp.asarray(eta, kind), jnp.asarray(damping * top, kind), steps)
+    return Family(a, basis, sigma, eta, top / spectra[:, -1], x)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def residual_curves(
-    a: Any, basis: Any, spectrum: Any, x0: Any, eta: Any, damping: float, steps: int
-) -> Any:
-    """‖X_tX_tᵀ − A‖_F, t = 0 … steps, and X_steps, over a batch."""
+def families(regime: Regime, dtype: Dtype = "float64", **options: Any) -> list[Family]:
+    """`family` at all `SIZES` of the regime; in float32 at the first."""
+    sizes = SIZES[regime] if dtype == "float64" else SIZES[regime][:1]
+    return [family(regime, dtype, size=size, **options) for size in sizes]
+
+
+def everywhere(
+    regime: Regime, measure: Callable[[Family, Dtype], float], bound: float, **options: Any
+) -> dict[str, tuple[float, float]]:
+    """The largest `measure(family, dtype)` over sizes beside its bound, for each dtype."""
+    return {
+        dtype: (largest([measure(f, dtype) for f in families(regime, dtype, **options)]), bound)
+        for dtype in DTYPES
+    }
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def residual_curves(a: Any, basis: Any, spectrum: Any, x0: Any, eta: Any, steps: int) -> Any:
+    """‖X_tX_tᵀ − A‖_F, t = 0 … steps, over a batch."""
 
     def one(a: Any, basis: Any, spectrum: Any, x: Any, eta: Any) -> Any:
-        step = nys.solvers.scaled_step(nys.problems.Symmetric(a), eta, damping)
+        step = nys.solvers.scaled_step(nys.problems.Symmetric(a), eta)
 
         def record(x: Any) -> Any:
             return nys.optimality.residual_in_basis(x, basis, spectrum)
 
-        solution = nys.solvers.run(step, x, steps, record)
-        return solution.history, solution.params
+        return nys.solvers.run(step, x, steps, record).history
 
     return jax.vmap(one)(a, basis, spectrum, x0, eta)
 
@@ -197,45 +264,6 @@ class PairFamily:
     def psi(self) -> jax.Array:
         """Ψ_t = VᵀY_t."""
         return jnp.einsum("bnk,btnr->btkr", self.right, self.y)
-
-
-@functools.cache
-def pair_family(
-    regime: Regime,
-    dtype: Dtype = "float64",
-    start: Literal["nystrom", "small"] = "nystrom",
-    etas: tuple[float, ...] = PAIR_ETAS,
-    steps: int = 12,
-) -> PairFamily:
-    """The trajectories of (6) or (35) over `grid`, m × n = 60 × 40."""
-    rank, true_rank = RANKS[regime]
-    spectra, eta, kappa, scales = grid(dtype, etas, true_rank)
-    salt = {"exact": 10, "under": 11, "over": 12}[regime]
-    batch = len(eta)
-    a, left, right, factors = _pair_problems(
-        keys(batch, salt, 0), keys(batch, salt, 1), spectra, scales, rank, start
-    )
-    kind = jnp.dtype(dtype)
-    a, left, right, x0, y0, sigma = (
-        jnp.asarray(v, kind) for v in (a, left, right, *factors, spectra)
-    )
-    x, y = pair_trajectories(a, nys.Factors(x0, y0), jnp.asarray(eta, kind), steps)
-    return PairFamily(a, left, right, sigma, eta, kappa, x, y)
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _pair_problems(
-    matrix_keys: Any, start_keys: Any, spectra: Any, scales: Any, rank: int, start: str
-) -> Any:
-    """A, U, V and the start, over a batch."""
-
-    def one(matrix_key: Any, start_key: Any, spectrum: Any, scale: Any) -> Any:
-        a, left, right = nys.spectra.rectangular(matrix_key, M, N, spectrum)
-        if start == "nystrom":
-            return a, left, right, nys.initializers.nystrom_factors(start_key, a, rank, scale)
-        return a, left, right, nys.initializers.small_factors(start_key, (M, N), rank, 1e-3)
-
-    return jax.vmap(one)(matrix_keys, start_keys, spectra, scales)
 
 
 def at_eta(family: Any, eta: float) -> Any:
