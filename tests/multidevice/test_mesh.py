@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nyscaled as nys
+from nyscaled.matrices import transpose_times
 
 M, N, R = 64, 32, 4
 
@@ -72,3 +73,15 @@ def test_sharded_residual_agrees_with_one_device(rows):
     x = normal(0, (M, R))
     found = nys.problems.Symmetric(jax.device_put(a, rows)).loss(jax.device_put(x, rows))
     np.testing.assert_allclose(found, nys.problems.Symmetric(a).loss(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [P("rows", None), P(None, "rows"), P()])
+def test_products_with_the_transpose_of_a_sharded_matrix_gather_nothing(rows, spec):
+    a, x = normal(0, (M, N)), normal(1, (M, R))
+    sharding = NamedSharding(rows.mesh, spec)
+    thin = NamedSharding(rows.mesh, P(*spec[:1]))
+    sharded = jax.device_put(a, sharding), jax.device_put(x, thin)
+    compiled = jax.jit(transpose_times).lower(*sharded).compile()
+    np.testing.assert_allclose(compiled(*sharded), a.T @ x, atol=1e-4)
+    gathered = [line for line in compiled.as_text().splitlines() if "all-gather" in line]
+    assert not [line for line in gathered if f"{M},{N}" in line]
