@@ -26,6 +26,7 @@ SECTIONS = (
     "adapters",
     "order",
     "table1",
+    "table1_others",
     "fastest",
     "ours",
     "rounding",

@@ -185,6 +185,7 @@ def closed_form_extended(eta: float = 0.5) -> Measured:
     return Measured(
         max(gaps),
         1e-9,
+        rounding=True,
         detail="relative difference, largest over steps",
         facts={"least error compared, log10": float(np.log10(least))},
     )

@@ -62,8 +62,8 @@ def rate(preconditioned: bool = True) -> Measured:
     "entries that are wrong by any size do not move the limit: ‖X_tY_tᵀ − M‖_F ≤ 1e-5 σ_r(M) after 60 steps (Tong, Ma, Chi, JMLR 2021)",
     source="literature",
     hypotheses="as robust-rate; the share α that the problem is told is that of the errors",
-    removes="enough thresholding",
-    instead="α of two fifths of the errors",
+    removes="an α as large as the share of the errors",
+    instead="α = 0.02, two fifths of that share",
     fraction=0.02,
 )
 def exact(fraction: float = 0.05) -> Measured:

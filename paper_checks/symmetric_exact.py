@@ -177,12 +177,12 @@ def equation_12(start: Start = "nystrom") -> Measured:
 @claim(
     "lem-1",
     "σ_r(X_0) ≥ ξτ(√r_A − √(r−1))σ_{r_A}(A) with probability ≥ 1 − (C₁τ)^{r_A−r+1} − e^{−C₂r_A}",
-    hypotheses="r ≤ r_A, Ω Gaussian; 4,000 starts each of (r_A, r) = (5, 5), (8, 5) for κ = 1, 100, "
-    "m = 60; C₁ and C₂ fitted on Gaussian matrices, never on these starts",
+    hypotheses="r ≤ r_A, Ω Gaussian; 4,000 starts each of (r_A, r) = (20, 20), (20, 5) for κ = 1, 100, "
+    "m = 60; C₁ and C₂ fitted on Gaussian matrices of at most 8 rows (lem-19)",
     removes="Gaussian Ω",
     instead="Ω whose columns are all nearly parallel to the first (correlation 1 − 5e-7)",
     correlated=True,
 )
 def lemma_1(correlated: bool = False) -> Measured:
     """Lemma 1."""
-    return montecarlo.start_tails(((5, 5), (8, 5)), correlated)
+    return montecarlo.start_tails(((20, 20), (20, 5)), correlated)

@@ -24,15 +24,15 @@ EVERYWHERE = common.EVERYWHERE["over"]
 @claim(
     "lem-11",
     "σ_{r_A}(X_0) ≥ ξτ(√r − √(r_A−1))σ_{r_A}(A) with probability ≥ 1 − (C₁τ)^{r−r_A+1} − e^{−C₂r}; rank(X_0) = r_A",
-    hypotheses="r > r_A, Ω Gaussian; 4,000 starts each of (r_A, r) = (5, 8), (3, 8) for κ = 1, 100, "
-    "m = 60; C₁ and C₂ fitted on Gaussian matrices, never on these starts",
+    hypotheses="r > r_A, Ω Gaussian; 4,000 starts each of (r_A, r) = (18, 20), (5, 20) for κ = 1, 100, "
+    "m = 60; C₁ and C₂ fitted on Gaussian matrices of at most 8 rows (lem-19)",
     removes="Gaussian Ω",
     instead="Ω whose columns are all nearly parallel to the first (correlation 1 − 5e-7)",
     correlated=True,
 )
 def lemma_11(correlated: bool = False) -> Measured:
     """Lemma 11."""
-    return montecarlo.start_tails(((5, 8), (3, 8)), correlated)
+    return montecarlo.start_tails(((18, 20), (5, 20)), correlated)
 
 
 @claim(
