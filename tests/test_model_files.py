@@ -282,3 +282,8 @@ def test_the_empty_path_is_refused(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="the folder is ''; expected a path"):
             act("")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_are_taken_as_they_are(folder):
+    change(folder, tensors={"model.norm.weight": np.full(16, np.nan, "f")})
+    assert np.isnan(nys.models.load(folder)[0].norm.scale[...]).all()

@@ -308,6 +308,8 @@ def test_files_that_another_program_writes_meanwhile_are_read_again(tmp_path, mo
     "plan",
     [
         '{"last": "a", "new": "abc", "gone": []}',
+        '{"last": "..", "new": [".."], "gone": []}',
+        '{"last": "a", "new": ["a"], "gone": [' + '"*",' * 999 + '"*"]}',
         '{"last": "../x", "new": ["../x"], "gone": []}',
         "[]",
         "{",

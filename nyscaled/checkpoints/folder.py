@@ -214,23 +214,27 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         raise ValueError(f"{path / INDEX} has no weight_map from names to files")
     shards: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for shard in sorted(set(weight_map.values())):
+    named: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        named.setdefault(shard, []).append(name)
+    for shard in sorted(named):
         outside = Path(shard).name != shard or shard == ".."
         if outside or not files.exists(path / shard):
-            raise ValueError(f"{path / INDEX} names {shard!r}; wanted a file in the folder itself")
+            raise ValueError(
+                f"{path / INDEX} names {files.brief(repr(shard))}; wanted a file in the folder itself"
+            )
         shards[shard] = files.open_tensors(path / shard)
         held = set(shards[shard].keys())
-        lost = sorted(n for n, file in weight_map.items() if file == shard and n not in held)
+        lost = sorted(set(named[shard]) - held)
         if lost:
-            raise ValueError(
-                f"{path / INDEX} names {', '.join(lost[:4])} in {shard}, which does not have them"
-            )
+            names = files.brief(", ".join(lost[:4]))
+            raise ValueError(f"{path / INDEX} names {names} in {shard}, which does not have them")
         for name in held - places.keys():
             places[name] = shard
         twice = sorted(n for n in held - weight_map.keys() if places[n] != shard)
         if twice:
             raise ValueError(
-                f"{path / shard} has {', '.join(twice[:4])}, as {places[twice[0]]} has; wanted "
+                f"{path / shard} has {files.brief(', '.join(twice[:4]))}, as {places[twice[0]]} has; wanted "
                 f"{INDEX} to name the one to read"
             )
     for name, shard in (weight_map | (places | weight_map)).items():  # in the order of the index

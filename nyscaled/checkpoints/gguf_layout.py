@@ -66,7 +66,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     files.require_regular(path)
     data = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    cursor = _Cursor(memoryview(data))
+    cursor = _Cursor(data.data)
     if bytes(cursor.take(4)) != _MAGIC:
         raise ValueError("GGUF magic invalid")
     version = cursor.number("<u4")
@@ -133,6 +133,14 @@ def _tensors(cursor: _Cursor, data: np.ndarray, count: int, alignment: Any) -> d
     }
 
 
+def _number(kind: int) -> str:
+    """NumPy's name for a type of numbers."""
+    form = _NUMBERS[kind] if kind < len(_NUMBERS) else None
+    if form is None:
+        raise ValueError(f"it has a value of type {kind}, which is not known")
+    return form
+
+
 class _Cursor:
     """Where a file is read, which never goes beyond its end.
 
@@ -173,15 +181,11 @@ class _Cursor:
             return self.text()
         if kind == _ARRAY:
             return self._array(depth)
-        if kind >= len(_NUMBERS):
-            raise ValueError(f"it has a value of type {kind}, which is not known")
-        return self.number(_NUMBERS[kind])
+        return self.number(_number(kind))
 
     def _array(self, depth: int) -> list[Any]:
         kind, count = self.number("<u4"), self.number("<u8")
-        if kind >= len(_NUMBERS):
-            raise ValueError(f"it has an array of type {kind}, which is not known")
-        form = None if kind in _LEAST else np.dtype(_NUMBERS[kind])
+        form = None if kind in _LEAST else np.dtype(_number(kind))
         self.require(count * (form.itemsize if form else _LEAST[kind]))
         self.elements -= count
         if self.elements < 0 or depth == _MAX_DEPTH:

@@ -38,6 +38,8 @@ TRIES = 100
 
 _NEW, _OLD, _PLAN, _PLACEHOLDER = "new", "old", "plan.json", "placeholder"
 
+_MAX_GONE = 100  # patterns of files that go, each of which is held against each file
+
 T = TypeVar("T")
 
 
@@ -213,20 +215,22 @@ def _read_plan(path: Path) -> tuple[str, list[str], list[str]]:
         FileNotFoundError: without it.
     """
     files.require_regular(path)
-    try:
+    last, new, gone = "", [], []
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         plan = json.loads(path.read_text(encoding="utf-8"))
         last, new, gone = plan["last"], plan["new"], plan["gone"]
-        names = [last, *new, *gone]
-        sound = isinstance(new, list) and isinstance(gone, list) and last in new
-        sound = sound and all(Path(name).name == name and "\0" not in name for name in names)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        sound = False
-    if not sound:
+    lists = isinstance(new, list) and isinstance(gone, list) and len(gone) <= _MAX_GONE
+    if not lists or last not in new or not all(map(_is_name, [*new, *gone])):
         raise ValueError(
             f"{path} is not what a save writes; expected names of files (if nothing in "
             f"{path.parent} is needed, remove {path.parent.parent})"
         )
     return last, new, gone
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is the name of a file, or a pattern, that leads to no other folder."""
+    return isinstance(value, str) and Path(value).name == value != ".." and "\0" not in value
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:

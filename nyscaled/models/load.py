@@ -60,7 +60,8 @@ def load(
 
     Tensors go from the mapped file to their places on the devices one after the other, in blocks of
     rows: beside the model, memory holds little. With a mesh it holds a tensor and its shards, of a
-    GGUF file a tensor.
+    GGUF file a tensor. NaN and Inf among the weights are taken as they are. While it reads, the
+    files may be replaced, as `save` does, but not cut short, at which the system ends the process.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or shards with their index; a GGUF
@@ -190,7 +191,7 @@ def _located(folder: str | os.PathLike[str], revision: str | None) -> Path:
     return path
 
 
-def _read_all(path: Path) -> tuple[Folder, Any, Config, Tokenizer | None]:
+def _read_all(path: Path) -> tuple[Folder, Any, Any, Tokenizer | None]:
     """All but the values of the tensors: the open folder, its class, configuration and tokenizer."""
     is_file = path.is_file() or path.suffix == SUFFIX
     source = open_gguf(path) if is_file else open_folder(path)

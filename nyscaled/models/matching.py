@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from nyscaled.checkpoints import files
 from nyscaled.checkpoints.folder import CONFIG, Folder
 from nyscaled.models.config import Config
 from nyscaled.models.names import HEADS, Place
@@ -96,5 +97,5 @@ def _equal(source: Folder, first: str, second: str) -> bool:
 
 def _require_none(what: str, source: Folder, names: set[str]) -> None:
     if names:
-        first = ", ".join(sorted(names)[:8])
+        first = files.brief(", ".join(sorted(names)[:8]))
         raise ValueError(f"{source.path} {what} {first}{' …' if len(names) > 8 else ''}")

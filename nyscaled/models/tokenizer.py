@@ -225,7 +225,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         return {
-            FILE: self.inner.to_str(pretty=True),
+            FILE: self.to_str(pretty=True),
             SETTINGS: files.as_json(defaults | self.settings),
             **dict.fromkeys(_OVERRIDING),
         }

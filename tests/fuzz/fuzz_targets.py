@@ -99,16 +99,15 @@ def _read_model(folder: Path, full: bool) -> Any:
     if full:
         model, _ = nys.models.load(folder)
         logits = np.asarray(model(np.ones((1, 3), np.int32)))
-        assert not np.isinf(logits).any(), "logits are infinite"
-        assert np.isfinite(logits).all() == _finite(folder), "NaN from finite weights"
+        assert np.isfinite(logits).all() or not _small(folder), "NaN from weights that are small"
         return repr(model.config), _array(logits)
     opened = open_folder(folder)
     open_tokenizer(folder)
     return repr(LlamaConfig.from_json(opened.config)), _arrays(opened)
 
 
-def _finite(folder: Path) -> bool:
-    """Whether weights are: they are taken as they are."""
+def _small(folder: Path) -> bool:
+    """Whether weights are: they are taken as they are, NaN and what overflows too."""
     from nyscaled.checkpoints.folder import open_folder
 
     opened = open_folder(folder)
