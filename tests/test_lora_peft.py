@@ -261,6 +261,11 @@ def test_saved_over_another(folder):
 def test_families():
     assert family("opt")("m.decoder.layers.3.fc1", ()) == "model.decoder.layers.3.fc1"
     assert family("gemma")("layers.mlp.gate_proj", (2,)) == "model.layers.2.mlp.gate_proj"
+    assert family("llama")("norm", ()) == "model.norm"
+    assert (
+        family("opt")("layers.final_layer_norm", (0,)) == "model.decoder.layers.0.final_layer_norm"
+    )
+    assert {family(name)("lm_head", ()) for name in ("opt", "llama", "gemma")} == {"lm_head"}
     bert = family("bert")
     assert bert("layer.output.dense", (1,)) == "bert.encoder.layer.1.output.dense"
     for path, index in [
@@ -268,7 +273,8 @@ def test_families():
         ("layers.self_attn.q_proj", ()),
         ("layers.3.self_attn.q_proj", (1,)),
         ("layers.self_attn.q_proj", (1, 2)),
-        ("lm_head", ()),
+        ("score", ()),
+        ("layers.0.norm", ()),
         ("layers.0.my_self_attn.q_proj", ()),
     ]:
         with pytest.raises(ValueError, match="no layer of the family 'llama'"):

@@ -37,7 +37,7 @@ CASES = {
 def expected(updates, rank_stabilized):
     """The model with α/r · (up @ down)ᵀ, or α/√r, added to its kernels."""
     model = Model()
-    for name, (down, up, alpha) in updates.items():
+    for name, (down, up, alpha, _) in updates.items():
         _, index, module = name.split(".")
         scaling = alpha / down.shape[0] ** (0.5 if rank_stabilized else 1)
         kernel = getattr(model.layers, module).kernel

@@ -1,8 +1,10 @@
 """PEFT's adapter folders: `adapter_model.safetensors` and `adapter_config.json`.
 
 A folder holds an update α/r · up @ down (α/√r, if rank-stabilized) for each of some modules of a
-base model, and whole modules that were trained beside them (`modules_to_save`), such as heads. PEFT itself only warns where a tensor has no module or a module no tensor, and then
-computes something else; here whatever cannot be read as just that update is an error.
+base model; whole modules that were trained beside them (`modules_to_save`), such as heads; and tensors
+of the base that PEFT saves along, of embeddings, heads and biases. PEFT itself only warns where a
+tensor has no module or a module no tensor, and then computes something else; here whatever cannot be
+read as just that update is an error.
 """
 
 from __future__ import annotations
@@ -26,22 +28,31 @@ TENSORS = "adapter_model.safetensors"
 HEADED = "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"
 TASKS = "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_WHOLE = re.compile(r"base_model\.model\.(?P<name>(?P<module>.+)\.(?:weight|bias))")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<row>[AB]))"
+)
+# With embeddings, PEFT saves what is inside its own wrappers too.
+_WHOLE = re.compile(
+    r"base_model\.model\.(?P<module>.+?)"
+    r"(?:\.(?P<wrapper>base_layer|modules_to_save|original_module))?\.(?P<end>weight|bias)"
+)
+_TOKENS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 
 class Update(NamedTuple):
     """The update of one module, in torch's layout.
 
     Attributes:
-        down: `lora_A.weight`, (r, in).
-        up: `lora_B.weight`, (out, r).
+        down: `lora_A.weight`, (r, in); of an embedding `lora_embedding_A`, (r, tokens).
+        up: `lora_B.weight`, (out, r); of an embedding `lora_embedding_B`, (width, r).
         alpha: α.
+        embedding: whether the module is one.
     """
 
     down: np.ndarray
     up: np.ndarray
     alpha: float
+    embedding: bool = False
 
 
 class Saved(NamedTuple):
@@ -53,7 +64,8 @@ class Saved(NamedTuple):
         dropout: rate in training.
         rules: which modules the configuration means.
         metadata: of the safetensors file.
-        whole: `<module>.weight` and `<module>.bias` of modules that are saved whole.
+        whole: `<module>.weight` and `<module>.bias` of modules that are saved whole, and of the base.
+        tokens: by module, the rows of an embedding that were trained themselves.
     """
 
     updates: dict[str, Update]
@@ -62,6 +74,7 @@ class Saved(NamedTuple):
     rules: Rules
     metadata: dict[str, str]
     whole: dict[str, np.ndarray]
+    tokens: dict[str, np.ndarray]
 
 
 def write(
@@ -113,8 +126,8 @@ def write(
     tensors = {f"base_model.model.{name}": value for name, value in whole.items()}
     for module, update in updates.items():
         for side, value in (("A", update.down), ("B", update.up)):
-            key = f"base_model.model.{module}.lora_{side}.weight"
-            tensors[key] = value
+            end = f"lora_embedding_{side}" if update.embedding else f"lora_{side}.weight"
+            tensors[f"base_model.model.{module}.{end}"] = value
     ranks = {module: update.down.shape[0] for module, update in updates.items()}
     alphas = {module: update.alpha for module, update in updates.items()}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -150,9 +163,8 @@ def read(folder: str | os.PathLike[str]) -> Saved:
         The updates, all of one save, whose ranks are those of the tensors and of the configuration.
 
     Raises:
-        ValueError: on a missing or broken file, a key that is not a module's `lora_A.weight` or
-            `lora_B.weight` nor of `modules_to_save`, one without the other, tensors and
-            configuration that disagree, or a configuration that asks for more.
+        ValueError: on a missing or broken file, a key of another kind than these, one factor without
+            the other, tensors and configuration that disagree, or a configuration that asks for more.
     """
     path = files.as_folder(folder)
     return swap.consistent(path, functools.partial(_read, path))
@@ -162,22 +174,33 @@ def _read(folder: Path) -> Saved:
     rules = _read_rules(folder / CONFIG)
     tensors, metadata = _read_tensors(folder / TENSORS)
     sides: dict[str, dict[str, np.ndarray]] = {}
-    whole = {}
+    whole, tokens, embeddings = {}, {}, set()
     for key, value in tensors.items():
         if match := _KEY.fullmatch(key):
-            sides.setdefault(match["module"], {})[match["side"]] = value
-        elif (match := _WHOLE.fullmatch(key)) and rules.is_whole(match["module"]):
-            whole[match["name"]] = value
+            sides.setdefault(match["module"], {})[match["side"] or match["row"]] = value
+            embeddings |= {match["module"]} if match["row"] else set()
+        elif match := _TOKENS.fullmatch(key):
+            tokens[match["module"]] = value
+        elif match := _WHOLE.fullmatch(key):
+            if match["wrapper"] == "original_module" and rules.is_whole(match["module"]):
+                continue  # what the adapter does not use
+            name = f"{match['module']}.{match['end']}"
+            if name in whole and not np.array_equal(whole[name], value):
+                raise ValueError(f"{folder / TENSORS} holds {name} twice, with other values")
+            whole[name] = value
         else:
             raise ValueError(
                 f"{folder / TENSORS} holds {key}; wanted only base_model.model.<module>.lora_A.weight "
-                "and .lora_B.weight, and what modules_to_save names"
+                "and .lora_B.weight (or lora_embedding_A and B), and whole weights and biases"
             )
     for module, pair in sides.items():
         if len(pair) != 2:
             raise ValueError(f"{folder / TENSORS} has only lora_{next(iter(pair))} of {module}")
-    updates = {m: Update(pair["A"], pair["B"], rules.alpha(m)) for m, pair in sides.items()}
-    _require_sound(updates, whole)
+    updates = {
+        m: Update(pair["A"], pair["B"], rules.alpha(m), m in embeddings)
+        for m, pair in sides.items()
+    }
+    _require_sound(updates, whole | tokens)
     for module, update in updates.items():
         if update.down.shape[0] != rules.rank(module):
             raise ValueError(
@@ -191,7 +214,7 @@ def _read(folder: Path) -> Saved:
             )
     stabilized = bool(rules.config.get("use_rslora"))
     dropout = float(rules.config.get("lora_dropout") or 0.0)
-    return Saved(updates, stabilized, dropout, rules, metadata, whole)
+    return Saved(updates, stabilized, dropout, rules, metadata, whole, tokens)
 
 
 def _exactly(module: str) -> str:
@@ -207,7 +230,7 @@ def _require_sound(updates: Mapping[str, Update], whole: Mapping[str, np.ndarray
     """Raises ValueError unless there are modules, each with finite (r, in) and (out, r)."""
     if not updates:
         raise ValueError("the adapter has no modules; wanted at least one")
-    for module, (down, up, _) in updates.items():
+    for module, (down, up, *_) in updates.items():
         shapes = f"lora_A {down.shape} and lora_B {up.shape}"
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
             raise ValueError(f"{module} has {shapes}; wanted (r, in) and (out, r)")

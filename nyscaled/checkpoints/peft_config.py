@@ -19,7 +19,8 @@ CONFIG = "adapter_config.json"
 _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern"),
     *("alpha_pattern", "target_modules", "exclude_modules", "bias", "init_lora_weights"),
-    *("modules_to_save", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices"),
+    "ensure_weight_tying",
 }
 # What has no bearing on a saved update: where it came from, PEFT's bookkeeping, options of starts
 # (`init_lora_weights` decides on those) and of variants that are refused by their own switch.
@@ -99,6 +100,13 @@ class Rules:
         ends = (name[i:] for name in around for i in range(len(name)))
         return bool(self._whole) and not self._whole.isdisjoint(ends)
 
+    def tokens(self, module: str) -> list[int] | None:
+        """The tokens whose rows of an embedding PEFT trains and saves; None if it trains none."""
+        indices = self.config.get("trainable_token_indices")
+        if isinstance(indices, dict):
+            return next((i for m, i in indices.items() if m in _ends(module)), None)
+        return indices or None
+
     def _is_part(self, module: str) -> bool:
         """Whether the module has a name in modules_to_save as a part of its own."""
         parts = module.split(".")
@@ -159,8 +167,9 @@ def _require_supported(config: Mapping[str, Any]) -> None:
             "on the base; wanted an adapter that PEFT converted to plain LoRA as it saved it "
             "(`path_initial_model_for_weight_conversion`)"
         )
-    if not isinstance(config.get("use_rslora", False), bool):
-        raise ValueError(f"use_rslora is {config['use_rslora']!r}; wanted true or false")
+    for field in ("use_rslora", "ensure_weight_tying"):
+        if not isinstance(config.get(field, False), bool):
+            raise ValueError(f"{field} is {config[field]!r}; wanted true or false")
     _require_numbers(config)
     _require_names(config)
 
@@ -187,6 +196,12 @@ def _require_names(config: Mapping[str, Any]) -> None:
         value = config.get(field)
         if not (value is None or isinstance(value, str) or _are(str, value)):
             raise ValueError(f"{field} is {value!r}; wanted a list of strings, a string or null")
+    indices = config.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    if not all(_are(int, values) and len(set(values)) == len(values) for values in lists):
+        raise ValueError(
+            f"trainable_token_indices is {indices!r}; wanted lists of distinct integers"
+        )
     names = config.get("modules_to_save") or []
     if not _are(str, names):
         raise ValueError(f"modules_to_save is {names!r}; wanted a list of strings or null")

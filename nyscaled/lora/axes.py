@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+# An embedding is a product with rows of the identity.
+KINDS = (*LINEAR, nnx.Embed)
 
 
 class Split(NamedTuple):
@@ -27,7 +29,10 @@ class Split(NamedTuple):
 
 
 class Equations(NamedTuple):
-    """The layer x, W → y, and its adapter x, a → h and h, b → y, as einsum equations."""
+    """The layer x, W → y, and its adapter x, a → h and h, b → y, as einsum equations.
+
+    Of an embedding, whose x are tokens, h are rows of a: `down` is empty.
+    """
 
     down: str
     up: str
@@ -45,8 +50,15 @@ def _operands(module: Any) -> tuple[str, str, str]:
     return lhs, kernel, out
 
 
+def kernel_of(module: Any) -> Any:
+    """The variable that holds W_0."""
+    return module.embedding if isinstance(module, nnx.Embed) else module.kernel
+
+
 def declared_shape(module: Any) -> tuple[int, ...]:
     """The kernel's shape as the layer declares it, without a stack."""
+    if isinstance(module, nnx.Embed):
+        return (module.num_embeddings, module.features)
     if isinstance(module, nnx.Einsum):
         return tuple(module.kernel_shape)
     if isinstance(module, nnx.LinearGeneral):
@@ -80,6 +92,8 @@ def split(module: Any) -> Split:
 
 def equations(module: Any, ndim: int) -> Equations:
     """The adapter's two contractions for an input of `ndim` axes."""
+    if isinstance(module, nnx.Embed):
+        return Equations("", "...r,ro->...o")
     if isinstance(module, nnx.Einsum):
         lhs, kernel, out = _operands(module)
     elif isinstance(module, nnx.LinearGeneral):
@@ -102,13 +116,13 @@ def equations(module: Any, ndim: int) -> Equations:
     )
 
 
-def stack_of(module: Any, kernel: Any) -> tuple[int, ...]:
+def stack_of(module: Any) -> tuple[int, ...]:
     """The lengths of the kernel's leading axes beyond those declared.
 
     Raises:
         ValueError: if the rest is not what the layer declares (a stack on another axis).
     """
-    declared, shape = declared_shape(module), tuple(kernel.shape)
+    declared, shape = declared_shape(module), tuple(kernel_of(module).shape)
     depth = len(shape) - len(declared)
     if depth < 0 or shape[depth:] != declared:
         raise ValueError(

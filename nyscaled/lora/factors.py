@@ -8,10 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from nyscaled.checkpoints import peft
 from nyscaled.lora import kernels
-from nyscaled.lora.axes import declared_shape, split, stack_of
+from nyscaled.lora.axes import declared_shape, kernel_of, split, stack_of
 from nyscaled.lora.layer import Adapter, scaling_of
 
 
@@ -32,7 +33,7 @@ def sides(path: str, layer: Any) -> tuple[int, int]:
 
 
 def to_updates(
-    adapter: Adapter, modules: Mapping[str, tuple[int, ...]], stabilized: bool
+    layer: Any, adapter: Adapter, modules: Mapping[str, tuple[int, ...]], stabilized: bool
 ) -> dict[str, peft.Update]:
     """The updates of an adapter's modules, given with their places in its stack.
 
@@ -49,7 +50,8 @@ def to_updates(
             alpha = scaling * (last**0.5 if stabilized else last)
             if last == adapter.rank and adapter.rank_stabilized == stabilized:
                 alpha = adapter.alpha  # without the rounding
-            updates[module] = peft.Update(a[index][:, :last].T, b[index][:last].T, alpha)
+            pair = a[index][:, :last].T, b[index][:last].T
+            updates[module] = peft.Update(*pair, alpha, isinstance(layer, nnx.Embed))
     return updates
 
 
@@ -83,7 +85,13 @@ def from_updates(
             or the layer's own.
     """
     known = [update for update in updates if update is not None]
-    for down, up, _ in known:
+    embedding = isinstance(layer, nnx.Embed)
+    if any(update.embedding != embedding for update in known):
+        raise ValueError(
+            f"the tensors of {path} are {'not ' if embedding else ''}an embedding's, and it is a "
+            f"{type(layer).__name__}; wanted an adapter of this base"
+        )
+    for down, up, *_ in known:
         if (down.shape[1], up.shape[0]) != sides(path, layer):
             raise ValueError(
                 f"the tensors of {path} are for a layer {(down.shape[1], up.shape[0])} (in, out), and "
@@ -110,10 +118,10 @@ def from_updates(
         with np.errstate(over="ignore"):
             a[i, :, :r], b[i, :r] = update.down.T.astype(dtype), up.T.astype(dtype)
         _require_usable(path, layer, a[i], b[i], scaling)
-    stack = stack_of(layer, layer.kernel)
+    stack = stack_of(layer)
     first, second = (jnp.asarray(x.reshape(*stack, *x.shape[1:])) for x in (a, b))
     drawn = kernels.Drawn(first, second, None)
-    return kernels.place(drawn, layer.kernel, split(layer), len(stack)), alpha
+    return kernels.place(drawn, kernel_of(layer), split(layer), len(stack)), alpha
 
 
 def _scaling(update: peft.Update, rank_stabilized: bool) -> float:

@@ -13,7 +13,15 @@ from jaxtyping import Array, Key
 
 from nyscaled import validation
 from nyscaled.lora import kernels
-from nyscaled.lora.axes import KINDS, declared_shape, split, stack_of, to_matrices
+from nyscaled.lora.axes import (
+    KINDS,
+    LINEAR,
+    declared_shape,
+    kernel_of,
+    split,
+    stack_of,
+    to_matrices,
+)
 from nyscaled.lora.inits import Init
 from nyscaled.lora.layer import Adapted, Adapter, adapted_class, scaling_of
 
@@ -35,10 +43,18 @@ def require_name(layers: Mapping[str, Any], name: str | None) -> None:
         raise ValueError(f"adapter is {name!r}; the model has {names or 'none'}")
 
 
-def _find(model: nnx.Module, ranks: Mapping[str, int]) -> dict[str, tuple[Any, int]]:
+def is_tied(model: Any) -> bool:
+    """Whether the model's head is its embedding, as far as a model of `nyscaled.models` says it."""
+    return hasattr(model, "untie") and model.config.tie_word_embeddings
+
+
+def _find(
+    model: nnx.Module, ranks: Mapping[str, int], embeddings: bool
+) -> dict[str, tuple[Any, int]]:
     """The layers that the patterns match, each with the rank of the first that does."""
+    kinds = KINDS if embeddings else LINEAR
     modules = {dotted(p): m for p, m in nnx.iter_modules(model) if p}
-    layers = {p: m for p, m in modules.items() if isinstance(m, KINDS)}
+    layers = {p: m for p, m in modules.items() if isinstance(m, kinds)}
     found: dict[str, tuple[Any, int]] = {}
     for pattern, rank in ranks.items():
         try:
@@ -52,6 +68,10 @@ def _find(model: nnx.Module, ranks: Mapping[str, int]) -> dict[str, tuple[Any, i
                 if others
                 else "no module"
             )
+            if others and isinstance(modules[others[0]], nnx.Embed):
+                named += " (pass embeddings=True to adapt it)"
+            if pattern == "lm_head" and is_tied(model):
+                named += ": the head is the embedding (model.untie() gives it weights of its own)"
             raise ValueError(
                 f"the pattern {pattern!r} matches {named}; wanted (as a whole) a path of an "
                 f"nnx.Linear, LinearGeneral or Einsum, such as {', '.join(list(layers)[:8]) or 'none here'}"
@@ -73,6 +93,7 @@ def apply(
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
+    embeddings: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Puts adapters into the layers of an NNX model, in place; the base stays as it is.
@@ -84,7 +105,7 @@ def apply(
 
     Args:
         model: any NNX model. Layers that can carry adapters are `nnx.Linear`,
-            `nnx.LinearGeneral` and `nnx.Einsum`.
+            `nnx.LinearGeneral`, `nnx.Einsum` and, if asked for, `nnx.Embed`.
         rank: r.
         alpha: α; r if None, so that s = 1 (s = √r if rank-stabilized).
         targets: a regular expression for whole module paths (`.*(q_proj|v_proj)`), or a mapping
@@ -96,6 +117,8 @@ def apply(
         rank_stabilized: s = α/√r in place of α/r.
         dropout: rate, on the adapter's input; off in `model.eval()`.
         dtype: of the factors, whatever the base's.
+        embeddings: whether patterns also match layers of the kind `nnx.Embed`. Their adapters change
+            the lookup of tokens, without dropout, and not a head that shares their weights.
         **options: of the init: `scale` (ξ), `sketch`, `side`; `niter`; `distribution`.
 
     Returns:
@@ -119,7 +142,7 @@ def apply(
         validation.require_scalar("alpha", alpha, 0, float("inf"), open_low=True)
     require_new_name(name)
     dtype = floating(dtype)
-    found, draw = _find(model, ranks), kernels.resolve(init)
+    found, draw = _find(model, ranks, embeddings), kernels.resolve(init)
     for path, (layer, r) in found.items():
         require_room(path, layer, r, name)
     drawn = {
@@ -164,7 +187,7 @@ def new_adapter(
             f"{path}: the scaling is {scaling:g} (α is {alpha:g}); wanted one that {narrow} holds, in "
             "which the layer computes"
         )
-    stack = stack_of(layer, layer.kernel)
+    stack = stack_of(layer)
     rate = dropout if key is not None else 0.0
     return Adapter(
         a,
@@ -220,12 +243,12 @@ def require_room(path: str, layer: Any, rank: int, name: str) -> None:
         )
     if isinstance(layer, Adapted) and name in layer.adapters:
         raise ValueError(f"{path} has an adapter named {name!r}; wanted another name, or `remove`")
-    if kernels.is_quantized(layer.kernel):
+    if kernels.is_quantized(kernel_of(layer)):
         raise ValueError(
             f"{path} was quantized by qwix, which reads every product of the model; wanted a plain "
             "layer: let qwix.LoraProvider put the adapters in, and fill them with `initialize`"
         )
-    stack_of(layer, layer.kernel)
+    stack_of(layer)
     sides = jax.eval_shape(
         lambda: to_matrices(jnp.zeros(declared_shape(layer)), split(layer), 0)
     ).shape[-2:]
@@ -240,10 +263,10 @@ def draw_for(
     options: Mapping[str, Any],
 ) -> kernels.Drawn:  # fmt: skip
     """What an init draws from a layer's kernel, placed as the kernel is."""
-    depth, parts = len(stack_of(layer, layer.kernel)), split(layer)
+    depth, parts = len(stack_of(layer)), split(layer)
     drawn = kernels.draw(
         kernels.path_key(key, path),
-        kernels.dense(layer.kernel, path),
+        kernels.dense(kernel_of(layer), path),
         init=init,
         rank=rank,
         scaling=scaling,
@@ -252,12 +275,12 @@ def draw_for(
         options=tuple(sorted(options.items())),
         dtype=jnp.dtype(dtype),
     )
-    return kernels.place(drawn, layer.kernel, parts, depth)
+    return kernels.place(drawn, kernel_of(layer), parts, depth)
 
 
 def _declared_names(layer: Any, depth: int) -> Any:
     """Axis names for the factors, if the kernel carries such metadata itself."""
-    kernel = layer.kernel
+    kernel = kernel_of(layer)
     if not isinstance(kernel, nnx.Variable) or not kernel.get_metadata().get("out_sharding"):
         return None
     return kernels.names_like(kernel, split(layer), depth)

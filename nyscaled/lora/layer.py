@@ -110,7 +110,8 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: Array, contraction: Contraction) -> Array:
         """s·x·a·b for an input x of the layer, in the contraction's dtype."""
-        dropped = x if self.dropout is None else self.dropout(x)
+        tokens = not contraction.equations.down  # without dropout, as in PEFT
+        dropped = x if self.dropout is None or tokens else self.dropout(x)
         out = self._through(dropped, self.lora_a, self.lora_b, contraction)
         if self.start is None:
             return out
@@ -120,7 +121,10 @@ class Adapter(nnx.Module):
         dtype = c.dtype or a.dtype
         down = a[...].astype(dtype).reshape((*c.batch, *c.inputs, self.rank))
         up = b[...].astype(dtype).reshape((*c.batch, self.rank, *c.outputs))
-        hidden = jnp.einsum(c.equations.down, x.astype(dtype), down, precision=c.precision)
+        if c.equations.down:
+            hidden = jnp.einsum(c.equations.down, x.astype(dtype), down, precision=c.precision)
+        else:
+            hidden = jnp.take(down, x, axis=0)
         gate = (self.scaling * self.gate[...]).astype(dtype)
         if gate.ndim:
             gate = gate.reshape(-1, *(1,) * (hidden.ndim - 1))
@@ -155,7 +159,7 @@ class Adapted(nnx.Module):
             *(tuple(lengths[i] for i in axes) for axes in parts),
             dtype=self.dtype,
             # The layer's, if it names one: full float32 costs the thin products little.
-            precision="highest" if self.precision is None else self.precision,
+            precision=getattr(self, "precision", None) or "highest",
             out_sharding=kwargs.get("out_sharding"),
         )
         for adapter in self.adapters.values():

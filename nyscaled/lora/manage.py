@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from nyscaled.lora.axes import from_matrices, split
-from nyscaled.lora.inject import adapted_layers, require_name
+from nyscaled.lora.axes import from_matrices, kernel_of, split
+from nyscaled.lora.inject import adapted_layers, is_tied, require_name
 from nyscaled.lora.layer import Adapter, AdapterState
 
 
@@ -60,7 +60,8 @@ def merge(model: nnx.Module, name: str = "default") -> None:
     much of a small update. `remove` afterwards leaves plain layers with the merged kernels.
 
     Raises:
-        ValueError: on an unknown name or one that is merged already; nothing has been changed then.
+        ValueError: on an unknown name or one that is merged already, and on an adapter of an embedding
+            that is the head too; nothing has been changed then.
     """
     _fold(model, name, merged=True)
 
@@ -81,6 +82,11 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
     for path, layer in layers.items():
         if layer.adapters[name].merged == merged:
             raise ValueError(f"{path}: the adapter {name!r} is {'' if merged else 'not '}merged")
+        if isinstance(layer, nnx.Embed) and is_tied(model):
+            raise ValueError(
+                f"{path} is the model's head too, which the adapter does not change; wanted a head of "
+                "its own before merging: model.untie()"
+            )
     for layer in layers.values():
         adapter = layer.adapters[name]
         _add(layer, adapter, 1 if merged else -1)
@@ -88,6 +94,7 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
 
 
 def _add(layer: Any, adapter: Adapter, sign: int) -> None:
-    kernel = layer.kernel[...]
+    variable = kernel_of(layer)
+    kernel = variable[...]
     change = from_matrices(adapter.product(), split(layer), len(adapter.stack), kernel.shape)
-    layer.kernel[...] = (kernel.astype(change.dtype) + sign * change).astype(kernel.dtype)
+    variable[...] = (kernel.astype(change.dtype) + sign * change).astype(kernel.dtype)

@@ -8,21 +8,31 @@ from collections.abc import Callable, Mapping
 Namer = Callable[[str, tuple[int, ...]], str]
 Names = str | Namer | Mapping[str, str] | None
 
-_GATED = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
-# Where the layers are in transformers' model with its head, the linear layers in each, and others
-# by the ends of their paths.
+# Where the layers are in transformers' model with its head, what is in each, and the rest, by the
+# ends of our paths.
+_GATED = (
+    "model.layers",
+    r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|(?:input|post_attention)_layernorm",
+    {"embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"},
+)
+_OPT = "project_in", "project_out", "embed_tokens", "embed_positions", "final_layer_norm"
+_EMBEDDINGS = "word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm"
 _FAMILIES = {
     "opt": (
         "model.decoder.layers",
-        r"self_attn\.(?:[qkv]|out)_proj|fc[12]",
-        {f"project_{way}": f"model.decoder.project_{way}" for way in ("in", "out")},
+        r"self_attn\.(?:[qkv]|out)_proj|fc[12]|(?:self_attn|final)_layer_norm",
+        {**{name: f"model.decoder.{name}" for name in _OPT}, "lm_head": "lm_head"},
     ),
-    "llama": ("model.layers", _GATED, {}),
-    "gemma": ("model.layers", _GATED, {}),
+    "llama": _GATED,
+    "gemma": _GATED,
     "bert": (
         "bert.encoder.layer",
-        r"attention\.self\.(?:query|key|value)|(?:attention\.output|intermediate|output)\.dense",
-        {"pooler.dense": "bert.pooler.dense", "classifier": "classifier"},
+        r"attention\.self\.(?:query|key|value)|intermediate\.dense"
+        r"|(?:attention\.)?output\.(?:dense|LayerNorm)",
+        {
+            **{f"embeddings.{name}": f"bert.embeddings.{name}" for name in _EMBEDDINGS},
+            **{"pooler.dense": "bert.pooler.dense", "classifier": "classifier"},
+        },
     ),
 }
 
@@ -46,19 +56,20 @@ def family(name: str) -> Namer:
     """
     if name not in _FAMILIES:
         raise ValueError(f"names is {name!r}; wanted one of {', '.join(map(repr, _FAMILIES))}")
-    prefix, linear, others = _FAMILIES[name]
-    pattern = re.compile(rf"(?:.*\.)?layers?\.(?:(\d+)\.)?({linear})")
+    prefix, inside, others = _FAMILIES[name]
+    pattern = re.compile(rf"(?:.*\.)?layers?\.(?:(\d+)\.)?({inside})")
 
     def to_name(path: str, index: tuple[int, ...]) -> str:
-        for end, other in others.items():
-            if not index and f".{path}".endswith(f".{end}"):
+        in_layer = {"layer", "layers"} & set(path.split("."))
+        for end, other in () if index or in_layer else others.items():
+            if f".{path}".endswith(f".{end}"):
                 return other
         match = pattern.fullmatch(path)
         places = (*index, *(match[1],) * bool(match[1])) if match else ()
         if match is None or len(places) != 1:
             raise ValueError(
                 f"{path} with stack index {index} is no layer of the family {name!r}; wanted "
-                f"layers.<i>.<module>, or layers.<module> in a stack, <module> like {linear}"
+                f"layers.<i>.<module>, or layers.<module> in a stack, <module> like {inside}"
             )
         return f"{prefix}.{places[0]}.{match[2]}"
 

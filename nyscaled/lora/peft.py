@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,7 +15,7 @@ from jaxtyping import Array, Key
 
 import nyscaled
 from nyscaled.checkpoints import peft
-from nyscaled.lora import factors, inject, records
+from nyscaled.lora import factors, inject, records, whole
 from nyscaled.lora.axes import KINDS, stack_of
 from nyscaled.lora.layer import Adapter, AdapterState
 from nyscaled.lora.names import Namer, Names, resolve
@@ -49,15 +48,15 @@ def save_peft(
             "gemma" or "bert" for transformers' models with a head; a mapping from our paths,
             with `{}` for the place in a stack; or a function `(path, index) -> name`, which raises
             ValueError on a path that it does not know. `index` is () outside of stacks.
-        modules_to_save: paths of linear layers that were trained themselves, such as a new head,
-            to be saved whole.
+        modules_to_save: paths of layers that were trained themselves (a new head, an embedding,
+            norms), or of modules that hold such, to be saved whole.
         task_type: PEFT's, such as "CAUSAL_LM", or None. With "SEQ_CLS", "TOKEN_CLS" and
             "QUESTION_ANS" PEFT wants the head in the folder, trained or not.
 
     Raises:
         ValueError: on an unknown adapter, one that is merged, has batch axes (experts) or entries
             that are not finite; on a path without a name, or one name for two layers; on a module
-            to save that is no plain linear layer, and a task's head that is not among them.
+            to save without weights or with adapters, and a task's head that is not among them.
 
     Example:
         >>> import jax, tempfile, nyscaled as nys
@@ -83,14 +82,14 @@ def save_peft(
         modules = {to_name(path, index): index for index in np.ndindex(adapter.stack)}
         if len(modules) < math.prod(adapter.stack) or not owners.keys().isdisjoint(modules):
             raise ValueError(f"{path}: its name {next(iter(modules))!r} is another layer's already")
-        written = factors.to_updates(adapter, modules, stabilized)
+        written = factors.to_updates(layers[path], adapter, modules, stabilized)
         updates |= written
         owners |= zip(written, itertools.repeat(adapter))
     peft.write(
         folder,
         updates,
         base_model=base_model,
-        whole=_whole(model, modules_to_save, to_name),
+        whole=whole.tensors(model, modules_to_save, to_name),
         rank_stabilized=stabilized,
         # One field for all layers, and of use in training alone.
         dropout=max(a.dropout.rate if a.dropout else 0.0 for a in adapters.values()),
@@ -110,7 +109,9 @@ def load_peft(
 ) -> dict[str, Any]:
     """Puts the adapter of a PEFT folder into the layers of a model, in place.
 
-    Modules that were saved whole replace those of the model, for all its adapters. What PEFT warns
+    Modules that were saved whole, and what PEFT saves of the base (embeddings, heads, biases), replace
+    those of the model, for all its adapters. A head that is the embedding gets weights of its own where
+    PEFT would tear the two apart. What PEFT warns
     of (a tensor without a layer, a targeted layer without tensors), and whatever in the
     configuration is more than plain LoRA, is an error, and then nothing has been changed.
 
@@ -131,7 +132,7 @@ def load_peft(
     Raises:
         ValueError: on files that are missing, broken, of another base or not plain LoRA; on values
             that are not finite in `dtype` or in that of the layer's products; on a name in use; on
-            modules saved whole of other shapes than the model's, or that are no linear layers.
+            modules saved whole of other shapes than the model's, or with adapters.
 
     Example:
         >>> import jax, tempfile, nyscaled as nys
@@ -147,7 +148,9 @@ def load_peft(
     inject.require_new_name(name)
     dtype = inject.floating(dtype)
     saved = peft.read(folder)
-    layers, modules = _modules(model, resolve(names))
+    to_name = resolve(names)
+    head = whole.own_head(model, saved, to_name)
+    layers, modules = _modules(model, to_name, head)
     owners = {module: path for path, of_path in modules.items() for module in of_path}
     if strangers := [module for module in saved.updates if module not in owners]:
         raise ValueError(
@@ -160,7 +163,7 @@ def load_peft(
         expected = path in wanted if targeted is None else targeted
         if expected and module not in saved.updates:
             raise ValueError(f"{folder} has no tensors of {module}, the layer {path}")
-    replaced = _replaced(folder, saved, owners, layers)
+    replaced = whole.replaced(folder, model, saved, to_name, head)
     origins = records.read(saved.metadata.get("starts", "[]"))
     adapters = {}
     for path in wanted:
@@ -185,71 +188,22 @@ def load_peft(
         adapter.key = AdapterState(jnp.broadcast_to(key_data, (*adapter.stack, *key_data.shape)))
     for variable, value in replaced:
         variable[...] = value
+    for layer in head.values():
+        model.untie(layer)  # pyright: ignore[reportAttributeAccessIssue]
     return inject.attach(layers, adapters, name)
 
 
-def _parameters(path: str, layer: Any) -> dict[str, nnx.Param]:
-    """The parameters of a linear layer that is saved whole, by their names in torch.
-
-    Raises:
-        ValueError: if it is another layer, or a stack, or has adapters.
-    """
-    if type(layer) is not nnx.Linear or stack_of(layer, layer.kernel):
-        raise ValueError(
-            f"{path} of modules_to_save is a {type(layer).__name__}; wanted a plain nnx.Linear, "
-            "outside of stacks and without adapters"
-        )
-    found = {"weight": layer.kernel, "bias": layer.bias}
-    return {end: parameter for end, parameter in found.items() if parameter is not None}
-
-
-def _whole(model: nnx.Module, paths: Sequence[str], to_name: Namer) -> dict[str, np.ndarray]:
-    """The tensors of the layers at these paths, by name."""
-    modules = {inject.dotted(p): m for p, m in nnx.iter_modules(model)}
-    tensors = {}
-    for path in paths:
-        if path not in modules:
-            raise ValueError(f"modules_to_save has {path!r}; wanted the path of a layer")
-        for end, parameter in _parameters(path, modules[path]).items():
-            tensors[f"{to_name(path, ())}.{end}"] = np.asarray(parameter[...]).T
-    return tensors
-
-
-def _replaced(
-    folder: Any, saved: peft.Saved, owners: Mapping[str, str], layers: Mapping[str, Any]
-) -> list[tuple[nnx.Param, Array]]:
-    """The parameters that the folder's whole modules replace, and by what."""
-    parameters = {
-        f"{module}.{end}": parameter
-        for module, path in owners.items()
-        if saved.rules.is_whole(module)
-        for end, parameter in _parameters(path, layers[path]).items()
-    }
-    if other := sorted(saved.whole.keys() ^ parameters.keys()):
-        raise ValueError(
-            f"{folder} and the model differ in modules_to_save: only one of them has "
-            f"{', '.join(other[:4])}"
-        )
-    pairs = []
-    for name, parameter in parameters.items():
-        value, old = saved.whole[name].T, parameter[...]
-        if value.shape != old.shape:
-            raise ValueError(
-                f"{folder} has {name} for {value.shape} (in, out), and the model {old.shape}"
-            )
-        pairs.append((parameter, jax.device_put(value.astype(old.dtype), old.sharding)))
-    return pairs
-
-
-def _modules(model: nnx.Module, to_name: Namer) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def _modules(
+    model: nnx.Module, to_name: Namer, more: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """The layers by path, and what PEFT calls each of their matrices; without the nameless."""
     layers, modules, seen = {}, {}, {}
-    for parts, layer in nnx.iter_modules(model):
-        path = inject.dotted(parts)
+    there = [(inject.dotted(parts), layer) for parts, layer in nnx.iter_modules(model)]
+    for path, layer in [*there, *more.items()]:
         if not isinstance(layer, KINDS):
             continue
         try:
-            named = [to_name(path, index) for index in np.ndindex(stack_of(layer, layer.kernel))]
+            named = [to_name(path, index) for index in np.ndindex(stack_of(layer))]
         except ValueError:
             continue
         for module in named:

@@ -5,6 +5,7 @@ from nyscaled.models.bert import BertConfig as BertConfig
 from nyscaled.models.blocks import Numerics as Numerics
 from nyscaled.models.classify import BertClassifier as BertClassifier
 from nyscaled.models.classify import sentence_vectors as sentence_vectors
+from nyscaled.models.embeddings import resize_token_embeddings as resize_token_embeddings
 from nyscaled.models.gated import GatedConfig as GatedConfig
 from nyscaled.models.gemma import Gemma as Gemma
 from nyscaled.models.gemma import GemmaConfig as GemmaConfig

@@ -15,6 +15,7 @@ from nyscaled.models import blocks, rope
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
 from nyscaled.models.config import Config, TokenId
+from nyscaled.models.embeddings import WithHead
 from nyscaled.models.rope import Rotation
 
 
@@ -152,7 +153,7 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
 
-class GatedDecoder(nnx.Module):
+class GatedDecoder(WithHead):
     """A causal language model; subclasses say what sets their family apart.
 
     Module paths are those of transformers, with the layers stacked: `layers.self_attn.q_proj`

@@ -16,6 +16,7 @@ from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
 from nyscaled.models.config import Config, TokenId
+from nyscaled.models.embeddings import WithHead
 
 EPS = 1e-5
 # The first rows of the table of positions belong to padding.
@@ -43,7 +44,6 @@ class OptConfig(Config):
         "activation_function": ("relu",),
         "enable_bias": (True,),
         "layer_norm_elementwise_affine": (True,),
-        "tie_word_embeddings": (True,),
         "_remove_final_layer_norm": (False,),
     }
 
@@ -129,8 +129,8 @@ class Layer(nnx.Module):
         return self.fc2(jax.nn.relu(self.fc1(x)))
 
 
-class Opt(nnx.Module):
-    """The causal language model of Zhang et al., 2022; its head is the embedding.
+class Opt(WithHead):
+    """The causal language model of Zhang et al., 2022; its head is the embedding, if tied.
 
     Module paths are those of transformers, with the layers stacked: `layers.fc1` has a kernel
     (layers, in, out). There is no dropout.
@@ -165,6 +165,10 @@ class Opt(nnx.Module):
         )
         if config.do_layer_norm_before:
             self.final_layer_norm = blocks.layer_norm(config.hidden_size, EPS, numerics, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                narrow, config.vocab_size, use_bias=False, rngs=rngs, **dtypes
+            )
 
     def __call__(
         self,
@@ -220,7 +224,9 @@ class Opt(nnx.Module):
     @full_precision
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         """The head."""
-        return self.embed_tokens.attend(self.project_out(x) if self._projected else x)
+        x = self.project_out(x) if self._projected else x
+        tied = self.config.tie_word_embeddings
+        return self.embed_tokens.attend(x) if tied else self.lm_head(x)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens in each row, in the compute dtype."""

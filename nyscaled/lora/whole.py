@@ -1,0 +1,298 @@
+"""Parameters that PEFT saves whole, beside the adapters: heads, embeddings, norms, biases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from nyscaled.checkpoints.peft import Saved
+from nyscaled.lora import inject
+from nyscaled.lora.axes import LINEAR, declared_shape, from_matrices, split, to_matrices
+from nyscaled.lora.layer import Adapted
+from nyscaled.lora.names import Namer
+
+# Our parameters' names, torch's, and how many axes they have without a stack; None: the layer's.
+_ENDS = {
+    "kernel": ("weight", None),
+    "embedding": ("weight", 2),
+    "scale": ("weight", 1),
+    "bias": ("bias", None),
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor of PEFT is in a model.
+
+    Attributes:
+        path: of the layer.
+        layer: that has the parameter.
+        end: the parameter's name.
+        layers: its index in the stack.
+    """
+
+    path: str
+    layer: Any
+    end: str
+    layers: tuple[int, ...]
+
+    @property
+    def variable(self) -> Any:
+        """The parameter, of all layers of the stack."""
+        return getattr(self.layer, self.end)
+
+    def read(self) -> np.ndarray:
+        """The tensor, in torch's layout."""
+        value = np.asarray(self.variable[...][self.layers])
+        if self.end == "kernel":
+            return np.asarray(to_matrices(jnp.asarray(value), split(self.layer), 0)).T
+        return value.reshape(-1) if self.end == "bias" else value
+
+    def write(self, parameter: np.ndarray, value: np.ndarray) -> None:
+        """Put a tensor in torch's layout, of the right shape, into an array like the parameter."""
+        if self.end == "kernel":
+            shape = declared_shape(self.layer)
+            value = np.asarray(from_matrices(jnp.asarray(value.T), split(self.layer), 0, shape))
+        parameter[self.layers] = value.reshape(parameter.shape[len(self.layers) :])
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it has a row for each token, as embeddings and heads have."""
+        return isinstance(self.layer, nnx.Embed) or self.path.rpartition(".")[2] == "lm_head"
+
+
+def _of_layer(path: str, layer: Any, to_name: Namer) -> Iterator[tuple[str, Place]]:
+    linear = isinstance(layer, LINEAR)
+    if linear and split(layer).batch:
+        return
+    for end, (their, ndim) in _ENDS.items():
+        variable = getattr(layer, end, None)
+        if not isinstance(variable, nnx.Param) or (end == "kernel" and not linear):
+            continue
+        if ndim is None:
+            ndim = len(declared_shape(layer)) if end == "kernel" else _bias_ndim(layer)
+        stack = variable.shape[: len(variable.shape) - ndim]
+        for index in np.ndindex(stack):
+            try:
+                name = to_name(path, index)
+            except ValueError:
+                break
+            yield f"{name}.{their}", Place(path, layer, end, index)
+
+
+def _bias_ndim(layer: Any) -> int:
+    if isinstance(layer, nnx.LinearGeneral):
+        return len(layer.out_features)
+    return len(layer.bias_shape or ()) if isinstance(layer, nnx.Einsum) else 1
+
+
+def places(model: nnx.Module, to_name: Namer, more: Mapping[str, Any]) -> dict[str, Place]:
+    """The places of all tensors that have a name.
+
+    Args:
+        model: whose parameters they are.
+        to_name: what PEFT calls the layers.
+        more: layers that the model is to have, by path.
+    """
+    layers = [(inject.dotted(path), layer) for path, layer in nnx.iter_modules(model)]
+    return {
+        name: place
+        for path, layer in [*layers, *more.items()]
+        for name, place in _of_layer(path, layer, to_name)
+    }
+
+
+def tensors(model: nnx.Module, paths: Sequence[str], to_name: Namer) -> dict[str, np.ndarray]:
+    """The tensors of the layers at these paths, or in the modules there, by name.
+
+    A head that is the embedding is written beside it, as PEFT would tear the two apart.
+
+    Raises:
+        ValueError: on a path without parameters to save, and on layers with adapters.
+    """
+    known = places(model, to_name, {}) if paths else {}
+    found: dict[str, np.ndarray] = {}
+    for path in paths:
+        inside = {n: p for n, p in known.items() if f"{p.path}.".startswith(f"{path}.")}
+        if not inside:
+            raise ValueError(
+                f"modules_to_save has {path!r}; wanted the path of a layer with weights and a name, "
+                f"or of a module with such layers{_hint(model, path)}"
+            )
+        for name, place in inside.items():
+            _require_plain(place)
+            found[name] = place.read()
+    if tied := _tied_names(model, to_name):
+        embedding, head = tied
+        if embedding in found:
+            found[head] = found[embedding]
+    return found
+
+
+def _hint(model: Any, path: str) -> str:
+    tied = path == "lm_head" and inject.is_tied(model)
+    return " (the head is the embedding; model.untie() gives it weights of its own)" if tied else ""
+
+
+def _require_plain(place: Place) -> None:
+    if isinstance(place.layer, Adapted):
+        raise ValueError(
+            f"{place.path} of modules_to_save is a {type(place.layer).__name__}; wanted a layer "
+            "without adapters"
+        )
+
+
+def _tied_names(model: Any, to_name: Namer) -> tuple[str, str] | None:
+    """What PEFT calls the weights of an embedding and of the head that it is; None otherwise."""
+    try:
+        names = to_name("embed_tokens", ()), to_name("lm_head", ())
+    except ValueError:
+        return None
+    return (f"{names[0]}.weight", f"{names[1]}.weight") if inject.is_tied(model) else None
+
+
+def own_head(model: Any, saved: Saved, to_name: Namer) -> dict[str, Any]:
+    """A head by its path, if the folder's model has one where this has its embedding.
+
+    Raises:
+        ValueError: on adapters of both that are tied.
+    """
+    tied = _tied_names(model, to_name)
+    if tied is None:
+        return {}
+    embedding, head = (name.removesuffix(".weight") for name in tied)
+    if saved.rules.config.get("ensure_weight_tying"):
+        if {embedding, head} & saved.updates.keys():
+            raise ValueError(
+                "ensure_weight_tying is set with an adapter of the embedding or the head, which is "
+                "not supported (PEFT 0.21 does not load what it saves then)"
+            )
+        return {}
+    first, second = (saved.whole.get(name) for name in tied)
+    same = first is not None and second is not None and np.array_equal(first, second)
+    apart = (saved.rules.is_whole(head) or saved.rules.is_whole(embedding)) and not same
+    return {"lm_head": model.new_head()} if apart or head in saved.updates else {}
+
+
+def replaced(
+    folder: Any, model: nnx.Module, saved: Saved, to_name: Namer, more: Mapping[str, Any]
+) -> list[tuple[Any, Array]]:
+    """The parameters that the folder's tensors replace, and by what.
+
+    Args:
+        folder: for messages.
+        model: whose parameters they are.
+        saved: what the folder holds.
+        to_name: what PEFT calls the layers.
+        more: of `own_head`.
+
+    Raises:
+        ValueError: on tensors that belong to no parameter, are of another shape or not finite in
+            its dtype, and on parameters that should have one.
+    """
+    rules = saved.rules
+    asked = [rules.config.get(f) for f in ("modules_to_save", "trainable_token_indices")]
+    if not saved.whole and not saved.tokens and not any(asked):
+        return []
+    known = places(model, to_name, more)
+    tied = _tied_names(model, to_name) or ()
+    if len(tied) == 2 and not more and tied[0] in known:
+        known[tied[1]] = known[tied[0]]  # one parameter by two names
+    is_whole = {name: rules.is_whole(name.rpartition(".")[0]) for name in {*known, *saved.whole}}
+    names = {
+        name for name, place in known.items() if is_whole[name] or _is_base(name, place, saved)
+    }
+    missing = {n for n in known if is_whole[n] and n not in saved.whole and n not in tied[1:]}
+    if other := sorted(missing | (saved.whole.keys() - names)):
+        raise ValueError(
+            f"{folder} and the model differ in modules_to_save: only one of them has "
+            f"{', '.join(other[:4])}"
+        )
+    changes = _Changes(folder)
+    # What PEFT loads into shared weights of the base comes first, then what it keeps apart.
+    for name in sorted(saved.whole, key=lambda name: is_whole[name]):
+        if is_whole[name]:
+            _require_plain(known[name])
+        shared = name in tied and not is_whole[name]
+        for target in tied if shared else [name]:
+            changes.add(name, known[target], saved.whole[name])
+    if bool(saved.tokens) != bool(asked[1]):
+        raise ValueError(
+            f"{folder} has trainable_token_indices or tokens' rows, one without the other"
+        )
+    for module, rows in saved.tokens.items():
+        name = f"{module}.weight"
+        if name not in known or not known[name].is_table:
+            raise ValueError(
+                f"{folder} has rows of tokens for {module}, which is no embedding here"
+            )
+        for target in tied if name in tied else [name]:
+            changes.add_rows(name, known[target], rows, rules.tokens(module) or [])
+    return changes.arrays()
+
+
+def _is_base(name: str, place: Place, saved: Saved) -> bool:
+    """Whether PEFT may save the tensor along without being asked by modules_to_save."""
+    bias = place.end == "bias" and saved.rules.config.get("bias", "none") != "none"
+    return bias or place.is_table or name.rpartition(".")[0] in saved.updates
+
+
+class _Changes:
+    """New values of parameters, each of which may be a stack of layers."""
+
+    def __init__(self, folder: Any) -> None:
+        self.folder = folder
+        self.changed: dict[int, tuple[Place, np.ndarray]] = {}
+
+    def _array(self, place: Place) -> np.ndarray:
+        variable = place.variable
+        return self.changed.setdefault(id(variable), (place, np.array(variable[...])))[1]
+
+    def add(self, name: str, place: Place, value: np.ndarray) -> None:
+        """Put a whole tensor into its place."""
+        shape = place.read().shape
+        if value.shape != shape:
+            hint = ", or nys.models.resize_token_embeddings first" if place.is_table else ""
+            raise ValueError(
+                f"{self.folder} has {name} of shape {value.shape} (torch's layout), and the model "
+                f"{shape}; wanted an adapter of this base{hint}"
+            )
+        with np.errstate(over="ignore"):
+            place.write(self._array(place), value)
+
+    def add_rows(self, name: str, place: Place, rows: np.ndarray, tokens: list[int]) -> None:
+        """Put rows of tokens into their places in a table."""
+        table = place.read().copy()
+        inside = all(0 <= token < len(table) for token in tokens)
+        if rows.shape != (len(tokens), *table.shape[1:]) or not inside:
+            raise ValueError(
+                f"{self.folder} has rows {rows.shape} of {name} for the tokens {tokens[:8]}, and the "
+                f"model's table is {table.shape}; wanted a row for each of them"
+            )
+        array = self._array(place)
+        with np.errstate(over="ignore"):
+            if place.end == "kernel":
+                array[:, tokens] = rows.T
+            else:
+                array[tokens] = rows
+
+    def arrays(self) -> list[tuple[Any, Array]]:
+        """The parameters and their new values, placed as they were."""
+        pairs = []
+        for place, array in self.changed.values():
+            narrow = jnp.dtype(getattr(place.layer, "dtype", None) or array.dtype)
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array).all() and np.isfinite(array.astype(narrow)).all()
+            if not finite:
+                raise ValueError(
+                    f"{place.path} of modules_to_save is finite in {self.folder} and not in "
+                    f"{array.dtype}, the parameter's dtype, or {narrow}, in which the layer computes"
+                )
+            old = place.variable[...]
+            pairs.append((place.variable, jax.device_put(array, old.sharding)))
+        return pairs

@@ -1,0 +1,136 @@
+"""The table of tokens and the head: made to share weights no more, and given other sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, ArrayLike, Float
+
+
+class WithHead(nnx.Module):
+    """What models have whose head may be their embedding.
+
+    Attributes:
+        config: says whether the two are tied.
+        embed_tokens: the embedding.
+        lm_head: the head, unless they are.
+    """
+
+    config: Any
+    embed_tokens: nnx.Embed
+    lm_head: nnx.Linear
+
+    def untie(self, head: nnx.Linear | None = None) -> None:
+        """Give the head weights of its own, equal to the embedding's; nothing if it has.
+
+        Adapters can then be put on `lm_head`, and the embedding be trained without it.
+
+        Args:
+            head: to be taken instead of a new one.
+        """
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.new_head() if head is None else head
+            self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+
+    def new_head(self) -> nnx.Linear:
+        """Return a linear layer that computes what `embed_tokens.attend` does."""
+        embed = self.embed_tokens
+        head = nnx.eval_shape(
+            lambda: nnx.Linear(
+                embed.features, embed.num_embeddings, use_bias=False, dtype=embed.dtype,
+                param_dtype=embed.param_dtype, rngs=nnx.Rngs(0),
+            )
+        )  # fmt: skip
+        head.kernel = nnx.Param(jnp.array(embed.embedding[...].T))
+        return head
+
+
+def resize_token_embeddings(
+    model: Any,
+    size: int,
+    *,
+    rows: Float[ArrayLike, "new width"] | None = None,
+    head_rows: Float[ArrayLike, "new width"] | None = None,
+) -> None:
+    """Give a model another number of tokens, in place: in its embedding, its head and its configuration.
+
+    New rows are the mean of the old ones, as the logits of new tokens then do not exceed those of all
+    others (Hewitt, 2021). transformers' method of this name draws them around that mean.
+
+    Args:
+        model: a model of this package, without adapters on its embedding or head.
+        size: the number of tokens: the first ones stay, others are new or go.
+        rows: of the new tokens in the embedding, in place of the mean.
+        head_rows: of the new tokens in a head of its own, in place of the mean.
+
+    Raises:
+        ValueError: on a size that is not a positive integer, rows of another shape or without new
+            tokens, head_rows where the head is the embedding or there is none, and on adapters.
+
+    Example:
+        >>> from nyscaled.models import Llama, LlamaConfig
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+        >>> model = Llama(LlamaConfig(**sizes, **heads), rngs=nnx.Rngs(0))
+        >>> resize_token_embeddings(model, 18)
+        >>> model.embed_tokens.embedding.shape, model.lm_head.kernel.shape, model.config.vocab_size
+        ((18, 8), (8, 18), 18)
+    """
+    if type(size) is not int or size < 1:
+        raise ValueError(f"size is {size!r}; wanted a positive integer, the number of tokens")
+    owner = getattr(model, "bert", model)
+    embeddings = getattr(owner, "embeddings", None)
+    embed = owner.embed_tokens if embeddings is None else embeddings.word_embeddings
+    head = getattr(owner, "lm_head", None)
+    for layer in (embed, head):
+        if hasattr(layer, "adapters"):
+            raise ValueError(
+                f"the {type(layer).__name__} has adapters; wanted the size changed before "
+                "`nys.lora.apply` or `load_peft`"
+            )
+    if head is None and head_rows is not None:
+        raise ValueError("head_rows is set and the model has no head of its own; wanted rows alone")
+    table = _resized("rows", embed.embedding[...], size, rows)
+    if head is not None:
+        kernel = _resized("head_rows", head.kernel[...].T, size, head_rows).T
+        head.kernel = head.kernel.replace(_placed(kernel, head.kernel[...]))
+        head.out_features = size
+    embed.embedding = embed.embedding.replace(_placed(table, embed.embedding[...]))
+    embed.num_embeddings = size
+    for part in {id(part): part for part in (model, owner)}.values():
+        part.config = dataclasses.replace(part.config, vocab_size=size)
+
+
+def _resized(name: str, table: Array, size: int, rows: Any) -> Array:
+    more = size - len(table)
+    if rows is None:
+        if more <= 0:
+            return table[:size]
+        mean = jnp.mean(table.astype(jnp.float32), axis=0)
+        rows = jnp.broadcast_to(mean, (more, *mean.shape))
+    rows = jnp.asarray(rows)
+    wanted = max(more, 0), table.shape[1]
+    if rows.shape != wanted or more <= 0:
+        raise ValueError(
+            f"{name} has shape {rows.shape}; wanted {wanted}, a row for each new token"
+        )
+    return jnp.concatenate([table, rows.astype(table.dtype)])
+
+
+def _placed(value: Array, old: Array) -> Array:
+    """The value on the devices of the old one, split along the axes that still can be."""
+    sharding = old.sharding
+    if not isinstance(sharding, NamedSharding):
+        return value
+    axes = (*sharding.spec, *(None,) * (value.ndim - len(sharding.spec)))
+    counts = [1 if axis is None else sharding.mesh.shape[axis] for axis in axes]
+    spec = (
+        None if length % count else axis
+        for axis, length, count in zip(axes, value.shape, counts, strict=True)
+    )
+    return jax.device_put(value, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
