@@ -23,7 +23,7 @@ _RUNS = {
     "exact": "m = 24, r = r_A = 5, κ = 2, 3, 5 and m = r = r_A = 8, κ = 2, 3",
     "over": "(m, r, r_A) = (24, 8, 5), κ = 2, 3, 5 and (8, 8, 5), κ = 2, 3",
 }
-_MORE = "four kinds of spectrum, σ_1(A) = 1e-6, 1, 1e6, three starts each; errors and ‖A‖_F in units of σ_1(A)"
+_MORE = "four kinds of spectrum, σ_1(A) = 1e-6, 1, 1e6, three starts each; errors and ‖A‖_F in units of σ_1(A) (r_A = 1 has κ = 1 and no first phase)"
 PHASE_ONE = {k: f"η = 1/(κ³‖A‖_F); {v}; {_MORE}" for k, v in _RUNS.items()}
 PHASE_TWO = {
     k: f"η = 1/(κ³‖A‖_F) until ‖X_tX_tᵀ − A‖_F ≤ 2/(3κ²); {v}; {_MORE}" for k, v in _RUNS.items()
