@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import sparse
 from jaxtyping import Array
 
-from nyscaled.typing import LinearMap, as_partial, build, pytree_dataclass, static_field
+from nyscaled.typing import Factors, LinearMap, as_partial, build, pytree_dataclass, static_field
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -74,19 +74,20 @@ def as_matrix(name: str, a: Any) -> Any:
         _require_matrix(name, a)
         return _from_scipy(name, a)
     if not _is_operator(a):
-        a = as_array(name, a)
+        a = as_array(name, a, _EXPECTED)
     elif not isinstance(a, Operator):
         _require_products(name, a)
     _require_matrix(name, a)
     return a
 
 
-def as_array(name: str, a: Any) -> Array:
+def as_array(name: str, a: Any, expected: str = "expected a dense array of numbers") -> Array:
     """Return `a` as a dense JAX array.
 
     Args:
         name: what errors call it.
         a: an array of any shape and dtype.
+        expected: the end of errors.
 
     Raises:
         ValueError: on a sparse matrix, an operator, and what JAX or NumPy do not read as numbers.
@@ -94,14 +95,23 @@ def as_array(name: str, a: Any) -> Array:
     if isinstance(a, jax.Array):
         return a
     if isinstance(a, sparse.JAXSparse) or _is_scipy(a) or _is_operator(a):
-        raise ValueError(f"{name} is a {type(a).__name__}; expected a dense array")
+        raise ValueError(f"{name} is a {type(a).__name__}; {expected}")
     # NumPy reads more than JAX does: tensors, DataFrames. But it drops masks without a word.
     by_numpy = hasattr(a, "__array__") and not hasattr(a, "__jax_array__") and not np.ma.isMA(a)
     try:
         return jnp.asarray(np.asarray(a) if by_numpy else a)
     except Exception as error:  # what the object's own conversion raises
         dtype = f" of dtype {a.dtype}" if hasattr(a, "dtype") else ""
-        raise ValueError(f"{name} is a {type(a).__name__}{dtype}; {_EXPECTED}") from error
+        raise ValueError(f"{name} is a {type(a).__name__}{dtype}; {expected}") from error
+
+
+def as_factors(factors: Any) -> Factors:
+    """Return a pair of factors as dense JAX arrays; ValueError on what is none."""
+    if not isinstance(factors, tuple) or len(factors) != 2:
+        raise ValueError(
+            f"factors are a {type(factors).__name__}; wanted nyscaled.Factors(left, right)"
+        )
+    return Factors(as_array("left", factors[0]), as_array("right", factors[1]))
 
 
 def as_dense(name: str, x: Any) -> Array:

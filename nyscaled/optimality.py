@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled.linalg import full_precision, orthonormalize
-from nyscaled.matrices import as_array, as_dense, reads
+from nyscaled.matrices import as_array, as_dense, as_factors, reads
 from nyscaled.typing import Factors, Scalar
 
 
@@ -80,7 +80,7 @@ def generalized_weak_optimality(
     spectrum: Float[Array, " k"],
 ) -> Scalar:
     """‖YᵀA†X − I_r‖_F for A = U diag(spectrum) Vᵀ, Definition 2; `left` is U, `right` is V."""
-    x, y = (as_dense(name, f) for name, f in zip("XY", factors, strict=True))
+    x, y = as_factors(factors)
     gram = (right.T @ y).T @ ((left.T @ x) / spectrum[:, None])
     return jnp.linalg.norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
 

@@ -261,6 +261,12 @@ DENSE_ONLY = {
     "generalized_weak_optimality": lambda a: nys.optimality.generalized_weak_optimality(
         nys.Factors(a, Y), X, Y, jnp.ones(R)
     ),
+    "gradient": nys.problems.Symmetric(PSD).gradient,
+    "gradient of a pair": lambda a: nys.problems.Asymmetric(PSD).gradient(nys.Factors(a, Y)),
+    "gradient of robust PCA": lambda a: nys.problems.RobustPCA(PSD, 0.1).gradient(
+        nys.Factors(a, Y)
+    ),
+    "gradient of sensing": nys.problems.Sensing(PSD[None], jnp.ones(1)).gradient,
     "start of a run": lambda a: solved(nys.problems.Symmetric(PSD), a),
 }
 

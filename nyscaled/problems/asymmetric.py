@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nyscaled import linalg, validation
-from nyscaled.matrices import as_array, as_matrix, transpose_times
+from nyscaled.matrices import as_factors, as_matrix, transpose_times
 from nyscaled.typing import Factors, Scalar, pytree_dataclass
 
 
@@ -60,7 +60,7 @@ class Asymmetric:
     @linalg.full_precision
     def gradient(self, factors: Factors) -> Factors:
         """(X(YᵀY) − AY, Y(XᵀX) − AᵀX), with no m×n intermediate."""
-        x, y = factors
+        x, y = as_factors(factors)
         return Factors(x @ (y.T @ y) - self.a @ y, y @ (x.T @ x) - transpose_times(self.a, x))
 
     def optimum(self, rank: int) -> Factors:
@@ -74,13 +74,8 @@ class Asymmetric:
 
     def check(self, factors: Any) -> Factors:
         """`factors` as a point of this problem; ValueError if it cannot be one."""
-        if not isinstance(factors, tuple) or len(factors) != 2:
-            raise ValueError(
-                f"factors are a {type(factors).__name__}; wanted nyscaled.Factors(left, right)"
-            )
-        names = ("left", "right")
-        factors = [as_array(name, x) for name, x in zip(names, factors, strict=True)]
-        for name, x, side in zip(names, factors, self.shape, strict=True):
+        factors = as_factors(factors)
+        for name, x, side in zip(("left", "right"), factors, self.shape, strict=True):
             if x.ndim != 2 or x.shape[0] != side:
                 raise ValueError(
                     f"{name} has shape {x.shape}; wanted ({side}, r) for A {self.shape}"

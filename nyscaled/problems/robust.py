@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from nyscaled import linalg, validation
-from nyscaled.matrices import as_dense, reads, transpose_times
+from nyscaled.matrices import as_dense, as_factors, reads, transpose_times
 from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.sensing import random_factor
 from nyscaled.typing import Factors, Scalar, pytree_dataclass
@@ -134,7 +134,7 @@ class RobustPCA:
     @linalg.full_precision
     def sparse(self, factors: Factors) -> Float[Array, "m n"]:
         """S = T_γα[Y − LRᵀ]."""
-        return threshold(self.observed - factors.left @ factors.right.T, self._removed())
+        return threshold(-self._residual(factors), self._removed())
 
     @linalg.full_precision
     def loss(self, factors: Factors) -> Scalar:
@@ -145,7 +145,8 @@ class RobustPCA:
     def gradient(self, factors: Factors) -> Factors:
         """(GR, GᵀL) with G = LRᵀ + S − Y."""
         kept = self._kept(factors)
-        return Factors(kept @ factors.right, transpose_times(kept, factors.left))
+        left, right = as_factors(factors)
+        return Factors(kept @ right, transpose_times(kept, left))
 
     def trimmed(self) -> Float[Array, "m n"]:
         """Y − T_α[Y] (m, n), from which starts are made.
@@ -162,9 +163,14 @@ class RobustPCA:
     def _removed(self) -> Any:
         return self.fraction * self.slack
 
+    def _residual(self, factors: Factors) -> Float[Array, "m n"]:
+        """LRᵀ − Y."""
+        left, right = as_factors(factors)
+        return left @ right.T - self.observed
+
     def _kept(self, factors: Factors) -> Float[Array, "m n"]:
         """LRᵀ + S − Y."""
-        residual = factors.left @ factors.right.T - self.observed
+        residual = self._residual(factors)
         return jnp.where(_largest(residual, self._removed()), 0, residual)
 
 

@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
-from nyscaled.matrices import as_array, require_traced, transpose_times
+from nyscaled.matrices import as_array, as_factors, require_traced, transpose_times
 from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.symmetric import Symmetric
 from nyscaled.typing import Factors, LinearMap, Scalar, pytree_dataclass
@@ -228,7 +228,7 @@ def _symmetric_part(a: Any, x: Array) -> Array:
 
 
 def _both(point: Any) -> tuple[Array, Array]:
-    return (point.left, point.right) if isinstance(point, Factors) else (point, point)
+    return as_factors(point if isinstance(point, Factors) else (point, point))
 
 
 def gaussian(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
-from nyscaled.matrices import as_array, as_matrix
+from nyscaled.matrices import as_array, as_matrix, reads
 from nyscaled.typing import Scalar, pytree_dataclass
 
 
@@ -63,6 +63,7 @@ class Symmetric:
         """f(X) = ¼‖XXᵀ − A‖_F²."""
         return linalg.squared_residual(self.a, x, x) / 4
 
+    @reads(x=as_array)
     @linalg.full_precision
     def gradient(self, x: Float[Array, "m r"]) -> Float[Array, "m r"]:
         """∇f(X) = X(XᵀX) − AX, with no m×m intermediate."""
