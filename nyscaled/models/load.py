@@ -209,7 +209,7 @@ def _read_all(path: Path) -> tuple[Folder, Any, Any, Tokenizer | None]:
     try:
         config = config_class.from_json(source.config)
     except ValueError as error:
-        raise ValueError(f"{source.config_path}: {error}") from None
+        raise ValueError(f"{source.config_path}: {files.brief(error)}") from None
     if config.num_hidden_layers > len(source.names):  # before anything is counted to
         raise ValueError(
             f"{source.config_path} has {config.num_hidden_layers} layers, and {source.path} "

@@ -92,18 +92,15 @@ def _make_model(folder: Path) -> None:
 
 def _read_model(folder: Path, full: bool) -> Any:
     import nyscaled as nys
-    from nyscaled.checkpoints.folder import open_folder
-    from nyscaled.models.llama import LlamaConfig
-    from nyscaled.models.tokenizer_files import open_tokenizer
+    from nyscaled.models.load import _read_all
 
     if full:
         model, _ = nys.models.load(folder)
         logits = np.asarray(model(np.ones((1, 3), np.int32)))
         assert np.isfinite(logits).all() or not _small(folder), "NaN from weights that are small"
         return repr(model.config), _array(logits)
-    opened = open_folder(folder)
-    open_tokenizer(folder)
-    return repr(LlamaConfig.from_json(opened.config)), _arrays(opened)
+    opened, _, config, _ = _read_all(folder)
+    return repr(config), _arrays(opened)
 
 
 def _small(folder: Path) -> bool:
