@@ -48,7 +48,7 @@ def where(*regimes: Regime, etas: str = "η = .1, .5, .9, 1", single: bool = Tru
     shapes = ", ".join(
         f"{m} × {n} (r = {r}, r_A = {k})" for regime in regimes for m, n, r, k in SHAPES[regime]
     )
-    kappas = "κ = 2 … 1e6" + (" (float32: 2 … 1e3)" if single else "")
+    kappas = "κ = 2 … 1e6" + (" (float32: 2 … 1e3)" if single else "") + ", 1 if r_A = 1"
     return (
         f"{shapes}; Nyström start X_0 = AΩ, Y_0 = 0; {kappas}; geometric, near-constant, repeated "
         f"and clustered singular values; σ_1(A) = 1e-6, 1, 1e6; ξ = .1, 1, 10; {etas}; "
