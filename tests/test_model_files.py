@@ -287,3 +287,39 @@ def test_the_empty_path_is_refused(monkeypatch, tmp_path):
 def test_weights_that_are_not_finite_are_taken_as_they_are(folder):
     change(folder, tensors={"model.norm.weight": np.full(16, np.nan, "f")})
     assert np.isnan(nys.models.load(folder)[0].norm.scale[...]).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.float64(1e300), jnp.float32, r"norm\.weight with 1e\+300 in it, which float32"),
+        (np.float32(1e6), jnp.float16, r"norm\.weight with 1000000\.0 in it, which float16"),
+        (np.float32(-1e6), jnp.bfloat16, None),
+        (np.float64(3), jnp.float16, None),
+    ],
+)
+def test_weights_that_are_finite_stay_so(value, dtype, message, folder):
+    change(folder, tensors={"model.norm.weight": np.full(16, value)})
+    if message is None:
+        assert jnp.isfinite(nys.models.load(folder, dtype=dtype)[0].norm.scale[...]).all()
+        return
+    with pytest.raises(ValueError, match=message):
+        nys.models.load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_type": "yarn", "factor": 4.0, "mscale": 10**400, "mscale_all_dim": 1},
+            "no measure",
+        ),
+        ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}, r"rope_theta is 1\.0; wanted"),
+        ({"rope_type": "yarn", "factor": 10**400}, "factor is 1000.*; wanted a positive"),
+        ({"rope_type": "linear", "factor": 1e-50}, "factor is 1e-50; wanted a positive"),
+    ],
+)
+def test_scaled_rotations_that_overflow_are_refused(rope, message, folder):
+    change(folder, rope_parameters=rope)
+    with pytest.raises(ValueError, match=message):
+        nys.models.load(folder)

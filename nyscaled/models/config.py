@@ -15,7 +15,7 @@ EPS, OTHERS = (1e-30, 1.0), (1e-6, 1e6)
 RANGES = {
     "rms_norm_eps": EPS,
     "layer_norm_eps": EPS,
-    "rope_theta": (1.0, 1e15),
+    "rope_theta": (1.1, 1e15),
     "factor": (1.0, 1e6),
 }
 ELSEWHERE = {"generation"}  # fields that are not in `config.json`

@@ -173,7 +173,10 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> tuple[float, Scaling |
     if name != "default":
         kind = _TYPES[name]
         fields = {field.name: field for field in dataclasses.fields(kind)}
-        settings = _completed(rope, kind, config, longest)
+        try:
+            settings = _completed(rope, kind, config, longest)
+        except (OverflowError, ZeroDivisionError) as error:  # before its numbers are checked
+            raise ValueError(f"rope {name!r} has numbers that are no measure: {error}") from error
         missing = [f for f, field in fields.items() if f not in settings and _needed(field)]
         if missing:
             raise ValueError(f"rope {name!r} lacks {', '.join(missing)}")

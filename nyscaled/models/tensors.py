@@ -31,22 +31,37 @@ def read(source: Folder, place: Place, variable: Any, sharding: NamedSharding | 
         sharding: of the parameter; None for the default device.
 
     Raises:
-        ValueError: on a tensor that is not floating.
+        ValueError: on a tensor that is not floating, or has finite entries that the parameter's
+            dtype does not hold.
     """
     value = jnp.zeros(variable.shape, variable.dtype, device=sharding)
     for i, name in enumerate(place.names):
         pieces = source.blocks(name, BLOCK)
         if sharding is not None:
-            pieces = [(None, _split(source.read(name), place, sharding))]
+            pieces = [(None, source.read(name))]
         for row, piece in pieces:
-            if not jnp.issubdtype(piece.dtype, jnp.floating):
-                raise ValueError(
-                    f"{source.path} has {name} in {piece.dtype}; wanted floating weights"
-                )
+            _require_held(f"{source.path} has {name}", piece, value.dtype)
+            if sharding is not None:
+                piece = _split(piece, place, sharding)
             layer = i if place.stacked else None
             value = _put(value, piece, layer, row, transposed=place.transposed)
             value.block_until_ready()  # otherwise pieces that wait for the device would pile up
     return value
+
+
+def _require_held(what: str, piece: np.ndarray, dtype: Any) -> None:
+    """Require floating entries that are finite in a dtype if they are finite."""
+    if not jnp.issubdtype(piece.dtype, jnp.floating):
+        raise ValueError(f"{what} in {piece.dtype}; wanted floating weights")
+    limit = float(jnp.finfo(dtype).max)
+    # bfloat16 holds what float32 does, but for the last of it.
+    if float(jnp.finfo(piece.dtype).max) > 1.01 * limit:
+        beyond = np.isfinite(piece) & (np.abs(piece) > limit)
+        if beyond.any():
+            raise ValueError(
+                f"{what} with {piece[beyond][0]} in it, which {dtype} does not hold; wanted another "
+                "dtype of load, or smaller weights"
+            )
 
 
 def _split(tensor: np.ndarray, place: Place, sharding: NamedSharding) -> Array:

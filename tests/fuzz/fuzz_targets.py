@@ -82,6 +82,39 @@ def _read_tokenizer(folder: Path, full: bool) -> Any:
     return ids, words, tokenizer.pad_id, repr(sorted(tokenizer.settings.items(), key=str))
 
 
+def _make_rotated(folder: Path) -> None:
+    """Configurations alone, one for each kind of rotations that has numbers of its own."""
+    numbers = {"factor": 4.0, "original_max_position_embeddings": 16}
+    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 1.0}
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    kinds = {"yarn": numbers | yarn, "llama3": numbers | llama3, "dynamic": {"factor": 2.0}}
+    config = json.loads((LLAMA / "config.json").read_text())
+    for kind, rope in kinds.items():
+        whole = config | {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **rope}}
+        (folder / kind).mkdir()
+        (folder / kind / "config.json").write_text(json.dumps(whole))
+
+
+def _read_rotated(folder: Path, full: bool) -> Any:
+    from nyscaled.checkpoints import files
+    from nyscaled.models import rope
+    from nyscaled.models.llama import LlamaConfig
+
+    meanings = []
+    for path in sorted(folder.iterdir()):
+        settings = files.read_object(path / "config.json", "a configuration")
+        try:
+            config = LlamaConfig.from_json(settings)
+        except ValueError as error:
+            raise ValueError(files.brief(error)) from error
+        scaling, width = config.rope_scaling, min(config.head_dim, 64)
+        angles = rope.inverse_frequencies(width, config.rope_theta, scaling, 9)
+        assert np.isfinite(angles).all(), "rotations are not finite"
+        assert np.isfinite(scaling.attention_factor if scaling else 1), "they are not finite"
+        meanings.append((repr(config), _array(angles)))
+    return meanings
+
+
 def _make_model(folder: Path) -> None:
     shutil.copytree(LLAMA, folder, dirs_exist_ok=True)
     (folder / "expected.safetensors").unlink()
@@ -221,6 +254,7 @@ def _read_matrices(folder: Path, full: bool) -> Any:
 WEIGHTS, SETTINGS = "model.safetensors", "tokenizer_config.json"
 TARGETS = {
     "config": Target(_make_model, ("config.json", "generation_config.json"), _read_model),
+    "rotations": Target(_make_rotated, ("config.json",), _read_rotated),
     "safetensors": Target(_make_model, (WEIGHTS,), _read_model),
     "index": Target(
         _make_sharded,
