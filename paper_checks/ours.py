@@ -63,6 +63,7 @@ def closed_form(start: Start = "nystrom") -> Measured:
         1.0,
         detail="|curve − closed form| over what is allowed",
         rounding=True,
+        at_least=1e6,
     )
 
 

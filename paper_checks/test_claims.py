@@ -88,6 +88,11 @@ def test_worst_is_the_part_nearest_its_bound_and_keeps_nan() -> None:
     assert math.isnan(worst(a=(1.0, 10.0), b=(math.nan, 4.0)).measured)
 
 
+def test_worst_shows_formulas_as_they_are() -> None:
+    parts = {"two_words": (1.0, 2.0), "‖E‖_F": (1.0, 2.0)}
+    assert worst(**parts).detail == "two words 1 (allowed 2), ‖E‖_F 1 (allowed 2)"
+
+
 def test_only_selects_a_group_by_its_prefix() -> None:
     ids = ("thm-1-phase1", "thm-1", "thm-10", "lem-1", "lem-11")
     made = dict.fromkeys(ids, CLAIMS["lem-1"])
