@@ -422,9 +422,11 @@ def test_gradients_of_another_shape_are_refused_before_they_broadcast():
         start.nystrom_factors_from_gradient(KEY, lambda f: f.left, (M, M), R)
 
 
-def test_spectral_wants_a_problem():
-    with pytest.raises((ValueError, TypeError), match="problem"):
-        start.spectral(scipy.sparse.csr_array(PSD), R)
+@pytest.mark.parametrize("fn", [lambda p: start.spectral(p, R), nys.solvers.scaled_step])
+def test_a_matrix_in_the_place_of_its_problem_is_refused(fn):
+    for given in (PSD, scipy.sparse.csr_array(PSD)):
+        with pytest.raises((ValueError, TypeError), match="problem"):
+            fn(given)
 
 
 # --- The product with the transpose --------------------------------------------------------------

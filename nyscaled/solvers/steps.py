@@ -31,15 +31,16 @@ class ScaledState(NamedTuple):
 
 @pytree_dataclass
 class ScaledStep:
-    """The fused ScaledGD step; see `scaled_step`."""
+    """The fused ScaledGD step; see `scaled_step`. A damping of None is 0, and compiled as that."""
 
     problem: Any
     learning_rate: Any
-    damping: Any = 0.0
+    damping: Any = None
 
     def init(self, params: Params) -> ScaledState:
         """The start, its numerical rank cut if there is no damping; see `rank.cut_rank`."""
-        cut = cut_rank(self.problem, params, jnp.asarray(self.damping) == 0)
+        undamped = True if self.damping is None else jnp.asarray(self.damping) == 0
+        cut = cut_rank(self.problem, params, undamped)
         return ScaledState(jnp.zeros((), jnp.int32), cut.factors, cut.rotation, cut.indefinite)
 
     @linalg.full_precision
@@ -49,7 +50,8 @@ class ScaledStep:
         eta = eta(state.step) if callable(eta) else eta
         eta = jnp.asarray(eta, self.problem.dtype)
         advance: Any = _asymmetric if isinstance(state.factors, Factors) else _symmetric
-        factors = advance(self.problem.a, state.factors, eta, self.damping)
+        damping = 0.0 if self.damping is None else self.damping
+        factors = advance(self.problem.a, state.factors, eta, damping)
         return state._replace(step=state.step + 1, factors=factors)
 
     @linalg.full_precision
@@ -72,6 +74,8 @@ def _asymmetric(a: Any, factors: Factors, eta: Array, damping: Any) -> Factors:
     def project(f: linalg.ThinFactorization) -> Array:
         # Yᵀ dual(Y) = I − λ(YᵀY + λI)⁻¹ on live columns, 0 on the others
         identity = jnp.diag(f.live.astype(x.dtype))
+        if isinstance(damping, float) and damping == 0:
+            return identity
         return identity - damping * f.solve(identity)
 
     new_x = x + eta * (fy.dual_of(a @ fy.z) - x @ project(fy))
@@ -99,8 +103,8 @@ def scaled_step(
         damping: λ ≥ 0 of ScaledGD(λ), in units of XᵀX; the rank is not cut where it is positive.
 
     Raises:
-        ValueError: on η outside (0, 1] or a negative damping; by `init`, on factors whose shape or
-            dtype does not fit the problem.
+        ValueError: on another problem, η outside (0, 1] or a negative damping; by `init`, on
+            factors whose shape or dtype does not fit the problem.
 
     Example:
         >>> import nyscaled as nys
@@ -115,7 +119,13 @@ def scaled_step(
     validation.require_scalar("damping", damping, 0, float("inf"), open_low=False)
     if callable(learning_rate):
         learning_rate = as_partial(learning_rate)
-    return ScaledStep(problem, learning_rate, damping)
+    if not isinstance(problem, Symmetric | Asymmetric):
+        raise ValueError(
+            f"problem is a {type(problem).__name__}; wanted problems.Symmetric(A) or "
+            "problems.Asymmetric(A)"
+        )
+    known_zero = isinstance(damping, int | float) and damping == 0
+    return ScaledStep(problem, learning_rate, None if known_zero else damping)
 
 
 class GradientState(NamedTuple):
