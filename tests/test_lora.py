@@ -257,6 +257,22 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
     assert keys.shape == (LAYERS,)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "nora"])
+def test_dropout_is_of_the_trained_factors_input_and_not_of_the_subtracted_start(init):
+    """base(x) + s·dropout(x)·a·b − s·x·a₀·b₀, as PEFT with a base from which the start was taken."""
+    model = nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)))
+    base = nnx.clone(model)
+    apply(model, init, alpha=3.0, dropout=0.5)
+    train(model, steps=1)
+    adapter, x = model.layers[0].adapters["default"], inputs()
+    dropped = nnx.clone(adapter.dropout)(x)  # with the mask that the next call draws
+    assert 0 < jnp.mean(dropped == 0) < 1
+    wanted = base(x) + 1.5 * dropped @ adapter.lora_a[...] @ adapter.lora_b[...]
+    if adapter.start is not None:
+        wanted -= 1.5 * x @ adapter.start["a"][...] @ adapter.start["b"][...]
+    np.testing.assert_allclose(model(x), wanted, atol=1e-5)
+
+
 def test_adapters_have_a_dtype_of_their_own_over_a_bfloat16_base():
     model = net(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     wanted = call(model)

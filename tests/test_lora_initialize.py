@@ -65,6 +65,14 @@ def test_nora_of_either_side_is_a_sketch_of_the_kernel():
     np.testing.assert_allclose(a.T @ a, jnp.eye(R) / 16, atol=1e-6)
 
 
+def test_nora_draws_with_deviation_a_tenth_unless_told():
+    for a in (
+        inits.nora(KEY, jnp.eye(400), R, 2.0).a,
+        inits.nora(KEY, jnp.eye(400), R, 2.0, side="output").b,
+    ):
+        np.testing.assert_allclose(jnp.std(a), 0.1 / 2, rtol=0.1)
+
+
 @pytest.mark.parametrize("niter", [None, 4])
 def test_pissa_is_the_best_approximation_balanced(niter):
     w = kernel()
@@ -86,6 +94,13 @@ def test_olora_is_the_leading_part_of_a_qr_factorization():
 def test_orthogonal_has_both_factors_and_no_product():
     a, b = inits.orthogonal(KEY, kernel(), R, 1.0)
     assert jnp.linalg.norm(a @ b) < 1e-6 * jnp.linalg.norm(a) * jnp.linalg.norm(b)
+
+
+def test_orthogonal_has_the_size_of_pefts():
+    """Gaussian (m, r/2) times r/2 orthonormal rows, over 10: mean squares of 1/200."""
+    a, b = inits.orthogonal(KEY, jnp.ones((400, 300)), R, 1.0)
+    for x in (a, b):
+        np.testing.assert_allclose(jnp.mean(x**2), 1 / 200, rtol=0.15)
 
 
 # --- From gradients ------------------------------------------------------------------------------
