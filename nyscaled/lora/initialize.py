@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from nyscaled.lora import gradients, kernels, pairs
+from nyscaled.lora import foreign, gradients, kernels, pairs
 from nyscaled.lora.inits import Init
 from nyscaled.lora.inject import adapted_layers, draw_for
 from nyscaled.lora.trees import fill
@@ -57,7 +57,7 @@ def initialize(
         ['model']
     """
     mine = {p: m for p, m in adapted_layers(model).items() if name in m.adapters}
-    nodes = _nodes(model)
+    nodes = foreign.nodes(model)
     found = [p for p in pairs.find(nodes) if "adapters" not in p.a or p.a[-2] == name]
     if not found:
         raise ValueError(f"the model has no adapter named {name!r}, nor any of flax or qwix")
@@ -89,16 +89,6 @@ def initialize(
     for path, value in new.items():
         nodes[path][...] = value
     return [p.layer for p in found]
-
-
-def _nodes(model: nnx.Module) -> dict[Any, Any]:
-    """Variables of the model's layers by path, and what qwix made of quantized ones."""
-    return {
-        (*map(str, path), attribute): node
-        for path, module in nnx.iter_modules(model)
-        for attribute, node in vars(module).items()
-        if isinstance(node, nnx.Variable) or kernels.is_quantized(node)
-    }
 
 
 def _from_gradients(

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from nyscaled.lora import foreign
 from nyscaled.lora.axes import from_matrices, kernel_of, split
 from nyscaled.lora.inject import adapted_layers, is_tied, require_name
 from nyscaled.lora.layer import Adapter, AdapterState
@@ -53,17 +54,34 @@ def activate(
             adapter.gate = AdapterState(jnp.broadcast_to(gate, (*adapter.stack, *gate.shape)))
 
 
-def merge(model: nnx.Module, name: str = "default") -> None:
+def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = None) -> None:
     """Adds an adapter's update to the kernels: W_0 + s·a·b. Its own path is then skipped.
 
     The sum is taken in float32 and rounded to the kernel's dtype, which in bfloat16 may lose
     much of a small update. `remove` afterwards leaves plain layers with the merged kernels.
+    Adapters that flax or qwix have put in are merged too: their b becomes zero, and `unmerge` does
+    not bring it back.
+
+    Args:
+        model: with adapters.
+        name: which set, among those of `apply`.
+        alpha: α of adapters of flax (None is s = 1, which is right for them) and qwix.
 
     Raises:
         ValueError: on an unknown name or one that is merged already, and on an adapter of an embedding
-            that is the head too; nothing has been changed then.
+            that is the head too; on kernels that qwix quantized, and adapters of qwix without `alpha`.
+            Nothing has been changed then.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)))
+        >>> merge(model)
     """
-    _fold(model, name, merged=True)
+    others = [(other, other.merged()) for other in foreign.find(model, alpha)]
+    if not others or adapted_layers(model):
+        _fold(model, name, merged=True)
+    for other, kernel in others:
+        other.kernel[...] = kernel
+        other.b[...] = jnp.zeros_like(other.b[...])
 
 
 def unmerge(model: nnx.Module, name: str = "default") -> None:

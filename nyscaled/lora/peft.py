@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 
 import nyscaled
 from nyscaled.checkpoints import peft
-from nyscaled.lora import factors, inject, records, whole
+from nyscaled.lora import factors, foreign, inject, records, whole
 from nyscaled.lora.axes import KINDS, stack_of
 from nyscaled.lora.layer import Adapter, AdapterState
 from nyscaled.lora.names import Namer, Names, resolve
@@ -30,6 +30,7 @@ def save_peft(
     names: Names = None,
     modules_to_save: Sequence[str] = (),
     task_type: str | None = None,
+    alpha: float | None = None,
 ) -> None:
     """Writes an adapter set as a folder that PEFT, and what reads its format, can load.
 
@@ -52,11 +53,14 @@ def save_peft(
             norms), or of modules that hold such, to be saved whole.
         task_type: PEFT's, such as "CAUSAL_LM", or None. With "SEQ_CLS", "TOKEN_CLS" and
             "QUESTION_ANS" PEFT wants the head in the folder, trained or not.
+        alpha: α of adapters that flax (None is s = 1, which is right for them) or qwix have put in,
+            which are saved too; those of `apply` know their own.
 
     Raises:
         ValueError: on an unknown adapter, one that is merged, has batch axes (experts) or entries
             that are not finite; on a path without a name, or one name for two layers; on a module
-            to save without weights or with adapters, and a task's head that is not among them.
+            to save without weights or with adapters, and a task's head that is not among them; on
+            adapters of qwix without `alpha`.
 
     Example:
         >>> import jax, tempfile, nyscaled as nys
@@ -68,13 +72,17 @@ def save_peft(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     layers = {p: m for p, m in inject.adapted_layers(model).items() if name in m.adapters}
-    inject.require_name(inject.adapted_layers(model), name)
+    others = foreign.find(model, alpha)
+    if not others or inject.adapted_layers(model):
+        inject.require_name(inject.adapted_layers(model), name)
     adapters = {path: layer.adapters[name] for path, layer in layers.items()}
     for path, adapter in adapters.items():
         if adapter.merged:
             raise ValueError(f"{path}: {name!r} is merged into the kernel; wanted it unmerged")
         factors.sides(path, layers[path])
-    stabilized = all(a.rank_stabilized and a.start is None for a in adapters.values())
+    stabilized = not others and all(
+        a.rank_stabilized and a.start is None for a in adapters.values()
+    )
     to_name = resolve(names)
     updates: dict[str, peft.Update] = {}
     owners: dict[str, Adapter] = {}
@@ -85,14 +93,25 @@ def save_peft(
         written = factors.to_updates(layers[path], adapter, modules, stabilized)
         updates |= written
         owners |= zip(written, itertools.repeat(adapter))
+    for other in others:
+        a, b = other.matrices()
+        for index in np.ndindex(a.shape[:-2]):
+            module = to_name(other.path, index)
+            if module in updates:
+                raise ValueError(f"{other.path}: its name {module!r} is another layer's already")
+            scaled = other.scaling * a.shape[-1]
+            updates[module] = peft.Update(a[index].T, b[index].T, scaled)
+    tensors = whole.tensors(model, modules_to_save, to_name)
+    if both := sorted({name.rpartition(".")[0] for name in tensors} & updates.keys()):
+        raise ValueError(f"{both[0]} of modules_to_save has an adapter; wanted one of the two")
     peft.write(
         folder,
         updates,
         base_model=base_model,
-        whole=whole.tensors(model, modules_to_save, to_name),
+        whole=tensors,
         rank_stabilized=stabilized,
         # One field for all layers, and of use in training alone.
-        dropout=max(a.dropout.rate if a.dropout else 0.0 for a in adapters.values()),
+        dropout=max((a.dropout.rate for a in adapters.values() if a.dropout), default=0.0),
         task_type=task_type,
         metadata={"nyscaled": nyscaled.__version__, "starts": records.write(owners)},
     )

@@ -248,6 +248,40 @@ def test_what_peft_only_warns_of_is_refused(tmp_path):
             nys.lora.load_peft(Net(), tmp_path)
 
 
+def test_adapters_of_flax_and_qwix_are_read(tmp_path):
+    qwix = pytest.importorskip("qwix")
+    kernels = [np.array(nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(i)).kernel[...]) for i in range(2)]
+
+    def torch_net():
+        net = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in kernels))
+        for layer, kernel in zip(net, kernels, strict=True):
+            layer.weight.data = torch.tensor(kernel.T)
+        return net
+
+    rngs, options = nnx.Rngs(0), {"use_bias": False, "rngs": nnx.Rngs(0)}
+    plain = nnx.Sequential(*(nnx.Linear(WIDTH, WIDTH, **options) for _ in kernels))
+    flax = nnx.Sequential(
+        nnx.LoRALinear(WIDTH, WIDTH, lora_rank=2, **options),
+        nnx.LoRA(WIDTH, 3, WIDTH, base_module=nnx.Linear(WIDTH, WIDTH, **options), rngs=rngs),
+    )
+    for layer, kernel in zip(plain.layers, kernels, strict=True):
+        layer.kernel[...] = kernel
+    flax.layers[0].kernel[...], flax.layers[1].base_module.kernel[...] = kernels
+    provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=5.0)
+    qwixed = qwix.apply_lora_to_model(plain, provider, jnp.asarray(X), rngs=rngs)
+    rng = np.random.default_rng(0)
+    for name, model, alpha in (("flax", flax, None), ("qwix", qwixed, 5.0)):
+        for _, value in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+            value[...] += 0.2 * rng.standard_normal(value.shape).astype(np.float32)
+        folder = tmp_path / name
+        names = {f"layers.{i}": str(i) for i in range(2)}
+        nys.lora.save_peft(model, folder, base_model="net", names=names, alpha=alpha)
+        loaded = strictly(peft.PeftModel.from_pretrained, torch_net(), folder)
+        wanted = ours(model)
+        assert np.abs(wanted - theirs(torch_net())).max() > 1e-2
+        close(theirs(loaded), wanted)
+
+
 SIZES = {
     **{"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 32},
     **{"max_position_embeddings": 32},
