@@ -214,16 +214,12 @@ def test_a_tied_file_has_the_embedding_the_head_or_both(name, tmp_path):
 
 
 def test_another_head_than_the_embedding_is_kept_against_the_settings(tmp_path):
-    """As transformers keeps it, with a warning; OPT has no head of its own."""
+    """As transformers keeps it, with a warning."""
     for name in ("llama", "gemma", "opt_post"):
         folder = shutil.copytree(MODELS / name, tmp_path / name)
         other = np.asarray(load(name).embed_tokens.embedding[...]) + 1
         change(folder, tie_word_embeddings=True, tensors={"lm_head.weight": other})
-        if name == "opt_post":
-            with pytest.raises(ValueError, match=r"lm_head\.weight that is not model\.decoder"):
-                nys.models.load(folder)
-            continue
-        with pytest.warns(UserWarning, match=r"lm_head\.weight that is not model\.embed_tokens"):
+        with pytest.warns(UserWarning, match=r"lm_head\.weight that is not model\..*embed_tokens"):
             model, _ = nys.models.load(folder)
         assert not model.config.tie_word_embeddings
         np.testing.assert_array_equal(model.lm_head.kernel[...], other.T)

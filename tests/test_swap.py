@@ -358,3 +358,18 @@ def test_a_model_is_loaded_from_one_save(place, tmp_path, monkeypatch):
     assert len(calls) > 3
     assert (model.config.rms_norm_eps, tokenizer.token_to_id("a")) == (0.5, 2)
     jax.tree.map(np.testing.assert_array_equal, arrays(model), arrays(second))
+
+
+def test_a_save_of_which_nothing_is_left_stops_no_reader(tmp_path, monkeypatch):
+    """A process was killed before it removed the last, empty folder, and none can be removed now."""
+    save_model(tmp_path, 1)
+    (tmp_path / swap.SAVE).mkdir()
+
+    def refuse(*args, **options):
+        raise OSError(30, "read-only file system")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    assert read_model(tmp_path) == 1
+    monkeypatch.undo()
+    save_model(tmp_path, 0)
+    assert not list(tmp_path.glob(".*"))

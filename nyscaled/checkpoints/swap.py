@@ -56,7 +56,7 @@ def replacing(
     Nothing has changed if the body raises. A process that is killed leaves the old files or the
     new ones to whoever opens the folder next with this package. Other programs find no sound
     `last` in the midst of the swap, so that they do not take the files of two saves for one.
-    Two saves at once leave the files of the one that ended later.
+    Of two saves at once the one that is made later stays.
 
     Args:
         folder: made if missing; other files in it are left alone.
@@ -141,8 +141,10 @@ def consistent(folder: Path, read: Callable[[], T]) -> T:
             files.SEEN.reset(token)
         # In this order: if no save had begun, and then all was as it had been read, it was so
         # at the moment in between.
-        begun = os.path.lexists(folder / SAVE)
-        if not begun and all(files.signature(path) == then for path, then in seen.items()):
+        whole = False
+        with contextlib.suppress(OSError):  # the save of somebody else
+            whole = not _begun(folder)
+        if whole and all(files.signature(path) == then for path, then in seen.items()):
             if refusal is not None:
                 raise refusal
             return value  # pyright: ignore[reportReturnType]
@@ -162,14 +164,18 @@ def finish(folder: Path) -> None:
     """
     _tidy(folder)
     save = folder / SAVE
-    try:
-        begun = os.listdir(save)
-    except FileNotFoundError:
-        return
-    for name in begun:
+    for name in _begun(folder):
         _move_all(save / name, folder)
     with _unless(errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
         os.rmdir(save)
+
+
+def _begun(folder: Path) -> list[str]:
+    """The save that has begun to replace files, if there is one."""
+    try:
+        return os.listdir(folder / SAVE)
+    except (FileNotFoundError, NotADirectoryError):  # the folder may be a GGUF file
+        return []
 
 
 def _commit(aside: Path, folder: Path) -> None:
@@ -189,9 +195,10 @@ def _move_all(inner: Path, folder: Path) -> None:
     except FileNotFoundError:  # all was moved
         shutil.rmtree(inner, ignore_errors=True)
         return
+    kept = set(new)
     _move(inner / _PLACEHOLDER, folder / last)
     for name in _matching(folder, gone):
-        if name not in new:
+        if name not in kept:
             _move(folder / name, inner / _OLD / name)
     for name in (*(n for n in new if n != last), last):
         _move(inner / _NEW / name, folder / name)

@@ -165,6 +165,8 @@ def save(
     if type(model) not in known:
         names = ", ".join(k.__name__ for k in known)
         raise ValueError(f"model is a {type(model).__name__}; wanted one of {names}")
+    if not isinstance(tokenizer, Tokenizer | None):
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; wanted a Tokenizer or None")
     state = nnx.state(model)
     table = places(state, model.prefix)
     named = (
