@@ -20,6 +20,8 @@ import optax
 from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
+from nyscaled.lapack import svd
+from nyscaled.numerics import norm, normalized, shift
 from nyscaled.pairing import Spec, groups, map_gradients, pair_spec, require_params
 from nyscaled.typing import Scalar
 
@@ -73,8 +75,11 @@ def scale_by_balance(
             # The S of (Y, X) is the inverse of the S of (X, Y): both positions read alike.
             scaled = g * _ratio(factor, partner)
             if not scalar:
-                root, exists = _root(factor, partner)
-                scaled = jnp.where(exists, (g @ root.T) @ root, scaled)
+                # Where X is scaled by 2^k, S⁻¹ is too.
+                (x, e), (y, e_partner) = normalized(factor), normalized(partner)
+                root, exists = _root(x, y)
+                balanced = shift((g @ root.T) @ root, e - e_partner)
+                scaled = jnp.where(exists, balanced, scaled)
             return jnp.where(state.steps < warmup, g, scaled)
 
         new = map_gradients(balance, spec, updates, params)
@@ -85,7 +90,7 @@ def scale_by_balance(
 
 def _ratio(x: Float[Array, "m r"], y: Float[Array, "n r"]) -> Scalar:
     """‖X‖_F/‖Y‖_F, or 1 if either is zero."""
-    above, below = jnp.linalg.norm(x), jnp.linalg.norm(y)
+    above, below = norm(x), norm(y)
     exists = (above != 0) & (below != 0)
     return jnp.where(exists, above / jnp.where(exists, below, 1), 1)
 
@@ -94,7 +99,7 @@ def _root(x: Float[Array, "m r"], y: Float[Array, "n r"]) -> tuple[Float[Array, 
     """L with S⁻¹ = LᵀL, and whether it exists: L = Σ^(-1/2) PᵀX with the SVD X Yᵀ = P Σ Qᵀ."""
     basis = linalg.orthonormalize(x)
     x_core, y_core = basis.T @ x, linalg.orthonormalize(y).T @ y
-    p, sigma, _ = jnp.linalg.svd(x_core @ y_core.T)
+    p, sigma, _ = svd(x_core @ y_core.T)
     exists = sigma[-1] > linalg.default_rcond(max(len(x), len(y)), x.dtype) * sigma[0]
     return (p / jnp.sqrt(jnp.where(exists, sigma, 1))).T @ x_core, exists
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from nyscaled import linalg
+from nyscaled import lapack, linalg
 from nyscaled.linalg import full_precision
+from nyscaled.numerics import norm
 from nyscaled.typing import Factors
 
 
@@ -54,7 +55,7 @@ def core_step(
     eta = learning_rate
     sigma = jnp.diag(spectrum)
     new = (1 - eta) ** 2 * core + 2 * eta * (1 - eta) * sigma
-    return new + eta**2 * sigma @ jnp.linalg.solve(core, sigma)
+    return new + eta**2 * sigma @ lapack.solve(core, sigma)
 
 
 @full_precision
@@ -62,7 +63,7 @@ def relative_core_step(c: Float[Array, "k k"], learning_rate: Any) -> Float[Arra
     """C⁺ = (1−η)²C + 2η(1−η)I + η²C⁻¹ for C = Σ⁻¹B (Lemma 8), free of A."""
     eta = learning_rate
     eye = jnp.eye(c.shape[0], dtype=c.dtype)
-    return (1 - eta) ** 2 * c + 2 * eta * (1 - eta) * eye + eta**2 * jnp.linalg.inv(c)
+    return (1 - eta) ** 2 * c + 2 * eta * (1 - eta) * eye + eta**2 * lapack.inverse(c)
 
 
 @full_precision
@@ -137,11 +138,11 @@ def symmetric_errors(
         ['8', '1.78', '0.284', '0.0157']
     """
     root = jnp.sqrt(spectrum)[:, None]
-    v, d0, _ = jnp.linalg.svd(phi0 / root, full_matrices=False)
+    v, d0, _ = lapack.svd(phi0 / root)
 
     def error(gap: Array) -> Array:
         core = root * (v * gap) @ v.T * root.T
-        return jnp.linalg.norm(core)
+        return norm(core)
 
     def closed(t: Array) -> Array:
         rate = jnp.arctanh(jnp.minimum(d0, 1 / d0))

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
+from nyscaled.lapack import eigh, orthogonal, qr, svd
 from nyscaled.linalg import default_rcond, full_precision
 from nyscaled.matrices import as_array, as_dense, reads
+from nyscaled.numerics import norm
 from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.subspace import leading_factors
 from nyscaled.typing import Factors, Scalar
@@ -31,7 +33,7 @@ def random_sketch(
     if sketch == "gaussian":
         return scale * jax.random.normal(key, (n, rank), dtype)
     if sketch == "stiefel":
-        return scale * jax.random.orthogonal(key, n, m=rank, dtype=dtype)
+        return scale * orthogonal(key, n, rank, dtype)
     raise ValueError(f"sketch is {sketch!r}; wanted 'gaussian' or 'stiefel'")
 
 
@@ -113,10 +115,20 @@ def nystrom_from_gradient(
 ) -> Float[Array, "m r"]:
     """(3) from a gradient oracle of (1), without A (A.4): X_0 = AΩ by one gradient.
 
-    A.4 has −∇f(Ω) + ΩΩᵀΩ. Here it is (−∇f(δΩ) + δ³ΩΩᵀΩ)/δ with ‖δΩ‖_F = √eps: for (1) the same,
-    without cancellation, and for any other loss of XXᵀ, sensing say, minus its gradient in XXᵀ at
-    0, times Ω. Taken at Ω itself, the start of sensing has an error ((𝒜*𝒜 − I)(ΩΩᵀ))Ω that grows
-    as ξ³ and drowns it at ξ = 1. `rescaled` then takes ξ away.
+    A.4 has −∇f(Ω) + ΩΩᵀΩ. Here it is minus the derivative of ∇f at 0 along Ω, of one evaluation in
+    forward mode: for (1) the same, without cancellation at any scale of A, and for any other loss
+    of XXᵀ, sensing say, minus its gradient in XXᵀ at 0, times Ω. Taken at Ω itself, the start of
+    sensing has an error ((𝒜*𝒜 − I)(ΩΩᵀ))Ω that grows as ξ³ and drowns it at ξ = 1. `rescaled` then
+    takes ξ away.
+
+    Args:
+        key: PRNG key for Ω.
+        gradient: ∇f, a function of JAX arrays that `jax.jvp` takes.
+        m: rows of X.
+        rank: columns of X, 1 ≤ r ≤ m.
+        scale: see `nystrom`.
+        sketch: see `nystrom`.
+        dtype: float32 or float64; JAX's default float if None.
 
     Example:
         >>> a = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
@@ -126,9 +138,11 @@ def nystrom_from_gradient(
     """
     validation.require_rank(rank, (m, m))
     omega = random_sketch(key, m, rank, scale, sketch, dtype or jnp.result_type(float))
-    delta = jnp.finfo(omega.dtype).eps ** 0.5 / jnp.linalg.norm(omega)
-    near = delta * omega
-    return (near @ (near.T @ near) - _gradient(gradient(near), near.shape)) / delta
+
+    def checked(x: Array) -> Array:
+        return _gradient(gradient(x), x.shape)
+
+    return -jax.jvp(checked, (jnp.zeros_like(omega),), (omega,))[1]
 
 
 @full_precision
@@ -235,7 +249,7 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
     """
     problem = a if isinstance(a, Sensing) else Symmetric(a)
     x0 = problem.check(x0)
-    unit = x0 / jnp.linalg.norm(x0)  # X_0ᵀX_0 of a large ξ would overflow float32
+    unit = x0 / norm(x0)  # X_0ᵀX_0 of a large ξ would overflow float32
     if isinstance(problem, Sensing):
         seen, image = problem.a.forward(unit, unit), problem.backprojection() @ unit
     else:
@@ -246,7 +260,7 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
             f"tr(X₀ᵀAX₀) is {float(trace):.2g} for X₀ of unit length; wanted it positive: a "
             "positive semidefinite A, and a start that is not zero"
         )
-    return unit * (jnp.sqrt(trace) / jnp.linalg.norm(seen))
+    return unit * (jnp.sqrt(trace) / norm(seen))
 
 
 @full_precision
@@ -285,11 +299,10 @@ def nystrom_approximation(
         >>> bool(jnp.allclose(x @ x.T, a, atol=1e-6))
         True
     """
-    basis, _ = jnp.linalg.qr(nystrom(key, a, rank, sketch=sketch))
+    basis, _ = qr(nystrom(key, a, rank, sketch=sketch))
     image = Symmetric(a).a @ basis
-    form = basis.T @ image
-    values, vectors = jnp.linalg.eigh((form + form.T) / 2)
-    live = values > default_rcond(a.shape[0], form.dtype) * values[-1]
+    values, vectors = eigh(basis.T @ image)
+    live = values > default_rcond(a.shape[0], values.dtype) * values[-1]
     root = jnp.where(live, 1 / jnp.sqrt(jnp.where(live, values, 1)), 0)
     return (image @ (vectors * root))[:, ::-1]
 
@@ -412,7 +425,7 @@ def nesterov_parameters(x0: Float[Array, "m r"]) -> tuple[Scalar, Scalar]:
         >>> round(float(rate), 4), round(float(momentum), 4)
         (0.25, 0.3333)
     """
-    singular = jnp.linalg.svd(x0, compute_uv=False)
+    _, singular, _ = svd(x0)
     live = singular > default_rcond(x0.shape[0], x0.dtype) * singular[0]
     ratio = jnp.min(jnp.where(live, singular, singular[0])) / singular[0]  # √(μ/L)
-    return 1 / singular[0] ** 2, (1 - ratio) / (1 + ratio)
+    return 1 / singular[0] / singular[0], (1 - ratio) / (1 + ratio)

@@ -21,34 +21,22 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from nyscaled.lapack import inverse_cholesky as inverse_cholesky
+from nyscaled.lapack import svd
 from nyscaled.matrices import Operator as Operator
 from nyscaled.matrices import as_dense, as_matrix, reads, transpose_times
+from nyscaled.numerics import exponent, norm, normalized, root, shift
+from nyscaled.numerics import full_precision as full_precision
 from nyscaled.typing import Scalar
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
 _BLOCK = 512  # rows of a residual held at once
-_ONE_THREAD = 32  # side of a triangular solve
-
-
-def full_precision(fn: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Runs `fn` with float32 products in full float32 (accelerators round to bfloat16 or TF32)."""
-
-    @functools.wraps(fn)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with jax.default_matmul_precision("highest"):
-            return fn(*args, **kwargs)
-
-    return wrapped
 
 
 class ThinFactorization(NamedTuple):
@@ -77,27 +65,19 @@ class ThinFactorization(NamedTuple):
             g = g @ t
         return self.dual_of(g @ last)
 
+    def kept(self, damping: float | Scalar) -> Float[Array, "r r"]:
+        """XᵀX(XᵀX + λI)⁻¹ with the λ of the factorization: the identity on live columns at λ = 0.
 
-def inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """The upper triangular T with Tᵀ gram T = I."""
-    return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).T)
-
-
-def _inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """By halves, [A B; 0 C]⁻¹ = [A⁻¹ −A⁻¹BC⁻¹; 0 C⁻¹], down to sizes that one thread solves.
-
-    Larger triangular solves wake the BLAS threads, which costs milliseconds where this takes
-    microseconds.
-    """
-    r = upper.shape[0]
-    if r <= _ONE_THREAD:
-        eye = jnp.eye(r, dtype=upper.dtype)
-        return lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False)
-    half = r // 2
-    first = _inverse_upper(upper[:half, :half])
-    second = _inverse_upper(upper[half:, half:])
-    corner = -first @ (upper[:half, half:] @ second)
-    return jnp.block([[first, corner], [jnp.zeros((r - half, half), upper.dtype), second]])
+        It is I − WWᵀ with W = √λ T₁T₂T₃ core, which is bounded where (XᵀX + λI)⁻¹ overflows.
+        """
+        dtype = self.core.dtype
+        live = jnp.diag(self.live.astype(dtype))
+        if _is_zero(damping):
+            return live
+        w = jnp.sqrt(jnp.asarray(damping, dtype)) * jnp.eye(self.core.shape[0], dtype=dtype)
+        for t in (*self.transforms, self.core):
+            w = w @ t
+        return live - w @ w.T
 
 
 @reads(x=as_dense)
@@ -114,22 +94,24 @@ def factor(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> ThinFactori
     """
     m, r = x.shape
     if not _is_zero(damping):
-        root = jnp.sqrt(jnp.asarray(damping, x.dtype))
-        x = jnp.concatenate([x, root * jnp.eye(r, dtype=x.dtype)])
+        weight = jnp.sqrt(jnp.asarray(damping, x.dtype))
+        x = jnp.concatenate([x, weight * jnp.eye(r, dtype=x.dtype)])
     eye = jnp.eye(r, dtype=x.dtype)
-    norms = jnp.linalg.norm(x, axis=0)
-    live = norms != 0  # NaN counts as live, so that it shows in the result
+    x, e = normalized(x, axis=0)  # squares of columns of any size
+    squares = jnp.sum(x**2, axis=0)
+    live = squares != 0  # NaN counts as live, so that it shows in the result
     dead = jnp.diag(jnp.where(live, 0, 1).astype(x.dtype))
-    scale = jnp.where(live, 1 / jnp.where(live, norms, 1), 0)
+    norms = jnp.sqrt(jnp.where(live, squares, 1))
     # With unit columns ‖Z‖² ≤ r, and the Gram matrix carries a rounding error of about r·eps.
     eps = float(jnp.finfo(x.dtype).eps)
     floor = 2 * r * eps
-    z, transforms = x * scale, []
-    for shift in (max(eps**0.5, floor), max(eps**0.5, floor), floor):
-        t = inverse_cholesky(z.T @ z + dead + shift * eye)
+    z, transforms = x / norms, []
+    for ridge in (max(eps**0.5, floor), max(eps**0.5, floor), floor):
+        t = inverse_cholesky(z.T @ z + dead + ridge * eye)
         z = z @ t
         transforms.append(t)
     core = inverse_cholesky(z.T @ z + dead)
+    scale = jnp.where(live, shift(1 / norms, -e[0]), 0)
     transforms[0] = scale[:, None] * transforms[0]
     return ThinFactorization(z[:m], tuple(transforms), core, live)
 
@@ -212,12 +194,43 @@ class Compressed(NamedTuple):
     rank: Array
 
 
+@jax.custom_jvp
+def moving_frame(
+    x: Float[Array, "m r"],
+    rotation: Float[Array, "r r"],
+    inverse: Float[Array, "r m"],
+    live: Bool[Array, " r"],
+) -> Float[Array, "r r"]:
+    """Return `rotation`, with the derivative that keeps X · rotation zero on the dead columns.
+
+    A factor of deficient rank that depends on a parameter, and keeps its rank, turns its row space.
+    The frame turns with it, V_dead' = −V_live X̃⁺X'V_dead, and no more than that: within the live
+    columns any frame will do. The derivative of an SVD would divide by differences of noise.
+
+    Args:
+        x: X, of which X · rotation is zero on dead columns but for rounding.
+        rotation: V, orthogonal, a constant.
+        inverse: (XV)⁺ of the live columns, zero rows elsewhere.
+        live: which columns of XV are not taken as zero.
+    """
+    return rotation
+
+
+@moving_frame.defjvp
+@full_precision
+def _moving_frame_jvp(primals: Any, tangents: Any) -> Any:
+    _, rotation, inverse, live = primals
+    turn = jnp.where(live[:, None] & ~live, inverse @ (tangents[0] @ rotation), 0)
+    return moving_frame(*primals), rotation @ (turn.T - turn)
+
+
 @reads(x=as_dense)
 @full_precision
 def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
     """Cuts the numerical rank of X: singular values up to `rcond` times the largest become zero.
 
-    The cut is made on X, not on XᵀX, whose eigenvalues are squared and drown at √eps.
+    The cut is made on X, not on XᵀX, whose eigenvalues are squared and drown at √eps. Derivatives
+    are those of an X that keeps its rank.
 
     Args:
         x: (m, r).
@@ -228,10 +241,12 @@ def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
         >>> int(compress(x).rank)
         1
     """
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    u, s, vt = svd(lax.stop_gradient(x))
     cut = default_rcond(x.shape[0], x.dtype) if rcond is None else rcond
     live = s > cut * s[0]
-    return Compressed(jnp.where(live, u * s, 0), vt.T, jnp.sum(live))
+    inverse = jnp.where(live, u / jnp.where(live, s, 1), 0).T
+    rotation = moving_frame(x, vt.T, inverse, live)
+    return Compressed(jnp.where(live, x @ rotation, 0), rotation, jnp.sum(live))
 
 
 @reads(x=as_dense)
@@ -248,37 +263,61 @@ def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r 
 
 
 @reads(a=as_matrix, left=as_dense, right=as_dense)
-@jax.jit
-@full_precision
+def residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
+    """‖L Rᵀ − A‖_F; see `squared_residual`."""
+    total, e = _residual(a, left, right)
+    return shift(root(total), e)
+
+
+@reads(a=as_matrix, left=as_dense, right=as_dense)
 def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
     """‖L Rᵀ − A‖_F², entry by entry in blocks: O(512·(m + n)) memory and no cancellation.
 
     The expansion ‖A‖² − 2⟨A, LRᵀ⟩ + ‖LRᵀ‖² would lose every residual under √eps·‖A‖. An operator
     is read through products with blocks of the identity.
     """
+    total, e = _residual(a, left, right)
+    return shift(shift(total, e), e)
+
+
+@jax.jit
+@full_precision
+def _residual(
+    a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]
+) -> tuple[Scalar, Int[Array, ""]]:
+    """s and e of ‖LRᵀ − A‖_F² = s · 4^e, whose square of a block is scaled by its largest entry."""
     m, n = a.shape
     dense = isinstance(a, jax.Array)
     size = m if dense else n
     block = min(_BLOCK, size)
+    (left, e_left), (right, e_right) = normalized(left), normalized(right)
+    e_product = e_left + e_right
 
     @jax.checkpoint
-    def squared(start: Array) -> Scalar:
+    def squared(start: Array) -> tuple[Scalar, Array]:
         rows = start + jnp.arange(block)
         if dense:
             part = lax.dynamic_slice_in_dim(left, start, block)
-            difference = part @ right.T - lax.dynamic_slice_in_dim(a, start, block)
+            product, known = part @ right.T, lax.dynamic_slice_in_dim(a, start, block)
         else:
             part = lax.dynamic_slice_in_dim(right, start, block)
-            columns = a @ jax.nn.one_hot(rows, n, dtype=left.dtype, axis=0)
-            difference = (left @ part.T - columns).T
+            known = (a @ jax.nn.one_hot(rows, n, dtype=left.dtype, axis=0)).T
+            product = part @ left.T
+        e = jnp.maximum(e_product, exponent(known))
+        difference = shift(product, e_product - e) - shift(known, -e)
         # The last block is moved up to fit; the rows that it repeats do not count again.
         fresh = rows >= block * ((start + block - 1) // block)
-        return jnp.sum(jnp.where(fresh[:, None], difference, 0) ** 2)
+        difference, e_rest = normalized(jnp.where(fresh[:, None], difference, 0))
+        return jnp.sum(difference**2), e + e_rest
 
-    def add(i: Any, total: Scalar) -> Scalar:
-        return total + squared(jnp.minimum(i * block, size - block))
+    def add(i: Any, sums: tuple[Scalar, Array]) -> tuple[Scalar, Array]:
+        (total, e), (more, e_more) = sums, squared(jnp.minimum(i * block, size - block))
+        common = jnp.maximum(e, e_more)
+        total, more = shift(total, 2 * (e - common)), shift(more, 2 * (e_more - common))
+        return total + more, common
 
-    return lax.fori_loop(0, -(-size // block), add, jnp.zeros((), left.dtype))
+    zero = jnp.zeros((), left.dtype)
+    return lax.fori_loop(0, -(-size // block), add, (zero, exponent(zero)))
 
 
 @reads(a=as_matrix)
@@ -293,11 +332,21 @@ def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50
         num_steps: pairs of products with A and Aᵀ.
     """
     key = jax.random.key(0) if key is None else key
-    start = jax.random.normal(key, (a.shape[1], 1), a.dtype)
+
+    def unit(v: Array) -> Array:
+        size = norm(v)
+        return v / jnp.where(size > 0, size, 1)
 
     def body(_: Any, v: Array) -> Array:
-        w = transpose_times(a, a @ (v / jnp.linalg.norm(v)))
-        return w
+        return transpose_times(a, unit(a @ unit(v)))
 
-    v = lax.fori_loop(0, num_steps, body, start)
-    return jnp.sqrt(jnp.linalg.norm(v))
+    start = jax.random.normal(key, (a.shape[1], 1), a.dtype)
+    return norm(lax.fori_loop(0, num_steps, body, start))
+
+
+@reads(a=as_matrix)
+@full_precision
+def probed_norm(a: Any) -> Scalar:
+    """‖A‖_F to within a factor of about 2, by a product with four random vectors."""
+    probe = jax.random.normal(jax.random.key(0), (a.shape[1], 4), a.dtype)
+    return norm(a @ probe) / 2

@@ -10,8 +10,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nyscaled.lapack import svd
 from nyscaled.linalg import full_precision, orthonormalize
 from nyscaled.matrices import as_array, as_dense, as_factors, reads
+from nyscaled.numerics import exponent, norm, shift
 from nyscaled.typing import Factors, Scalar
 
 
@@ -35,12 +37,15 @@ def residual_in_basis(
         >>> residual_in_basis(basis * jnp.sqrt(spectrum), basis, spectrum)
         Array(0., dtype=float32)
     """
+    # In units of 2^e for X and 4^e for A, so that no square leaves the range.
+    e = jnp.maximum(exponent(x), (exponent(spectrum) + 1) // 2)
+    x, spectrum = shift(x, -e), shift(spectrum, -2 * e)
     phi = basis.T @ x
     rest = x - basis @ phi
-    inner = jnp.sum((phi @ phi.T - jnp.diag(spectrum)) ** 2)
-    cross = jnp.sum((rest @ phi.T) ** 2)
-    outer = jnp.sum((rest.T @ rest) ** 2)
-    return jnp.sqrt(inner + 2 * cross + outer)
+    inner = norm(phi @ phi.T - jnp.diag(spectrum))
+    cross = norm(rest @ phi.T)
+    outer = norm(rest.T @ rest)
+    return shift(norm(jnp.stack([inner, 2**0.5 * cross, outer])), 2 * e)
 
 
 @reads(x=as_dense, basis=as_dense, spectrum=as_array)
@@ -68,7 +73,7 @@ def weak_optimality(
         Array(0., dtype=float32)
     """
     gram = weak_gram(x, basis, spectrum)
-    return jnp.linalg.norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
+    return norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
 
 
 @reads(left=as_dense, right=as_dense, spectrum=as_array)
@@ -82,7 +87,7 @@ def generalized_weak_optimality(
     """‖YᵀA†X − I_r‖_F for A = U diag(spectrum) Vᵀ, Definition 2; `left` is U, `right` is V."""
     x, y = as_factors(factors)
     gram = (right.T @ y).T @ ((left.T @ x) / spectrum[:, None])
-    return jnp.linalg.norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
+    return norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
 
 
 @reads(x=as_dense, basis=as_dense)
@@ -90,7 +95,7 @@ def generalized_weak_optimality(
 def residual_space(x: Float[Array, "m r"], basis: Float[Array, "m k"]) -> Scalar:
     """‖(I − QQᵀ)X‖_F, what X has outside range(A): zero from a Nyström start (Lemmas 2, 4)."""
     rest = x - basis @ (basis.T @ x)
-    return jnp.linalg.norm(rest - basis @ (basis.T @ rest))
+    return norm(rest - basis @ (basis.T @ rest))
 
 
 @reads(x=as_dense, y=as_dense)
@@ -112,8 +117,8 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
     inner = qy.T @ qx
     rest = qx - qy @ inner
     rest = rest - qy @ (qy.T @ rest)
-    cosines = jnp.clip(jnp.linalg.svd(inner, compute_uv=False), 0, 1)
-    sines = jnp.clip(jnp.linalg.svd(rest, compute_uv=False)[::-1], 0, 1)
+    cosines = jnp.clip(svd(inner)[1], 0, 1)
+    sines = jnp.clip(svd(rest)[1][::-1], 0, 1)
     return jnp.where(sines**2 < 0.5, jnp.arcsin(sines), jnp.arccos(cosines))
 
 
@@ -126,5 +131,5 @@ def distance(x: Float[Array, "m r"], optimum: Float[Array, "m r"]) -> Scalar:
         >>> distance(-jnp.eye(3)[:, :2], jnp.eye(3)[:, :2])
         Array(0., dtype=float32)
     """
-    u, _, vt = jnp.linalg.svd(optimum.T @ x)
-    return jnp.linalg.norm(x - optimum @ (u @ vt))
+    u, _, vt = svd(optimum.T @ x)
+    return norm(x - optimum @ (u @ vt))

@@ -29,7 +29,8 @@ def scale_by_residual_gram(
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients of factors by (XᵀX + λI)⁻¹ with λ = factor·√|f − noise_level|.
 
-    `update` reads f from `value=`, as optax's line searches do. Where f is the least value that
+    `update` reads f from `value=`, as optax's line searches do, or √f from `root_value=`, which fits
+    where f overflows or underflows. Where f is the least value that
     the noise allows, λ is zero: give the noise level only as far as it is known, and too low rather
     than too high.
 
@@ -68,15 +69,21 @@ def scale_by_residual_gram(
         params: optax.Params | None = None,
         *,
         value: Any = None,
+        root_value: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         require_params(params)
-        if value is None or jnp.ndim(value) != 0:
-            got = "None" if value is None else f"of shape {jnp.shape(value)}"
-            raise ValueError(
-                f"value is {got}; wanted the loss: update(grads, state, params, value=loss)"
-            )
-        damping = factor * jnp.sqrt(jnp.abs(value - noise_level))
+        if root_value is None:
+            if value is None or jnp.ndim(value) != 0:
+                got = "None" if value is None else f"of shape {jnp.shape(value)}"
+                raise ValueError(
+                    f"value is {got}; wanted the loss: update(grads, state, params, value=loss)"
+                )
+            root_value = jnp.sqrt(value)
+        # √|f − f_noise| from roots, which fit where f does not.
+        level = jnp.sqrt(noise_level)
+        product = jnp.sqrt(jnp.abs(root_value - level)) * jnp.sqrt(root_value + level)
+        damping = factor * product
 
         @linalg.full_precision
         def precondition(_: int, g: Array, factor: Array, partner: Array) -> Array:

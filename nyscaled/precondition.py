@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
+from nyscaled.numerics import exponent, norm, shift
 from nyscaled.pairing import (
     Spec,
     canonical,
@@ -86,7 +87,7 @@ def scale_by_gram(
         raise ValueError(f"damping is {damping} with pseudo_inverse=True; wanted one or the other")
 
     def row_space(*factors: Array) -> Array:
-        sizes = [jnp.linalg.norm(f) for f in factors]
+        sizes = [norm(f) for f in factors]
         stacked = jnp.concatenate(
             [f / jnp.where(s > 0, s, 1) for f, s in zip(factors, sizes, strict=True)]
         )
@@ -175,11 +176,14 @@ def scale_by_normalized_gram(
 
         @linalg.full_precision
         def precondition(position: int, g: Array, factor: Array, partner: Array) -> Array:
-            f = linalg.factor(partner, damping)
+            # M of factors of any size: its scale goes, as that of ‖M‖_F does.
+            weight = jnp.sqrt(jnp.asarray(damping, g.dtype))
+            e = jnp.maximum(exponent(partner), exponent(weight))
+            f = linalg.factor(shift(partner, -e), shift(weight, -e) ** 2)
             inverse = f.solve(jnp.eye(g.shape[1], dtype=g.dtype))
             first = jnp.any(factor) if position == 0 else jnp.zeros((), bool)
             rests = (state.steps == 0) & (first | ~jnp.any(partner))
-            return jnp.where(rests, g, f.solve(g) / jnp.linalg.norm(inverse))
+            return jnp.where(rests, g, f.solve(g) / norm(inverse))
 
         new = map_gradients(precondition, spec, updates, params)
         return new, ScaleByNormalizedGramState(optax.safe_increment(state.steps))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from nyscaled.lapack import orthogonal
 from nyscaled.linalg import full_precision
 from nyscaled.validation import is_concrete
 
@@ -54,7 +55,7 @@ def psd(
         True
     """
     values = _spectrum(spectrum, m, dtype)
-    basis = jax.random.orthogonal(key, m, m=values.size, dtype=values.dtype)
+    basis = orthogonal(key, m, values.size, values.dtype)
     a = (basis * values) @ basis.T
     return (a + a.T) / 2, basis
 
@@ -72,8 +73,8 @@ def rectangular(
     """
     values = _spectrum(spectrum, min(m, n), dtype)
     left_key, right_key = jax.random.split(key)
-    left = jax.random.orthogonal(left_key, m, m=values.size, dtype=values.dtype)
-    right = jax.random.orthogonal(right_key, n, m=values.size, dtype=values.dtype)
+    left = orthogonal(left_key, m, values.size, values.dtype)
+    right = orthogonal(right_key, n, values.size, values.dtype)
     return (left * values) @ right.T, left, right
 
 

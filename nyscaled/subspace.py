@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from nyscaled.lapack import eigh, qr, svd
 from nyscaled.linalg import full_precision
 from nyscaled.matrices import as_matrix, reads, transpose_times
 from nyscaled.typing import Factors
@@ -51,7 +52,7 @@ def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = Fa
     omega = jax.random.normal(key, (n, min(2 * rank + _EXTRA, m, n)), a.dtype)
 
     def basis(x: Array) -> Array:
-        return jnp.linalg.qr(x)[0]  # of any rank, which Cholesky's is not
+        return qr(x)[0]  # of any rank, which Cholesky's is not
 
     def refine(_: Any, q: Array) -> Array:
         return basis(a @ basis(transpose_times(a, q)))
@@ -59,10 +60,9 @@ def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = Fa
     q = lax.fori_loop(0, _ROUNDS, refine, basis(a @ omega))
     image: Float[Array, "n k"] = transpose_times(a, q)
     if symmetric:
-        form = q.T @ image
-        values, vectors = jnp.linalg.eigh((form + form.T) / 2)
+        values, vectors = eigh(q.T @ image)
         x = q @ (vectors * jnp.sqrt(jnp.maximum(values, 0)))[:, ::-1][:, :rank]
         return Factors(x, x)
-    u, s, vt = jnp.linalg.svd(image, full_matrices=False)
+    u, s, vt = svd(image)
     root = jnp.sqrt(s[:rank])
     return Factors((q @ vt[:rank].T) * root, u[:, :rank] * root)

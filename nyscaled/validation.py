@@ -13,9 +13,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from nyscaled.lapack import eigh
 from nyscaled.linalg import default_rcond
 from nyscaled.matrices import as_array
 from nyscaled.matrices import require_floating as require_floating
+from nyscaled.numerics import norm
 
 
 def is_concrete(tree: Any) -> bool:
@@ -64,7 +66,7 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
     with jax.default_matmul_precision("highest"):
         image = a @ probe
         form = probe.T @ image if symmetric else None
-    size = float(jnp.linalg.norm(image))
+    size = float(norm(image))
     if not math.isfinite(size):
         raise ValueError(
             f"{name} has NaN or Inf entries (or its products overflow {a.dtype}); wanted finite ones"
@@ -87,7 +89,7 @@ def require_semidefinite(form: Any, m: int) -> None:
     """Raises ValueError if a known compression ΩᵀAΩ of A has a negative eigenvalue."""
     if not is_concrete(form):
         return
-    values = jnp.linalg.eigvalsh((form + form.T) / 2)
+    values, _ = eigh(form)
     low, high = float(values[0]), float(jnp.max(jnp.abs(values)))
     if low < -10 * default_rcond(m, form.dtype) * high:
         raise ValueError(

@@ -12,6 +12,8 @@ PACKAGE = ROOT / "nyscaled"
 FLOORS = {
     "typing": 0,
     "matrices": 0,
+    "numerics": 0,
+    "lapack": 0,
     "linalg": 0,
     "validation": 0,
     "subspace": 0,
@@ -33,7 +35,7 @@ FLOORS = {
     "cli": 5,
 }
 # Rooms that may be used from their own floor: starts belong to problems.
-SHARED = {"typing", "matrices", "linalg", "validation", "problems"}
+SHARED = {"typing", "matrices", "numerics", "lapack", "linalg", "validation", "problems"}
 MODULES = sorted(
     p for p in PACKAGE.rglob("*.py") if p.name != "conftest.py" and p != PACKAGE / "__init__.py"
 )

@@ -236,6 +236,8 @@ MATRICES = {
     "altgd": lambda a: start.altgd(KEY, a, R, norm=2.0),
     "spectral_norm": nys.linalg.spectral_norm,
     "squared_residual": lambda a: nys.linalg.squared_residual(a, X, Y),
+    "residual": lambda a: nys.linalg.residual(a, X, Y),
+    "probed_norm": nys.linalg.probed_norm,
     "leading_factors": lambda a: gram(leading_factors(KEY, a, 3).left),
     "gradient": lambda a: nys.problems.Asymmetric(a).gradient(PAIR),
     "spectral": lambda a: gram(start.spectral(nys.problems.Symmetric(a), 3)),

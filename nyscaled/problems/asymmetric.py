@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nyscaled import linalg, validation
+from nyscaled.lapack import svd
 from nyscaled.matrices import as_factors, as_matrix, transpose_times
 from nyscaled.typing import Factors, Scalar, pytree_dataclass
 
@@ -51,11 +52,19 @@ class Asymmetric:
 
     def residual(self, factors: Factors) -> Scalar:
         """‖XYᵀ − A‖_F, without cancellation: O(m n r) operations."""
-        return jnp.sqrt(linalg.squared_residual(self.a, *factors))
+        return linalg.residual(self.a, *factors)
 
     def loss(self, factors: Factors) -> Scalar:
         """f(X, Y) = ½‖XYᵀ − A‖_F²."""
         return linalg.squared_residual(self.a, *factors) / 2
+
+    def root_loss(self, factors: Factors) -> Scalar:
+        """√f, of which f may overflow or underflow."""
+        return self.residual(factors) / 2**0.5
+
+    def factor_size(self) -> Scalar:
+        """About √‖A‖_F, the size of factors of A."""
+        return jnp.sqrt(linalg.probed_norm(self.a))
 
     @linalg.full_precision
     def gradient(self, factors: Factors) -> Factors:
@@ -68,7 +77,7 @@ class Asymmetric:
         validation.require_rank(rank, self.shape)
         if not isinstance(self.a, jax.Array):
             raise ValueError(f"A is a {type(self.a).__name__}; optimum wants a dense matrix")
-        u, s, vt = jnp.linalg.svd(self.a, full_matrices=False)
+        u, s, vt = svd(self.a)
         root = jnp.sqrt(s[:rank])
         return Factors(u[:, :rank] * root, vt[:rank].T * root)
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
 from nyscaled.matrices import as_array
+from nyscaled.numerics import normalized, shift
 from nyscaled.problems.sensing import Sensing
 from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
 
@@ -171,7 +172,9 @@ def project_incoherent(
 
     def shorten(x: Array, y: Array) -> Array:
         # ‖xᵢYᵀ‖² = xᵢ(YᵀY)xᵢᵀ, without the m×n product.
-        lengths = jnp.sqrt(len(x) * jnp.maximum(jnp.sum((x @ (y.T @ y)) * x, axis=1), 0))
+        (unit_x, e_x), (unit_y, e_y) = normalized(x), normalized(y)
+        squares = jnp.sum((unit_x @ (unit_y.T @ unit_y)) * unit_x, axis=1)
+        lengths = shift(jnp.sqrt(len(x) * jnp.maximum(squares, 0)), e_x + e_y)
         return x * jnp.minimum(1, bound / jnp.where(lengths > 0, lengths, bound))[:, None]
 
     if isinstance(factors, Factors):

@@ -62,6 +62,10 @@ class OneBit(sensing.Sensing):
         near = jnp.log1p(b * jnp.expm1(d)) - b * d
         return 4 * self.noise_scale**2 * jnp.sum(jnp.where(jnp.abs(distance) < 1, near, far))
 
+    def root_misfit(self, predicted: Float[Array, " p"]) -> Scalar:
+        """The root of `misfit`."""
+        return jnp.sqrt(self.misfit(predicted))
+
     def slope(self, predicted: Float[Array, " p"]) -> Float[Array, " p"]:
         """The derivative of `misfit`, 4τ(σ(z/τ) − b)."""
         return 4 * self.noise_scale * (jax.nn.sigmoid(predicted / self.noise_scale) - self.b)

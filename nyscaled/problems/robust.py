@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from nyscaled import linalg, validation
 from nyscaled.matrices import as_dense, as_factors, reads, transpose_times
+from nyscaled.numerics import norm, normalized, shift
 from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.sensing import random_factor
 from nyscaled.typing import Factors, Scalar, pytree_dataclass
@@ -139,7 +140,17 @@ class RobustPCA:
     @linalg.full_precision
     def loss(self, factors: Factors) -> Scalar:
         """f(L, R), the entries that T leaves to the factors."""
-        return jnp.sum(self._kept(factors) ** 2) / 2
+        kept, e = normalized(self._kept(factors))
+        return shift(shift(jnp.sum(kept**2) / 2, e), e)
+
+    @linalg.full_precision
+    def root_loss(self, factors: Factors) -> Scalar:
+        """√f, of which f may overflow or underflow."""
+        return norm(self._kept(factors)) / 2**0.5
+
+    def factor_size(self) -> Scalar:
+        """√‖Y‖_F, at least about the size of factors of what is sought."""
+        return jnp.sqrt(norm(self.observed))
 
     @linalg.full_precision
     def gradient(self, factors: Factors) -> Factors:
@@ -208,6 +219,6 @@ def corrupted(
     left = random_factor(left_key, m, spectrum, limit)
     right = random_factor(right_key, n, spectrum, limit)
     truth = left @ right.T
-    scale = size * jnp.linalg.norm(truth) / (m * n) ** 0.5
+    scale = size * norm(truth) / (m * n) ** 0.5
     sparse = threshold(jax.random.normal(sparse_key, (m, n), truth.dtype), fraction)
     return RobustPCA(truth + scale * sparse, fraction), Factors(left, right)

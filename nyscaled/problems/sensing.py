@@ -23,7 +23,9 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
+from nyscaled.lapack import orthogonal
 from nyscaled.matrices import as_array, as_factors, require_traced, transpose_times
+from nyscaled.numerics import norm, normalized, shift
 from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.symmetric import Symmetric
 from nyscaled.typing import Factors, LinearMap, Scalar, pytree_dataclass
@@ -149,7 +151,12 @@ class Sensing:
 
     def misfit(self, predicted: Float[Array, " p"]) -> Scalar:
         """½‖z − b‖² of predicted measurements z."""
-        return jnp.sum((predicted - self.b) ** 2) / 2
+        difference, e = normalized(predicted - self.b)
+        return shift(shift(jnp.sum(difference**2) / 2, e), e)
+
+    def root_misfit(self, predicted: Float[Array, " p"]) -> Scalar:
+        """The root of `misfit`, of which the misfit may overflow or underflow."""
+        return norm(predicted - self.b) / 2**0.5
 
     def slope(self, predicted: Float[Array, " p"]) -> Float[Array, " p"]:
         """The derivative of `misfit`, z − b."""
@@ -159,6 +166,19 @@ class Sensing:
         """f at X or at `Factors`: the misfit, halved for X."""
         misfit = self.misfit(self.a.forward(*_both(point)))
         return misfit if isinstance(point, Factors) else misfit / 2
+
+    def root_loss(self, point: Any) -> Scalar:
+        """√f, of which f may overflow or underflow."""
+        root = self.root_misfit(self.a.forward(*_both(point)))
+        return root if isinstance(point, Factors) else root / 2**0.5
+
+    @linalg.full_precision
+    def factor_size(self) -> Scalar:
+        """About √‖M‖_F, the size of factors of what is sought: ‖b‖²/‖𝒜*(b)‖_F is ‖M‖_F at most."""
+        seen = self.slope(jnp.zeros_like(self.b))
+        size = norm(seen)
+        back = linalg.probed_norm(self.a.adjoint(seen))
+        return jnp.sqrt(size * (size / jnp.where(back > 0, back, 1)))
 
     @linalg.full_precision
     def gradient(self, point: Any) -> Any:
@@ -284,7 +304,7 @@ def random_factor(key: Array, m: int, spectrum: Any, limit: int) -> Array:
         raise ValueError(f"spectrum has shape {values.shape}; wanted 1 to {limit} values, (k,)")
     if validation.is_concrete(values) and not bool(jnp.all((values > 0) & jnp.isfinite(values))):
         raise ValueError(f"spectrum is {values}; wanted positive finite values")
-    return jax.random.orthogonal(key, m, m=values.size, dtype=values.dtype) * jnp.sqrt(values)
+    return orthogonal(key, m, values.size, values.dtype) * jnp.sqrt(values)
 
 
 def random_array(key: Array, shape: tuple[Any, ...], dtype: Any) -> Array:

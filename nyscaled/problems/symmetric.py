@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
+from nyscaled.lapack import eigh
 from nyscaled.matrices import as_array, as_matrix, reads
 from nyscaled.typing import Scalar, pytree_dataclass
 
@@ -57,11 +58,19 @@ class Symmetric:
 
     def residual(self, x: Float[Array, "m r"]) -> Scalar:
         """‖XXᵀ − A‖_F, the paper's optimality error, without cancellation: O(m² r) operations."""
-        return jnp.sqrt(linalg.squared_residual(self.a, x, x))
+        return linalg.residual(self.a, x, x)
 
     def loss(self, x: Float[Array, "m r"]) -> Scalar:
         """f(X) = ¼‖XXᵀ − A‖_F²."""
         return linalg.squared_residual(self.a, x, x) / 4
+
+    def root_loss(self, x: Float[Array, "m r"]) -> Scalar:
+        """√f, of which f may overflow or underflow."""
+        return self.residual(x) / 2
+
+    def factor_size(self) -> Scalar:
+        """About √‖A‖_F, the size of factors of A."""
+        return jnp.sqrt(linalg.probed_norm(self.a))
 
     @reads(x=as_array)
     @linalg.full_precision
@@ -74,7 +83,7 @@ class Symmetric:
         validation.require_rank(rank, self.shape)
         if not isinstance(self.a, jax.Array):
             raise ValueError(f"A is a {type(self.a).__name__}; optimum wants a dense matrix")
-        values, vectors = jnp.linalg.eigh(self.a)
+        values, vectors = eigh(self.a)
         top = jnp.maximum(values[-rank:][::-1], 0)
         return vectors[:, -rank:][:, ::-1] * jnp.sqrt(top)
 

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.extend
 import jax.numpy as jnp
-import optax
 from jax import lax
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from nyscaled import validation
+from nyscaled.numerics import tree_norm
 from nyscaled.typing import as_partial
 
 Params = Any
@@ -27,9 +29,9 @@ class Status(enum.IntEnum):
     MAX_STEPS = 1
     """All steps were made."""
     NON_FINITE = 2
-    """NaN or Inf in the factors or the measure."""
+    """NaN or Inf in the factors, or NaN in the measure. (A measure may be infinite.)"""
     DIVERGED = 3
-    """The factors outgrew the range in which a quartic loss is finite, or A is indefinite."""
+    """The factors outgrew the start and A by 1/eps, or A is indefinite."""
 
 
 class Solution(NamedTuple):
@@ -66,20 +68,54 @@ class Step(Protocol):
         ...
 
 
-def _outcome(step: Step, state: Any, value: Any) -> Array:
-    """NON_FINITE, DIVERGED or, if neither, MAX_STEPS."""
+class _Cause(enum.IntEnum):
+    """Why a run failed."""
+
+    NONE = 0
+    FACTORS = 1
+    MEASURE = 2
+    GROWTH = 3
+    INDEFINITE = 4
+
+
+_STATUS = (
+    Status.MAX_STEPS,
+    Status.NON_FINITE,
+    Status.NON_FINITE,
+    Status.DIVERGED,
+    Status.DIVERGED,
+)
+_WHY = {
+    _Cause.FACTORS: "NaN or Inf in the factors; the learning rate is too large, a factor lost its "
+    "rank, or a product left the range of the dtype",
+    _Cause.MEASURE: "the measure is NaN, although the factors are finite",
+    _Cause.GROWTH: "the factors grew to 1/eps times the size of the start and of A; the learning "
+    "rate is too large",
+    _Cause.INDEFINITE: "A is not positive semidefinite on the range of the start "
+    "(problems.Asymmetric takes any matrix)",
+}
+
+
+def _cause(step: Step, state: Any, value: Any) -> Array:
+    """A `_Cause`, of states that have `limit` or `indefinite` or neither."""
     params = step.params(state)
-    leaves = jax.tree.leaves((params, value))
-    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
-    # A quartic loss overflows once the factors pass the fourth root of the largest float.
-    limit = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).max) ** 0.25
-    diverged = (optax.tree.norm(params) > limit) | getattr(state, "indefinite", False)
-    status = jnp.where(diverged, Status.DIVERGED, Status.MAX_STEPS)
-    return jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
+
+    def every(test: Callable[[Any], Array], tree: Any) -> Array:
+        return jnp.all(jnp.array([jnp.all(test(x)) for x in jax.tree.leaves(tree)]))
+
+    grown = tree_norm(params) > getattr(state, "limit", jnp.inf)
+    cause = jnp.where(grown, _Cause.GROWTH, _Cause.NONE)
+    cause = jnp.where(every(lambda x: ~jnp.isnan(x), value), cause, _Cause.MEASURE)
+    cause = jnp.where(every(jnp.isfinite, params), cause, _Cause.FACTORS)
+    return jnp.where(getattr(state, "indefinite", False), _Cause.INDEFINITE, cause)
+
+
+def _status(cause: Array) -> Array:
+    return jnp.array(_STATUS, jnp.int32)[cause]
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _scan(step: Step, params: Params, num_steps: int, record: Any) -> Solution:
+def _scan(step: Step, params: Params, num_steps: int, record: Any) -> tuple[Solution, Array]:
     def body(state: Any, _: None) -> tuple[Any, Any]:
         return step.update(state), record(step.params(state))
 
@@ -87,15 +123,17 @@ def _scan(step: Step, params: Params, num_steps: int, record: Any) -> Solution:
     final = step.params(state)
     last = record(final)
     history = jax.tree.map(lambda h, x: jnp.concatenate([h, jnp.asarray(x)[None]]), history, last)
-    return Solution(final, history, _outcome(step, state, None), jnp.int32(num_steps))
+    cause = _cause(step, state, None)
+    return Solution(final, history, _status(cause), jnp.int32(num_steps)), cause
 
 
 @jax.jit
-def _while(step: Step, params: Params, measure: Any, tol: Any, max_steps: Any) -> Solution:
+def _while(
+    step: Step, params: Params, measure: Any, tol: Any, max_steps: Any
+) -> tuple[Solution, Array]:
     def evaluate(state: Any, count: Any) -> tuple[Any, Any, Any, Any]:
-        params = step.params(state)
-        value = measure(params)
-        status = _outcome(step, state, value)
+        value = measure(step.params(state))
+        status = _status(_cause(step, state, value))
         reached = (status == Status.MAX_STEPS) & (value <= tol)
         return state, count, value, jnp.where(reached, jnp.int32(Status.CONVERGED), status)
 
@@ -109,7 +147,26 @@ def _while(step: Step, params: Params, measure: Any, tol: Any, max_steps: Any) -
     state, count, value, status = lax.while_loop(
         unfinished, body, evaluate(step.init(params), jnp.int32(0))
     )
-    return Solution(step.params(state), value, status, count)
+    solution = Solution(step.params(state), value, status, count)
+    return solution, _cause(step, state, value)
+
+
+# `lax.while_loop` has no reverse mode. This says so in our words, before it does in its own.
+_forward_only = jax.extend.core.Primitive("forward_only")
+_forward_only.def_impl(lambda x: x)
+_forward_only.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_forward_only, lambda ctx, x: [x])
+batching.primitive_batchers[_forward_only] = lambda x, axes: (_forward_only.bind(*x), axes[0])
+
+
+def _refuse_transpose(*args: Any) -> Any:
+    raise ValueError(
+        "run_until has no reverse-mode derivative: its number of steps is not known beforehand "
+        "(use solvers.run with num_steps, or forward mode: jax.jvp, jax.jacfwd)"
+    )
+
+
+ad.deflinear2(_forward_only, _refuse_transpose)
 
 
 def _no_record(params: Params) -> None:
@@ -125,24 +182,17 @@ def _check_start(params: Params) -> None:
         raise ValueError("the start is zero in all factors, a saddle point; wanted a non-zero one")
 
 
-def _finish(solution: Solution, throw: bool) -> Solution:
+def _finish(solution: Solution, cause: Any, throw: bool) -> Solution:
     if not validation.is_concrete(solution.status) or jnp.ndim(solution.status):
         return solution
     solution = solution._replace(status=Status(int(solution.status)))
     if throw and solution.status in (Status.NON_FINITE, Status.DIVERGED):
         raise ValueError(
-            f"the run ended {solution.status.name} by step {int(solution.num_steps)}: {_WHY[solution.status]} "
+            f"the run ended {solution.status.name} by step {int(solution.num_steps)}: "
+            f"{_WHY[_Cause(int(cause))]} "
             "(throw=False returns the solution with its status and history)"
         )
     return solution
-
-
-_WHY = {
-    Status.NON_FINITE: "NaN or Inf in the factors; the learning rate is too large, "
-    "or a factor lost its rank",
-    Status.DIVERGED: "the learning rate is too large, or A is not positive semidefinite "
-    "on the range of the start",
-}
 
 
 def run(
@@ -166,7 +216,8 @@ def run(
             raised, and `status` is an array.
 
     Returns:
-        A `Solution`; `history` has num_steps + 1 rows.
+        A `Solution`; `history` has num_steps + 1 rows. Derivatives in both modes are those of the
+        iteration; of an over-parametrized start, those along starts of the same rank.
 
     Raises:
         ValueError: on a start that does not fit, is not finite or is zero, and on failed runs.
@@ -175,7 +226,7 @@ def run(
         raise ValueError(f"num_steps is {num_steps!r}; wanted an integer ≥ 0")
     _check_start(params)
     recorder = as_partial(_no_record if record is None else record)
-    return _finish(_scan(step, params, num_steps, recorder), throw)
+    return _finish(*_scan(step, params, num_steps, recorder), throw)
 
 
 def run_until(
@@ -200,6 +251,10 @@ def run_until(
     Returns:
         A `Solution`, whose `history` is the last value of `measure`.
 
+    Raises:
+        ValueError: as `run`; and in reverse-mode differentiation, which the loop does not have
+            (forward mode it has).
+
     Example:
         >>> import nyscaled as nys
         >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.5, 0.1])
@@ -213,4 +268,7 @@ def run_until(
         raise ValueError(f"max_steps is {max_steps!r}; wanted an integer ≥ 0")
     validation.require_scalar("tol", tol, 0, float("inf"), open_low=False)
     _check_start(params)
-    return _finish(_while(step, params, as_partial(measure), tol, max_steps), throw)
+    solution, cause = _while(step, params, as_partial(measure), tol, max_steps)
+    differentiable = jax.tree.map(_forward_only.bind, (solution.params, solution.history))
+    solution = solution._replace(params=differentiable[0], history=differentiable[1])
+    return _finish(solution, cause, throw)

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from nyscaled import validation
+from nyscaled.lapack import svd
 from nyscaled.linalg import full_precision
 from nyscaled.problems import Asymmetric, Sensing
 from nyscaled.solvers.steps import GradientState, GradientStep, Params, gradient_step
@@ -47,7 +48,7 @@ def unbalance(factors: Factors, beta: Any) -> Factors:
         0.5
     """
     validation.require_scalar("beta", beta, 0, float("inf"), open_low=True)
-    p, sigma, qt = jnp.linalg.svd(factors.left, full_matrices=False)
+    p, sigma, qt = svd(factors.left)
     beta = jnp.asarray(beta, factors.left.dtype)
     return Factors(beta * p, (factors.right @ qt.T) * (sigma / beta))
 
@@ -57,6 +58,11 @@ class ModifiedState(NamedTuple):
 
     step: Int[Array, ""]
     inner: GradientState
+
+    @property
+    def limit(self) -> Array:
+        """The norm of the factors beyond which the run has diverged."""
+        return self.inner.limit
 
 
 @pytree_dataclass

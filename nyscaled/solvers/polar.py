@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nyscaled import linalg
+from nyscaled.lapack import eigh, svd
+from nyscaled.numerics import norm
 from nyscaled.problems import Symmetric
 from nyscaled.solvers.rank import cut_rank
 from nyscaled.typing import Scalar, pytree_dataclass, static_field
@@ -49,10 +51,24 @@ def _relative(
     A at its rounding level are raised to it: the bounds they give are then too wide, which costs a
     step. Zero columns of X leave zeros.
     """
-    values, vectors = jnp.linalg.eigh((form + form.T) / 2)
+    values, vectors = eigh(form)
     floor = form.shape[0] * jnp.finfo(form.dtype).eps * values[-1]
     root = jnp.sqrt(jnp.maximum(values, floor))[:, None]
     return vectors.T @ x / root, root * (vectors.T @ dual)
+
+
+def _measured(
+    f: linalg.ThinFactorization, x: Float[Array, "m r"], image: Float[Array, "m r"]
+) -> tuple[Float[Array, "r r"], Float[Array, "r r"]]:
+    """`_relative` of a factor X, from its factorization and `image` = A z."""
+    basis = f.z @ f.core
+    form = f.core.T @ (f.z.T @ image) @ f.core
+    return _relative(form, basis.T @ x, f.dual_of(basis.T @ f.z))
+
+
+def _size(s: Float[Array, "r r"], order: Literal[2, "fro"]) -> Scalar:
+    """The spectral or the Frobenius norm."""
+    return svd(s)[1][0] if order == 2 else norm(s)
 
 
 class _PolarStep:
@@ -64,11 +80,9 @@ class _PolarStep:
     def init(self, params: Any) -> PolarState:
         """The start, its numerical rank cut (see `rank.cut_rank`), and the extremes of σ(S)."""
         cut = cut_rank(self.problem, params)
-        assert cut.form is not None  # the problem is symmetric
-        live = cut.singular > 0
-        inverse = jnp.where(live, 1 / jnp.where(live, cut.singular, 1), 0)
-        s, s_dual = _relative(cut.form, jnp.diag(cut.singular), jnp.diag(inverse))
-        low, high = 1 / jnp.linalg.norm(s_dual, 2), jnp.linalg.norm(s, 2)
+        f = linalg.factor(cut.factors)
+        s, s_dual = _measured(f, cut.factors, self.problem.a @ f.z)
+        low, high = 1 / _size(s_dual, 2), _size(s, 2)
         return PolarState(cut.factors, cut.rotation, cut.indefinite, low, high)
 
     @linalg.full_precision
@@ -91,13 +105,11 @@ class ScaledNewtonStep(_PolarStep):
         f = linalg.factor(x)
         image = self.problem.a @ f.z
         if self.scaling == "byers_xu":
-            mu = 1 / jnp.sqrt(low * high)
+            mu = 1 / (jnp.sqrt(low) * jnp.sqrt(high))
         else:
-            basis = f.z @ f.core
-            form = f.core.T @ (f.z.T @ image) @ f.core
-            s, s_dual = _relative(form, basis.T @ x, f.dual_of(basis.T @ f.z))
-            norm = 2 if self.scaling == "optimal" else "fro"
-            mu = jnp.sqrt(jnp.linalg.norm(s_dual, norm) / jnp.linalg.norm(s, norm))
+            s, s_dual = _measured(f, x, image)
+            order = 2 if self.scaling == "optimal" else "fro"
+            mu = jnp.sqrt(_size(s_dual, order) / _size(s, order))
             # Near the end μ − 1 would be the rounding of S; the bounds are 1 by then.
             mu = jnp.clip(mu, 1 / high, 1 / low)
 

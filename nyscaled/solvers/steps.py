@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled import linalg, validation
 from nyscaled.matrices import transpose_times
+from nyscaled.numerics import tree_norm
 from nyscaled.precondition import require_step_size
 from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.solvers.rank import cut_rank
@@ -71,15 +72,8 @@ def _asymmetric(a: Any, factors: Factors, eta: Array, damping: Any) -> Factors:
     x, y = factors
     fx, fy = linalg.factor(x, damping), linalg.factor(y, damping)
 
-    def project(f: linalg.ThinFactorization) -> Array:
-        # Yᵀ dual(Y) = I − λ(YᵀY + λI)⁻¹ on live columns, 0 on the others
-        identity = jnp.diag(f.live.astype(x.dtype))
-        if isinstance(damping, float) and damping == 0:
-            return identity
-        return identity - damping * f.solve(identity)
-
-    new_x = x + eta * (fy.dual_of(a @ fy.z) - x @ project(fy))
-    new_y = y + eta * (fx.dual_of(transpose_times(a, fx.z)) - y @ project(fx))
+    new_x = x + eta * (fy.dual_of(a @ fy.z) - x @ fy.kept(damping))
+    new_y = y + eta * (fx.dual_of(transpose_times(a, fx.z)) - y @ fx.kept(damping))
     return Factors(new_x, new_y)
 
 
@@ -129,10 +123,20 @@ def scaled_step(
 
 
 class GradientState(NamedTuple):
-    """State of `GradientStep`."""
+    """State of `GradientStep`.
+
+    Attributes:
+        factors: the current factors.
+        opt_state: the state of the transformation.
+        step: how many steps were made.
+        limit: the norm of the factors beyond which the run has diverged: 1/eps times the largest
+            of the start's, the first iterate's and that of factors of A.
+    """
 
     factors: Any
     opt_state: Any
+    step: Int[Array, ""]
+    limit: Float[Array, ""]
 
 
 @pytree_dataclass
@@ -149,11 +153,16 @@ class GradientStep:
         params = self.problem.check(params)
         if self.alternating and not isinstance(params, Factors):
             raise ValueError(f"the start is {type(params).__name__}; alternating wants Factors")
-        return GradientState(params, self.tx.init(params))
+        limit = _limit(params)
+        if hasattr(self.problem, "factor_size"):
+            size = self.problem.factor_size().astype(limit.dtype)
+            limit = jnp.maximum(limit, size / jnp.finfo(limit.dtype).eps)
+        return GradientState(params, self.tx.init(params), jnp.zeros((), jnp.int32), limit)
 
     def update(self, state: GradientState) -> GradientState:
         """One step, or one sweep over both factors if alternating."""
-        params, opt_state = state
+        params, opt_state, step, limit = state
+        root_loss = getattr(self.problem, "root_loss", None)
         tx = optax.with_extra_args_support(self.tx)
         keeps = ((1, 0), (0, 1)) if self.alternating else (None,)
         for keep in keeps:
@@ -161,17 +170,26 @@ class GradientStep:
             if keep is not None:
                 grads = Factors(*(k * g for k, g in zip(keep, grads, strict=True)))
             # Under jit the loss costs nothing where the transformation does not read it.
-            updates, opt_state = tx.update(
-                grads, opt_state, params, value=self.problem.loss(params)
-            )
+            losses = {"value": self.problem.loss(params)}
+            if root_loss is not None:
+                losses["root_value"] = root_loss(params)
+            updates, opt_state = tx.update(grads, opt_state, params, **losses)
             params = optax.apply_updates(params, updates)
         if self.project is not None:
             params = self.project(params)
-        return GradientState(params, opt_state)
+        # No step is known to be too long before the second: a first one from a small start is long.
+        limit = jnp.where(step == 0, jnp.maximum(limit, _limit(params)), limit)
+        return GradientState(params, opt_state, step + 1, limit)
 
     def params(self, state: GradientState) -> Params:
         """The factors."""
         return state.factors
+
+
+def _limit(params: Params) -> Array:
+    """1/eps times the norm of the factors: what is as large does not see a matrix of size 1."""
+    size = tree_norm(params)
+    return size / jnp.finfo(size.dtype).eps
 
 
 def gradient_step(
@@ -183,7 +201,8 @@ def gradient_step(
 
     Args:
         problem: with `gradient`, `loss` and `check`.
-        tx: its `update` is also given `value=`, the loss.
+        tx: its `update` is also given `value=`, the loss, and if the problem has `root_loss`, which
+            neither overflows nor underflows, `root_value=`, its root.
         project: a pure function of the factors, applied after each step. For completion,
             `Partial(nys.problems.completion.project_incoherent, bound=…)` with jax's Partial.
 

@@ -1,0 +1,223 @@
+"""Factorizations of single matrices, which under `vmap` on a CPU are made one after another.
+
+jaxlib's LAPACK kernels split a batch over XLA's thread pool and wait for its parts, on a thread of
+that pool. As many such calls as the pool has threads wait for one another for ever (jaxlib 0.10.2;
+`docs/upstream/batched_lapack_hang.py`). A batch of one matrix is never split: here batches are
+loops, on CPUs, and every factorization of the library goes through this file. Derivatives are
+made of products and of what is in this file.
+
+Matrices are divided by a power of two first, so that results do not depend on their scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from nyscaled.numerics import full_precision, normalized, shift
+
+_ONE_THREAD = 32  # side of a triangular solve
+
+
+def _one_at_a_time(fn: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """`fn` of a matrix; of a batch, a loop on CPUs and the batched kernel elsewhere."""
+    alone = jax.custom_batching.custom_vmap(fn)
+
+    @jax.jit
+    def of_batch(x: Array) -> Any:
+        return lax.platform_dependent(
+            x, cpu=lambda x: lax.map(alone, x), default=lambda x: jax.vmap(fn)(x)
+        )
+
+    @alone.def_vmap
+    def rule(axis_size: int, in_batched: Any, x: Array) -> Any:
+        result = of_batch(x)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return alone
+
+
+@_one_at_a_time
+def _svd_alone(x: Array) -> tuple[Array, Array, Array]:
+    return tuple(jnp.linalg.svd(x, full_matrices=False))
+
+
+@_one_at_a_time
+def _eigh_alone(a: Array) -> tuple[Array, Array]:
+    return tuple(jnp.linalg.eigh(a, symmetrize_input=False))
+
+
+@_one_at_a_time
+def _qr_alone(x: Array) -> tuple[Array, Array]:
+    return tuple(jnp.linalg.qr(x))
+
+
+_inverse_alone = _one_at_a_time(jnp.linalg.inv)
+
+
+def _reciprocal(x: Array) -> Array:
+    """1/x, and 0 of 0: what a derivative divides by is 0 where it does not depend on the result."""
+    return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
+
+
+@jax.custom_jvp
+def _svd(x: Array) -> tuple[Array, Array, Array]:
+    return _svd_alone(x)
+
+
+@_svd.defjvp
+@full_precision
+def _svd_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    u, s, vt = _svd(x)
+    core = u.T @ dx @ vt.T
+    gaps = _reciprocal((s - s[:, None]) * (s + s[:, None]))
+    du = u @ (gaps * (core * s + (core * s).T))
+    dvt = (gaps * (core.T * s + (core.T * s).T)).T @ vt
+    m, n = x.shape
+    if m > n:
+        image = dx @ vt.T
+        du = du + (image - u @ (u.T @ image)) * _reciprocal(s)
+    if n > m:
+        image = u.T @ dx
+        dvt = dvt + _reciprocal(s)[:, None] * (image - (image @ vt.T) @ vt)
+    return (u, s, vt), (du, jnp.diagonal(core), dvt)
+
+
+def svd(
+    x: Float[Array, "m n"],
+) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
+    """Return U, the falling singular values and Vᵀ of the thin SVD, k = min(m, n)."""
+    scaled, e = normalized(x)
+    u, s, vt = _svd(scaled)
+    return u, shift(s, e), vt
+
+
+@jax.custom_jvp
+def _eigh(a: Array) -> tuple[Array, Array]:
+    return _eigh_alone(a)
+
+
+@_eigh.defjvp
+@full_precision
+def _eigh_jvp(primals: Any, tangents: Any) -> Any:
+    (a,), (da,) = primals, tangents
+    values, vectors = _eigh(a)
+    core = vectors.T @ da @ vectors
+    gaps = _reciprocal(values - values[:, None])
+    return (values, vectors), (jnp.diagonal(core), vectors @ (gaps * core))
+
+
+def eigh(x: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
+    """Return the rising eigenvalues and the eigenvectors of the symmetric part of X."""
+    scaled, e = normalized((x + x.T) / 2)
+    values, vectors = _eigh(scaled)
+    return shift(values, e), vectors
+
+
+@jax.custom_jvp
+def _inverse(a: Array) -> Array:
+    return _inverse_alone(a)
+
+
+@_inverse.defjvp
+@full_precision
+def _inverse_jvp(primals: Any, tangents: Any) -> Any:
+    (a,), (da,) = primals, tangents
+    inverse = _inverse(a)
+    return inverse, -(inverse @ da @ inverse)
+
+
+def inverse(x: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Return X⁻¹ of a square matrix."""
+    scaled, e = normalized(x)
+    return shift(_inverse(scaled), -e)
+
+
+@full_precision
+def solve(x: Float[Array, "n n"], b: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    """Return X⁻¹B, with the backward error of an LU factorization (one step of refinement)."""
+    inv = inverse(x)
+    y = inv @ b
+    return y + inv @ (b - x @ y)
+
+
+@jax.custom_jvp
+def _qr(x: Array) -> tuple[Array, Array]:
+    return _qr_alone(x)
+
+
+@_qr.defjvp
+@full_precision
+def _qr_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    q, r = _qr(x)
+    image = dx @ inverse(r)
+    core = q.T @ image
+    lower = jnp.tril(core, -1)
+    turn = lower - lower.T
+    return (q, r), (q @ (turn - core) + image, (core - turn) @ r)
+
+
+def qr(x: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
+    """Return Q with orthonormal columns and the upper triangular R, m ≥ n, X of any rank."""
+    scaled, e = normalized(x)
+    q, r = _qr(scaled)
+    return q, shift(r, e)
+
+
+@_one_at_a_time
+def _inverse_cholesky_alone(gram: Array) -> Array:
+    return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).T)
+
+
+@jax.custom_jvp
+def inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """Return the upper triangular T with Tᵀ gram T = I."""
+    return _inverse_cholesky_alone(gram)
+
+
+@inverse_cholesky.defjvp
+@full_precision
+def _inverse_cholesky_jvp(primals: Any, tangents: Any) -> Any:
+    (gram,), (change,) = primals, tangents
+    t = inverse_cholesky(gram)
+    core = t.T @ change @ t
+    return t, -t @ (jnp.triu(core, 1) + jnp.diag(jnp.diagonal(core) / 2))
+
+
+def _inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """By halves, [A B; 0 C]⁻¹ = [A⁻¹ −A⁻¹BC⁻¹; 0 C⁻¹], down to sizes that one thread solves.
+
+    Larger triangular solves wake the BLAS threads, which costs milliseconds where this takes
+    microseconds.
+    """
+    r = upper.shape[0]
+    if r <= _ONE_THREAD:
+        eye = jnp.eye(r, dtype=upper.dtype)
+        return lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False)
+    half = r // 2
+    first = _inverse_upper(upper[:half, :half])
+    second = _inverse_upper(upper[half:, half:])
+    corner = -first @ (upper[:half, half:] @ second)
+    return jnp.block([[first, corner], [jnp.zeros((r - half, half), upper.dtype), second]])
+
+
+def orthogonal(key: Key[Array, ""], n: int, m: int, dtype: DTypeLike) -> Float[Array, "n m"]:
+    """Return a uniform draw of n × m orthonormal columns (rows if n < m), that of jax.random.
+
+    Args:
+        key: PRNG key.
+        n: rows.
+        m: columns.
+        dtype: float32 or float64.
+    """
+    q, r = qr(jax.random.normal(key, (max(n, m), min(n, m)), dtype))
+    q = q * jnp.sign(jnp.diagonal(r))
+    return q.T if n < m else q

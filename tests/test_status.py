@@ -1,0 +1,104 @@
+"""How a run ends says what is so: for matrices of any size, and with the cause that was seen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import M, N, R, exact_residual, normal, psd, rectangular
+
+import nyscaled as nys
+from nyscaled.solvers import Status
+
+SIZES = (1e-30, 1e-19, 1e-17, 1e-15, 1e10, 1e18, 1e30)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_converged_means_a_true_relative_error_within_the_tolerance(size):
+    a = psd()[0] * jnp.float32(size)
+    problem, tol = nys.problems.Symmetric(a), 1e-5 * float(nys.numerics.norm(a))
+    start = nys.initializers.rescaled(nys.initializers.nystrom(jax.random.key(1), a, R), a)
+    step = nys.solvers.scaled_step(problem)
+    solution = nys.solvers.run_until(step, start, problem.residual, tol=tol)
+    assert solution.status is Status.CONVERGED
+    scaled = np.asarray(solution.params, np.float64) / size**0.5
+    assert exact_residual(scaled, np.asarray(a, np.float64) / size) < 1.1e-5 * np.linalg.norm(
+        psd()[0]
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rectangular_matrix_of_any_size_is_solved_in_one_step(size):
+    a = rectangular()[0] * jnp.float32(size)
+    problem = nys.problems.Asymmetric(a)
+    start = nys.initializers.nystrom_factors(jax.random.key(0), a, R)
+    step, norm = nys.solvers.scaled_step(problem, 1.0), nys.numerics.norm(a)
+    assert nys.solvers.run(step, start, 1).status is Status.MAX_STEPS
+    solution = nys.solvers.run_until(step, start, problem.residual, tol=1e-5 * norm)
+    assert (solution.status, int(solution.num_steps)) == (Status.CONVERGED, 1)
+    x, y = (np.asarray(f, np.float64) for f in solution.params)
+    assert exact_residual(x / size, np.asarray(a, np.float64) / size, y) < 1e-5 * np.sqrt(R)
+
+
+@pytest.mark.parametrize("size", [1e12, 1e25])
+def test_start_that_is_far_too_large_is_no_failure(size):
+    a = psd()[0] * jnp.float32(size)
+    problem = nys.problems.Symmetric(a)
+    start = nys.initializers.nystrom(jax.random.key(1), a, R)  # AΩ, about √‖A‖ times too large
+    step = nys.solvers.scaled_step(problem)
+    assert nys.solvers.run(step, start, 1).status is Status.MAX_STEPS
+    tol = 1e-5 * float(nys.numerics.norm(a))
+    solution = nys.solvers.run_until(step, start, problem.residual, tol=tol)
+    assert solution.status is Status.CONVERGED
+
+
+def test_growth_from_a_small_start_to_the_solution_is_no_divergence():
+    a, _ = psd()
+    problem = nys.problems.Symmetric(a)
+    start = nys.initializers.small(jax.random.key(1), M, R, 1e-12)
+    step = nys.solvers.gradient_step(problem, optax.sgd(0.5))
+    solution = nys.solvers.run_until(step, start, problem.residual, 1e-3, 2000)
+    assert solution.status is Status.CONVERGED
+    # Without damping ScaledGD divides by the start, and halves what comes of it in each step.
+    for tx in (nys.scaled_gd(0.5), nys.scale_by_gram()):
+        step = nys.solvers.gradient_step(problem, optax.chain(tx, optax.scale(1.0)))
+        assert nys.solvers.run(step, start, 1).status is Status.MAX_STEPS
+
+
+def test_infinite_measure_does_not_end_a_run_and_nan_does():
+    a, _ = psd()
+    step = nys.solvers.scaled_step(nys.problems.Symmetric(a))
+    start = nys.initializers.nystrom(jax.random.key(1), a, R)
+    solution = nys.solvers.run_until(step, start, lambda x: jnp.inf * jnp.max(x**2), 1.0, 3)
+    assert (solution.status, int(solution.num_steps)) == (Status.MAX_STEPS, 3)
+    with pytest.raises(ValueError, match="NON_FINITE by step 0: the measure is NaN"):
+        nys.solvers.run_until(step, start, lambda x: jnp.nan * x[0, 0], 1.0, 3)
+
+
+def test_message_names_the_cause():
+    a, _ = psd()
+    gd = nys.solvers.gradient_step(nys.problems.Symmetric(a), optax.sgd(1.0))
+    with pytest.raises(ValueError, match=r"DIVERGED .* grew to 1/eps .* learning rate") as error:
+        nys.solvers.run_until(gd, normal(0, (M, R)), lambda x: x[0, 0] ** 2, tol=0.0)
+    assert "semidefinite" not in str(error.value)
+    indefinite = nys.problems.Symmetric(a - 0.5 * jnp.eye(M))
+    with pytest.raises(ValueError, match=r"DIVERGED .* not positive semidefinite") as error:
+        nys.solvers.run(nys.solvers.scaled_step(indefinite), normal(0, (M, R)), 3)
+    assert "learning rate" not in str(error.value)
+
+
+def test_tolerance_that_the_measure_meets_exactly_is_reached():
+    a, _ = psd()
+    problem = nys.problems.Symmetric(a)
+    step, start = nys.solvers.scaled_step(problem), normal(1, (M, R))
+    first = nys.solvers.run(step, start, 2, problem.residual).history[1]
+    solution = nys.solvers.run_until(step, start, problem.residual, tol=first)
+    assert (solution.status, int(solution.num_steps)) == (Status.CONVERGED, 1)
+    zero = nys.solvers.run_until(step, start, lambda x: 0 * x[0, 0], tol=0.0)
+    assert (zero.status, int(zero.num_steps)) == (Status.CONVERGED, 0)
+
+
+def test_zero_matrix_is_refused_and_a_small_one_is_not():
+    nys.problems.Asymmetric(jnp.full((M, N), 1e-30))
+    with pytest.raises(ValueError, match="is the zero matrix"):
+        nys.problems.Asymmetric(jnp.zeros((M, N)))
