@@ -67,6 +67,62 @@ def _make_tokenizer(folder: Path) -> None:
     Tokenizer(_words(), settings).save(folder)
 
 
+def _make_tokenizers(folder: Path) -> None:
+    """One of each kind of parts that the library has."""
+    import tokenizers
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+    words = ["[UNK]", "[CLS]", "[SEP]", *"abcdé", "##b", "##c", "▁a", "▁", "Ġ", "<0x61>", "ab"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    ends = [("[SEP]", 2), ("[CLS]", 1)]
+    level, split = (
+        pre_tokenizers.ByteLevel(),
+        pre_tokenizers.Split(Regex(r"\s+|[a-c]+"), "isolated"),
+    )
+    kinds = {
+        "pieces": (
+            models.WordPiece(vocabulary, unk_token="[UNK]"),
+            normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+            processors.BertProcessing(*ends),
+            decoders.WordPiece(),
+        ),
+        "unigram": (
+            models.Unigram([(word, -float(i)) for i, word in enumerate(words)], 0, False),
+            normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend("▁")]),
+            pre_tokenizers.Metaspace(),
+            processors.RobertaProcessing(*ends),
+            decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]),
+        ),
+        "bytes": (
+            models.BPE(vocabulary, [("a", "b")], unk_token="[UNK]", fuse_unk=True),
+            normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex("x+"), "a")]),
+            pre_tokenizers.Sequence([split, pre_tokenizers.Digits(), level]),
+            processors.ByteLevel(trim_offsets=True),
+            decoders.ByteLevel(),
+        ),
+        "words": (
+            models.WordLevel(vocabulary, "[UNK]"),
+            normalizers.Sequence([normalizers.Lowercase(), normalizers.StripAccents()]),
+            pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Whitespace()]),
+            processors.Sequence([processors.ByteLevel(), processors.BertProcessing(*ends)]),
+            decoders.Sequence(
+                [decoders.CTC(), decoders.Strip(" ", 1, 0), decoders.Replace("a", "b")]
+            ),
+        ),
+    }
+    for name, parts in kinds.items():
+        inner = tokenizers.Tokenizer(parts[0])
+        inner.normalizer, inner.pre_tokenizer, inner.post_processor, inner.decoder = parts[1:]
+        inner.add_special_tokens(["[CLS]", tokenizers.AddedToken("[SEP]", lstrip=True)])
+        (folder / name).mkdir()
+        inner.save(str(folder / name / "tokenizer.json"))
+
+
+def _read_tokenizers(folder: Path, full: bool) -> Any:
+    return [_read_tokenizer(path, full) for path in sorted(folder.iterdir())]
+
+
 def _read_tokenizer(folder: Path, full: bool) -> Any:
     from nyscaled.models.tokenizer_files import open_tokenizer
 
@@ -263,6 +319,7 @@ TARGETS = {
     ),
     "swap": Target(_make_swap, ("plan.json", "config.json"), _read_folder),
     "tokenizer": Target(_make_tokenizer, ("tokenizer.json", SETTINGS), _read_tokenizer),
+    "tokenizers": Target(_make_tokenizers, ("tokenizer.json",), _read_tokenizers),
     "gguf": Target(_make_gguf, ("model.gguf",), _read_gguf),
     "adapter": Target(
         _make_adapter, ("adapter_config.json", "adapter_model.safetensors"), _read_adapter
