@@ -179,7 +179,7 @@ def _departures(symmetric: bool, first_row: float, literal: bool) -> dict[str, t
     parts = {}
     for p in (100, 800):
         gaps = _sketch_gaps(symmetric, p, common.keys(16, 80), first_row)[int(literal)]
-        parts[f"p_=_{p}"] = (abs(float(np.sqrt(np.mean(np.asarray(gaps) ** 2))) - 1), 0.1)
+        parts[f"p = {p}"] = (abs(float(np.sqrt(np.mean(np.asarray(gaps) ** 2))) - 1), 0.1)
     return parts
 
 

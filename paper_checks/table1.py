@@ -112,7 +112,7 @@ def symmetric(preconditioned: bool = True) -> Measured:
     return worst(
         "iterations, the larger of EP and OP",
         for_each_doubling_of_κ=(max(growth), 0.5),
-        from_1e_4_to_1e_8=(max(extra), 2),
+        **{"from ε = 1e-4 to 1e-8": (max(extra), 2)},
     )
 
 
