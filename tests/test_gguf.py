@@ -459,6 +459,9 @@ def test_head_counts_that_the_folder_form_refuses(path):
         nys.models.load(path)
 
 
+TOOLS = "additional_chat_templates/tool_use.jinja"
+
+
 class Hub:
     """Stands for huggingface_hub: one repository, whose files are a fixture's."""
 
@@ -478,9 +481,17 @@ class Hub:
         if name != "owner/llama":
             raise LocalEntryNotFoundError(f"no {name} in the cache, and no network")
         names = ["config.json", "model.safetensors", "merges.txt", "pytorch_model.bin", "a/b.json"]
+        names += [
+            "onnx/config.json",
+            "model/x.safetensors",
+            "other.json",
+            TOOLS,
+            "a/tool_use.jinja",
+        ]
         options = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
         for file in filter_repo_objects(names, **options):
             there = MODELS / "llama" / file
+            (self.cache / file).parent.mkdir(exist_ok=True)
             (self.cache / file).write_bytes(there.read_bytes() if there.is_file() else b"")
         if revision == "pickled":
             (self.cache / "model.safetensors").unlink()
@@ -493,8 +504,9 @@ def test_models_of_the_hub(monkeypatch, tmp_path):
     wanted, _ = nys.models.load(MODELS / "llama")
     jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(wanted))
     assert hub.asked == [("owner/llama", "v1")]
-    wanted = {"config.json", "model.safetensors", "merges.txt"}
-    assert {p.name for p in tmp_path.iterdir()} == wanted
+    wanted = {"config.json", "model.safetensors", "merges.txt", TOOLS}
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == wanted
     with pytest.raises(ValueError, match=r"owner/other is no folder here.*no network"):
         nys.models.load("owner/other")
     with pytest.raises(ValueError, match=r"owner/broken is no folder here.*connection broke"):

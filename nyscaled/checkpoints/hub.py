@@ -8,7 +8,11 @@ from pathlib import Path
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Pickled weights can run code, and are not fetched; other forms of the same weights are not needed.
 WEIGHTS = "model*.safetensors"
-WANTED = "*.json", "*.jinja", "merges.txt", WEIGHTS
+WANTED = (
+    *("config.json", "generation_config.json", WEIGHTS, "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 
 
 def is_id(name: str) -> bool:
@@ -34,7 +38,11 @@ def fetch(name: str, revision: str | None = None) -> Path:
         raise ImportError(
             f"{name} needs huggingface_hub: pip install 'nyscaled[models]'"
         ) from error
-    options = {"revision": revision, "allow_patterns": list(WANTED), "ignore_patterns": ["*/*"]}
+    options = {
+        "revision": revision,
+        "allow_patterns": list(WANTED),
+        "ignore_patterns": ["model*/*"],
+    }
     try:
         path = Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # of many classes: of the hub, of the network, of the disk

@@ -60,7 +60,8 @@ def replacing(
 
     Args:
         folder: made if missing; other files in it are left alone.
-        texts: more files, by their names; None for those that go.
+        texts: more files, by their names; None for those that go, also whole folders, whose names
+            end with a slash.
         last: of `texts`, the file without which the others are not read.
         stale: names of further files that go, as they belonged to what is replaced; with
             `fnmatch`'s wildcards.
@@ -87,8 +88,10 @@ def replacing(
             if text is not None:
                 (new / name).write_text(text, encoding="utf-8")
         names = sorted(file.name for file in new.iterdir())
-        gone = [*(glob.escape(name) for name in texts if name not in names), *stale]
-        for name in {*names, *_matching(folder, gone)}:
+        folders = {name.removesuffix("/") for name in texts if name.endswith("/")}
+        files_gone = (name for name in texts if name not in names and not name.endswith("/"))
+        gone = [*map(glob.escape, (*files_gone, *folders)), *stale]
+        for name in {*names, *_matching(folder, gone)} - folders:
             if (folder / name).is_dir() and not (folder / name).is_symlink():
                 raise ValueError(f"{folder / name} is a directory; wanted a file, or nothing")
         plan = {"last": last, "new": names, "gone": gone}

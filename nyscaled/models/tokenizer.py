@@ -12,13 +12,21 @@ import numpy as np
 
 from nyscaled.checkpoints import files, swap
 from nyscaled.models import chat, soundness
+from nyscaled.models.special_tokens import (
+    ADDED,
+    ADDITIONAL,
+    DECODER,
+    EXTRA,
+    SETTINGS,
+    SPECIAL,
+    roles,
+    with_sides,
+)
 
 FILE = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"
-SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
-ADDED = "added_tokens.json"
-_OVERRIDING = SPECIAL, TEMPLATE, ADDED
+TEMPLATES = "additional_chat_templates"
+_OVERRIDING = SPECIAL, TEMPLATE, ADDED, f"{TEMPLATES}/"
 _DEFAULT = "default"
 
 
@@ -31,15 +39,16 @@ class Tokenizer:
 
     Args:
         inner: the library's.
-        settings: what `tokenizer_config.json` holds; `pad_token`, `eos_token`, `padding_side` and
-            `chat_template` are read of it. What it lacks of padding is that of `tokenizer.json`.
+        settings: what `tokenizer_config.json` holds; `pad_token`, `eos_token`, `padding_side`,
+            `truncation_side` and `chat_template` are read of it. What it lacks of the pad token
+            and the sides is that of `tokenizer.json`.
 
     Attributes:
         pad_id: of `pad_token`, else of `eos_token`, else None.
 
     Raises:
         ValueError: on a `chat_template` that is neither a text nor several with names, a
-            `padding_side` that is neither "left" nor "right", or a tokenizer that fails on some
+            side that is neither "left" nor "right", or a tokenizer that fails on some
             texts. What the library raises later is a ValueError too.
 
     Example:
@@ -60,20 +69,17 @@ class Tokenizer:
     """
 
     def __init__(self, inner: Any, settings: Mapping[str, Any] | None = None) -> None:
-        padding = inner.padding or {}
+        self.inner = inner
+        self.settings = with_sides(inner, settings or {})
         inner.no_padding()
         inner.no_truncation()
-        self.inner = inner
-        self.settings = dict(settings or {})
-        for name, key in (("pad_token", "pad_token"), ("padding_side", "direction")):
-            if key in padding:
-                self.settings.setdefault(name, padding[key])
-        _require_side("padding_side", self.padding_side)
-        special = special_tokens(self.settings)
+        for name in ("padding_side", "truncation_side"):
+            _require_side(name, getattr(self, name))
+        special = roles(self.settings)
         names = [special.get(name) for name in ("pad_token", "eos_token")]
         ids = [inner.token_to_id(name) for name in names if name is not None]
         self.pad_id: int | None = next((i for i in ids if i is not None), None)
-        self._templates()  # refuses what is none
+        named_templates(self.settings)  # refuses what is none
         soundness.require_usable(inner)
 
     @property
@@ -83,6 +89,11 @@ class Tokenizer:
         `nyscaled.models.load` makes it "right" there for an encoder.
         """
         return self.settings.get("padding_side") or "left"
+
+    @property
+    def truncation_side(self) -> str:
+        """Where texts are cut that are too long, "right" where the settings do not say it."""
+        return self.settings.get("truncation_side") or "right"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "inner":
@@ -104,7 +115,8 @@ class Tokenizer:
         Args:
             texts: one a row.
             side: where padding goes; `padding_side` if None.
-            max_length: longer texts lose what is at their end; special tokens stay.
+            max_length: longer texts lose what is at their end (at their beginning if
+                `truncation_side` is "left"); special tokens stay.
             multiple_of: the length is rounded up to a multiple, so that a program is compiled for
                 few shapes; with the value of `max_length` there is one shape alone.
             add_special_tokens: those at begin and end; False for what `chat` returned, which has
@@ -186,7 +198,7 @@ class Tokenizer:
             >>> tokenizer.chat([{"role": "user", "content": "Hello"}])
             'user: Hello\\n'
         """
-        templates = self._templates()
+        templates = named_templates(self.settings)
         if template is None:
             named = tools is not None and "tool_use" in templates
             template = "tool_use" if named else _DEFAULT
@@ -200,7 +212,7 @@ class Tokenizer:
             documents=documents,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables={**special_tokens(self.settings), **variables},
+            variables={**roles(self.settings), **variables},
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -224,23 +236,16 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
+        # All tokens are in tokenizer.json, and their list here would have to be whole.
+        lists = DECODER, ADDED
+        settings = {name: value for name, value in self.settings.items() if name not in lists}
+        if isinstance(settings.get(EXTRA), list):  # which transformers 4 wants named so
+            settings[ADDITIONAL] = settings.pop(EXTRA)
         return {
             FILE: self.to_str(pretty=True),
-            SETTINGS: files.as_json(defaults | self.settings),
+            SETTINGS: files.as_json(defaults | settings),
             **dict.fromkeys(_OVERRIDING),
         }
-
-    def _templates(self) -> dict[str, str]:
-        given = self.settings.get("chat_template") or {}
-        named: dict[Any, Any] = {_DEFAULT: given}
-        if isinstance(given, dict):
-            named = given
-        elif isinstance(given, list):
-            with contextlib.suppress(KeyError, TypeError):
-                named = {entry["name"]: entry["template"] for entry in given}
-        if not all(isinstance(part, str) for pair in named.items() for part in pair):
-            raise ValueError(f"chat_template is {given!r:.80}; wanted a text, or some with names")
-        return named
 
     def _encoded(
         self, texts: list[Any], max_length: int | None, special: bool
@@ -251,7 +256,7 @@ class Tokenizer:
         tokens, types = [], []
         # The library cuts by a setting that all who share the tokenizer would see: it is done here.
         for encoding in self.encode_batch(texts, add_special_tokens=special):
-            kept = _kept(encoding, max_length)
+            kept = _kept(encoding, max_length, self.truncation_side)
             for rows, row in ((tokens, encoding.ids), (types, encoding.type_ids)):
                 rows.append(row if kept is None else [row[i] for i in kept])
         return tokens, types
@@ -284,14 +289,22 @@ def _refusing(name: str, method: Any) -> Any:
     return call
 
 
-def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by their roles, `bos_token`, …, of what `tokenizer_config.json` holds."""
-    found = {}
-    for name, value in settings.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(content, str):
-            found[name] = content
-    return found
+def named_templates(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates of `tokenizer_config.json`, by their names.
+
+    Raises:
+        ValueError: on a `chat_template` that is neither a text nor several with names.
+    """
+    given = settings.get("chat_template") or {}
+    named: dict[Any, Any] = {_DEFAULT: given}
+    if isinstance(given, dict):
+        named = given
+    elif isinstance(given, list):
+        with contextlib.suppress(KeyError, TypeError):
+            named = {entry["name"]: entry["template"] for entry in given}
+    if not all(isinstance(part, str) for pair in named.items() for part in pair):
+        raise ValueError(f"chat_template is {given!r:.80}; wanted a text, or some with names")
+    return named
 
 
 def _require_texts(name: str, texts: Sequence[str]) -> None:
@@ -309,7 +322,7 @@ def _require_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}; wanted a positive integer")
 
 
-def _kept(encoding: Any, max_length: int | None) -> list[int] | None:
+def _kept(encoding: Any, max_length: int | None, side: str) -> list[int] | None:
     """The places that a text or a pair keeps, None if all: specials, and the longer is cut first.
 
     As the library's truncation has it.
@@ -327,9 +340,10 @@ def _kept(encoding: Any, max_length: int | None) -> list[int] | None:
     if lengths[0] > lengths[1]:
         left.reverse()
     kept = []
-    for i, sequence in enumerate(sequences):
+    places = list(enumerate(sequences))
+    for i, sequence in places if side == "right" else reversed(places):
         if sequence is not None:
             left[sequence] -= 1
         if sequence is None or left[sequence] >= 0:
             kept.append(i)
-    return kept
+    return sorted(kept)

@@ -11,22 +11,23 @@ from typing import Any
 
 from nyscaled.checkpoints import files, swap
 from nyscaled.models import soundness
-from nyscaled.models.tokenizer import (
+from nyscaled.models.special_tokens import (
     ADDED,
-    FILE,
+    DECODER,
+    EXTRA,
     SETTINGS,
-    SPECIAL,
-    TEMPLATE,
-    Tokenizer,
-    special_tokens,
+    completed,
+    read_settings,
+    roles,
 )
+from nyscaled.models.tokenizer import FILE, TEMPLATE, TEMPLATES, Tokenizer, named_templates
 from nyscaled.models.vocabulary import add_ends, byte_level
 
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 # Of tokenizers that are not read: WordPiece's words, SentencePiece's model.
 _OTHERS = _VOCABULARY, "vocab.txt", "tokenizer.model"
 _END = "<|endoftext|>"  # the GPT2Tokenizer's own
-_MORE = "added_tokens_decoder", "additional_special_tokens"
+_MORE = DECODER, EXTRA
 _FLAGS = "lstrip", "rstrip", "single_word", "normalized"
 
 
@@ -48,12 +49,7 @@ def _open(folder: Path) -> Tokenizer | None:
     there = [name for name in (FILE, *_OTHERS) if files.exists(folder / name)]
     if not there:
         return None
-    settings: dict[str, Any] = {}
-    for name in (SPECIAL, SETTINGS):
-        if files.exists(folder / name):
-            settings |= files.read_object(folder / name, "settings of the tokenizer")
-    if files.exists(folder / TEMPLATE):
-        settings["chat_template"] = files.read_text(folder / TEMPLATE)
+    settings = read_settings(folder)
     if FILE not in there and not _is_gpt2(folder, settings):
         warnings.warn(
             f"{folder} has {there[0]}, from which no tokenizer is made here: it is None; wanted "
@@ -68,15 +64,36 @@ def _open(folder: Path) -> Tokenizer | None:
         raise ImportError(
             f"{folder / there[0]} needs tokenizers: pip install 'nyscaled[models]'"
         ) from error
-    if FILE in there:
-        inner = _of_json(folder / FILE)
-    else:
-        settings = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END) | settings
-        inner = _of_merges(folder, settings)
     try:
+        settings |= _templates(folder, settings)
+        if FILE in there:
+            inner, settings = completed(_of_json(folder / FILE), settings, folder)
+        else:
+            settings = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END) | settings
+            inner = _of_merges(folder, settings)
         return Tokenizer(inner, settings)
     except ValueError as error:
         raise ValueError(f"{folder / there[0]}, {SETTINGS}: {error}") from None
+
+
+def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The chat templates that have files of their own, which come first, with the others.
+
+    Raises:
+        ValueError: on templates of another type, or files that are not texts.
+    """
+    own = {}
+    if files.exists(folder / TEMPLATE):
+        own["default"] = files.read_text(folder / TEMPLATE)
+    files.note(folder / TEMPLATES)
+    for path in sorted((folder / TEMPLATES).glob("*.jinja")):
+        own[path.name.removesuffix(".jinja")] = files.read_text(path)
+    if not own:
+        return {}
+    named = named_templates(settings) | own
+    if named.keys() == {"default"}:
+        return {"chat_template": named["default"]}
+    return {"chat_template": [{"name": k, "template": v} for k, v in named.items()]}
 
 
 def _of_json(path: Path) -> Any:
@@ -110,7 +127,7 @@ def _of_merges(folder: Path, settings: Mapping[str, Any]) -> Any:
         inner = byte_level(vocabulary, merges, prefix_space=bool(settings.get("add_prefix_space")))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    special = special_tokens(settings)
+    special = roles(settings)
     for name, content in special.items():
         given = settings[name] if isinstance(settings[name], dict) else {}
         flags = {flag: bool(given[flag]) for flag in _FLAGS if flag in given}
