@@ -46,7 +46,12 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
     """Raises ValueError if the value of `value` is known and lies outside the interval."""
     if callable(value) or not is_concrete(value) or jnp.ndim(value) != 0:
         return
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} is an integer that no float holds; wanted a smaller one"
+        ) from None
     inside = (low < number if open_low else low <= number) and number <= high
     if not inside or math.isnan(number):
         bracket = "(" if open_low else "["

@@ -256,5 +256,5 @@ def _read_rules(path: Path) -> Rules:
     config = files.read_object(path, f"a folder with {CONFIG} and {TENSORS}")
     try:
         return Rules(config)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: a deep value in a message
         raise ValueError(f"{path}: {files.brief(error)}") from None

@@ -115,7 +115,7 @@ def apply(
         key: PRNG key. Each layer's own is folded from it by path.
         name: of this set of adapters, to hold several.
         rank_stabilized: s = α/√r in place of α/r.
-        dropout: rate, on the adapter's input; off in `model.eval()`.
+        dropout: rate in [0, 1), on the adapter's input; off in `model.eval()`.
         dtype: of the factors, whatever the base's.
         embeddings: whether patterns also match layers of the kind `nnx.Embed`. Their adapters change
             the lookup of tokens, without dropout, and not a head that shares their weights.
@@ -138,6 +138,8 @@ def apply(
     """
     ranks = {targets: rank} if isinstance(targets, str) else dict(targets)
     validation.require_scalar("dropout", dropout, 0, 1, open_low=False)
+    if dropout == 1:
+        raise ValueError("dropout is 1, with which nothing is left; wanted a rate in [0, 1)")
     if alpha is not None:
         validation.require_scalar("alpha", alpha, 0, float("inf"), open_low=True)
     require_new_name(name)
@@ -213,7 +215,7 @@ def attach(layers: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str
 
 def require_new_name(name: str) -> None:
     """Raises ValueError unless `name` can be that of a set of adapters."""
-    if not re.fullmatch(r"\w+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
         raise ValueError(f"name is {name!r}; wanted letters, digits and underscores")
 
 

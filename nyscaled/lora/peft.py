@@ -128,8 +128,8 @@ def load_peft(
 ) -> dict[str, Any]:
     """Puts the adapter of a PEFT folder into the layers of a model, in place.
 
-    Modules that were saved whole, and what PEFT saves of the base (embeddings, heads, biases), replace
-    those of the model, for all its adapters. A head that is the embedding gets weights of its own where
+    Modules that were saved whole, and what PEFT saves of the base (embeddings, rows of tokens, heads,
+    biases), replace those of the model, for all its adapters. A head that is the embedding gets weights of its own where
     PEFT would tear the two apart. What PEFT warns
     of (a tensor without a layer, a targeted layer without tensors), and whatever in the
     configuration is more than plain LoRA, is an error, and then nothing has been changed.
