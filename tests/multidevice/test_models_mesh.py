@@ -127,3 +127,34 @@ def test_meshes_that_are_refused():
         nys.models.load(MODELS / "llama", mesh=explicit)
     with pytest.raises(ValueError, match=r"has the axes \('rows',\); wanted 'fsdp' or 'tensor'"):
         nys.models.load(MODELS / "llama", mesh=make_mesh((("rows", 8),)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_new_tokens_and_adapters_of_the_embedding_lie_as_the_model_does(name, tmp_path):
+    """Of a file that has them, on the mesh and on one device."""
+    made, tokens = {}, batch(name)[0][0]
+    for where, axes in (("mesh", BOTH), ("one", None)):
+        model = nnx.clone(loaded(name, axes))
+        model.untie()
+        size = model.config.vocab_size
+        nys.models.resize_token_embeddings(model, size + 8)
+        options = {"targets": "lm_head|embed_tokens", "embeddings": True, "key": jax.random.key(0)}
+        nys.lora.apply(model, 2, init="pissa", **options)
+        for part in ("embed_tokens", "lm_head"):
+            adapter = getattr(model, part).adapters["default"]
+            adapter.lora_b[...] = 2 * adapter.lora_b[...]
+        folder = tmp_path / where
+        whole = ["norm", "layers.mlp"]
+        nys.lora.save_peft(model, folder, base_model="x", names="llama", modules_to_save=whole)
+        again = nnx.clone(loaded(name, axes))
+        again.untie()
+        nys.models.resize_token_embeddings(again, size + 8)
+        nys.lora.load_peft(again, folder, names="llama")
+        for path, value in state(again).items():
+            if path[-1] in ("kernel", "embedding"):
+                parts = 8 if axes else 1
+                held = {shard.data.nbytes for shard in value[...].addressable_shards}
+                assert held == {value[...].nbytes // parts}, path
+        made[where] = [np.asarray(jax.jit(lambda m, t: m(t))(m, tokens)) for m in (model, again)]
+    for got in (*made["mesh"], made["one"][1]):
+        np.testing.assert_allclose(got, made["one"][0], atol=1e-4)
