@@ -1,6 +1,7 @@
 """One ScaledGD step against its floor, its products with A alone.
 
     python benchmarks/step.py
+    python benchmarks/step.py --one-thread    # and its processor time: for a machine that is busy
 
 Each function makes the same number of products or steps in one compiled loop. No environment
 variable is set; the bounds are printed beside the ratios, and nothing is asserted.
@@ -8,8 +9,11 @@ variable is set; the bounds are printed beside the ratios, and nothing is assert
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,7 +72,7 @@ def milliseconds(seconds: Any, name: str, steps: int) -> float:
     return float(jnp.median(jnp.asarray(seconds[name]))) / steps * 1e3
 
 
-def symmetric() -> None:
+def symmetric(clock: Callable[[], float]) -> None:
     print("| m | dtype | A @ X | fused step | bound | optax path | bound | LAPACK QR step |")
     print("|---|---|---|---|---|---|---|---|")
     for m, bound in SYMMETRIC_BOUNDS.items():
@@ -87,12 +91,13 @@ def symmetric() -> None:
                 "fused": functools.partial(loop, fused, starts[0], steps),
                 "optax": functools.partial(loop, path, starts[1], steps),
             }
-            seconds = interleaved(ours)
+            seconds = interleaved(ours, clock=clock)
             each = milliseconds(seconds, "product", steps)
             ratios = {k: ratio(seconds, k, "product") for k in ("fused", "optax")}
             # Alone and last: the threads of LAPACK's BLAS go on spinning after a call, and would
             # slow down whatever is timed next to it.
-            lapack = interleaved({"lapack": functools.partial(householder_loop, a, x, steps)})
+            qr = {"lapack": functools.partial(householder_loop, a, x, steps)}
+            lapack = interleaved(qr, clock=clock)
             slower = milliseconds(lapack, "lapack", steps) / each
             time.sleep(1.0)
             print(
@@ -102,7 +107,7 @@ def symmetric() -> None:
             )
 
 
-def asymmetric() -> None:
+def asymmetric(clock: Callable[[], float]) -> None:
     print("| m × n | dtype | A @ Y and Aᵀ @ X | fused step | bound | products with `a.T` |")
     print("|---|---|---|---|---|---|")
     for (m, n), bound in ASYMMETRIC_BOUNDS.items():
@@ -118,7 +123,8 @@ def asymmetric() -> None:
                     "products": functools.partial(both_products, a, state.factors, steps),
                     "fused": functools.partial(loop, fused, state, steps),
                     "transposed": functools.partial(transposed_products, a, state.factors, steps),
-                }
+                },
+                clock=clock,
             )
             print(
                 f"| {m} × {n} | {jnp.dtype(dtype).name} "
@@ -130,11 +136,18 @@ def asymmetric() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Steps against their products with A.")
+    parser.add_argument("--one-thread", action="store_true", help="and its processor time")
+    clock = time.perf_counter
+    if parser.parse_args().one_thread:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+        clock = time.process_time
     jax.config.update("jax_enable_x64", True)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, r = {RANK}\n")
-    symmetric()
+    symmetric(clock)
     print()
-    asymmetric()
+    asymmetric(clock)
 
 
 if __name__ == "__main__":

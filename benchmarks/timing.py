@@ -11,9 +11,11 @@ import numpy as np
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int = 15
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each function in each round, after one warm-up call.
+    """Seconds of each function in each round by the clock, after one warm-up call.
 
     All functions run in every round, so that a slow moment of the machine hits them alike.
     """
@@ -22,9 +24,9 @@ def interleaved(
     seconds = {name: np.empty(rounds) for name in functions}
     for i in range(rounds):
         for name, fn in functions.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(fn())
-            seconds[name][i] = time.perf_counter() - start
+            seconds[name][i] = clock() - start
     return seconds
 
 
