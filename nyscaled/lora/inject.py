@@ -40,7 +40,8 @@ def require_name(layers: Mapping[str, Any], name: str | None) -> None:
     """Raises ValueError unless some layer has an adapter of that name (any, if None)."""
     names = sorted({n for layer in layers.values() for n in layer.adapters})
     if not names or (name is not None and name not in names):
-        raise ValueError(f"adapter is {name!r}; the model has {names or 'none'}")
+        known = names or "none (of `apply` or `load_peft`)"
+        raise ValueError(f"adapter is {name!r}; the model has {known}")
 
 
 def is_tied(model: Any) -> bool:

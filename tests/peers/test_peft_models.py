@@ -206,3 +206,36 @@ def test_peft_computes_what_was_trained_here(init, base, tmp_path):
 
 def _paths(model):
     return {".".join(map(str, path)) for path, _ in nnx.iter_modules(model)}
+
+
+BERT = {
+    "embedding": {"target_modules": ["query", "word_embeddings"]},
+    "norms": {"target_modules": ["query"], "modules_to_save": ["classifier", "LayerNorm"]},
+    "biases": {"target_modules": ["query", "dense"], "bias": "all"},
+    "one layer": {"target_modules": ["query"], "layers_to_transform": 1, "layers_pattern": "layer"},
+}
+
+
+@pytest.mark.parametrize("case", BERT)
+def test_classifiers(case, tmp_path):
+    torch.manual_seed(0)
+    net = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SIZES, intermediate_size=24, max_position_embeddings=16)
+    )
+    for value in net.parameters():
+        value.data += 0.1 * torch.randn(value.shape)
+    net.save_pretrained(tmp_path / "base")
+    their = trained(net, task_type="SEQ_CLS", **BERT[case])
+    wanted = logits(their)
+    quietly(their.save_pretrained, tmp_path / "theirs")
+    model, _ = quietly(nys.models.load, tmp_path / "base")
+    nys.lora.load_peft(model, tmp_path / "theirs", names="bert")
+    close(call(model), wanted)
+    if case == "biases":
+        return
+    ends = ("classifier", "LayerNorm") if case == "norms" else ("classifier",)
+    saved = [path for path in _paths(model) if path.endswith(ends)]
+    options = {"names": "bert", "task_type": "SEQ_CLS", "modules_to_save": saved}
+    nys.lora.save_peft(model, tmp_path / "ours", base_model="b", **options)
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    close(logits(quietly(peft.PeftModel.from_pretrained, again, tmp_path / "ours")), wanted)
