@@ -72,3 +72,18 @@ def test_adapters_of_the_embedding_refused():
     nys.lora.apply(model, 2, targets="lm_head", key=jax.random.key(0))
     with pytest.raises(ValueError, match="has adapters; wanted the size changed before"):
         resize_token_embeddings(model, 5)
+
+
+@pytest.mark.parametrize("name", ["gemma", "opt"])
+def test_a_head_of_its_own_is_saved_and_loaded(name, tmp_path):
+    model, (tokens, mask, logits) = load(name), expected(name)
+    model.untie()
+    np.testing.assert_allclose(call(model, tokens, mask)[mask], logits[mask], atol=1e-4)
+    model.lm_head.kernel[...] *= 2
+    nys.models.save(model, tmp_path)
+    again, _ = nys.models.load(tmp_path)
+    assert nnx.graphdef(again) == nnx.graphdef(model)
+    np.testing.assert_allclose(call(again, tokens, mask)[mask], 2 * logits[mask], atol=2e-4)
+    before = arrays(again)
+    again.untie()  # which it is
+    jax.tree.map(np.testing.assert_array_equal, arrays(again), before)

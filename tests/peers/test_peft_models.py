@@ -208,6 +208,18 @@ def _paths(model):
     return {".".join(map(str, path)) for path, _ in nnx.iter_modules(model)}
 
 
+def test_models_with_another_head_and_size_are_read_by_transformers(base, tmp_path):
+    folder, _ = base
+    model, _ = quietly(nys.models.load, folder)
+    model.untie()
+    nys.models.resize_token_embeddings(model, 35)
+    model.lm_head.kernel[...] = 2 * model.lm_head.kernel[...]
+    nys.models.save(model, tmp_path)
+    net = theirs(tmp_path)
+    assert net.config.vocab_size == 35
+    close(logits(net), call(model))
+
+
 BERT = {
     "embedding": {"target_modules": ["query", "word_embeddings"]},
     "norms": {"target_modules": ["query"], "modules_to_save": ["classifier", "LayerNorm"]},
