@@ -306,12 +306,7 @@ def algorithm_2(normalized: bool = True, first: int = 1) -> Measured:
         gaps = []
         for rank in (1, RANK):
             for damping in (1e-6, 1e-2):
-                weight = next(draws(dtype, M, N, 20))[0]
-                start = nys.initializers.nystrom_factors(common.key(78), weight, rank, 0.1)
-                gradients = [
-                    jax.random.normal(common.key(79, t), (M + N, rank), dtype) for t in range(4)
-                ]
-                found = _adapters_trained(nys.nora_plus(optax.sgd(0.1), damping), start, gradients)
+                start, gradients, found = _adapters_trained(dtype, rank, damping)
                 expected = _algorithm_2_in_numpy(start, gradients, damping, normalized, first)
                 for mine, other in zip(found, expected, strict=True):
                     gap = np.linalg.norm(np.asarray(mine, np.float64) - other)
@@ -320,12 +315,20 @@ def algorithm_2(normalized: bool = True, first: int = 1) -> Measured:
     return worst("relative error of the factors after 4 steps", rounding=True, **errors)
 
 
-def _adapters_trained(tx: Any, factors: nys.Factors, gradients: list[jax.Array]) -> nys.Factors:
+@functools.cache
+def _adapters_trained(
+    dtype: str, rank: int, damping: float
+) -> tuple[nys.Factors, list[jax.Array], nys.Factors]:
+    """Algorithm 1's start, four gradients, and the factors after them, by the library."""
+    weight = next(draws(dtype, M, N, 20))[0]
+    start = factors = nys.initializers.nystrom_factors(common.key(78), weight, rank, 0.1)
+    gradients = [jax.random.normal(common.key(79, t), (M + N, rank), dtype) for t in range(4)]
+    tx = nys.nora_plus(optax.sgd(0.1), damping)
     state, update = tx.init(factors), jax.jit(tx.update)
     for g in gradients:
         updates, state = update(nys.Factors(g[:M], g[M:]), state, factors)
         factors = jax.tree.map(jnp.add, factors, updates)
-    return factors
+    return start, gradients, factors
 
 
 def _algorithm_2_in_numpy(
