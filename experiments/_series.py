@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
@@ -10,10 +9,6 @@ import jax.numpy as jnp
 import optax
 
 import nyscaled as nys
-
-# Batched SVDs that run side by side in XLA's thread pool wait for threads that the others hold: on two
-# cores now and then for ever (jaxlib 0.10.2). Without the pool these programs take no longer.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 
 Array = jax.Array
 

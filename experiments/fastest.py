@@ -82,15 +82,14 @@ def direct_textbook(problem: Any, key: Any, x0: Any) -> Any:
     omega = nys.initializers.random_sketch(
         key, x0.shape[0], x0.shape[1], SCALE, "gaussian", x0.dtype
     )
-    lower = jnp.linalg.cholesky(omega.T @ x0)
-    return constant(x0, jax.scipy.linalg.solve_triangular(lower, x0.T, lower=True).T)
+    return constant(x0, x0 @ nys.linalg.inverse_cholesky(omega.T @ x0))
 
 
 def scaled_textbook(problem: Any, key: Any, x0: Any) -> Any:
     """(2) at η = 1/2 with the inverse of the Gram matrix."""
 
     def body(x: Any, _: None) -> tuple[Any, Any]:
-        return (x + problem.a @ x @ jnp.linalg.inv(x.T @ x)) / 2, x
+        return (x + problem.a @ x @ nys.lapack.inverse(x.T @ x)) / 2, x
 
     return jnp.concatenate(lax.scan(body, x0, length=STEPS + 1)[1:])
 
@@ -107,9 +106,9 @@ def qdwh_textbook(problem: Any, key: Any, x0: Any) -> Any:
         a = root + jnp.sqrt(8 - 4 * d + 8 * (2 - low**2) / (low**2 * root)) / 2
         b = (a - 1) ** 2 / 4
         c = a + b - 1
-        dual = x @ jnp.linalg.inv(x.T @ x)
+        dual = x @ nys.lapack.inverse(x.T @ x)
         gram = dual.T @ (problem.a @ dual)
-        new = x @ (a * gram + b * eye) @ jnp.linalg.inv(gram + c * eye)
+        new = x @ (a * gram + b * eye) @ nys.lapack.inverse(gram + c * eye)
         return (new, jnp.minimum(low * (a + b * low**2) / (1 + c * low**2), 1)), x
 
     start = (x0 / bounds.high, bounds.low / bounds.high)

@@ -122,7 +122,7 @@ def starts(problem: nys.problems.Sensing, key: jax.Array, symmetric: bool) -> An
         sketched = init.nystrom_factors_from_gradient(key, problem.gradient, (m, m), RANK)
         # ScaledGD does not see the size of X_0 beside Y_0 = 0; GD does: ‖X_0‖² = ‖M‖ = 1.
         nystrom = [
-            nys.Factors(x / jnp.linalg.norm(x, 2), jnp.zeros_like(omega))
+            nys.Factors(x / nys.lapack.svd(x)[1][0], jnp.zeros_like(omega))
             for x in (sketched.left, b @ omega)
         ]
         small = [init.small_factors(key, (m, m), RANK, scale) for scale in (0.1, 1e-3)]

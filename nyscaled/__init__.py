@@ -6,7 +6,9 @@ from typing import Any as _Any
 
 from nyscaled import dynamics as dynamics
 from nyscaled import initializers as initializers
+from nyscaled import lapack as lapack
 from nyscaled import linalg as linalg
+from nyscaled import numerics as numerics
 from nyscaled import optimality as optimality
 from nyscaled import problems as problems
 from nyscaled import solvers as solvers

@@ -34,7 +34,7 @@ def full_precision(fn: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def exponent(
-    x: Float[Array, "*n"], axis: int | None = None, keepdims: bool = False
+    x: Float[Array, "*n"], axis: int | tuple[int, ...] | None = None, keepdims: bool = False
 ) -> Int[Array, "*k"]:
     """Return the integer e with 2^e ≤ max|x| < 2^(e+1).
 
@@ -86,7 +86,7 @@ def _power(n: Array, dtype: jnp.dtype) -> Array:
 
 
 def normalized(
-    x: Float[Array, "*n"], axis: int | None = None
+    x: Float[Array, "*n"], axis: int | tuple[int, ...] | None = None
 ) -> tuple[Float[Array, "*n"], Int[Array, "*k"]]:
     """Return x · 2^(−e) and e, with 1 ≤ max|x| · 2^(−e) < 2 (or x = 0).
 
@@ -104,7 +104,7 @@ def root(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
-def norm(x: ArrayLike, axis: int | None = None) -> Float[Array, "*n"]:
+def norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> Float[Array, "*n"]:
     """Return the Euclidean (Frobenius) norm, finite and not 0 wherever its value can be so.
 
     Its derivative at 0 is taken as 0.

@@ -240,7 +240,7 @@ def textbook_qdwh(a: Any, x: Any, low: Any, steps: int, rank: int) -> Any:
         third = first + second - 1
         dual = nys.linalg.dual(x)
         gram = dual.T @ (a @ dual)
-        x = jnp.linalg.solve(gram + third * eye, (x @ (first * gram + second * eye)).T).T
+        x = nys.lapack.solve(gram + third * eye, (x @ (first * gram + second * eye)).T).T
         low = jnp.minimum(low * (first + second * low**2) / (1 + third * low**2), 1)
     return x
 

@@ -17,9 +17,11 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
 from nyscaled.initializers import Sketch, random_sketch
+from nyscaled.lapack import svd
 from nyscaled.linalg import full_precision, orthonormalize
 from nyscaled.lora.kernels import path_key
 from nyscaled.lora.pairs import Pair, Path, leading
+from nyscaled.numerics import norm
 
 
 class Matrices(NamedTuple):
@@ -63,7 +65,7 @@ def _require_gradient(images: Mapping[str, Array]) -> None:
     """Raises ValueError where the loss does not depend on a layer, or is not finite there."""
     if not validation.is_concrete(images):
         return
-    sizes = jax.device_get({p: jnp.min(jnp.linalg.norm(x, axis=(1, 2))) for p, x in images.items()})
+    sizes = jax.device_get({p: jnp.min(norm(x, axis=(1, 2))) for p, x in images.items()})
     for path, size in sizes.items():
         if not (0 < size < math.inf):
             raise ValueError(
@@ -90,7 +92,7 @@ def nora_grad(
         p: g.a for p, g in gradient(_zeros(starts, None, _sketches(key, starts, sketch))).items()
     }
     _require_gradient(images)
-    size = {p: jnp.linalg.norm(x, axis=(1, 2), keepdims=True) for p, x in images.items()}
+    size = {p: norm(x, axis=(1, 2))[:, None, None] for p, x in images.items()}
     return _zeros(
         starts, {p: -x * (scale * x.shape[-1] ** 0.5 / size[p]) for p, x in images.items()}, None
     )
@@ -126,14 +128,14 @@ def lora_one(
         b = {p: _orthonormal(x.mT).mT for p, x in rows.items()}
 
     def balanced(basis: Array, compressed: Array) -> Matrices:
-        u, s, vt = jnp.linalg.svd(compressed, full_matrices=False)
+        u, s, vt = svd(compressed)
         root = jnp.sqrt(s / s[0] * (vt.shape[1] ** 0.5 / gamma))
         return Matrices(basis @ (u * root), root[:, None] * vt)
 
     return {p: jax.vmap(balanced)(bases[p], rows[p]) for p in starts}
 
 
-_orthonormal = jax.vmap(lambda x: orthonormalize(x / jnp.linalg.norm(x)))
+_orthonormal = jax.vmap(orthonormalize)
 
 GRADIENT_INITS: dict[str, Callable[..., Any]] = {"nora_grad": nora_grad, "lora_one": lora_one}
 

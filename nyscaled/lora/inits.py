@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from nyscaled import lapack
 from nyscaled.initializers import Sketch, random_sketch
 from nyscaled.linalg import full_precision, orthonormalize
 
@@ -118,7 +119,7 @@ def pissa(
             (PEFT's `pissa_niter_4` is 4), in products alone.
     """
     if niter is None:
-        u, s, vt = jnp.linalg.svd(kernel.astype(_dtype(kernel)), full_matrices=False)
+        u, s, vt = lapack.svd(kernel.astype(_dtype(kernel)))
         u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     else:
         columns = min(rank + _OVERSAMPLING, *kernel.shape)
@@ -134,7 +135,7 @@ def pissa(
 def _leading(basis: Array, compressed: Array, rank: int) -> tuple[Array, Array, Array]:
     """The leading singular triples of basis @ compressed, by an SVD of the side of `basis`."""
     rows = orthonormalize(compressed.T)
-    u, s, vt = jnp.linalg.svd(compressed @ rows)
+    u, s, vt = lapack.svd(compressed @ rows)
     return basis @ u[:, :rank], s[:rank], vt[:rank] @ rows.T
 
 
@@ -158,7 +159,7 @@ def orthogonal(
         raise ValueError(f"rank is {rank}; wanted an even one for the init 'orthogonal'")
     (m, n), dtype = kernel.shape, _dtype(kernel)
     first, second, third = jax.random.split(key, 3)
-    q = jax.random.orthogonal(first, rank, dtype=dtype)
+    q = lapack.orthogonal(first, rank, rank, dtype)
     a = jax.random.normal(second, (m, rank // 2), dtype) @ q[0::2]
     b = q[1::2].T @ jax.random.normal(third, (rank // 2, n), dtype)
     return Start(a / 10, b / 10)
