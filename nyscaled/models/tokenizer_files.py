@@ -73,7 +73,7 @@ def _open(folder: Path) -> Tokenizer | None:
             inner = _of_merges(folder, settings)
         return Tokenizer(inner, settings)
     except ValueError as error:
-        raise ValueError(f"{folder / there[0]}, {SETTINGS}: {error}") from None
+        raise ValueError(f"{folder / there[0]}, {SETTINGS}: {files.brief(error)}") from None
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

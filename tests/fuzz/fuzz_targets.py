@@ -117,6 +117,23 @@ def _make_tokenizers(folder: Path) -> None:
         inner.add_special_tokens(["[CLS]", tokenizers.AddedToken("[SEP]", lstrip=True)])
         (folder / name).mkdir()
         inner.save(str(folder / name / "tokenizer.json"))
+    token = {"content": "<x>", "special": True, "lstrip": False, "normalized": False}
+    beside = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": False,
+            "strip_accents": True,
+            "model_max_length": 512,
+            "truncation_side": "left",
+            "added_tokens_decoder": {str(len(words)): token},
+            "additional_special_tokens": ["<y>"],
+            "unk_token": "[UNK]",
+        },
+        "special_tokens_map.json": {"cls_token": "[CLS]", "pad_token": {"content": "[SEP]"}},
+        "added_tokens.json": {"<z>": len(words) + 1},
+    }
+    for name, settings in beside.items():
+        (folder / "pieces" / name).write_text(json.dumps(settings))
 
 
 def _read_tokenizers(folder: Path, full: bool) -> Any:
@@ -307,6 +324,7 @@ def _read_matrices(folder: Path, full: bool) -> Any:
     return [_array(_matrix.load(path)) for path in sorted(folder.iterdir())]
 
 
+BESIDE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 WEIGHTS, SETTINGS = "model.safetensors", "tokenizer_config.json"
 TARGETS = {
     "config": Target(_make_model, ("config.json", "generation_config.json"), _read_model),
@@ -319,7 +337,7 @@ TARGETS = {
     ),
     "swap": Target(_make_swap, ("plan.json", "config.json"), _read_folder),
     "tokenizer": Target(_make_tokenizer, ("tokenizer.json", SETTINGS), _read_tokenizer),
-    "tokenizers": Target(_make_tokenizers, ("tokenizer.json",), _read_tokenizers),
+    "tokenizers": Target(_make_tokenizers, ("tokenizer.json", *BESIDE), _read_tokenizers),
     "gguf": Target(_make_gguf, ("model.gguf",), _read_gguf),
     "adapter": Target(
         _make_adapter, ("adapter_config.json", "adapter_model.safetensors"), _read_adapter
