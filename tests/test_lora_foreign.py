@@ -124,6 +124,21 @@ def test_adapters_of_both_kinds_are_saved_and_merged_together(tmp_path):
     np.testing.assert_allclose(model(X), wanted, atol=1e-5)
 
 
+def test_what_initialize_was_told_is_remembered(tmp_path):
+    model = with_qwix(Heads())
+    nys.lora.initialize(model, "nora", key=KEY, alpha=6.0)
+    graphdef, factors, rest = nnx.split(model, nnx.LoRAParam, ...)
+    factors = jax.jit(lambda f: jax.tree.map(lambda x: x + 0.1, f))(factors)  # as training does
+    model = nnx.merge(graphdef, factors, rest)
+    wanted = model(X)
+    nys.lora.save_peft(model, tmp_path, base_model="mine")
+    again = Heads()
+    nys.lora.load_peft(again, tmp_path)
+    np.testing.assert_allclose(again(X), wanted, atol=1e-5)
+    nys.lora.merge(model)
+    np.testing.assert_allclose(model(X), wanted, atol=1e-5)
+
+
 def test_refused(tmp_path):
     model = with_qwix(Heads())
     for act in (

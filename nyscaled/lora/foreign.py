@@ -13,6 +13,8 @@ from jaxtyping import Array
 from nyscaled.lora import kernels, pairs
 from nyscaled.lora.axes import LINEAR, Split, from_matrices, split
 
+ALPHA = "lora_alpha"  # of a factor's metadata, where `initialize` was told α
+
 
 class Foreign(NamedTuple):
     """An adapter and its kernel.
@@ -79,7 +81,7 @@ def find(model: nnx.Module, alpha: float | None) -> list[Foreign]:
 
     Args:
         model: to be looked through.
-        alpha: α, for s = α/r; None for s = 1, as flax has it.
+        alpha: α, for s = α/r; None for that which `initialize` was told, or s = 1, as flax has it.
 
     Raises:
         ValueError: on orphans, factors that do not lie over their kernels, layers with batch axes,
@@ -95,10 +97,11 @@ def find(model: nnx.Module, alpha: float | None) -> list[Foreign]:
 
 
 def _of_pair(pair: pairs.Pair, known: Any, modules: Any, alpha: float | None) -> Foreign:
+    alpha = known[pair.a].get_metadata(ALPHA, None) if alpha is None else alpha
     if pair.a[-1].endswith("_lora_a") and alpha is None:
         raise ValueError(
             f"alpha is None, and the adapter of {pair.layer} is qwix's, which does not know its "
-            "own; wanted that of its provider"
+            "own; wanted that of its provider, here or in `initialize`"
         )
     a, b = known[pair.a], known[pair.b]
     kernel = known.get(pair.kernel)

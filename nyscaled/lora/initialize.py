@@ -38,7 +38,7 @@ def initialize(
         key: PRNG key; each layer's is folded from it by path.
         name: which set, among those of `apply`.
         alpha: α of adapters that do not know their own scaling, for s = α/r. None is s = 1, which
-            is right for flax; pass qwix's.
+            is right for flax; pass qwix's, which `merge` and `save_peft` then remember.
         loss: for inits from gradients, a function of (model, batch).
         batches: what the gradient is averaged over; the first few batches will do.
         **options: of the init.
@@ -88,6 +88,8 @@ def initialize(
             layer.adapters[name].restart(drawn[path], key, init, options)
     for path, value in new.items():
         nodes[path][...] = value
+    for pair in others if alpha is not None else ():
+        nodes[pair.a].set_metadata(foreign.ALPHA, alpha)
     return [p.layer for p in found]
 
 

@@ -65,7 +65,8 @@ def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = Non
     Args:
         model: with adapters.
         name: which set, among those of `apply`.
-        alpha: α of adapters of flax (None is s = 1, which is right for them) and qwix.
+        alpha: α of adapters of flax and qwix; None for that which `initialize` was told, or s = 1,
+            which is right for flax.
 
     Raises:
         ValueError: on an unknown name or one that is merged already, and on an adapter of an embedding

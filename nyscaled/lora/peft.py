@@ -53,8 +53,8 @@ def save_peft(
             norms), or of modules that hold such, to be saved whole.
         task_type: PEFT's, such as "CAUSAL_LM", or None. With "SEQ_CLS", "TOKEN_CLS" and
             "QUESTION_ANS" PEFT wants the head in the folder, trained or not.
-        alpha: α of adapters that flax (None is s = 1, which is right for them) or qwix have put in,
-            which are saved too; those of `apply` know their own.
+        alpha: α of adapters that flax or qwix have put in, which are saved too; None for that which
+            `initialize` was told, or s = 1, which is right for flax. Those of `apply` know their own.
 
     Raises:
         ValueError: on an unknown adapter, one that is merged, has batch axes (experts) or entries
