@@ -140,7 +140,7 @@ def _loose(outcomes: Mapping[str, Outcome]) -> list[str]:
         "* **Theorem 1's first phase assumes a start that is large enough, and not too large.** Its proof takes σ_r(B_0) ≥ σ_r(Σ)/3, by a large ξ or by a few steps of constant size first; "
         "the statement names neither. With the step size of phase 1 and the start times 1e-4 the right side of Lemma 7 is exceeded "
         f"{shown(outcomes['lem-7'].control)} times. And T₁ = O(κ³√r log κ) has no ‖B_0 − Σ‖_F in it, though Theorem 1 has “no requirement on the magnitude”: "
-        f"from a start times 1e9 κ² × error was still {measured('E6-large-start')} after 10κ³√r log κ = {of('E6-large-start', 'steps')} steps at κ = 3 (E6-large-start).",
+        f"from a start times 1e9 κ² × error was still {measured('E6-large-start')} after 5κ³√r log κ = {of('E6-large-start', 'steps')} steps at κ = 3 (E6-large-start).",
         "* **Phase 1 must end below 2/(3κ²), which O(1/κ²) does not say.** Lemma 8 needs that constant. Lemma 7 with η = c/(κ³‖A‖_F) gives c(3 + 1/κ) and the decaying term, "
         "so that c must be below about 1/6; with c = 1 it gives 3 + 1/κ + 1. In fact the error goes on to 0: κ² × error was at most "
         f"{of('thm-1-phase1', 'κ² × error at T₁, largest')} after T₁ steps.",

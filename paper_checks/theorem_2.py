@@ -238,13 +238,12 @@ def theorem_2_ii(eta: float | None = None) -> Measured:
     ratios, counts = [], dict.fromkeys((1e2, 1e4, 1e5), 0.0)
     for size in SIZES:
         rank = size[1]
-        split = rank == 5
         constant = rank**0.5 + 3 * rank + 1
         for epsilon in (0.5, 0.2):
             step_size = eta or epsilon / constant
-            first, kappa = curves(size, tuple(counts), step_size, 0, split)
-            steps = np.ceil(np.log(first[:, 0] * constant / epsilon) / step_size).astype(int)
-            errors, _ = curves(size, tuple(counts), step_size, int(np.max(steps)), split)
+            errors, kappa = curves(size, tuple(counts), step_size, 1600, rank == 5)
+            steps = np.log(errors[:, 0] * constant / epsilon) / step_size
+            steps = np.ceil(steps).astype(int)
             ratios.append(np.max(errors[np.arange(len(steps)), steps]) / epsilon)
             for k in counts:
                 unit = rank / epsilon * np.log(1 / epsilon)
