@@ -200,6 +200,20 @@ def test_loop_holds_no_matrix_as_large_as_a(form):
 # --- Rank decisions ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("m", "true_rank"), [(12, 9), (8, 5)])
+def test_init_cuts_the_zero_directions_of_ill_conditioned_starts_too(m, true_rank):
+    """QᵀΩ is nearly singular at times, and then the noise of X_0 points into range(A)."""
+
+    def live(key):
+        a, _ = nys.spectra.psd(key, m, jnp.geomspace(1.0, 0.5, true_rank))
+        x0 = nys.initializers.nystrom(jax.random.fold_in(key, 1), a, m)
+        step = nys.solvers.scaled_step(nys.problems.Symmetric(a))
+        return jnp.sum(jnp.any(step.init(x0).factors != 0, axis=0))
+
+    counts = jax.jit(jax.vmap(live))(jax.random.split(jax.random.key(0), 400))
+    np.testing.assert_array_equal(counts, true_rank)
+
+
 @pytest.mark.parametrize(("rank", "live"), [(R - 2, R - 2), (R, R), (R + 3, R)])
 def test_init_cuts_the_zero_directions_of_an_over_parametrized_start_only(rank, live):
     a, _ = psd()

@@ -35,8 +35,9 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
     """Checks the factors and, if `enabled`, cuts their numerical rank, once and for all.
 
     Under (26) and (35) the row space of the factors never changes: X_t = X̃_t Vᵀ with X̃_t an
-    iterate of full column rank. A direction is cut when its singular value in X_0 *and* its image
-    under A are both within √m·eps of the largest: then neither tells it from zero.
+    iterate of full column rank. A direction is cut when its singular value in X_0 is within √m·eps
+    of the largest *and* its image under A is within what rounding leaves there: then neither
+    tells it from zero.
 
     The decision is a constant to derivatives, and the frame V moves as the start does; see
     `linalg.moving_frame`.
@@ -55,7 +56,7 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
     # One Newton-Schulz step: LAPACK's V is orthogonal to several eps only, and XXᵀ shows it.
     v = vt.T @ (1.5 * jnp.eye(r, dtype=dtype) - 0.5 * vt @ vt.T)
     tol = linalg.default_rcond(max(problem.shape), dtype)
-    noise = singular <= tol * singular[0]
+    noise = below = singular <= tol * singular[0]
     indefinite = jnp.zeros((), bool)
     parts = jnp.split(u, [factors[0].shape[0]]) if len(factors) == 2 else [u]
     maps = [transpose_times, operator.matmul] if len(factors) == 2 else [operator.matmul]
@@ -64,7 +65,10 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
         directions = part / jnp.where(lengths > 0, lengths, 1)
         image = lax.stop_gradient(times(problem.a, directions))
         reach = norm(image, axis=0)
-        noise &= (reach <= tol * jnp.max(reach)) | (size == 0)
+        reach = reach / jnp.where(jnp.max(reach) > 0, jnp.max(reach), 1)
+        # Rounding turns the singular vectors of noise towards the i-th of X_0 by eps·σ_1/σ_i.
+        leak = jnp.sum(jnp.where(below, 0, singular[0] / jnp.where(below, 1, singular) * reach))
+        noise &= (reach <= tol * leak) | (size == 0)
         if len(factors) == 1:
             values, _ = eigh(directions.T @ image)
             indefinite = values[0] < -10 * tol * jnp.max(jnp.abs(values))
