@@ -37,7 +37,7 @@ Size = tuple[int, int, int]
 SIZES: dict[Regime, tuple[Size, ...]] = {
     "exact": ((M, 5, 5), (12, 1, 1), (12, 12, 12)),
     "under": ((M, 5, 8), (12, 1, 12)),
-    "over": ((M, 8, 5), (12, 12, 1), (12, 12, 2)),
+    "over": ((M, 8, 5), (12, 12, 1), (12, 12, 9)),
 }
 """(m, r, r_A) of each regime; the first also in float32."""
 RUNS = (
@@ -48,7 +48,7 @@ RUNS = (
 EVERYWHERE = {
     "exact": f"m = 60, r = r_A = 5, and in float64 m = 12, r = r_A = 1, 12; {RUNS}",
     "under": f"m = 60, r = 5, r_A = 8, and in float64 m = 12, r = 1, r_A = 12; {RUNS}",
-    "over": f"m = 60, r = 8, r_A = 5, and in float64 m = r = 12, r_A = 1, 2; {RUNS}",
+    "over": f"m = 60, r = 8, r_A = 5, and in float64 m = r = 12, r_A = 1, 9; {RUNS}",
 }
 """What the families of a regime run over."""
 
