@@ -224,7 +224,7 @@ def gradient_start_sensing_symmetric(literal: bool = False) -> Measured:
 def joint_deployment(init: str = "nora") -> Measured:
     """A.3: adapters that leave the base alone are deployed together."""
     model = nnx.Sequential(nnx.Linear(N, M, rngs=nnx.Rngs(0)))
-    layer = model.layers[0]
+    layer: Any = model.layers[0]
     kernel = np.array(layer.kernel[...])
     for i, start in enumerate(("lora", init)):
         key = common.key(88, i)
