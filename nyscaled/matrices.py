@@ -152,7 +152,7 @@ def transpose_times(a: Any, x: Array) -> Array:
     """Return Aᵀ @ x for a thin x, without a transposed copy of a dense A.
 
     XLA's CPU compiler copies A for `a.T @ x`, which takes longer than the product. Contracting the
-    rows of both reads A as it lies.
+    rows of both, with x first, reads A as it lies.
 
     Args:
         a: A (m, n): dense, sparse or an operator.
@@ -168,7 +168,8 @@ def transpose_times(a: Any, x: Array) -> Array:
     """
     if not isinstance(a, jax.Array):
         return a.T @ x
-    return lax.dot_general(x, a, (((0,), (0,)), ((), ()))).T
+    product = lax.dot_general(x, a, (((0,), (0,)), ((), ())))
+    return lax.optimization_barrier(product).T  # or XLA would turn it into (a.T @ x) again
 
 
 def _require_matrix(name: str, a: Any) -> None:

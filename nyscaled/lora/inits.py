@@ -124,10 +124,15 @@ def pissa(
     else:
         columns = min(rank + _OVERSAMPLING, *kernel.shape)
         omega = jax.random.normal(key, (kernel.shape[1], columns), _dtype(kernel))
+
+        def rows(basis: Array) -> Array:
+            """basisᵀ @ kernel; see `matrices.transpose_times` for the barrier."""
+            return jax.lax.optimization_barrier(_times(basis.T, kernel))
+
         basis = orthonormalize(_times(kernel, omega))
         for _ in range(niter):
-            basis = orthonormalize(_times(kernel, orthonormalize(_times(basis.T, kernel).T)))
-        u, s, vt = _leading(basis, _times(basis.T, kernel), rank)
+            basis = orthonormalize(_times(kernel, orthonormalize(rows(basis).T)))
+        u, s, vt = _leading(basis, rows(basis), rank)
     root = jnp.sqrt(s / scaling)
     return Start(u * root, root[:, None] * vt)
 
