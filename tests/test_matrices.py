@@ -297,6 +297,8 @@ def test_functions_of_dense_arrays_refuse_others_by_name(door):
     fn = DENSE_ONLY[door]
     a = dense(door)
     chex.assert_trees_all_close(fn(a), fn(jnp.asarray(a)))
+    if a.ndim == 2:
+        chex.assert_trees_all_close(fn(pandas.DataFrame(a)), fn(a))
     flat = a.reshape(len(a), -1)
     for given in (scipy.sparse.csr_array(flat), sparse.BCOO.fromdense(flat), Lineax(flat)):
         with pytest.raises(ValueError, match=f"is a {type(given).__name__}; expected a dense"):

@@ -15,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from nyscaled import validation
+from nyscaled.matrices import as_array
 from nyscaled.numerics import tree_norm
 from nyscaled.typing import as_partial
 
@@ -173,13 +174,15 @@ def _no_record(params: Params) -> None:
     return None
 
 
-def _check_start(params: Params) -> None:
+def _check_start(params: Params) -> Params:
+    params = jax.tree.map(lambda leaf: as_array("the start", leaf), params)
     validation.require_finite("the start", params)
     leaves = jax.tree.leaves(params)
     empty = any(jnp.size(x) == 0 for x in leaves)  # the step itself says what it wants instead
     known = validation.is_concrete(params) and not empty
     if known and not any(bool(jnp.any(x)) for x in leaves):
         raise ValueError("the start is zero in all factors, a saddle point; wanted a non-zero one")
+    return params
 
 
 def _finish(solution: Solution, cause: Any, throw: bool) -> Solution:
@@ -224,7 +227,7 @@ def run(
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
         raise ValueError(f"num_steps is {num_steps!r}; wanted an integer ≥ 0")
-    _check_start(params)
+    params = _check_start(params)
     recorder = as_partial(_no_record if record is None else record)
     return _finish(*_scan(step, params, num_steps, recorder), throw)
 
@@ -267,7 +270,7 @@ def run_until(
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
         raise ValueError(f"max_steps is {max_steps!r}; wanted an integer ≥ 0")
     validation.require_scalar("tol", tol, 0, float("inf"), open_low=False)
-    _check_start(params)
+    params = _check_start(params)
     solution, cause = _while(step, params, as_partial(measure), tol, max_steps)
     differentiable = jax.tree.map(_forward_only.bind, (solution.params, solution.history))
     solution = solution._replace(params=differentiable[0], history=differentiable[1])
