@@ -166,6 +166,10 @@ def test_long_texts_are_cut_where_the_settings_say(tmp_path):
         ({"split_special_tokens": "yes"}, "split_special_tokens is 'yes'; expected true or false"),
         ({"truncation_side": "both"}, "truncation_side is 'both'; wanted 'left' or 'right'"),
         (
+            {"tokenizer_class": "BertTokenizer", "cls_token": ""},
+            "refuses what the settings ask for",
+        ),
+        (
             {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": 1},
             "add_prefix_space is 1; expected true or false",
         ),

@@ -129,9 +129,12 @@ def _plain(value: Any) -> Any:
     """The value in JSON's types: other objects have methods, and templates come from anywhere."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind, base in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
-        if isinstance(value, kind):  # of a subclass, as enums are
-            return base(value)
+    if isinstance(value, str):  # of a subclass, as enums are
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, Mapping):
         return {_plain(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -141,6 +144,7 @@ def _plain(value: Any) -> Any:
         return _plain(value.item())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if callable(getattr(value, "model_dump", None)):  # pydantic
-        return _plain(value.model_dump())
+    dump = None if isinstance(value, type) else getattr(value, "model_dump", None)
+    if callable(dump):  # pydantic
+        return _plain(dump())
     return f"<{type(value).__name__}>"

@@ -67,7 +67,9 @@ def _open(folder: Path) -> Tokenizer | None:
     try:
         settings |= _templates(folder, settings)
         if FILE in there:
-            inner, settings = completed(_of_json(folder / FILE), settings, folder)
+            inner = _of_json(folder / FILE)
+            with soundness.refusing("the package tokenizers refuses what the settings ask for"):
+                inner, settings = completed(inner, settings, folder)
         else:
             settings = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END) | settings
             inner = _of_merges(folder, settings)
