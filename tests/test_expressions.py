@@ -59,12 +59,12 @@ def test_any_expression_matches_as_in_re(pattern, name):
 
 
 def test_steps_are_bounded_and_shared():
-    budget = Budget(20_000)
-    many = [Expression(f"(.*.*)*[{i}]", budget=budget) for i in range(50)]
+    budget = Budget(10_000)
+    many = [Expression(f"(.*.*)*[{i}]", budget=budget) for i in range(20)]
     with pytest.raises(ValueError, match="too long to match"):
         assert not any(expression.fullmatch("a" * 100 + "b") for expression in many)
-    # A pattern for each module of a large model is well within.
-    names = [f"model.layers.{i}.self_attn.{m}_proj" for i in range(80) for m in "qkvo"]
+    # A pattern for each module of a model is well within; checks of types take most of the time here.
+    names = [f"model.layers.{i}.self_attn.{m}_proj" for i in range(10) for m in "qkvo"]
     budget = Budget()
     exact = [Expression(f"^{re.escape(name)}", r"(.*\.)?({})$", budget) for name in names]
     assert sum(e.match(name) for e in exact for name in names) == len(names)
