@@ -113,3 +113,21 @@ def test_a_zero_factor_scales_nothing_and_a_deficient_one_has_the_scalar_form():
 def test_negative_warmup_raises():
     with pytest.raises(ValueError, match="warmup is -1"):
         nys.reflora(optax.sgd(1.0), warmup=-1)
+
+
+def test_default_warmup_passes_a_hundred_gradients_through():
+    params = nys.Factors(3 * normal(1, (M, R)), normal(2, (N, R)))
+    grads = nys.Factors(normal(3, (M, R)), normal(4, (N, R)))
+    tx = nys.reflora(optax.sgd(1.0))
+
+    @jax.jit
+    def after(count):
+        state = tx.init(params)
+        step = lambda _, state: tx.update(grads, state, params)[1]  # noqa: E731
+        return tx.update(grads, jax.lax.fori_loop(0, count, step, state), params)[0]
+
+    raw = jax.tree.map(jnp.negative, grads)
+    chex.assert_trees_all_equal(after(99), raw)
+    wanted = jax.tree.map(jnp.negative, scaled(params, grads))
+    chex.assert_trees_all_close(after(100), wanted, rtol=1e-4, atol=1e-5)
+    assert jnp.linalg.norm(wanted.left - raw.left) > 0.1 * jnp.linalg.norm(raw.left)

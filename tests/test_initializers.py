@@ -150,3 +150,10 @@ def test_smallest_singular_value_meets_lemma_1():
     tau = 0.1
     bound = 0.5 * tau * (np.sqrt(R) - np.sqrt(R - 2)) * 0.2
     assert np.mean(smallest >= bound) > 0.95
+
+
+def test_columns_of_the_nystrom_approximation_fall_in_its_basis():
+    a, _ = psd()
+    basis, _ = np.linalg.qr(initializers.nystrom(KEY, a, R))
+    lengths = np.linalg.norm(basis.T @ initializers.nystrom_approximation(KEY, a, R), axis=0)
+    assert np.all(lengths[1:] < lengths[:-1])

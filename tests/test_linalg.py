@@ -9,6 +9,7 @@ from cases import FORMS, KEY, M, N, R, conditioned, exact_residual, normal, oper
 from hypothesis import given
 from hypothesis import strategies as st
 
+import nyscaled as nys
 from nyscaled import linalg
 
 EPS = float(np.finfo(np.float32).eps)
@@ -157,6 +158,13 @@ def test_spectral_norm_is_a_tight_lower_bound():
     found = float(linalg.spectral_norm(a))
     assert 0.99 * exact <= found <= exact * (1 + 1e-5)
     assert float(linalg.spectral_norm(a, KEY, num_steps=1)) < found * (1 - 1e-3)
+
+
+def test_spectral_norm_of_close_singular_values_is_within_a_percent():
+    singular = 0.97 ** np.arange(40)
+    a = nys.spectra.rectangular(jax.random.key(0), M, 40, singular)[0]
+    for seed in range(3):
+        assert 0.99 <= float(linalg.spectral_norm(a, jax.random.key(seed))) <= 1 + 1e-5
 
 
 def test_operator_multiplies_from_both_sides_and_transposes_back():

@@ -155,6 +155,21 @@ def test_nan_in_the_measure_ends_the_loop_as_non_finite():
     assert (solution.status, int(solution.num_steps)) == (Status.NON_FINITE, 0)
 
 
+def test_run_until_has_forward_mode_and_says_that_it_has_no_reverse_mode():
+    a, _ = psd()
+    problem = nys.problems.Symmetric(a)
+    step = nys.solvers.scaled_step(problem, 0.5)
+    x0 = nys.initializers.nystrom(jax.random.key(1), a, R)
+
+    def error(scale):
+        return nys.solvers.run_until(step, scale * x0, problem.residual, 1e-1).history
+
+    assert abs(jax.jacfwd(error)(1.0)) > 0
+    for gradient in (jax.grad(error), jax.jit(jax.grad(error))):
+        with pytest.raises(ValueError, match="run_until has no reverse-mode derivative"):
+            gradient(1.0)
+
+
 def test_status_is_an_array_under_vmap_and_one_failure_does_not_raise():
     a, _ = psd()
     starts = jnp.stack([nys.initializers.nystrom(jax.random.key(1), a, R), jnp.full((M, R), 1e30)])

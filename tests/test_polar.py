@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FORMS, SPECTRUM, M, R, conditioned, normal, psd, rectangular
+from cases import FORMS, SPECTRUM, M, R, conditioned, exact_residual, normal, psd, rectangular
 
 import nyscaled as nys
 
@@ -159,3 +159,16 @@ def test_indefinite_matrix_ends_diverged(method):
     assert solution.status in (nys.solvers.Status.DIVERGED, nys.solvers.Status.NON_FINITE)
     with pytest.raises(ValueError, match=r"positive semidefinite|NaN"):
         solve(method, a, normal(1, (M, R)))
+
+
+@pytest.mark.parametrize("method", ["byers_xu", "qdwh"])
+def test_eigenvalues_that_rounding_makes_negative_leave_bounds_and_the_run_sound(method):
+    a, basis = psd(1, np.geomspace(1, 1e-9, 12))
+    step = METHODS[method](nys.problems.Symmetric(a))
+    for seed in range(3):
+        # Columns of length 1: none is cut, and their form has κ(A).
+        start = basis @ jax.random.orthogonal(jax.random.key(seed), 12)
+        state = step.init(start)
+        assert 1 < float(state.high / state.low) < 1e4
+        solution = solve(method, a, start, 12)
+        assert exact_residual(solution.params, a) < 1e-5

@@ -168,3 +168,21 @@ def test_nora_plus_names_an_orphan_and_wants_positive_damping():
         nys.nora_plus(optax.sgd(1.0)).init({"q": {"lora_a": jnp.ones((4, 2))}})
     with pytest.raises(ValueError, match="damping"):
         nys.nora_plus(optax.sgd(1.0), damping=0.0)
+
+
+def test_default_dampings_are_those_of_the_papers():
+    # Columns so small that the damping decides.
+    x, y = 1e-3 * normal(1, (M, R)), 1e-3 * normal(2, (N, R))
+    gx, gy = normal(3, (M, R)), normal(4, (N, R))
+    params, grads = nys.Factors(x, y), nys.Factors(gx, gy)
+    tx = nys.nora_plus(optax.sgd(1.0))
+    _, state = tx.update(grads, tx.init(params), params)
+    found, _ = tx.update(grads, state, params)
+    gram_y, gram_x = inverse_gram(y, 1e-6), inverse_gram(x, 1e-6)
+    wanted = nys.Factors(
+        -gx @ gram_y / np.linalg.norm(gram_y), -gy @ gram_x / np.linalg.norm(gram_x)
+    )
+    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-5)
+    found = updates(nys.lora_p(optax.sgd(1.0)), grads, nys.Factors(30 * x, 30 * y))
+    wanted = nys.Factors(-gx @ inverse_gram(30 * y, 1e-2), -gy @ inverse_gram(30 * x, 1e-2))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-4)
