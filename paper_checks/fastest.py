@@ -247,7 +247,7 @@ def textbook_qdwh(a: Any, x: Any, low: Any, steps: int, rank: int) -> Any:
 
 @claim(
     "E5-floor",
-    "float32: scaled Newton and QDWH end at 1e-6 whatever κ, as ScaledGD does (E4)",
+    "float32: scaled Newton and QDWH end below 5e-6 for each κ, as ScaledGD does (E4)",
     source="ours",
     hypotheses="the problems of E4: m = 200, r = r_A = 20, σ_20 = 1/κ, κ = 1e2 … 1e5, X_8",
     removes="A X(XᵀX)⁻¹ in QDWH's step",
@@ -275,7 +275,7 @@ def floor(on_x_alone: bool = False) -> Measured:
         5e-6,
         detail="‖X_8X_8ᵀ − A‖_F, largest",
         rounding=True,
-        at_least=5e-5,
+        at_least=3e-4,
     )
 
 
@@ -301,8 +301,11 @@ def direct_factor(ranks: tuple[int, ...] = (6, 9)) -> Measured:
         for _ in range(10):
             omega = rng.standard_normal((common.M, 6))
             image = np.asarray(a) @ omega
-            x = np.linalg.solve(np.linalg.cholesky(omega.T @ image), image.T).T
-            plain.append(frobenius(x @ x.T - np.asarray(a)))
+            try:
+                x = np.linalg.solve(np.linalg.cholesky(omega.T @ image), image.T).T
+                plain.append(frobenius(x @ x.T - np.asarray(a)))
+            except np.linalg.LinAlgError:  # indefinite by rounding, on some processors
+                plain.append(np.inf)
     facts = {"textbook form, r = r_A": Limit(float(np.max(plain)), 1e-13, "≥")}
     detail = "‖XXᵀ − A‖_F, largest"
     return Measured(float(max(gaps)), 3e-14, detail=detail, facts=facts, rounding=True)
