@@ -67,8 +67,9 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
         reach = norm(image, axis=0)
         reach = reach / jnp.where(jnp.max(reach) > 0, jnp.max(reach), 1)
         # Rounding turns the singular vectors of noise towards the i-th of X_0 by eps·σ_1/σ_i.
-        leak = jnp.sum(jnp.where(below, 0, singular[0] / jnp.where(below, 1, singular) * reach))
-        noise &= (reach <= tol * leak) | (size == 0)
+        leak = jnp.where(below, 0, singular[0] / jnp.where(below, 1, singular) * reach)
+        limit = tol + float(jnp.finfo(dtype).eps) * norm(leak)
+        noise &= (reach <= limit) | (size == 0)
         if len(factors) == 1:
             values, _ = eigh(directions.T @ image)
             indefinite = values[0] < -10 * tol * jnp.max(jnp.abs(values))
