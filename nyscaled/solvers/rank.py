@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from nyscaled import linalg
-from nyscaled.lapack import eigh, svd
+from nyscaled.lapack import eigh, qr, svd
 from nyscaled.matrices import transpose_times
 from nyscaled.numerics import norm
 from nyscaled.typing import Factors
@@ -36,8 +36,8 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
 
     Under (26) and (35) the row space of the factors never changes: X_t = X̃_t Vᵀ with X̃_t an
     iterate of full column rank. A direction is cut when its singular value in X_0 is within √m·eps
-    of the largest *and* its image under A is within what rounding leaves there: then neither
-    tells it from zero.
+    of the largest *and* so is its image under A, less what lies in the images of directions
+    before it: then neither tells it from zero.
 
     The decision is a constant to derivatives, and the frame V moves as the start does; see
     `linalg.moving_frame`.
@@ -56,7 +56,7 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
     # One Newton-Schulz step: LAPACK's V is orthogonal to several eps only, and XXᵀ shows it.
     v = vt.T @ (1.5 * jnp.eye(r, dtype=dtype) - 0.5 * vt @ vt.T)
     tol = linalg.default_rcond(max(problem.shape), dtype)
-    noise = below = singular <= tol * singular[0]
+    noise = singular <= tol * singular[0]
     indefinite = jnp.zeros((), bool)
     parts = jnp.split(u, [factors[0].shape[0]]) if len(factors) == 2 else [u]
     maps = [transpose_times, operator.matmul] if len(factors) == 2 else [operator.matmul]
@@ -64,12 +64,10 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
         lengths = norm(part, axis=0)
         directions = part / jnp.where(lengths > 0, lengths, 1)
         image = lax.stop_gradient(times(problem.a, directions))
-        reach = norm(image, axis=0)
-        reach = reach / jnp.where(jnp.max(reach) > 0, jnp.max(reach), 1)
-        # Rounding turns the singular vectors of noise towards the i-th of X_0 by eps·σ_1/σ_i.
-        leak = jnp.where(below, 0, singular[0] / jnp.where(below, 1, singular) * reach)
-        limit = tol + float(jnp.finfo(dtype).eps) * norm(leak)
-        noise &= (reach <= limit) | (size == 0)
+        # Rounding turns directions of noise towards those of larger singular values, and they have a
+        # part of the images of those. What else they have is their own.
+        own = jnp.abs(jnp.diagonal(qr(_tall(image))[1]))
+        noise &= (own <= tol * jnp.max(own, initial=0)) | (size == 0)
         if len(factors) == 1:
             values, _ = eigh(directions.T @ image)
             indefinite = values[0] < -10 * tol * jnp.max(jnp.abs(values))
@@ -80,3 +78,8 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
     rotation = jnp.where(cut, v, jnp.eye(r, dtype=dtype))
     rotated = tuple(jnp.where(cut, jnp.where(noise, 0, f @ v), f) for f in factors)
     return Cut(Factors(*rotated) if len(factors) == 2 else rotated[0], rotation, indefinite)
+
+
+def _tall(x: Float[Array, "m n"]) -> Float[Array, "k n"]:
+    """X with rows of zeros below, as many as make it at least square."""
+    return jnp.pad(x, ((0, max(0, x.shape[1] - x.shape[0])), (0, 0)))
