@@ -229,7 +229,8 @@ def run(
         raise ValueError(f"num_steps is {num_steps!r}; wanted an integer ≥ 0")
     params = _check_start(params)
     recorder = as_partial(_no_record if record is None else record)
-    return _finish(*_scan(step, params, num_steps, recorder), throw)
+    solution, cause = _scan(step, params, num_steps, recorder)
+    return _finish(solution, cause, throw)
 
 
 def run_until(
