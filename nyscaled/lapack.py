@@ -62,8 +62,9 @@ _inverse_alone = _one_at_a_time(jnp.linalg.inv)
 
 
 def _reciprocal(x: Array) -> Array:
-    """1/x, and 0 of 0: what a derivative divides by is 0 where it does not depend on the result."""
-    return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
+    """1/x, and 0 of what is far below the rounding of a matrix of size 1: the result lacks it."""
+    small = jnp.abs(x) <= float(jnp.finfo(x.dtype).eps) ** 4
+    return jnp.where(small, 0, 1 / jnp.where(small, 1, x))
 
 
 @jax.custom_jvp

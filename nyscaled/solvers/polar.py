@@ -178,8 +178,9 @@ def scaled_newton_step(problem: Symmetric, scaling: Scaling = "byers_xu") -> Sca
     measured weight carries the rounding of A's least eigenvalue, eps·κ(A); from about
     κ(A) = 1e-4/eps on that may cost "optimal" and "frobenius" a few steps, and "byers_xu" none.
 
-    Over-parametrized starts are cut once, as in `scaled_step`. Under-parametrized, S belongs to the
-    compression of A to range(X), and after the first steps this is (2) at η = 1/2: it goes on to the
+    Over-parametrized starts are cut once, as in `scaled_step`; through their runs a measured weight
+    has no reverse-mode derivative (it is NaN). Under-parametrized, S belongs to the compression of A
+    to range(X), and after the first steps this is (2) at η = 1/2: it goes on to the
     global optimum at the rate `dynamics.subspace_rate(spectrum, r, 1/2)`. What a start has outside
     range(A) is halved in each step, as there.
 

@@ -38,7 +38,7 @@ CASES = {
     "scaled": symmetric(lambda p, eta: solvers.scaled_step(p, eta)),
     "pair": pair(lambda p, eta: solvers.scaled_step(p, eta)),
     "damped": symmetric(lambda p, eta: solvers.scaled_step(p, eta, damping=0.1)),
-    "newton": symmetric(lambda p, eta: solvers.scaled_newton_step(p, "optimal")),
+    "newton": symmetric(lambda p, eta: solvers.scaled_newton_step(p)),
     "qdwh": symmetric(lambda p, eta: solvers.qdwh_step(p), 2),
     "pseudo_inverse": symmetric(
         lambda p, eta: solvers.gradient_step(p, nys.scaled_gd(0.4, pseudo_inverse=True))
