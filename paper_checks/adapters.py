@@ -201,7 +201,7 @@ def gradient_start_sensing(first_row: float = 1.0) -> Measured:
 @claim(
     "a4-sensing-symmetric",
     "Without A: one gradient near 0, X_0 = −∇f(δΩ)/δ, is MΩ up to √((m+1)/2p)‖M‖_F‖Ω‖_F for symmetric sensing",
-    hypotheses="as a4-sensing, M positive semidefinite; ‖δΩ‖_F = √eps",
+    hypotheses="as a4-sensing, M positive semidefinite; the limit is one forward-mode derivative",
     removes="δ → 0",
     instead="A.4's −∇f(Ω) + ΩΩᵀΩ at ξ = 1, with the error ((𝒜*𝒜 − I)(ΩΩᵀ))Ω",
     source="ours",

@@ -30,6 +30,15 @@ def operator(a):
 FORMS = {"dense": lambda a: a, "bcoo": BCOO.fromdense, "operator": operator}
 
 
+def one_each(names, kinds):
+    """Pairs of a name and a kind as cases of a contract; all but the first of each name are long."""
+    return [
+        pytest.param(name, kind, marks=[pytest.mark.long] if i else [])
+        for name in names
+        for i, kind in enumerate(kinds[name])
+    ]
+
+
 def psd(seed=0, spectrum=SPECTRUM, m=M):
     """A (m, m) PSD and its eigenvectors."""
     return nys.spectra.psd(jax.random.key(seed), m, spectrum)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import normal
+from cases import normal, one_each
 
 import nyscaled as nys
 
@@ -34,20 +34,17 @@ PARAMS = {
     "gemma": lambda: {"lora": {"a": normal(1, (3, 3, 2)), "b": normal(2, (2, 7))}},
 }
 # One list of pairs for each wrapper: what compiles is most of the time of this file.
-FIRST = ("single", "factors", "lora", "stacked", "bf16")
 KINDS = {
-    "exact": PARAMS,
-    "pseudo_inverse": FIRST,
-    "damped_alias": FIRST,
+    "exact": ("factors", "single", "lora", "stacked", "bf16", "qwix", "gemma"),
+    "pseudo_inverse": ("stacked", "single", "factors", "lora", "bf16"),
+    "damped_alias": ("single", "factors", "lora", "stacked", "bf16"),
     "nora_plus": ("lora", "bf16"),
     "lora_p": ("qwix",),
     "reflora_s": ("gemma",),
     "reflora": ("bf16", "qwix"),
     "precgd": ("single", "bf16"),
 }
-every_case = pytest.mark.parametrize(
-    ("name", "kind"), [(name, kind) for name in TRANSFORMS for kind in KINDS[name]]
-)
+every_case = pytest.mark.parametrize(("name", "kind"), one_each(TRANSFORMS, KINDS))
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
 

@@ -126,7 +126,13 @@ def test_step_is_a_triple_of_pure_functions_that_run_agrees_with(kind, name):
     assert not np.allclose(jax.tree.leaves(rows[0])[0], jax.tree.leaves(rows[-1])[0])
 
 
-@pytest.mark.parametrize(("kind", "name"), STEPS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=[] if name == "scaled" else [pytest.mark.long])
+        for kind, name in STEPS
+    ],
+)
 def test_steps_are_batched_over_matrices_and_starts_by_vmap(kind, name):
     build = (SYMMETRIC_STEPS if kind == "symmetric" else ASYMMETRIC_STEPS)[name]
     problem = instance(kind, 0)[1]
