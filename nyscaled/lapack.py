@@ -50,7 +50,8 @@ def _svd_alone(x: Array) -> tuple[Array, Array, Array]:
 
 @_one_at_a_time
 def _eigh_alone(a: Array) -> tuple[Array, Array]:
-    return tuple(jnp.linalg.eigh(a, symmetrize_input=False))
+    values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
+    return values, vectors
 
 
 @_one_at_a_time

@@ -192,7 +192,7 @@ def equation_23(top: float = 1.0) -> Measured:
 )
 def lemma_5(top: float = 1.0) -> Measured:
     """Lemma 5 with the constant that (21) to (23) give, for the X* of the paper."""
-    ratios, facts = [], {}
+    ratios, facts, distance = [], {}, np.zeros(0)
     for rank, true_rank in SIZES:
         phi, spectra = limits(rank, true_rank)
         distance = fixed_distance(top**0.5 * phi, top * spectra)  # (2) commutes with the scale

@@ -52,7 +52,7 @@ def weak_curves(a: Any, basis: Any, spectrum: Any, x0: Any, eta: Any, steps: int
         return nys.solvers.run(step, x, steps, record).history
 
     if callable(eta):
-        return jax.vmap(lambda *arrays: one(*arrays, eta))(a, basis, spectrum, x0)
+        return jax.vmap(functools.partial(one, eta=eta))(a, basis, spectrum, x0)
     return jax.vmap(one)(a, basis, spectrum, x0, eta)
 
 

@@ -1,6 +1,7 @@
 """Shape and type checks over the whole package, and a hypothesis profile that repeats itself."""
 
 import atexit
+import collections
 import os
 import shutil
 import tempfile
@@ -38,6 +39,19 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     collect_ignore.append("multidevice")
 
 MAPS = Path("/proc/self/maps")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as long what `long_beyond(n)` says: the cases of a test after its first n."""
+    seen = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("long_beyond")
+        if mark and not item.get_closest_marker("long"):
+            name = item.nodeid.partition("[")[0]
+            seen[name] += 1
+            if seen[name] > mark.args[0]:
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(autouse=True, scope="module")

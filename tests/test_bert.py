@@ -200,6 +200,7 @@ def trained(tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.long
 def test_a_trained_head_goes_with_its_adapter(trained):
     model, folder = trained
     inputs, _ = expected("bert_encoder")

@@ -29,6 +29,7 @@ def both(point):
     return point if isinstance(point, nys.Factors) else (point, point)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_loss_and_gradient_follow_their_definitions(kind):
     problem, truth, point = case(kind)
@@ -67,6 +68,7 @@ def test_no_matrix_of_all_entries_is_formed():
     assert memory.temp_size_in_bytes < 0.05 * m * m * 4
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_scaled_gd_fills_in_what_was_not_seen(kind):
     problem, truth, _ = case(kind, probability=0.7)
@@ -93,6 +95,7 @@ def test_precgd_fills_in_with_too_many_columns_all_but_unseen_submatrices():
     assert error[free].max() > 10 * error[~free].max()
 
 
+@pytest.mark.long
 def test_masks_of_equal_size_in_a_batch():
     truth = normal(1, (M, R)) / M**0.5
 

@@ -156,12 +156,14 @@ def test_second_update_of_equal_shapes_does_not_compile(tx, params):
     assert len(traces) == 1
 
 
+@pytest.mark.long_beyond(3)
 @every_case
 def test_chain_applies_the_next_transform_to_the_preconditioned_gradient(tx, params):
     found = one_update(optax.chain(tx, optax.scale(-0.25)), params)
     assert_close(found, jax.tree.map(lambda u: -0.25 * u, one_update(tx, params)))
 
 
+@pytest.mark.long_beyond(3)
 @every_case
 def test_multi_steps_applies_the_update_of_the_mean_gradient(tx, params):
     first, second = gradients(params, 1), gradients(params, 2)
@@ -175,6 +177,7 @@ def test_multi_steps_applies_the_update_of_the_mean_gradient(tx, params):
     assert_close(found, one_update(tx, params, mean))
 
 
+@pytest.mark.long_beyond(3)
 @every_case
 def test_partition_and_masked_leave_other_leaves_to_others(tx, params):
     tree = {"factor": params, "bias": jnp.ones(3)}
@@ -227,6 +230,7 @@ def test_masking_the_partner_away_makes_an_orphan(tx):
         masked.init({"lora_a": normal(0, (9, 2)), "lora_b": normal(1, (2, 7))})
 
 
+@pytest.mark.long_beyond(3)
 @every_transform
 def test_stacked_factors_are_preconditioned_layer_by_layer(tx):
     params = PARAMS["stacked"]()
@@ -238,6 +242,7 @@ def test_stacked_factors_are_preconditioned_layer_by_layer(tx):
     assert_close(one_update(tx, params, grads), jax.tree.map(lambda *x: jnp.stack(x), *layers))
 
 
+@pytest.mark.long_beyond(2)
 @every_transform
 def test_groups_do_not_see_each_other(tx):
     params = {"one": PARAMS["lora"](), "two": PARAMS["factors"](), "three": PARAMS["single"]()}
@@ -264,6 +269,7 @@ def test_map_params_works_with_a_spec_of_ones_own(kind):
     chex.assert_trees_all_equal(mapped[1].trace, jax.tree.map(jnp.ones_like, params))
 
 
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize("kind", PARAMS)
 def test_injected_hyperparameters_act_and_can_be_changed(params):
     injected = optax.inject_hyperparams(nys.scaled_gd)(learning_rate=0.5, damping=0.1)

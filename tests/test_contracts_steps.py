@@ -67,6 +67,7 @@ def test_initializer_is_linear_in_its_scale(name):
     chex.assert_trees_all_close(start(jax.random.key(1), 0.01), wanted, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long_beyond(4)
 @pytest.mark.parametrize("name", INITIALIZERS)
 def test_initializer_under_jit_and_vmap_agrees_with_itself(name):
     start = INITIALIZERS[name]
@@ -106,6 +107,7 @@ def instance(kind, seed):
     return rectangular(seed)[0], nys.problems.Asymmetric, start
 
 
+@pytest.mark.long_beyond(5)
 @pytest.mark.parametrize(("kind", "name"), STEPS)
 def test_step_is_a_triple_of_pure_functions_that_run_agrees_with(kind, name):
     a, problem, start = instance(kind, 0)

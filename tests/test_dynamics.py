@@ -24,6 +24,7 @@ def core(seed):
     return jnp.asarray(conditioned(seed, R, R, 5.0, np.float32))
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("rank", [R - 2, R, R + 3])
 def test_reduced_iterates_are_the_full_ones_in_the_basis(rank):
     a, basis = psd()
@@ -126,6 +127,7 @@ def test_scalar_step_is_quadratic_at_one_half_and_linear_elsewhere():
     assert dynamics.scalar_step(4.0, 1.0) == 0.25  # a two-cycle
 
 
+@pytest.mark.long
 @given(seeds, rates)
 def test_product_of_an_asymmetric_run_is_a_multiple_of_the_matrix(seed, rate):
     a, _, _ = rectangular()
@@ -157,6 +159,7 @@ def test_reduced_steps_are_batched_by_vmap(step):
     )
 
 
+@pytest.mark.long
 def test_nystrom_iterates_never_leave_the_range():
     a, basis = psd()
     x = nys.initializers.nystrom(jax.random.key(1), a, R)

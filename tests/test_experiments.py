@@ -290,6 +290,7 @@ def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monk
         _matrix.load(tmp_path / "long.mtx.gz")
 
 
+@pytest.mark.long
 def test_own_matrix(tmp_path):
     """Its name is in the title, and is no formula."""
     path = tmp_path / r"$\q$.npy"

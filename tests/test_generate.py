@@ -46,6 +46,7 @@ def piecewise(graphdef, state, tokens, mask):
     return logits, cache
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_with_a_cache_are_those_of_the_whole(name):
     """The padding of two rows ends within a piece, and one piece of a row is all padding."""
@@ -135,6 +136,7 @@ def test_one_program_a_bucket():
     assert _generate._cache_size() == before
 
 
+@pytest.mark.long
 def test_adapters_remat_and_narrow_dtypes():
     tokens, mask = prompts()
     options = {"compute_dtype": jnp.bfloat16, "remat": True}

@@ -37,6 +37,7 @@ def test_check_sees_a_batch():
     assert (len(batched), count) == (1, 1)
 
 
+@pytest.mark.long_beyond(15)
 @pytest.mark.parametrize("name", CASES)
 def test_no_program_of_a_batch_of_problems_calls_lapack_for_a_batch(name):
     batched, _ = batched_calls(jax.vmap(CASES[name]), ROOTS)
@@ -70,6 +71,7 @@ def test_nor_do_other_functions(name):
     assert not batched
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", ["scaled_over", "pair", "qdwh", "gradient_pseudo"])
 def test_nor_do_gradients(name):
     def loss(root):

@@ -134,6 +134,7 @@ def test_the_cut_is_relative_to_the_largest_singular_value():
     assert int(linalg.compress(x * jnp.array([1.0, 1.0, 1.0, 1e-4]), rcond=1e-2).rank) == R - 1
 
 
+@pytest.mark.long_beyond(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("m", "n"), [(M, N), (512, 30), (513, 30), (30, 1100)])
 def test_squared_residual_counts_every_entry_once(form, m, n):

@@ -136,6 +136,7 @@ def unscaled(base_rank):
     return plain, a, x
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tx", [optax.sgd(0.5), nys.nora_plus(optax.sgd(0.05))], ids=["gd", "nora"])
 def test_training_the_layer_is_the_gradient_step_of_problem_4(tx):
     model, a, x = unscaled(BASE_RANK)

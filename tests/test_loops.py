@@ -109,6 +109,7 @@ def test_staircase_lowers_the_step_size_level_by_level():
     )
 
 
+@pytest.mark.long
 def test_a_small_constant_step_size_comes_closer_to_weak_optimality():
     spectrum = jnp.array([1.0, 0.8, 0.6, 0.4, 0.2, 0.1])
     a, basis = psd(3, spectrum)
@@ -180,6 +181,7 @@ def test_status_is_an_array_under_vmap_and_one_failure_does_not_raise():
     assert status[1] in (Status.DIVERGED, Status.NON_FINITE)
 
 
+@pytest.mark.long
 def test_run_until_under_vmap_stops_each_member_at_its_own_count():
     a, _ = psd()
     problem = nys.problems.Symmetric(a)

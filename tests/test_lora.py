@@ -30,6 +30,7 @@ def identical(model, base):
     return all(np.array_equal(v, base[p]) for p, v in base_of(model).items())
 
 
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize("init", KERNEL_INITS)
 def test_output_at_step_0_is_the_bases_to_the_last_bit_and_no_init_touches_the_base(init):
     model, base = net(), base_of(net())
@@ -102,6 +103,7 @@ def test_layers_of_a_stack_start_apart():
     assert not jnp.allclose(a[0], a[1])
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize(
     ("equation", "kernel", "x", "a", "b"),
     [
@@ -273,6 +275,7 @@ def test_dropout_is_of_the_trained_factors_input_and_not_of_the_subtracted_start
     np.testing.assert_allclose(model(x), wanted, atol=1e-5)
 
 
+@pytest.mark.long
 def test_adapters_have_a_dtype_of_their_own_over_a_bfloat16_base():
     model = net(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     wanted = call(model)
@@ -301,6 +304,7 @@ def test_apply_can_be_traced_so_that_large_models_need_not_exist():
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, nnx.state(model, nnx.LoRAParam))
 
 
+@pytest.mark.long
 def test_split_once_and_plain_jit_agree_with_nnx():
     model = net()
     apply(model)
@@ -405,6 +409,7 @@ def test_rows_want_the_batch_in_front():
     assert model.layers[0].adapters["default"].gate.shape == ()
 
 
+@pytest.mark.long
 def test_merging_twice_and_unmerging_what_is_not_merged():
     model = net()
     apply(model)

@@ -26,6 +26,7 @@ def product(start, scaling):
     return scaling * start.a @ start.b
 
 
+@pytest.mark.long_beyond(6)
 @pytest.mark.parametrize("name", KERNEL_INITS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_starts_have_their_shapes_in_float32_and_are_functions_of_the_key(name, dtype):
@@ -126,6 +127,7 @@ def started(init, first="pissa", **options):
     return model
 
 
+@pytest.mark.long
 def test_nora_grad_is_the_gradient_times_a_sketch():
     model = started("nora_grad", scale=0.5)
     for path, layer in (("up", model.blocks[0].up), ("query", model.blocks[0].query)):
@@ -141,6 +143,7 @@ def test_nora_grad_is_the_gradient_times_a_sketch():
     )
 
 
+@pytest.mark.long
 def test_lora_one_is_the_leading_part_of_the_negative_gradient():
     model = started("lora_one", gamma=4.0, niter=6)
     g = gradient_of(("blocks", 0, "up"))
@@ -275,6 +278,7 @@ class Stacked(nn.Module):
         return scanned(name="layers")(x, None)[0]
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("qtype", [None, "int8"])
 def test_linen_with_qwix_stacked(qtype):
     model = qwix.apply_lora_to_model(Stacked(), provider(qtype))

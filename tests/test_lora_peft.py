@@ -90,6 +90,7 @@ def key_of(module, side="A"):
     return f"base_model.model.{module}.lora_{side}.weight"
 
 
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize(
     ("init", "rank_stabilized"),
     [*((init, False) for init in nys.lora.KERNEL_INITS), ("lora", True), ("pissa", True)],

@@ -45,6 +45,7 @@ def expected(updates, rank_stabilized):
     return model(X)
 
 
+@pytest.mark.long_beyond(4)
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 @pytest.mark.parametrize("updates", CASES.values(), ids=CASES.keys())
 def test_some_layers_and_ranks_of_their_own(updates, rank_stabilized, tmp_path):
@@ -74,6 +75,7 @@ def test_layers_of_one_rank_and_scaling_keep_their_bits(tmp_path):
     np.testing.assert_array_equal(adapter.lora_b[...][1], updates["layers.1.up"].up.T)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("tx", ["adam", "nora_plus"])
 def test_what_was_filled_up_with_zeros_does_not_train(tx, tmp_path):
     import optax

@@ -43,6 +43,7 @@ def again(folder, name):
     return model
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("init", ["lora", "olora"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_heads_and_embeddings_are_adapted(name, init, tmp_path):
@@ -94,6 +95,7 @@ def test_an_adapted_embedding_leaves_the_tied_head_and_is_not_merged(name, tmp_p
     np.testing.assert_allclose(call(model, tokens, mask)[mask], wanted[mask], atol=1e-5)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", DECODERS)
 def test_layers_of_any_kind_are_saved_whole(name, tmp_path):
     model, (tokens, mask, _) = load(name), expected(name)

@@ -47,6 +47,7 @@ def test_a_product_of_default_precision_is_seen():
         assert_full_precision(jnp.matmul, a.T, a)
 
 
+@pytest.mark.long_beyond(6)
 @pytest.mark.parametrize(("kind", "name"), steps.STEPS)
 def test_steps(kind, name):
     a, problem, start = steps.instance(kind, 0)
@@ -89,6 +90,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("name", MEASURED)
 def test_problems_of_measurements(name):
     problem, point = MEASURED[name]()
@@ -101,6 +103,7 @@ def test_problems_of_measurements(name):
     assert_full_precision(lambda p: nys.initializers.spectral(p, 2), problem, some=False)
 
 
+@pytest.mark.long_beyond(8)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, kind) for name in test_contracts.TRANSFORMS for kind in test_contracts.KINDS[name]],
@@ -115,6 +118,7 @@ def test_transforms(name, kind):
     assert_full_precision(two_updates, test_contracts.gradients(params), params, some=False)
 
 
+@pytest.mark.long_beyond(6)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", KERNEL_INITS)
 def test_starts_of_adapters(name, dtype):
@@ -164,6 +168,7 @@ def test_adapters_are_in_full_precision_beside_layers_of_the_default_precision()
     assert len(found) == 3 * len(default)
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("name", [*DECODERS, "bert", "bert_encoder"])
 def test_models_with_adapters(name):
     model, arrays = load(name), saved(name)

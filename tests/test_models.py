@@ -39,6 +39,7 @@ def test_saved_and_loaded_again(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize(("name", "init"), ADAPTED)
 def test_adapters_leave_the_output_and_go_through_files(name, init, tmp_path):
     tokens, mask, _ = expected(name)
@@ -189,6 +190,7 @@ def test_remat_is_in_the_program(name):
         assert ("optimization_barrier" in lowered.as_text()) == remat
 
 
+@pytest.mark.long
 def test_remat_has_the_same_gradients():
     tokens, mask, _ = expected("llama")
     wanted, got = (

@@ -111,6 +111,7 @@ def test_dynamic_scaling_begins_beyond_the_positions_of_training(tmp_path):
     np.testing.assert_allclose(call(dynamic, tokens), call(grown, tokens), atol=2e-5)
 
 
+@pytest.mark.long
 def test_dynamic_scaling_while_tokens_come_one_by_one(tmp_path):
     """A key keeps the rotation of the length at which it came; padding is no token."""
     settings = {"type": "dynamic", "factor": 4.0}

@@ -6,6 +6,7 @@ from cases import run_pytest
 FLAGS = "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8"
 
 
+@pytest.mark.long
 def test_mesh_suite_passes():
     run_pytest("multidevice", "not long", XLA_FLAGS=FLAGS)
 

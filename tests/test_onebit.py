@@ -44,6 +44,7 @@ def exact_loss(problem, point):
     return weight * problem.noise_scale**2 * divergence
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("trials", [None, 3], ids=["exact", "coins"])
 @pytest.mark.parametrize("kind", CASES)
 def test_loss_and_gradient_follow_their_definitions(kind, trials):
@@ -80,6 +81,7 @@ def test_matrix_is_recovered_from_exact_frequencies(kind):
     np.testing.assert_allclose(product(found), product(truth), atol=1e-3)
 
 
+@pytest.mark.long
 def test_coins_give_frequencies_and_a_loss_of_one_over_their_number():
     @jax.jit
     def thrown(trials):

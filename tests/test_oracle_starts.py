@@ -56,6 +56,7 @@ def relative(x, wanted):
     return np.linalg.norm(x - wanted) / np.linalg.norm(wanted)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", SQUARE)
 def test_symmetric_gradient_gives_the_sketch_of_the_backprojection(name):
     problem = SQUARE[name]()

@@ -123,6 +123,7 @@ def test_pairs_of_equal_shapes_and_other_layouts_or_dtypes_do_not_mix():
         chex.assert_trees_all_close(found[k], alone)
 
 
+@pytest.mark.long
 def test_sharded_pairs_of_equal_shapes_are_solved_together():
     """Sharded over rows, over columns, and not: one stack has leaves of all."""
     code = """
@@ -152,6 +153,7 @@ class Model(nnx.Module):
         return self.rest[1](self.rest[0](self.first(x)))
 
 
+@pytest.mark.long
 def test_nnx_optimizer_finds_the_pairs_of_a_model():
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, nys.nora_plus(optax.sgd(0.5)), wrt=nnx.LoRAParam)

@@ -49,6 +49,7 @@ def halley_in_float64(x, a, low):
     return new, low * (one + two * low**2) / (1 + (one + two - 1) * low**2)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("method", METHODS)
 def test_two_steps_are_those_of_the_formulas(method):
     a, basis = psd()
@@ -91,6 +92,7 @@ def errors(method, rank, keys, spectra, scale):
     return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, spectra)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(
     ("method", "rank"), [("byers_xu", 20), ("optimal", 20), ("qdwh", 20), ("qdwh", 30)]
 )
@@ -161,6 +163,7 @@ def test_indefinite_matrix_ends_diverged(method):
         solve(method, a, normal(1, (M, R)))
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("method", ["byers_xu", "qdwh"])
 def test_eigenvalues_that_rounding_makes_negative_leave_bounds_and_the_run_sound(method):
     a, basis = psd(1, np.geomspace(1, 1e-9, 12))

@@ -60,6 +60,7 @@ def errors(tx, rank, steps, scale=1e-3, spectrum=(1.0, 0.1)):
     return np.asarray(nys.solvers.run(step, start, steps, full.residual, throw=False).history)
 
 
+@pytest.mark.long
 def test_too_many_columns_leave_precgd_linear_and_make_the_others_slow_or_unstable():
     prec = errors(nys.precgd(0.5), R, 60)
     assert prec.max() < 1.1 * prec[0]

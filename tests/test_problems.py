@@ -40,6 +40,7 @@ def test_loss_and_gradient_follow_their_definitions_for_every_form(case, form):
     assert (problem.shape, problem.dtype) == (a.shape, jnp.float32)
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_automatic_derivative_of_the_loss_is_the_gradient(case, form):
     make, a, point = case
@@ -48,6 +49,7 @@ def test_automatic_derivative_of_the_loss_is_the_gradient(case, form):
     chex.assert_trees_all_close(found, problem.gradient(point), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("rank", [1, R - 1, R])
 def test_optimum_reaches_the_best_loss_and_is_stationary(case, rank):
     make, a, _ = case

@@ -100,6 +100,7 @@ def curves(tx, fraction):
     return jax.vmap(run)(jnp.array([10.0, 100.0]))
 
 
+@pytest.mark.long
 def test_scaled_gd_recovers_at_one_rate_whatever_the_condition_number():
     errors = np.asarray(curves(SCALED, 0.05))
     rates = (errors[:, 20] / errors[:, 5]) ** (1 / 15)

@@ -93,6 +93,7 @@ def test_scaled_gd_recovers_a_rectangular_matrix(make):
     np.testing.assert_allclose(product(solution.params), product(truth), atol=1e-4)
 
 
+@pytest.mark.long
 def test_trials_in_a_batch_are_those_one_by_one():
     def trial(key):
         problem, truth = sensing.gaussian(key, M, SPECTRUM, P)

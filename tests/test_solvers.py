@@ -82,6 +82,7 @@ def test_convergence_is_quadratic_from_nystrom_and_linear_from_a_small_start():
     np.testing.assert_allclose(ratio, 0.5, rtol=0.02)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("rank", [R - 2, R, R + 3])
 @given(seed=seeds)
 def test_fused_step_is_equivariant_under_rotations(rank, seed):
@@ -128,6 +129,7 @@ def test_inverse_gram_update_loses_the_digits_that_the_fused_step_keeps():
     assert exact_residual(jax.jit(inverse_gram_run, static_argnums=2)(a, x0, 40), a) > 1e-4
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(("kappa", "num_steps"), [(1e2, 1000), (1e4, 1000), (1e5, 10_000)])
 def test_over_parametrized_run_stays_at_the_float32_floor(kappa, num_steps):
     a, _ = psd(1, ill_conditioned(kappa), m=300)
@@ -137,6 +139,7 @@ def test_over_parametrized_run_stays_at_the_float32_floor(kappa, num_steps):
     assert exact_residual(x, a) <= 3e-6
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(("kappa", "num_steps"), [(1e2, 1000), (1e5, 1000)])
 def test_over_parametrized_asymmetric_run_stays_at_the_float32_floor(kappa, num_steps):
     a, _, _ = nys.spectra.rectangular(jax.random.key(1), 300, 200, ill_conditioned(kappa))
@@ -214,6 +217,7 @@ def test_init_cuts_the_zero_directions_of_ill_conditioned_starts_too(m, true_ran
     np.testing.assert_array_equal(counts, true_rank)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(("rank", "live"), [(R - 2, R - 2), (R, R), (R + 3, R)])
 def test_init_cuts_the_zero_directions_of_an_over_parametrized_start_only(rank, live):
     a, _ = psd()
@@ -257,6 +261,7 @@ def test_alternating_gradient_descent_converges_from_its_own_start():
 # --- Forms of A ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("form", ["bcoo", "operator"])
 @pytest.mark.parametrize("kind", ["scaled", "gradient"])
 def test_runs_agree_for_every_form_of_a_symmetric_matrix(form, kind):
@@ -276,6 +281,7 @@ def test_runs_agree_for_every_form_of_a_symmetric_matrix(form, kind):
     np.testing.assert_allclose(found.history, wanted.history, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("form", ["bcoo", "operator"])
 @pytest.mark.parametrize("kind", ["scaled", "gradient", "alternating"])
 def test_runs_agree_for_every_form_of_a_rectangular_matrix(form, kind):

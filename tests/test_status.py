@@ -87,6 +87,7 @@ def test_message_names_the_cause():
     assert "learning rate" not in str(error.value)
 
 
+@pytest.mark.long
 def test_tolerance_that_the_measure_meets_exactly_is_reached():
     a, _ = psd()
     problem = nys.problems.Symmetric(a)

@@ -72,6 +72,7 @@ def test_memory_of_the_transformation_starts_anew_after_the_refactoring():
     chex.assert_trees_all_close(found, nys.solvers.run(plain, middle, 15).params, atol=1e-4)
 
 
+@pytest.mark.long
 def test_rate_of_modified_descent_does_not_depend_on_the_scale_of_the_start():
     """Over-parametrized: plain descent takes about 1/α² steps, the modified one as many always."""
     a = rectangular(spectrum=(1.0, 0.7))[0]
@@ -164,6 +165,7 @@ def steps_to_1e_3(kappas, accelerated):
     return jax.vmap(count)(kappas)
 
 
+@pytest.mark.long
 def test_nesterov_is_linear_in_kappa_where_descent_is_quadratic():
     kappas = jnp.array([4.0, 8.0, 16.0])
     fast, slow = (np.log2(steps_to_1e_3(kappas, which)) for which in (True, False))

@@ -4,6 +4,7 @@ import pytest
 from cases import run_pytest
 
 
+@pytest.mark.long
 def test_float64_suite_passes():
     run_pytest("x64", "not long", JAX_ENABLE_X64="1")
 

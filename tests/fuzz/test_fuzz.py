@@ -44,6 +44,7 @@ def test_files_that_went_wrong_once(target, folder, campaign):
         assert message is None, message
 
 
+@pytest.mark.long
 def test_readers_that_die_or_hang_are_faults(campaign, monkeypatch):
     """Of what the fuzzer is for, without which it would find nothing."""
     reader = Reader(seconds=60)
