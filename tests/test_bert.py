@@ -41,6 +41,7 @@ def test_outputs_are_those_of_transformers(name):
     np.testing.assert_allclose(call(model, tokens[:1]), others[:1], atol=2e-5, rtol=0)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_do_not_depend_on_the_side_of_padding(name):
     """Nor on how much there is of it, nor on the rows beside."""

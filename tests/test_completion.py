@@ -49,6 +49,7 @@ def test_loss_and_gradient_follow_their_definitions(kind):
     assert problem.loss(truth) < 1e-10
 
 
+@pytest.mark.long
 def test_all_entries_seen_is_the_problem_of_the_paper():
     problem, truth, x = case("symmetric", probability=1.0)
     full = nys.problems.Symmetric(truth @ truth.T)
@@ -125,6 +126,7 @@ def test_projection_bounds_rows_and_leaves_incoherent_factors_alone():
     chex.assert_trees_all_equal(completion.project_incoherent(zeros, 1.0), zeros)
 
 
+@pytest.mark.long
 def test_projected_steps_project_after_each_step():
     problem, _, point = case("asymmetric")
     project = Partial(completion.project_incoherent, bound=0.5)

@@ -96,6 +96,7 @@ def one_update(tx, params, grads=None):
     return first_update(tx)(gradients(params) if grads is None else grads, params)
 
 
+@pytest.mark.long_beyond(4)
 @every_case
 def test_updates_and_state_keep_their_shapes_and_dtypes_and_updates_are_not_the_gradients(
     tx, params
@@ -108,6 +109,7 @@ def test_updates_and_state_keep_their_shapes_and_dtypes_and_updates_are_not_the_
         assert not np.allclose(u.astype(jnp.float32), g.astype(jnp.float32), rtol=0.05)
 
 
+@pytest.mark.long_beyond(3)
 @every_transform
 def test_gradient_in_bfloat16_of_float32_factors_returns_in_bfloat16(tx):
     params = PARAMS["factors"]()
@@ -116,6 +118,7 @@ def test_gradient_in_bfloat16_of_float32_factors_returns_in_bfloat16(tx):
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
 
 
+@pytest.mark.long_beyond(3)
 @every_case
 def test_jit_vmap_and_scan_agree_with_the_plain_loop(tx, params):
     batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
@@ -141,6 +144,7 @@ def test_jit_vmap_and_scan_agree_with_the_plain_loop(tx, params):
         assert_close((found, history), wanted)
 
 
+@pytest.mark.long_beyond(3)
 @every_case
 def test_second_update_of_equal_shapes_does_not_compile(tx, params):
     traces = []
@@ -156,7 +160,7 @@ def test_second_update_of_equal_shapes_does_not_compile(tx, params):
     assert len(traces) == 1
 
 
-@pytest.mark.long_beyond(3)
+@pytest.mark.long_beyond(2)
 @every_case
 def test_chain_applies_the_next_transform_to_the_preconditioned_gradient(tx, params):
     found = one_update(optax.chain(tx, optax.scale(-0.25)), params)
@@ -177,7 +181,7 @@ def test_multi_steps_applies_the_update_of_the_mean_gradient(tx, params):
     assert_close(found, one_update(tx, params, mean))
 
 
-@pytest.mark.long_beyond(3)
+@pytest.mark.long_beyond(2)
 @every_case
 def test_partition_and_masked_leave_other_leaves_to_others(tx, params):
     tree = {"factor": params, "bias": jnp.ones(3)}
@@ -230,7 +234,7 @@ def test_masking_the_partner_away_makes_an_orphan(tx):
         masked.init({"lora_a": normal(0, (9, 2)), "lora_b": normal(1, (2, 7))})
 
 
-@pytest.mark.long_beyond(3)
+@pytest.mark.long_beyond(2)
 @every_transform
 def test_stacked_factors_are_preconditioned_layer_by_layer(tx):
     params = PARAMS["stacked"]()
@@ -292,6 +296,7 @@ def test_injected_schedule_acts():
         assert_close(found, one_update(nys.scaled_gd(rate, 0.1), params))
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("alias", [nys.nora_plus, nys.lora_p])
 def test_injected_damping_of_an_alias_acts_as_a_constant_and_as_a_schedule(alias):
     params, inner = PARAMS["lora"](), optax.sgd(0.5)

@@ -47,6 +47,7 @@ INITIALIZERS = {
 }
 
 
+@pytest.mark.long_beyond(4)
 @pytest.mark.parametrize("name", INITIALIZERS)
 def test_initializer_has_its_shape_and_dtype_and_is_a_function_of_the_key(name):
     start = INITIALIZERS[name]
@@ -67,7 +68,7 @@ def test_initializer_is_linear_in_its_scale(name):
     chex.assert_trees_all_close(start(jax.random.key(1), 0.01), wanted, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.long_beyond(4)
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("name", INITIALIZERS)
 def test_initializer_under_jit_and_vmap_agrees_with_itself(name):
     start = INITIALIZERS[name]
@@ -107,7 +108,7 @@ def instance(kind, seed):
     return rectangular(seed)[0], nys.problems.Asymmetric, start
 
 
-@pytest.mark.long_beyond(5)
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize(("kind", "name"), STEPS)
 def test_step_is_a_triple_of_pure_functions_that_run_agrees_with(kind, name):
     a, problem, start = instance(kind, 0)
@@ -128,6 +129,7 @@ def test_step_is_a_triple_of_pure_functions_that_run_agrees_with(kind, name):
     assert not np.allclose(jax.tree.leaves(rows[0])[0], jax.tree.leaves(rows[-1])[0])
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

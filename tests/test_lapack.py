@@ -37,7 +37,7 @@ def test_check_sees_a_batch():
     assert (len(batched), count) == (1, 1)
 
 
-@pytest.mark.long_beyond(15)
+@pytest.mark.long_beyond(6)
 @pytest.mark.parametrize("name", CASES)
 def test_no_program_of_a_batch_of_problems_calls_lapack_for_a_batch(name):
     batched, _ = batched_calls(jax.vmap(CASES[name]), ROOTS)
@@ -82,6 +82,7 @@ def test_nor_do_gradients(name):
     assert not batched
 
 
+@pytest.mark.long
 def test_batches_have_the_results_of_single_matrices_and_derivatives():
     x = normal(0, (2, 3, 7, 4))
 

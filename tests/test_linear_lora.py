@@ -148,6 +148,7 @@ def test_training_the_layer_is_the_gradient_step_of_problem_4(tx):
     assert float(jnp.linalg.norm(mine[-1][1])) > 1e-2  # it did move
 
 
+@pytest.mark.long
 def test_scaled_gd_through_the_layer_is_the_fused_step():
     model, a, x = unscaled(BASE_RANK)
     mine = iterates(model, a, x, nys.scaled_gd(0.5), STEPS)

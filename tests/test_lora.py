@@ -40,6 +40,7 @@ def test_output_at_step_0_is_the_bases_to_the_last_bit_and_no_init_touches_the_b
     assert identical(model, base)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("init", ["nora", "pissa"])
 def test_training_moves_the_adapters_alone(init):
     model, base = net(), base_of(net())
@@ -103,7 +104,7 @@ def test_layers_of_a_stack_start_apart():
     assert not jnp.allclose(a[0], a[1])
 
 
-@pytest.mark.long_beyond(2)
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(
     ("equation", "kernel", "x", "a", "b"),
     [
@@ -124,6 +125,7 @@ def test_any_split_of_an_einsums_axes(equation, kernel, x, a, b):
     _acts_as_its_merged_kernel(model, adapter, jax.random.normal(KEY, x))
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(
     ("sizes", "options", "x"),
     [
@@ -152,6 +154,7 @@ def _acts_as_its_merged_kernel(model, adapter, x):
     np.testing.assert_allclose(model(x), wanted, atol=1e-5)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("init", ["nora", "olora"])
 def test_merge_unmerge_and_remove(init):
     model, base = net(), base_of(net())

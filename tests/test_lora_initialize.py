@@ -26,7 +26,7 @@ def product(start, scaling):
     return scaling * start.a @ start.b
 
 
-@pytest.mark.long_beyond(6)
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize("name", KERNEL_INITS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_starts_have_their_shapes_in_float32_and_are_functions_of_the_key(name, dtype):
@@ -194,6 +194,7 @@ def flax_model():
     )
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("init", ["nora", "pissa", "olora"])
 def test_adapters_of_flax(init):
     model = flax_model()
@@ -235,6 +236,7 @@ def provider(qtype):
     return qwix.LoraProvider(module_path=".*", rank=2, alpha=4.0, **options)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("qtype", [None, "int8", "nf4"])
 def test_adapters_of_qwix_over_plain_and_quantized_bases(qtype):
     base = Dense(nnx.Rngs(0))

@@ -182,6 +182,7 @@ COMBINED = {
 }
 
 
+@pytest.mark.long_beyond(8)
 @pytest.mark.parametrize(
     "fields",
     [*({k: v} for k, v in HARMLESS.items()), *COMBINED.values()],

@@ -43,7 +43,7 @@ def again(folder, name):
     return model
 
 
-@pytest.mark.long_beyond(2)
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("init", ["lora", "olora"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_heads_and_embeddings_are_adapted(name, init, tmp_path):

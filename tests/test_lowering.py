@@ -47,7 +47,7 @@ def test_a_product_of_default_precision_is_seen():
         assert_full_precision(jnp.matmul, a.T, a)
 
 
-@pytest.mark.long_beyond(6)
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize(("kind", "name"), steps.STEPS)
 def test_steps(kind, name):
     a, problem, start = steps.instance(kind, 0)
@@ -103,7 +103,7 @@ def test_problems_of_measurements(name):
     assert_full_precision(lambda p: nys.initializers.spectral(p, 2), problem, some=False)
 
 
-@pytest.mark.long_beyond(8)
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, kind) for name in test_contracts.TRANSFORMS for kind in test_contracts.KINDS[name]],
@@ -118,7 +118,7 @@ def test_transforms(name, kind):
     assert_full_precision(two_updates, test_contracts.gradients(params), params, some=False)
 
 
-@pytest.mark.long_beyond(6)
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", KERNEL_INITS)
 def test_starts_of_adapters(name, dtype):
@@ -151,6 +151,7 @@ def loss_and_gradient(model, *inputs):
     return step, adapters, rest, *inputs
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", first(KERNEL_INITS, "nora", "pissa"))
 def test_adapted_layers(name):
     model = net(precision="highest")
@@ -168,7 +169,7 @@ def test_adapters_are_in_full_precision_beside_layers_of_the_default_precision()
     assert len(found) == 3 * len(default)
 
 
-@pytest.mark.long_beyond(2)
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", [*DECODERS, "bert", "bert_encoder"])
 def test_models_with_adapters(name):
     model, arrays = load(name), saved(name)

@@ -160,7 +160,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.long_beyond(12)
+@pytest.mark.long_beyond(6)
 @pytest.mark.parametrize("kind", TAKEN)
 def test_every_kind_of_matrix_has_the_products_of_the_dense_one(kind):
     given = TAKEN[kind](A)
@@ -275,7 +275,7 @@ DENSE_ONLY = {
 }
 
 
-@pytest.mark.long_beyond(3)
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("door", MATRICES)
 def test_every_function_that_takes_a_matrix_takes_every_kind(door):
     fn = MATRICES[door]
@@ -294,7 +294,7 @@ def dense(door):
     return np.asarray(by_door.get(door, X))
 
 
-@pytest.mark.long_beyond(8)
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize("door", DENSE_ONLY)
 def test_functions_of_dense_arrays_refuse_others_by_name(door):
     fn = DENSE_ONLY[door]
@@ -476,7 +476,7 @@ def transposed(fn):
     return [a for a in products if f"{a} = f32[{ROWS},{COLUMNS}]" in text]
 
 
-@pytest.mark.long_beyond(3)
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_no_program_transposes_a_dense_matrix(name):
     assert not transposed(PRODUCTS[name])

@@ -39,7 +39,7 @@ def test_saved_and_loaded_again(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))
 
 
-@pytest.mark.long_beyond(2)
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(("name", "init"), ADAPTED)
 def test_adapters_leave_the_output_and_go_through_files(name, init, tmp_path):
     tokens, mask, _ = expected(name)
@@ -143,6 +143,7 @@ def test_norms_keep_their_digits():
     np.testing.assert_allclose(norm(large), wanted, atol=1e-3)
 
 
+@pytest.mark.long
 def test_dtypes(tmp_path):
     tokens, mask, logits = expected("llama")
     narrow, _ = nys.models.load(MODELS / "llama", dtype=jnp.bfloat16)

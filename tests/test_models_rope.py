@@ -81,6 +81,7 @@ def model_with(tmp_path, **settings):
     return nys.models.load(folder)[0]
 
 
+@pytest.mark.long
 def test_scaled_models_are_saved_and_loaded(tmp_path):
     tokens = np.arange(3, 9)[None]
     outputs = []

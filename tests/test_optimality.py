@@ -78,6 +78,7 @@ def test_residual_space_is_what_lies_outside_of_the_basis():
     np.testing.assert_allclose(found, 1e-4 * jnp.linalg.norm(complement), rtol=0.01)
 
 
+@pytest.mark.long
 @given(seeds, st.permutations([1e-5, 1e-2, 0.7, 1.5]))
 def test_principal_angles_small_and_large_are_found(seed, angles):
     frame = jax.random.orthogonal(jax.random.key(seed), M)[:, : 2 * R]

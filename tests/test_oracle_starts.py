@@ -92,6 +92,7 @@ def test_backprojection_is_minus_the_gradient_at_zero(name):
         assert relative(found.T @ jnp.eye(M), wanted.T) < 1e-5
 
 
+@pytest.mark.long
 def test_full_information_gives_the_start_of_the_paper():
     truth = normal(1, (M, 2)) / M**0.5
     rows, columns = jnp.divmod(jnp.arange(M * M), M)
@@ -118,6 +119,7 @@ def singular(problem, symmetric):
     return (u[:, :2] * s[:2]) @ vt[:2]
 
 
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["factors", "symmetric"])
 @pytest.mark.parametrize("name", SQUARE)
 def test_spectral_start_of_measurements_is_that_of_the_backprojection(name, symmetric):

@@ -29,6 +29,7 @@ def test_step_is_that_of_scaled_gd_with_the_damping_of_the_loss(point, factor, n
     chex.assert_trees_all_close(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_solver_loop_passes_the_loss_of_the_current_iterate():
     problem, _ = nys.problems.sensing.gaussian(KEY, M, (1.0, 0.5), P)
     start, tx = normal(3, (M, R)), nys.precgd(0.5)

@@ -69,6 +69,7 @@ def test_left_factor_rests_while_the_right_one_is_zero(pseudo_inverse):
     np.testing.assert_allclose(start.left @ step.right.T, a, atol=1e-5)  # Theorem 3
 
 
+@pytest.mark.long
 def test_over_parametrized_gradient_descent_converges_with_the_pseudo_inverse():
     a, _ = psd()
     problem = nys.problems.Symmetric(a)

@@ -11,6 +11,7 @@ import nyscaled as nys
 from nyscaled.models import BertClassifier, resize_token_embeddings
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", ["llama", "gemma", "opt"])
 def test_old_tokens_keep_their_logits_and_new_ones_have_their_mean(name, tmp_path):
     model, (tokens, mask, logits) = load(name), expected(name)

@@ -31,7 +31,7 @@ def agree(case, roots, rtol):
             np.testing.assert_allclose(f, w, rtol=rtol, atol=max(rtol, 1e-6) * size)
 
 
-@pytest.mark.long_beyond(6)
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize("name", [*STEPS, *STARTS, *MEASURES, *TRANSFORMS])
 def test_powers_of_two_change_nothing(name):
     agree((STEPS | STARTS | MEASURES | TRANSFORMS)[name], EXACT, 1e-6)
@@ -42,7 +42,7 @@ def test_other_factors_change_no_more_than_rounding(name):
     agree((STEPS | STARTS | MEASURES | TRANSFORMS)[name], ODD, 2e-4)
 
 
-@pytest.mark.long_beyond(2)
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", GRADIENT_STEPS)
 def test_gradient_steps_are_equivariant_where_the_gradient_fits(name):
     # What diverges has a gradient that soon does not fit.

@@ -61,6 +61,7 @@ def test_truth_is_optimal_without_noise_and_at_the_noise_level_with_it(kind):
     np.testing.assert_allclose(problem.loss(truth), level, rtol=0.5)
 
 
+@pytest.mark.long
 def test_unit_measurements_give_the_problems_of_the_paper():
     """With 𝒜 the identity sensing is (1) and (4)."""
     x, y = normal(1, (M, R)), normal(2, (N, R))
@@ -83,6 +84,7 @@ def test_backprojection_is_the_matrix_on_average():
     np.testing.assert_allclose(found, truth @ truth.mT, atol=0.15)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("make", ["gradient", "alternating"])
 def test_scaled_gd_recovers_a_rectangular_matrix(make):
     problem, truth, _ = case("asymmetric", noise=0.0)
@@ -107,6 +109,7 @@ def test_trials_in_a_batch_are_those_one_by_one():
         np.testing.assert_allclose(history, trial(key), rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.long
 def test_nystrom_start_of_the_backprojection_leads_to_the_matrix():
     problem, truth = sensing.gaussian_factors(jax.random.key(0), M, N, SPECTRUM, 600)
     start = nys.initializers.nystrom_factors(jax.random.key(1), problem.backprojection(), 2)

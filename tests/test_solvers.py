@@ -42,6 +42,7 @@ def test_damped_symmetric_step_is_the_damped_update():
     np.testing.assert_allclose(solve(a, x, 1, damping=lam), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_asymmetric_step_updates_both_factors_from_the_old_ones(damping):
     a, _, _ = rectangular()
@@ -203,6 +204,7 @@ def test_loop_holds_no_matrix_as_large_as_a(form):
 # --- Rank decisions ------------------------------------------------------------------------------
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(("m", "true_rank"), [(12, 9), (8, 5)])
 def test_init_cuts_the_zero_directions_of_ill_conditioned_starts_too(m, true_rank):
     """QᵀΩ is nearly singular at times, and then the noise of X_0 points into range(A)."""

@@ -45,7 +45,7 @@ def soon(monkeypatch):
     monkeypatch.setattr(templates, "SECONDS", 0.5)
 
 
-@pytest.mark.long_beyond(6)
+@pytest.mark.long_beyond(3)
 @pytest.mark.parametrize("name", ENDLESS)
 def test_templates_without_an_end_are_ended(name, soon):
     start = time.monotonic()

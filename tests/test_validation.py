@@ -69,6 +69,7 @@ def test_indefinite_matrix_is_seen_by_nystrom(form):
         nys.initializers.nystrom(KEY, FORMS[form](a), R)
 
 
+@pytest.mark.long
 def test_indefinite_matrix_ends_a_run_as_diverged_and_never_in_silence():
     a, basis = psd()
     a = a - 2.0 * jnp.outer(basis[:, 0], basis[:, 0])
