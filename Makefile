@@ -8,7 +8,7 @@ WEIGHTS := build/weights
 SECONDS := 120
 SEED := 0
 
-.PHONY: fuzz fig1 figures report weights test test-all test-peers lint bench bench-peers clean
+.PHONY: fuzz fig1 figures report weights test test-all test-everywhere test-peers lint bench bench-peers clean
 
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
@@ -34,12 +34,15 @@ report: $(VENV)/.experiments
 weights: $(WEIGHTS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore=tests/peers tests nyscaled
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not everywhere" --ignore=tests/peers tests nyscaled
 	$(BIN)/python -m pytest paper_checks
 
 # What a newcomer need not run: after `test`, all that is marked long.
 test-all: test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long --ignore=tests/peers tests nyscaled
+
+test-everywhere: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m everywhere tests/test_same_everywhere.py
 
 test-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers

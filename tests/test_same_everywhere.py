@@ -22,7 +22,7 @@ def check(*command, threads=None, **environment):
         pytest.skip("this system has no way to run a process on a part of its processors")
     done = subprocess.run(
         [sys.executable, *command],
-        env=os.environ | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -32,16 +32,27 @@ def check(*command, threads=None, **environment):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", [1, 2, 3])
+by_hand = pytest.mark.everywhere
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(1, marks=pytest.mark.long), *(pytest.param(s, marks=by_hand) for s in (2, 3))],
+)
 def test_report_does_not_change_when_each_product_is_rounded_otherwise(seed):
     check("tests/perturb.py", str(seed), "--check", XLA_FLAGS=LEVEL)
 
 
 # The names are XLA's and, for what NumPy multiplies, OpenBLAS's.
-@pytest.mark.long
-@pytest.mark.parametrize(("isa", "blas"), [("SSE4_2", "Nehalem"), ("AVX2", "Haswell")])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("isa", "blas", "threads"),
+    [
+        pytest.param("AVX2", "Haswell", 1, marks=pytest.mark.long),
+        pytest.param("AVX2", "Haswell", 2, marks=by_hand),
+        pytest.param("SSE4_2", "Nehalem", 1, marks=by_hand),
+        pytest.param("SSE4_2", "Nehalem", 2, marks=by_hand),
+    ],
+)
 def test_report_does_not_change_with_the_instruction_set(isa, blas, threads):
     flags = {"XLA_FLAGS": f"{LEVEL} --xla_cpu_max_isa={isa}", "OPENBLAS_CORETYPE": blas}
     command = ("-m", "paper_checks", "--workers", "1", "--check")
