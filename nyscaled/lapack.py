@@ -56,7 +56,8 @@ def _eigh_alone(a: Array) -> tuple[Array, Array]:
 
 @_one_at_a_time
 def _qr_alone(x: Array) -> tuple[Array, Array]:
-    return tuple(jnp.linalg.qr(x))
+    q, r = jnp.linalg.qr(x)
+    return q, r
 
 
 _inverse_alone = _one_at_a_time(jnp.linalg.inv)
