@@ -142,8 +142,8 @@ def test_a_tied_head_that_peft_tore_off_gets_weights_of_its_own(name, tmp_path):
 def written(folder, whole, name="llama", extra=None, **fields):
     """A folder with an adapter of one layer, and tensors beside it."""
     model = load(name)
-    width = model.config.hidden_size
-    update = peft.Update(np.ones((1, width), "f"), np.ones((width, 1), "f"), 1.0)
+    _, width, out = model.layers.self_attn.q_proj.kernel.shape
+    update = peft.Update(np.ones((1, width), "f"), np.ones((out, 1), "f"), 1.0)
     peft.write(folder, {"model.layers.0.self_attn.q_proj": update}, base_model="x", whole=whole)
     tensors = safetensors.numpy.load_file(folder / TENSORS)
     for key, value in (extra or {}).items():
@@ -199,10 +199,30 @@ def test_rows_of_tokens(tmp_path):
         (delta, None, "one without the other"),
         ({}, [5, 3], "one without the other"),
         ({"model.norm.token_adapter.trainable_tokens_delta": rows}, [5, 3], "no embedding here"),
+        (delta, {"embed_tokens": [5, 3], "lm_head": [1]}, "no rows of the .* of lm_head"),
     ]:
         written(tmp_path, None, extra=extra, trainable_token_indices=indices)
         with pytest.raises(ValueError, match=match):
             again(tmp_path, "llama")
+
+
+def test_rows_of_a_tied_head_leave_the_embedding(tmp_path):
+    rows, before = np.ones((2, 16), "f"), load("gemma").embed_tokens.embedding[...]
+    indices = {"embed_tokens": [5, 3], "lm_head": [1]}
+    extra = {
+        "model.embed_tokens.token_adapter.trainable_tokens_delta": rows,
+        "lm_head.token_adapter.trainable_tokens_delta": 2 * rows[:1],
+    }
+    written(tmp_path, None, "gemma", extra, trainable_token_indices=indices)
+    model = again(tmp_path, "gemma")
+    embedding, head = model.embed_tokens.embedding[...], model.lm_head.kernel[...].T
+    np.testing.assert_array_equal(embedding, before.at[jnp.array([5, 3])].set(1))
+    np.testing.assert_array_equal(head, before.at[1].set(2))
+    # Of both the same: PEFT saves the embedding's, and the weights stay tied.
+    extra.pop("lm_head.token_adapter.trainable_tokens_delta")
+    indices = {"embed_tokens": [5, 3], "lm_head": [5, 3]}
+    written(tmp_path, None, "gemma", extra, trainable_token_indices=indices)
+    assert again(tmp_path, "gemma").config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(

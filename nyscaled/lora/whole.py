@@ -166,17 +166,18 @@ def own_head(model: Any, saved: Saved, to_name: Namer) -> dict[str, Any]:
     if tied is None:
         return {}
     embedding, head = (name.removesuffix(".weight") for name in tied)
-    if saved.rules.config.get("ensure_weight_tying"):
-        if {embedding, head} & saved.updates.keys():
-            raise ValueError(
-                "ensure_weight_tying is set with an adapter of the embedding or the head, which is "
-                "not supported (PEFT 0.21 does not load what it saves then)"
-            )
-        return {}
-    first, second = (saved.whole.get(name) for name in tied)
-    same = first is not None and second is not None and np.array_equal(first, second)
-    apart = (saved.rules.is_whole(head) or saved.rules.is_whole(embedding)) and not same
-    return {"lm_head": model.new_head()} if apart or head in saved.updates else {}
+    own = head in saved.tokens
+    if not saved.rules.config.get("ensure_weight_tying"):
+        first, second = (saved.whole.get(name) for name in tied)
+        same = first is not None and second is not None and np.array_equal(first, second)
+        apart = saved.rules.is_whole(head) or saved.rules.is_whole(embedding)
+        own = own or head in saved.updates or (apart and not same)
+    elif {embedding, head} & saved.updates.keys():
+        raise ValueError(
+            "ensure_weight_tying is set with an adapter of the embedding or the head, which is "
+            "not supported (PEFT 0.21 does not load what it saves then)"
+        )
+    return {"lm_head": model.new_head()} if own else {}
 
 
 def replaced(
@@ -225,13 +226,20 @@ def replaced(
         raise ValueError(
             f"{folder} has trainable_token_indices or tokens' rows, one without the other"
         )
+    # Of two equal lists PEFT saves one: the weights are tied.
+    used = [rules.tokens(module) for module in saved.tokens]
+    for module, indices in asked[1].items() if isinstance(asked[1], dict) else ():
+        if indices not in used:
+            raise ValueError(f"{folder} has no rows of the trainable_token_indices of {module}")
     for module, rows in saved.tokens.items():
         name = f"{module}.weight"
         if name not in known or not known[name].is_table:
             raise ValueError(
                 f"{folder} has rows of tokens for {module}, which is no embedding here"
             )
-        for target in tied if name in tied else [name]:
+        # PEFT ties the rows too, unless the head has some of its own.
+        shared = name in tied and tied[1].removesuffix(".weight") not in saved.tokens
+        for target in tied if shared else [name]:
             changes.add_rows(name, known[target], rows, rules.tokens(module) or [])
     return changes.arrays()
 
