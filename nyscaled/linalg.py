@@ -290,8 +290,8 @@ def _residual(
     dense = isinstance(a, jax.Array)
     size = m if dense else n
     block = min(_BLOCK, size)
-    (left, e_left), (right, e_right) = normalized(left), normalized(right)
-    e_product = e_left + e_right
+    e_product = exponent(left) + exponent(right)
+    left, right = normalized(left)[0], normalized(right)[0]
 
     @jax.checkpoint
     def squared(start: Array) -> tuple[Scalar, Array]:
@@ -307,8 +307,8 @@ def _residual(
         difference = shift(product, e_product - e) - shift(known, -e)
         # The last block is moved up to fit; the rows that it repeats do not count again.
         fresh = rows >= block * ((start + block - 1) // block)
-        difference, e_rest = normalized(jnp.where(fresh[:, None], difference, 0))
-        return jnp.sum(difference**2), e + e_rest
+        difference = jnp.where(fresh[:, None], difference, 0)
+        return jnp.sum(normalized(difference)[0] ** 2), e + exponent(difference)
 
     def add(i: Any, sums: tuple[Scalar, Array]) -> tuple[Scalar, Array]:
         (total, e), (more, e_more) = sums, squared(jnp.minimum(i * block, size - block))

@@ -88,13 +88,16 @@ def _power(n: Array, dtype: jnp.dtype) -> Array:
 def normalized(
     x: Float[Array, "*n"], axis: int | tuple[int, ...] | None = None
 ) -> tuple[Float[Array, "*n"], Int[Array, "*k"]]:
-    """Return x · 2^(−e) and e, with 1 ≤ max|x| · 2^(−e) < 2 (or x = 0).
+    """Return x · 2^(−e) and e, with 1 ≤ max|x| · 2^(−e) < 2; of x = 0 e is 0.
+
+    So derivatives at 0 stay in range.
 
     Args:
         x: float32 or float64.
         axis: the maximum is taken over it, and kept as an axis of length 1 of e.
     """
     e = exponent(x, axis, keepdims=axis is not None)
+    e = jnp.where(e == _OF_ZERO, 0, e)
     return shift(x, -e), e
 
 
@@ -102,6 +105,24 @@ def root(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Return √x, whose derivative at 0 is taken as 0."""
     zero = x == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
+def clipped(x: Float[Array, "*n"], low: ArrayLike, high: ArrayLike) -> Float[Array, "*n"]:
+    """Return x, or the bound that it is beyond; NaN stays NaN.
+
+    The derivative of `jnp.clip`, of maxima and minima compares results with operands. Where XLA
+    computes an operand twice, rounded differently, it finds neither and gives 0; this does not.
+
+    Args:
+        x: an array of floats.
+        low: the lower bound.
+        high: the upper bound, not below `low`.
+
+    Example:
+        >>> clipped(jnp.array([-1.0, 0.5, 2.0]), 0, 1)
+        Array([0. , 0.5, 1. ], dtype=float32)
+    """
+    return jnp.where(x < low, low, jnp.where(x > high, high, x)).astype(x.dtype)
 
 
 def norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> Float[Array, "*n"]:

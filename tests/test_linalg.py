@@ -205,3 +205,13 @@ def test_products_ask_for_full_precision():
     assert text.count("dot_general") > 0
     assert text.count("Precision.DEFAULT") == 0
     assert "HIGHEST" in text
+
+
+def test_derivatives_at_zero_columns_are_finite():
+    x = normal(0, (M, R)).at[:, 1].set(0)
+    weights = normal(1, (M, R))
+
+    def both(x):
+        return jnp.sum(weights * (linalg.orthonormalize(x) + linalg.dual(x)))
+
+    assert bool(jnp.all(jnp.isfinite(jax.jit(jax.grad(both))(x))))

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
 from nyscaled.matrices import as_array
-from nyscaled.numerics import normalized, shift
+from nyscaled.numerics import clipped, normalized, root, shift
 from nyscaled.problems.sensing import Sensing
 from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
 
@@ -174,8 +174,8 @@ def project_incoherent(
         # ‖xᵢYᵀ‖² = xᵢ(YᵀY)xᵢᵀ, without the m×n product.
         (unit_x, e_x), (unit_y, e_y) = normalized(x), normalized(y)
         squares = jnp.sum((unit_x @ (unit_y.T @ unit_y)) * unit_x, axis=1)
-        lengths = shift(jnp.sqrt(len(x) * jnp.maximum(squares, 0)), e_x + e_y)
-        return x * jnp.minimum(1, bound / jnp.where(lengths > 0, lengths, bound))[:, None]
+        lengths = shift(root(len(x) * clipped(squares, 0, jnp.inf)), e_x + e_y)
+        return x * clipped(bound / jnp.where(lengths > 0, lengths, bound), 0, 1)[:, None]
 
     if isinstance(factors, Factors):
         return Factors(shorten(*factors), shorten(factors.right, factors.left))

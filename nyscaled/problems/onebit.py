@@ -15,6 +15,7 @@ from jax.scipy.special import entr, logit
 from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
+from nyscaled.numerics import clipped
 from nyscaled.problems import sensing
 from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
 
@@ -58,7 +59,7 @@ class OneBit(sensing.Sensing):
         far = jax.nn.softplus(z) - b * z - entr(b) - entr(1 - b)
         # Near zᵢ = τ logit(bᵢ) that is a difference of numbers of size 1, far larger than itself.
         distance = z - logit(b)
-        d = jnp.clip(distance, -1, 1)
+        d = clipped(distance, -1, 1)
         near = jnp.log1p(b * jnp.expm1(d)) - b * d
         return 4 * self.noise_scale**2 * jnp.sum(jnp.where(jnp.abs(distance) < 1, near, far))
 

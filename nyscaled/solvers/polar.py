@@ -20,11 +20,12 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from nyscaled import linalg
 from nyscaled.lapack import eigh, svd
-from nyscaled.numerics import norm
+from nyscaled.numerics import clipped, norm
 from nyscaled.problems import Symmetric
 from nyscaled.solvers.rank import cut_rank
 from nyscaled.typing import Scalar, pytree_dataclass, static_field
@@ -50,11 +51,19 @@ def _relative(
     Two matrices, because each extreme is accurate only as a largest singular value. Eigenvalues of
     A at its rounding level are raised to it: the bounds they give are then too wide, which costs a
     step. Zero columns of X leave zeros.
+
+    Any root R of RRᵀ = `form` will do, and to derivatives it is one with R' = ½ form' R⁻ᵀ: that of
+    eigenvectors would divide by gaps that may be rounding.
     """
-    values, vectors = eigh(form)
+    constant = lax.stop_gradient(form)
+    values, vectors = eigh(constant)
     floor = form.shape[0] * jnp.finfo(form.dtype).eps * values[-1]
-    root = jnp.sqrt(jnp.maximum(values, floor))[:, None]
-    return vectors.T @ x / root, root * (vectors.T @ dual)
+    seen = values > floor
+    root = jnp.sqrt(jnp.where(seen, values, floor))[:, None]
+    turned = jnp.where(seen[:, None] & seen, vectors.T @ (form - constant) @ vectors, 0)
+    change = turned / root / root.T / 2  # zero, with the derivative R⁻¹R'
+    s, s_dual = vectors.T @ x / root, root * (vectors.T @ dual)
+    return s - change @ s, s_dual + change @ s_dual
 
 
 def _measured(
@@ -68,7 +77,10 @@ def _measured(
 
 def _size(s: Float[Array, "r r"], order: Literal[2, "fro"]) -> Scalar:
     """The spectral or the Frobenius norm."""
-    return svd(s)[1][0] if order == 2 else norm(s)
+    if order == "fro":
+        return norm(s)
+    u, singular, vt = svd(lax.stop_gradient(s))
+    return singular[0] + u[:, 0] @ (s - lax.stop_gradient(s)) @ vt[0]
 
 
 class _PolarStep:
@@ -111,13 +123,13 @@ class ScaledNewtonStep(_PolarStep):
             order = 2 if self.scaling == "optimal" else "fro"
             mu = jnp.sqrt(_size(s_dual, order) / _size(s, order))
             # Near the end μ − 1 would be the rounding of S; the bounds are 1 by then.
-            mu = jnp.clip(mu, 1 / high, 1 / low)
+            mu = clipped(mu, 1 / high, 1 / low)
 
         def newton(s: Any) -> Any:
             return (mu * s + 1 / (mu * s)) / 2
 
         new = (mu * x + f.dual_of(image) / mu) / 2
-        bound = jnp.maximum(newton(low), newton(high))
+        bound = clipped(newton(high), newton(low), jnp.inf)
         return state._replace(factors=new, low=jnp.ones_like(low), high=bound)
 
 
@@ -132,7 +144,7 @@ class QDWHStep(_PolarStep):
         """One step; A is met only in A @ thin."""
         x = state.factors / state.high
         eps = jnp.finfo(x.dtype).eps
-        low = jnp.clip(state.low / state.high, eps, 1)
+        low = clipped(state.low / state.high, eps, 1)
         a, b, c = _halley_weights(low)
         f = linalg.factor(x)
         image = self.problem.a @ f.z
@@ -142,9 +154,7 @@ class QDWHStep(_PolarStep):
         t = linalg.inverse_cholesky((gram + gram.T) / 2 + c * jnp.eye(len(gram), dtype=x.dtype))
         new = (b / c) * x + (a - b / c) * (f.dual_of(image) @ (t @ t.T))
         bound = low * (a + b * low**2) / (1 + c * low**2)
-        return state._replace(
-            factors=new, low=jnp.minimum(bound, 1), high=jnp.ones_like(state.high)
-        )
+        return state._replace(factors=new, low=clipped(bound, 0, 1), high=jnp.ones_like(state.high))
 
 
 def _halley_weights(low: Scalar) -> tuple[Scalar, Scalar, Scalar]:
@@ -178,8 +188,7 @@ def scaled_newton_step(problem: Symmetric, scaling: Scaling = "byers_xu") -> Sca
     measured weight carries the rounding of A's least eigenvalue, eps·κ(A); from about
     κ(A) = 1e-4/eps on that may cost "optimal" and "frobenius" a few steps, and "byers_xu" none.
 
-    Over-parametrized starts are cut once, as in `scaled_step`; through their runs a measured weight
-    has no reverse-mode derivative (it is NaN). Under-parametrized, S belongs to the compression of A
+    Over-parametrized starts are cut once, as in `scaled_step`. Under-parametrized, S belongs to the compression of A
     to range(X), and after the first steps this is (2) at η = 1/2: it goes on to the
     global optimum at the rate `dynamics.subspace_rate(spectrum, r, 1/2)`. What a start has outside
     range(A) is halved in each step, as there.

@@ -39,6 +39,8 @@ CASES = {
     "pair": pair(lambda p, eta: solvers.scaled_step(p, eta)),
     "damped": symmetric(lambda p, eta: solvers.scaled_step(p, eta, damping=0.1)),
     "newton": symmetric(lambda p, eta: solvers.scaled_newton_step(p)),
+    "newton_optimal": symmetric(lambda p, eta: solvers.scaled_newton_step(p, "optimal")),
+    "newton_frobenius": symmetric(lambda p, eta: solvers.scaled_newton_step(p, "frobenius")),
     "qdwh": symmetric(lambda p, eta: solvers.qdwh_step(p), 2),
     "pseudo_inverse": symmetric(
         lambda p, eta: solvers.gradient_step(p, nys.scaled_gd(0.4, pseudo_inverse=True))
@@ -46,10 +48,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("rank", [pytest.param(RANK - 1, marks=pytest.mark.long), RANK + 2])
+SHORT = ("scaled", "pair")
+LONG = [pytest.param(rank, marks=pytest.mark.long) for rank in (RANK - 1, RANK)]
+
+
+@pytest.mark.parametrize("rank", [RANK + 2, *LONG])
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("scaled", "pair") else pytest.param(n, marks=pytest.mark.long) for n in CASES],
+    [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in CASES],
 )
 def test_reverse_mode_is_forward_mode_is_central_differences(name, rank):
     final, side = CASES[name]
@@ -66,7 +72,19 @@ def test_reverse_mode_is_forward_mode_is_central_differences(name, rank):
 
     h = 1e-5
     central = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
-    # The bounds of Newton's weights are singular values of a matrix with columns of rounding.
-    loose = name == "newton" and rank > RANK
-    np.testing.assert_allclose(reverse, forward, rtol=1e-3 if loose else 1e-10)
-    np.testing.assert_allclose(reverse, central, rtol=1e-3 if loose else 1e-6)
+    np.testing.assert_allclose(reverse, forward, rtol=1e-10)
+    np.testing.assert_allclose(reverse, central, rtol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["newton", "newton_optimal", "newton_frobenius"])
+def test_both_modes_agree_through_newton_from_any_start(name):
+    final, side = CASES[name]
+    gradient = jax.jit(jax.grad(final, 1))
+    forward = jax.jit(lambda b, x, d: jax.jvp(lambda x: final(b, x, 0.4), (x,), (d,))[1])
+    for rank in (RANK, RANK + 2):
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            omega, d = (jnp.asarray(rng.standard_normal((side, rank))) for _ in range(2))
+            reverse = jnp.sum(gradient(LEFT, omega, 0.4) * d)
+            np.testing.assert_allclose(reverse, forward(LEFT, omega, d), rtol=1e-9)
