@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -272,6 +273,22 @@ def test_ends_are_those_of_the_generation_config(chat, tmp_path):
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
     nys.models.save(load("bert_encoder"), folder)
     assert not (folder / "generation_config.json").exists()
+
+
+def test_settings_of_the_generation_that_are_not_applied_are_named(chat):
+    folder, *_ = chat
+    neutral = {"no_repeat_ngram_size": 0, "bad_words_ids": None, "repetition_penalty": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generation(folder, temperature=0.6, do_sample=True, suppress_tokens=[], **neutral)
+        nys.models.load(folder)
+    generation(folder, suppress_tokens=[3], top_k=5, **neutral | {"repetition_penalty": 1.1})
+    with pytest.warns(UserWarning, match="has suppress_tokens, repetition_penalty, which"):
+        nys.models.load(folder)
+    (folder / "generation_config.json").unlink()
+    change(folder, num_beams=4)
+    with pytest.warns(UserWarning, match=r"config\.json has num_beams, which"):
+        nys.models.load(folder)
 
 
 def test_what_the_generation_config_lacks_is_that_of_the_model(chat):

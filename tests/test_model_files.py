@@ -100,6 +100,7 @@ def test_inputs_longer_than_the_positions_are_refused():
         ({"model_type": []}, r"model_type \[\]; wanted one of"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; for llama only 'silu' is supported"),
         ({"attention_bias": True}, r"no tensor for model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ({"is_causal": False}, "is_causal is False; for llama only True is supported"),
         ({"attention_bias": 1}, "attention_bias is 1; wanted true or false"),
         ({"hidden_size": "absent"}, "hidden_size is missing"),
         ({"hidden_size": "16"}, "hidden_size is '16'; wanted a positive integer"),

@@ -111,6 +111,33 @@ def test_a_space_before_the_text(prefix, tmp_path):
         assert tokenizer.decode(tokenizer.encode("he he").ids) == "he he"
 
 
+def test_special_tokens_of_a_model_by_their_roles(tmp_path):
+    settings = {"model_specific_special_tokens": {"image_token": "<image>"}, "eos_token": "</s>"}
+    tokenizer = opened(tmp_path, byte_level(), settings)
+    assert tokenizer.encode("<image></s>").ids == [260, 259]
+    assert tokenizer.decode([258, 260]) == "he"
+
+
+def test_a_class_with_other_rules_is_named(tmp_path):
+    settings = {"tokenizer_class": "RobertaTokenizerFast"}
+    with pytest.warns(UserWarning, match="a tokenizer of the class RobertaTokenizer: what that"):
+        opened(tmp_path, byte_level(), settings)
+    electra = opened(tmp_path, word_piece(), {"tokenizer_class": "ElectraTokenizer"}, "bert")
+    assert electra.encode("Hello").ids == [2, 5, 3]
+
+
+def test_a_link_to_nothing_is_no_absence(tmp_path):
+    folder = written(tmp_path, byte_level(), {})
+    for name in ("chat_template.jinja", "special_tokens_map.json", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("a blob that is lost")
+        with pytest.raises(ValueError, match=rf"No such file.*{name}"):
+            open_tokenizer(folder)
+        (folder / name).unlink()
+        if name == "tokenizer.json":
+            assert open_tokenizer(folder) is None
+
+
 def test_classes_have_tokens_of_their_own(tmp_path):
     tokenizer = opened(tmp_path, byte_level(), {"tokenizer_class": "GPT2Tokenizer"})
     assert tokenizer.encode("<|endoftext|>").ids == [259]

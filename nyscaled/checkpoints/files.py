@@ -55,9 +55,12 @@ def note(path: Path) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of this name, as the reading that is going on sees it."""
+    """Whether there is something of this name, as the reading that is going on sees it.
+
+    A link to nothing is there: a cache that lost a file is broken, and not one without it.
+    """
     note(path)
-    return os.path.exists(path)
+    return os.path.lexists(path)
 
 
 def require_regular(path: Path) -> None:

@@ -228,6 +228,8 @@ def replaced(
         )
     # Of two equal lists PEFT saves one: the weights are tied.
     used = [rules.tokens(module) for module in saved.tokens]
+    # It ties the rows too, unless the head has some of its own.
+    of_head = {f"{module}.weight" for module in saved.tokens} & {*tied[1:]}
     for module, indices in asked[1].items() if isinstance(asked[1], dict) else ():
         if indices not in used:
             raise ValueError(f"{folder} has no rows of the trainable_token_indices of {module}")
@@ -237,9 +239,7 @@ def replaced(
             raise ValueError(
                 f"{folder} has rows of tokens for {module}, which is no embedding here"
             )
-        # PEFT ties the rows too, unless the head has some of its own.
-        shared = name in tied and tied[1].removesuffix(".weight") not in saved.tokens
-        for target in tied if shared else [name]:
+        for target in tied if name in tied and not of_head else [name]:
             changes.add_rows(name, known[target], rows, rules.tokens(module) or [])
     return changes.arrays()
 

@@ -22,6 +22,7 @@ class GemmaConfig(GatedConfig):
         "hidden_act": ("gelu_pytorch_tanh", "gelu"),
         "hidden_activation": (None, "gelu_pytorch_tanh"),
         "use_bidirectional_attention": (None, False),
+        "is_causal": (True,),
     }
 
     max_position_embeddings: int = 8192

@@ -36,6 +36,7 @@ class LlamaConfig(GatedConfig):
     model_type = "llama"
     fixed: ClassVar = {
         "hidden_act": ("silu",),
+        "is_causal": (True,),
     }
 
     mlp_bias: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]

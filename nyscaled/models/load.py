@@ -220,7 +220,7 @@ def _read_all(path: Path) -> tuple[Folder, Any, Any, Tokenizer | None]:
     if config.generates:
         config = tied_as_in_the_file(source, config)
     if config.generates and not isinstance(source, Gguf):
-        config = with_generation(config, source.path)
+        config = with_generation(config, source.path, source.config)
     return source, make, config, _tokenizer(source)
 
 

@@ -45,6 +45,7 @@ class OptConfig(Config):
         "enable_bias": (True,),
         "layer_norm_elementwise_affine": (True,),
         "_remove_final_layer_norm": (False,),
+        "is_causal": (True,),
     }
 
     vocab_size: int

@@ -78,6 +78,8 @@ def split_batch(x: Array) -> Array:
 
 def require_mesh(mesh: Mesh) -> None:
     """Raises ValueError unless the mesh has an axis to split by, and all are left to the compiler."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh is {mesh!r:.80}; expected a jax.sharding.Mesh")
     if not {FSDP, TENSOR} & set(mesh.axis_names):
         raise ValueError(f"mesh has the axes {mesh.axis_names}; wanted {FSDP!r} or {TENSOR!r}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):

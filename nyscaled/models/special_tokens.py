@@ -15,6 +15,7 @@ SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 DECODER = "added_tokens_decoder"
 EXTRA, ADDITIONAL = "extra_special_tokens", "additional_special_tokens"  # its older name
+OF_MODEL = "model_specific_special_tokens"  # by their roles
 
 # Tokens that transformers' classes have where the settings do not name others.
 _END = "<|endoftext|>"
@@ -28,6 +29,21 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")
     },
 }
+# Other names of BertTokenizer.
+_BERTS = {
+    f"{name}Tokenizer"
+    for name in (
+        "DistilBert",
+        "Electra",
+        "MobileBert",
+        "ConvBert",
+        "SqueezeBert",
+        "LayoutLM",
+        "Lxmert",
+    )
+}
+# Those that take all from `tokenizer.json`, where there is one.
+_PLAIN = "PreTrainedTokenizer", "TokenizersBackend", ""
 _OF_MODEL = {"bert": "BertTokenizer", "opt": "GPT2Tokenizer", "gemma": "GemmaTokenizer"}
 _ROLES = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _FLAGS = "single_word", "lstrip", "rstrip", "normalized", "special"
@@ -129,6 +145,13 @@ def _class(inner: Any, settings: Mapping[str, Any], folder: Path) -> str:
     name = name.removesuffix("Fast")
     if name == "LlamaTokenizer" and "ByteLevel" in f"{inner.pre_tokenizer!r}{inner.decoder!r}":
         return ""  # Llama 3's, labelled as before
+    name = "BertTokenizer" if name in _BERTS else name
+    if name not in (*_DEFAULTS, *_PLAIN):
+        warnings.warn(
+            f"{folder} has a tokenizer of the class {name}: what that does in transformers over "
+            "tokenizer.json is not known here, and left out",
+            stacklevel=10,  # of the call of `nyscaled.models.load`
+        )
     return name if name in _DEFAULTS else ""
 
 
@@ -178,8 +201,8 @@ def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Those that every tokenizer may have come first.
     """
-    extra = settings.get(EXTRA)
-    more = extra if isinstance(extra, Mapping) else {}
+    parts = (settings.get(name) for name in (OF_MODEL, EXTRA))
+    more = {k: v for part in parts if isinstance(part, Mapping) for k, v in part.items()}
     own = [name for name in settings if name.endswith("_token") and name not in _ROLES]
     own.sort(key=lambda name: isinstance(settings[name], str))  # as transformers sets them
     for name in (*_ROLES, *own, *more):
