@@ -19,6 +19,8 @@ from _record import write_atomically
 # A dense matrix of this side takes 3 GB, and its eigenvalues hours.
 MAX_SIDE = 20_000
 MAX_TEXT = 2**30  # bytes of an unpacked .mtx file
+_NUMBERS = ("real", "double", "integer")
+_FIELDS = {"coordinate": (*_NUMBERS, "pattern"), "array": _NUMBERS}  # of Matrix Market
 
 
 def load(path: Path) -> np.ndarray:
@@ -44,15 +46,15 @@ def load(path: Path) -> np.ndarray:
             raise ValueError(f"ends in {path.suffix!r}; wanted .npy, .npz or .mtx")
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a matrix: {error}") from error
-    return matrix.astype(np.float64)
+    return matrix.astype(np.float64, copy=False)
 
 
 def _require_square(shape: tuple[int, ...], dtype: np.dtype) -> None:
     if len(shape) != 2 or shape[0] != shape[1] or dtype.kind not in "fiu":
         got = f"shape {shape}, dtype {dtype}"
         raise ValueError(f"it holds {got}; wanted a square real matrix (m, m)")
-    if shape[0] > MAX_SIDE:
-        raise ValueError(f"it holds {shape[0]} rows; wanted at most {MAX_SIDE}")
+    if not 1 <= shape[0] <= MAX_SIDE:
+        raise ValueError(f"it holds {shape[0]} rows; wanted at least 1 and at most {MAX_SIDE}")
 
 
 def _array(file: Any) -> np.ndarray:
@@ -73,9 +75,9 @@ def _array(file: Any) -> np.ndarray:
 def _of_archive(path: Path) -> np.ndarray:
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        name = "a" if "a" in names else names[0]
-        if name != "a" and len(names) > 1:
+        if "a" not in names and len(names) != 1:
             raise ValueError(f"it holds {names}; wanted one array, or one named 'a'")
+        name = "a" if "a" in names else names[0]
         with archive.open(f"{name}.npy") as file:
             return _array(file)
 
@@ -86,34 +88,43 @@ def _matrix_market(path: Path) -> np.ndarray:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT or b"\0" in data:
         raise ValueError(f"it has a NUL byte, or more than {MAX_TEXT} bytes; wanted a text")
-    lines = io.StringIO(data.decode("ascii"))
-    banner, matrix, form, field, symmetry = lines.readline().lower().split()
-    known = form in ("coordinate", "array") and field in ("real", "double", "integer", "pattern")
-    if (banner, matrix) != ("%%matrixmarket", "matrix") or not known:
+    # Comments are in any encoding; numbers are ASCII, or not read below.
+    lines = io.StringIO(data.decode("latin-1"))
+    header = lines.readline().lower().split()
+    known = header[:2] == ["%%matrixmarket", "matrix"] and len(header) == 5
+    form, field, symmetry = header[2:] if known else ("", "", "")
+    if form not in _FIELDS or field not in _FIELDS[form]:
         raise ValueError("its first line is not that of a real matrix of Matrix Market")
     if symmetry not in ("general", "symmetric"):
         raise ValueError(f"it is {symmetry}; wanted a general or symmetric matrix")
-    sizes = next(line for line in lines if line.strip() and not line.startswith("%")).split()
-    shape = int(sizes[0]), int(sizes[1])
-    _require_square(shape, np.dtype(float))
+    rest = (line.split() for line in lines)
+    sizes = next((words for words in rest if words and not words[0].startswith("%")), [])
+    wanted = 3 if form == "coordinate" else 2
+    if len(sizes) != wanted or not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"its sizes are {' '.join(sizes)[:100]!r}; wanted {wanted} integers")
+    side, columns, *count = map(int, sizes)
+    _require_square((side, columns), np.dtype(float))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a text without numbers
         values = np.loadtxt(lines, comments="%", ndmin=2)
-    fill = _from_entries if form == "coordinate" else _from_columns
-    return fill(values, shape[0], sizes[2:], symmetry == "symmetric", field == "pattern")
+    if field == "integer" and (values != np.rint(values)).any():
+        raise ValueError("it holds other numbers than the integers that it announces")
+    if form == "coordinate":
+        return _from_entries(values, side, count[0], symmetry == "symmetric", field == "pattern")
+    return _from_columns(values.ravel(), side, symmetry == "symmetric")
 
 
 def _from_entries(
-    values: np.ndarray, side: int, count: list[str], symmetric: bool, pattern: bool
+    values: np.ndarray, side: int, count: int, symmetric: bool, pattern: bool
 ) -> np.ndarray:
     """The matrix of rows (i, j, value), or (i, j) where all values are 1."""
-    wanted = (*map(int, count), 2 if pattern else 3)
-    if values.shape != wanted and wanted[0] > 0:
+    wanted = (count, 2 if pattern else 3)
+    if values.shape != wanted and (values.size or count):
         raise ValueError(f"it holds {values.shape} numbers; wanted {wanted}, as announced")
     values = values.reshape(wanted)
-    places = values[:, :2].astype(np.int64) - 1
-    if (values[:, :2] != places + 1).any() or (places < 0).any() or (places >= side).any():
+    if not np.isin(values[:, :2], np.arange(1, side + 1)).all():
         raise ValueError(f"it has entries outside of rows and columns 1 to {side}")
+    places = values[:, :2].astype(np.int64) - 1
     ordered = np.sort(places, axis=1) if symmetric else places
     if len(np.unique(ordered, axis=0)) < len(ordered):
         raise ValueError("it has an entry twice; wanted each once, of symmetric ones one half")
@@ -125,17 +136,16 @@ def _from_entries(
     return matrix
 
 
-def _from_columns(
-    values: np.ndarray, side: int, count: list[str], symmetric: bool, pattern: bool
-) -> np.ndarray:
+def _from_columns(values: np.ndarray, side: int, symmetric: bool) -> np.ndarray:
     """The matrix of its columns, of a symmetric one from the diagonal down."""
-    columns, rows = np.triu_indices(side, 0 if symmetric else -side)
-    if values.size != len(rows) or count or pattern:
-        raise ValueError(f"it holds {values.size} numbers; wanted {len(rows)}")
+    wanted = side * (side + 1) // 2 if symmetric else side**2
+    if values.size != wanted:
+        raise ValueError(f"it holds {values.size} numbers; wanted {wanted}")
+    if not symmetric:
+        return values.reshape(side, side).T
     matrix = np.zeros((side, side))
-    matrix[rows, columns] = values.ravel()
-    if symmetric:
-        matrix[columns, rows] = values.ravel()
+    columns, rows = np.triu_indices(side)
+    matrix[rows, columns] = matrix[columns, rows] = values
     return matrix
 
 

@@ -99,7 +99,10 @@ def as_array(name: str, a: Any, expected: str = "expected a dense array of numbe
     # NumPy reads more than JAX does: tensors, DataFrames. But it drops masks without a word.
     by_numpy = hasattr(a, "__array__") and not hasattr(a, "__jax_array__") and not np.ma.isMA(a)
     try:
-        return jnp.asarray(np.asarray(a) if by_numpy else a)
+        array = np.asarray(a) if by_numpy else a
+        if isinstance(array, np.ndarray):  # JAX takes the byte order of the machine alone
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        return jnp.asarray(array)
     except Exception as error:  # what the object's own conversion raises
         dtype = f" of dtype {a.dtype}" if hasattr(a, "dtype") else ""
         raise ValueError(f"{name} is a {type(a).__name__}{dtype}; {expected}") from error

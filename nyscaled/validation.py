@@ -77,7 +77,11 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
             f"{name} has NaN or Inf entries (or its products overflow {a.dtype}); wanted finite ones"
         )
     if size == 0.0:
-        raise ValueError(f"{name} is the zero matrix {tuple(a.shape)}; wanted a non-zero one")
+        tiny = float(jnp.finfo(a.dtype).tiny)
+        raise ValueError(
+            f"{name} is the zero matrix {tuple(a.shape)}, or its products with numbers of size 1 are "
+            f"below {tiny:.1e}, which {a.dtype} takes as zero; wanted a non-zero one"
+        )
     if form is None:
         return
     skew = float(jnp.max(jnp.abs(form - form.T)))

@@ -237,6 +237,10 @@ def test_matrix_files_of_each_format(tmp_path, monkeypatch):
     (tmp_path / "ones.mtx").write_text(head + "2 1\n3 3\n")
     ones = [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
     np.testing.assert_array_equal(_matrix.load(tmp_path / "ones.mtx"), ones)
+    head = "%%MatrixMarket matrix array integer general\r\n%by André\r\n  % indented\r\n\r\n2 2\r\n"
+    for encoding in ("utf-8", "latin-1"):
+        (tmp_path / "names.mtx").write_bytes((head + "1\r\n2\r\n3\r\n4\r\n").encode(encoding))
+        np.testing.assert_array_equal(_matrix.load(tmp_path / "names.mtx"), [[1, 3], [2, 4]])
     for name in ("a.npy", "a.npz", "named.npz", "a.mtx", "sparse.mtx", "again.mtx.gz"):
         np.testing.assert_allclose(_matrix.load(tmp_path / name), matrix, rtol=1e-12)
 
@@ -263,12 +267,19 @@ def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monk
         "end": head + b"general\n2 2 1\n1 1 1\xfb",  # on which SciPy's reader crashes
         "outside": head + b"general\n2 2 1\n1 3 1\n",
         "complex": head.replace(b"real", b"complex") + b"general\n1 1 1\n1 1 1 1\n",
+        "minus": head + b"general\n2 2 -1\n1 1 1\n",
+        "underscore": head + b"general\n2_0 2_0 1\n1 1 1\n",
+        "nothing": head + b"general\n0 0 0\n",
+        "sizes": head + b"general\n",
+        "fraction": head.replace(b"real", b"integer") + b"general\n2 2 1\n1 1 1.5\n",
+        "nan": head + b"general\n2 2 1\nnan 1 1\n",
+        "dense": head.replace(b"coordinate", b"array") + b"general\n20000 20000\n1\n",
     }
     for name, text in texts.items():
         (tmp_path / f"{name}.mtx").write_bytes(text)
         (tmp_path / f"{name}.mtx.gz").write_bytes(gzip.compress(text))
     wanted = {
-        "large.npy": "holds 30000 rows; wanted at most 20000",
+        "large.npy": "holds 30000 rows; wanted at least 1 and at most 20000",
         "bomb.npz": "holds 30000 rows",
         "other.npz": "cannot be read as a matrix",
         "nul.mtx": "has a NUL byte",
@@ -280,6 +291,13 @@ def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monk
         "complex.mtx": "not that of a real matrix",
         "end.mtx": "cannot be read as a matrix",
         "outside.mtx": "outside of rows and columns 1 to 2",
+        "minus.mtx": "sizes are '2 2 -1'; wanted 3 integers",
+        "underscore.mtx": "sizes are '2_0 2_0 1'; wanted 3 integers",
+        "nothing.mtx": "holds 0 rows; wanted at least 1",
+        "sizes.mtx": "sizes are ''",
+        "fraction.mtx": "other numbers than the integers",
+        "nan.mtx": "outside of rows and columns 1 to 2",
+        "dense.mtx": "holds 1 numbers; wanted 400000000",
     }
     for name, message in wanted.items():
         with pytest.raises(ValueError, match=message):

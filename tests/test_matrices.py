@@ -106,6 +106,7 @@ DENSE = {
     "numpy": np.asarray,
     "numpy_float64": np.float64,
     "fortran": np.asfortranarray,
+    "big-endian": lambda a: a.astype(">f4"),
     "strided": lambda a: np.repeat(a, 2, axis=1)[:, ::2],
     "matrix": np.matrix,
     "rows": lambda a: a.tolist(),
