@@ -362,6 +362,10 @@ ROPE = np.array([1, 8], np.float32)
         ({"llama.rope.scaling.type": "longrope"}, {}, "scaling.type 'longrope'; wanted none, lin"),
         ({"llama.rope.scaling.attn_factor": 2.0}, {}, "scaling.attn_factor 2.0; wanted 1.0"),
         ({"llama.rope.scaling.factor": "2"}, {}, "factor is '2'; wanted a positive number"),
+        ({"llama.attention.causal": False}, {}, "attention.causal False; wanted True"),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.0}, {}, "yarn_ext_factor 0.0; wanted 1.0"),
+        ({"llama.rope.dimension_count": 0}, {}, "rope.dimension_count 0; wanted 4"),
+        ({"llama.vocab_size": 0}, {}, "vocab_size 0; wanted 32"),
         ({"llama.expert_count": 8}, {}, "expert_count 8; which is not known here"),
         ({}, {"token_embd.weight": None}, r"lacks token_embd\.weight"),
         ({}, {"blk.0.attn_q.bias": ONES[0]}, r"no tensor for model\.layers\.0\.self_attn\.k_proj"),
@@ -375,6 +379,7 @@ ROPE = np.array([1, 8], np.float32)
         ({}, {"output.weight": ONES}, r"lm_head\.weight of shape \(16, 16\); wanted \(32, 16\)"),
         ({}, {"rope_freqs.weight": np.array([1, 7, 2], "f")}, "rope_freqs.* not of Llama 3"),
         ({}, {"rope_freqs.weight": np.array([2, 1], "f")}, "rope_freqs.* not of Llama 3"),
+        ({}, {"rope_freqs.weight": np.zeros(0, "f")}, "rope_freqs.* not of Llama 3"),
         ({}, {"output_norm.weight": np.ones(16, np.int32)}, "output_norm.weight in I32"),
     ],
 )

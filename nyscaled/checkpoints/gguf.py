@@ -57,9 +57,9 @@ _OPTIONAL = {
     "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta",
 }
-# Whatever else there is must say that nothing special is meant, or repeat what is known.
+# These must say that nothing special is meant, or repeat what is known; others be off (0, "", …).
 _NEUTRAL = {
-    "rope.scaling.finetuned": (True,),  # for the record
+    "rope.scaling.finetuned": (True, False),  # for the record
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0, -1.0),  # the second for the default, which is 1
@@ -238,7 +238,8 @@ def _config(metadata: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[st
     }
     for key, value in found.items():
         wanted = neutral.get(key, ())
-        if value and value not in wanted:
+        # False and 0 have a meaning where there are values that have none.
+        if (value not in wanted) if wanted else value:
             hint = f"wanted {wanted[0]!r}" if wanted else "which is not known here"
             raise ValueError(f"it has {prefix}{key} {value!r}; {hint}")
     roles = "bos", "eos", "eot", "padding"
@@ -282,8 +283,8 @@ def _llama3(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] 
     The divisors tell `factor` and the other three up to a common multiple. As published, slow
     rotations turn once and fast ones four times within the original context.
     """
-    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
-    if np.all(factors == 1):
+    factor, low, high, original = float(factors.max(initial=1)), 1.0, 4.0, 8192
+    if factors.size and np.all(factors == 1):
         return None
     turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)  # in one position
     if factors.shape == turns.shape and np.all(factors >= 1):
