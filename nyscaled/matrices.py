@@ -111,9 +111,8 @@ def as_array(name: str, a: Any, expected: str = "expected a dense array of numbe
 def as_factors(factors: Any) -> Factors:
     """Return a pair of factors as dense JAX arrays; ValueError on what is none."""
     if not isinstance(factors, tuple) or len(factors) != 2:
-        raise ValueError(
-            f"factors are a {type(factors).__name__}; wanted nyscaled.Factors(left, right)"
-        )
+        got = "an array" if isinstance(factors, jax.Array) else f"a {type(factors).__name__}"
+        raise ValueError(f"factors are {got}; wanted nyscaled.Factors(left, right)")
     return Factors(as_array("left", factors[0]), as_array("right", factors[1]))
 
 

@@ -1,5 +1,7 @@
 """How a run ends says what is so: for matrices of any size, and with the cause that was seen."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +105,39 @@ def test_zero_matrix_is_refused_and_a_small_one_is_not():
     nys.problems.Asymmetric(jnp.full((M, N), 1e-30))
     with pytest.raises(ValueError, match="is the zero matrix"):
         nys.problems.Asymmetric(jnp.zeros((M, N)))
+
+
+def refused(message, *args, **kwargs):
+    with pytest.raises(ValueError, match=message):  # without the tests' check of annotations
+        inspect.unwrap(nys.solvers.run_until)(*args, **kwargs)
+
+
+def test_measures_and_tolerances_that_are_no_real_numbers_are_refused():
+    a, _ = psd()
+    step, x = nys.solvers.scaled_step(nys.problems.Symmetric(a)), normal(1, (M, R))
+    for measure, got in {
+        (lambda x: x[0, 0] > 1): r"bool of shape \(\)",  # False is no distance of 0
+        (lambda x: 1j * x[0, 0]): "complex64 of shape",
+        (lambda x: x[0, :1]): r"float32 of shape \(1,\)",
+        (lambda x: (x[0, 0],)): r"float32 of shape \(1,\)",
+        (lambda x: None): "a NoneType",
+    }.items():
+        refused(f"the measure is {got}.*expected a real number", step, x, measure, 1e-3)
+    for tol in (None, "tight", jnp.ones(1), 1j, True):
+        refused("tol is .*expected a real number", step, x, jnp.sum, tol)
+    solution = nys.solvers.run_until(step, x, lambda x: jnp.int32(3), 3, np.int64(2))
+    assert solution.status is Status.CONVERGED
+
+
+def test_what_is_in_another_s_place_is_named():
+    a, _ = psd()
+    problem = nys.problems.Symmetric(a)
+    step, x = nys.solvers.scaled_step(problem), normal(1, (M, R))
+    for bad in (None, problem, optax.sgd(0.1)):
+        refused("step is a .*; expected one of nyscaled.solvers", bad, x, jnp.sum, 1.0)
+    refused("the start is a NoneType", step, None, jnp.sum, 1.0)
+    refused("measure is a float; expected a function", step, x, 1e-3, jnp.sum)
+    for steps in (2**31, 10**30, True, 3.0, None):
+        refused("max_steps is .*; wanted an integer", step, x, jnp.sum, 1.0, steps)
+    pair = nys.solvers.scaled_step(nys.problems.Asymmetric(a))
+    refused("factors are an array; wanted nyscaled.Factors", pair, x, jnp.sum, 1.0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import jax
 import jax.extend
@@ -91,7 +92,7 @@ _WHY = {
     "rank, or a product left the range of the dtype",
     _Cause.MEASURE: "the measure is NaN, although the factors are finite",
     _Cause.GROWTH: "the factors grew to 1/eps times the size of the start and of A; the learning "
-    "rate is too large",
+    "rate is too large, or a preconditioner without damping met factors that lost their rank",
     _Cause.INDEFINITE: "A is not positive semidefinite on the range of the start "
     "(problems.Asymmetric takes any matrix)",
 }
@@ -133,7 +134,7 @@ def _while(
     step: Step, params: Params, measure: Any, tol: Any, max_steps: Any
 ) -> tuple[Solution, Array]:
     def evaluate(state: Any, count: Any) -> tuple[Any, Any, Any, Any]:
-        value = measure(step.params(state))
+        value = _require_real("the measure", measure(step.params(state)))
         status = _status(_cause(step, state, value))
         reached = (status == Status.MAX_STEPS) & (value <= tol)
         return state, count, value, jnp.where(reached, jnp.int32(Status.CONVERGED), status)
@@ -174,6 +175,40 @@ def _no_record(params: Params) -> None:
     return None
 
 
+def _count(name: str, value: Any) -> int:
+    """`value` as an integer; ValueError unless it is one from 0 to 2³¹ − 1."""
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # of a tracer too
+        count = -1
+    if not 0 <= count < 2**31:
+        raise ValueError(f"{name} is {value!r}; wanted an integer ≥ 0, below 2³¹")
+    return count
+
+
+def _require_real(name: str, value: Any) -> Array:
+    """`value` as an array; ValueError unless it is one real number. A truth value is none."""
+    value = as_array(name, value, "expected a real number")
+    if value.ndim or value.dtype == bool or jnp.issubdtype(value.dtype, jnp.complexfloating):
+        got = f"{value.dtype} of shape {value.shape}"
+        raise ValueError(f"{name} is {got}; expected a real number, compared as measure <= tol")
+    return value
+
+
+def _require_run(step: Any, params: Any, **functions: Any) -> None:
+    """ValueError unless a step, a start and functions are given in their places."""
+    if not isinstance(step, Step):
+        raise ValueError(
+            f"step is a {type(step).__name__}; expected one of nyscaled.solvers, such as "
+            "scaled_step(problem)"
+        )
+    if not jax.tree.leaves(params):
+        raise ValueError(f"the start is a {type(params).__name__}; expected an array or Factors")
+    for name, fn in functions.items():
+        if not callable(fn):
+            raise ValueError(f"{name} is a {type(fn).__name__}; expected a function of the factors")
+
+
 def _check_start(params: Params) -> Params:
     params = jax.tree.map(lambda leaf: as_array("the start", leaf), params)
     validation.require_finite("the start", params)
@@ -201,7 +236,7 @@ def _finish(solution: Solution, cause: Any, throw: bool) -> Solution:
 def run(
     step: Step,
     params: Params,
-    num_steps: int,
+    num_steps: SupportsIndex,
     record: Callable[[Params], Any] | None = None,
     *,
     throw: bool = True,
@@ -225,11 +260,12 @@ def run(
     Raises:
         ValueError: on a start that does not fit, is not finite or is zero, and on failed runs.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
-        raise ValueError(f"num_steps is {num_steps!r}; wanted an integer ≥ 0")
+    count = _count("num_steps", num_steps)
+    recorder = _no_record if record is None else record
+    _require_run(step, params, record=recorder)
     params = _check_start(params)
-    recorder = as_partial(_no_record if record is None else record)
-    solution, cause = _scan(step, params, num_steps, recorder)
+    recorder = as_partial(recorder)
+    solution, cause = _scan(step, params, count, recorder)
     return _finish(solution, cause, throw)
 
 
@@ -238,7 +274,7 @@ def run_until(
     params: Params,
     measure: Callable[[Params], Any],
     tol: Any,
-    max_steps: int = 1000,
+    max_steps: SupportsIndex = 1000,
     *,
     throw: bool = True,
 ) -> Solution:
@@ -268,11 +304,12 @@ def run_until(
         >>> solution.status.name
         'CONVERGED'
     """
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
-        raise ValueError(f"max_steps is {max_steps!r}; wanted an integer ≥ 0")
+    count = _count("max_steps", max_steps)
+    _require_run(step, params, measure=measure)
+    tol = _require_real("tol", tol)
     validation.require_scalar("tol", tol, 0, float("inf"), open_low=False)
     params = _check_start(params)
-    solution, cause = _while(step, params, as_partial(measure), tol, max_steps)
+    solution, cause = _while(step, params, as_partial(measure), tol, count)
     differentiable = jax.tree.map(_forward_only.bind, (solution.params, solution.history))
     solution = solution._replace(params=differentiable[0], history=differentiable[1])
     return _finish(solution, cause, throw)
