@@ -36,6 +36,10 @@ def template(special):
 X = {"[X]": {"id": "[X]", "ids": [0], "tokens": ["[X]"]}}
 BPE = {"type": "BPE", "vocab": {"ab": 0, "a": 1, "b": 2}, "merges": [["a", "b"]]}
 WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TWICE = template(X)
+MANY = template({"[X]": {"id": "[X]", "ids": [0] * 2**11, "tokens": ["[X]"] * 2**11}})
+MANY["single"] *= 2**10
 SEQUENCE = {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aa")] * 40}
 
 
@@ -53,8 +57,14 @@ SEQUENCE = {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aa")] 
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "?"}}, "not in base64"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": 5}}, "refuses it"),
         ({"normalizer": charsmap(0)}, "fails on texts|not a sound tokenizer"),
-        ({"normalizer": SEQUENCE}, "make texts 1099511627776 times as long"),
+        ({"normalizer": SEQUENCE}, r"make texts 1\.1e\+12 times as long"),
         ({"normalizer": replace({"Regex": ""}, "x" * 2**21)}, "times as long"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 2**21}}, "times as long"),
+        ({"normalizer": charsmap(0, b"x" * 2**21)}, "times as long"),
+        ({"normalizer": SEQUENCE | {"normalizers": [LEVEL] * 40}}, "times as long"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [LEVEL] * 40}}, "times as long"),
+        ({"post_processor": {"type": "Sequence", "processors": [TWICE] * 40}}, "times as long"),
+        ({"post_processor": MANY}, "times as long"),
         ({"model": BPE | {"continuing_subword_prefix": "####"}}, "refuses it: PanicException"),
         ({"model": WORDS | {"unk_token": "[UNK]"}}, "fails on texts: .*UNK"),
         ({"model": WORDS | {"vocab": {"a": 2**31}}}, "has the id 2147483648; expected at most"),

@@ -47,20 +47,17 @@ def require_bounded(document: Mapping[str, Any]) -> None:
     """Require settings of a `tokenizer.json` that need no more memory than the file announces.
 
     Raises:
-        ValueError: on a map of characters that is shorter than it says, or replacements that make
-            a text longer than `MAX_GROWTH` times.
+        ValueError: on a map of characters that is shorter than it says, or steps that together
+            make a text longer than `MAX_GROWTH` times.
     """
-    for part in ("normalizer", "decoder"):
+    for parts in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
         growth = 1
-        for settings in _objects(document.get(part)):
-            kind = settings.get("type")
-            if kind == "Precompiled":
-                _require_whole(settings.get("precompiled_charsmap"))
-            elif kind == "Replace":
-                growth *= _growth(settings.get("pattern"), settings.get("content"))
+        for part in parts:
+            for settings in _objects(document.get(part)):
+                growth *= _growth(settings, part)
         if growth > MAX_GROWTH:
             raise ValueError(
-                f"the replacements of its {part} make texts {growth} times as long; expected at "
+                f"its {', '.join(parts)} make texts {float(growth):.2g} times as long; expected at "
                 f"most {MAX_GROWTH}"
             )
 
@@ -95,10 +92,27 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(item)
 
 
-def _require_whole(text: Any) -> None:
-    """Require a map that is as long as its first four bytes say: that much memory is taken."""
-    if not isinstance(text, str):
-        return  # which the library refuses
+def _growth(settings: Mapping[str, Any], part: str) -> int:
+    """How many times as long a text is after a step, at the most; 1 for what the library refuses."""
+    kind, added = settings.get("type"), settings.get("prepend")
+    if kind == "Precompiled" and isinstance(settings.get("precompiled_charsmap"), str):
+        return _longest(settings["precompiled_charsmap"])
+    if kind == "Replace":
+        return _of_replacement(settings.get("pattern"), settings.get("content"))
+    if kind == "Prepend" and isinstance(added, str):
+        return 1 + len(added)
+    if kind == "ByteLevel" and part != "decoder":
+        return 2  # characters that are not ASCII become one a byte, of two bytes each
+    if kind == "TemplateProcessing":
+        return _of_templates(settings)
+    return 1
+
+
+def _longest(text: str) -> int:
+    """The most bytes that a map of characters puts in the place of one.
+
+    It must be as long as its first four bytes say: that much memory is taken.
+    """
     try:
         content = base64.b64decode(text, validate=True)
     except ValueError as error:
@@ -108,13 +122,21 @@ def _require_whole(text: Any) -> None:
         raise ValueError(
             f"its precompiled_charsmap announces {size} bytes and has {max(len(content) - 4, 0)}"
         )
+    return max(1, *map(len, content[4 + size :].split(b"\0")))
 
 
-def _growth(pattern: Any, content: Any) -> int:
-    """How many times as long a text is after a replacement, at the most."""
+def _of_replacement(pattern: Any, content: Any) -> int:
     if not isinstance(content, str) or not isinstance(pattern, dict):
-        return 1  # which the library refuses
+        return 1
     whole = pattern.get("String")
     if isinstance(whole, str) and whole:
         return max(1, -(-len(content) // len(whole)))
     return len(content) + 1  # an expression may match between any two characters
+
+
+def _of_templates(settings: Mapping[str, Any]) -> int:
+    """The texts and tokens of the longer template."""
+    tokens = [token.get("ids") for token in _objects(settings.get("special_tokens"))]
+    each = max([1, *(len(ids) for ids in tokens if isinstance(ids, list))])
+    templates = (settings.get(name) for name in ("single", "pair"))
+    return max([1, *(each * len(pieces) for pieces in templates if isinstance(pieces, list))])
