@@ -15,6 +15,10 @@ TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer is"}]
 
 
+LOOP: dict[str, Any] = {"role": "user"}
+LOOP["content"] = [LOOP]
+
+
 def chat(template, messages=TALK, **options):
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     return Tokenizer(inner, {"chat_template": template}).chat(messages, **options)
@@ -27,9 +31,15 @@ PARTS = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text 
     ("template", "message", "text"),
     [
         (TURNS, "The answer is", "<user>hi<end>\n<assistant>The answer is"),
+        (TURNS, "CONTINUED_FROM_HERE x", "<user>hi<end>\n<assistant>CONTINUED_FROM_HERE x"),
         (TURNS, "The answer is ", "<user>hi<end>\n<assistant>The answer is "),
         (TURNS.replace("m.content", "m.content | trim"), " 4 ", "<user>hi<end>\n<assistant>4"),
         (TURNS.replace("<end>", " <end>"), "4 ", "<user>hi <end>\n<assistant>4 "),
+        (
+            "{% for m in messages %}{{ m.content }}|{{ m.content | trim }}.{% endfor %}",
+            "x ",
+            "hi|hi.x |x",
+        ),
         (PARTS, [{"text": "a"}, {"text": "b"}, {"x": 1}], "<user><end><assistant>ab"),
     ],
 )
@@ -168,6 +178,8 @@ def test_what_templates_see():
     [
         ([], {}, r"messages is \[\]; expected a list of messages"),
         ("hi", {}, "messages is 'hi'"),
+        ([LOOP], {}, "nests deeper than 64, or holds itself"),
+        (TALK, {"tools": [LOOP]}, "nests deeper than 64, or holds itself"),
         ([[1]], {}, "a message is .*; expected a mapping"),
         (TALK, {"documents": ["a"]}, "documents is .*; expected mappings"),
         (

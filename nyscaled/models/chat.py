@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from nyscaled.checkpoints import files
 from nyscaled.models import templates
 from nyscaled.models.tools import tool_schema
 
 # Names under which messages have reasoning: a template may read any of them.
 _REASONING = "reasoning_content", "thinking", "reasoning"
-_MARK = "CONTINUED_FROM_HERE "
+_MARK = "CONTINUED_FROM_HERE"
 # Arguments of transformers' apply_chat_template that are none of the template.
 _ELSEWHERE = {
     "chat_template": "`template` names one of the tokenizer's",
@@ -60,7 +61,11 @@ def render(
         if name != "tokenize" or variables[name]:
             raise ValueError(f"{name} is not a variable of chat templates; {_ELSEWHERE[name]}")
     rows = _messages(messages)
-    if documents is not None and not all(isinstance(d, Mapping) for d in documents):
+    if not (tools is None or (isinstance(tools, Sequence) and not isinstance(tools, str))):
+        raise ValueError(f"tools is {tools!r:.80}; expected a list of schemas or functions")
+    if documents is not None and not (
+        isinstance(documents, Sequence) and all(isinstance(d, Mapping) for d in documents)
+    ):
         raise ValueError(f"documents is {documents!r:.80}; expected mappings (title, text)")
     context = {
         **{name: _plain(value) for name, value in variables.items() if name != "tokenize"},
@@ -77,13 +82,16 @@ def render(
             "the first to go on with the last message, the second to begin one"
         )
     field = "content" if continue_final_message is True else continue_final_message
-    final = _marked(rows[-1], field, template)
-    return _before_mark(templates.render(template, context), final)
+    mark = _MARK
+    while mark in f"{context}":
+        mark += "_"
+    final = _marked(rows[-1], field, template, f"{mark} ")
+    return _before_mark(templates.render(template, context), final, f"{mark} ")
 
 
 def _messages(messages: Sequence[object]) -> list[dict[str, Any]]:
     """Messages as templates take them: without None, and reasoning under each of its names."""
-    if isinstance(messages, str | Mapping) or not len(messages):
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages is {messages!r:.80}; expected a list of messages, at least one")
     rows = []
     for message in map(_plain, messages):
@@ -97,7 +105,7 @@ def _messages(messages: Sequence[object]) -> list[dict[str, Any]]:
     return rows
 
 
-def _marked(message: dict[str, Any], field: str, template: str) -> str:
+def _marked(message: dict[str, Any], field: str, template: str, mark: str) -> str:
     """The text that goes on, after whose end a mark is put into the message."""
     if field not in message:
         raise ValueError(f"the last message has no {field!r} to continue")
@@ -106,27 +114,32 @@ def _marked(message: dict[str, Any], field: str, template: str) -> str:
     if not any(name in template for name in same):
         raise ValueError(f"the chat template does not use {field!r}; expected a field that it does")
     if isinstance(value, str):
-        message.update(dict.fromkeys(same, value + _MARK))
+        message.update(dict.fromkeys(same, value + mark))
         return value
     parts = value if isinstance(value, list | tuple) else []
     texts = [part for part in parts if isinstance(part, dict) and "text" in part]
     if not texts:
         raise ValueError(f"the last message has {field} {value!r:.80}; expected a text to continue")
     text = texts[-1]["text"]
-    texts[-1]["text"] = text + _MARK
+    texts[-1]["text"] = text + mark
     return text
 
 
-def _before_mark(text: str, final: str) -> str:
-    end = text.rfind(_MARK.strip())
+def _before_mark(text: str, final: str, mark: str) -> str:
+    end = text.rfind(mark.strip())
     if end < 0 or final.strip() not in text:
         raise ValueError("the chat template does not repeat the last message, which was to go on")
-    # A template that trims messages has trimmed the mark, and not what is before it.
-    return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()
+    # A template may repeat the message, and one that trims it has trimmed the mark too.
+    before = text[:end].replace(mark, "").replace(mark.strip(), "")
+    return before if text.startswith(mark, end) else before.rstrip()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """The value in JSON's types: other objects have methods, and templates come from anywhere."""
+    if depth > files.MAX_DEPTH:
+        raise ValueError(
+            f"a message, tool or variable nests deeper than {files.MAX_DEPTH}, or holds itself"
+        )
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):  # of a subclass, as enums are
@@ -136,15 +149,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     if isinstance(value, Mapping):
-        return {_plain(name): _plain(item) for name, item in value.items()}
+        return {_plain(k, depth + 1): _plain(item, depth + 1) for k, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [_plain(item) for item in value]
+        items = [_plain(item, depth + 1) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return _plain(value.item(), depth + 1)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = dataclasses.fields(value)
+        return {f.name: _plain(getattr(value, f.name), depth + 1) for f in fields}
     dump = None if isinstance(value, type) else getattr(value, "model_dump", None)
     if callable(dump):  # pydantic
-        return _plain(dump())
+        return _plain(dump(), depth + 1)
     return f"<{type(value).__name__}>"
