@@ -21,6 +21,7 @@ References:
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -74,10 +75,12 @@ class ThinFactorization(NamedTuple):
         live = jnp.diag(self.live.astype(dtype))
         if _is_zero(damping):
             return live
-        w = jnp.sqrt(jnp.asarray(damping, dtype)) * jnp.eye(self.core.shape[0], dtype=dtype)
-        for t in (*self.transforms, self.core):
+        damping = jnp.asarray(damping, dtype)
+        w = jnp.sqrt(lax.stop_gradient(damping)) * self.transforms[0]
+        for t in (*self.transforms[1:], self.core):
             w = w @ t
-        return live - w @ w.T
+        *_, root = itertools.accumulate((*self.transforms, self.core), jnp.matmul)
+        return live - w @ w.T - _slope(damping, root.T)
 
 
 @reads(x=as_dense)
@@ -94,7 +97,8 @@ def factor(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> ThinFactori
     """
     m, r = x.shape
     if not _is_zero(damping):
-        weight = jnp.sqrt(jnp.asarray(damping, x.dtype))
+        damping = jnp.asarray(damping, x.dtype)
+        weight = jnp.sqrt(lax.stop_gradient(damping))  # whose derivative is infinite at 0
         x = jnp.concatenate([x, weight * jnp.eye(r, dtype=x.dtype)])
     eye = jnp.eye(r, dtype=x.dtype)
     x, e = normalized(x, axis=0)  # squares of columns of any size
@@ -110,10 +114,20 @@ def factor(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> ThinFactori
         t = inverse_cholesky(z.T @ z + dead + ridge * eye)
         z = z @ t
         transforms.append(t)
-    core = inverse_cholesky(z.T @ z + dead)
     scale = jnp.where(live, shift(1 / norms, -e[0]), 0)
     transforms[0] = scale[:, None] * transforms[0]
+    gram = z.T @ z + dead
+    if not _is_zero(damping):
+        *_, product = itertools.accumulate(transforms, jnp.matmul)
+        gram = gram + _slope(jnp.asarray(damping), product)
+    core = inverse_cholesky(gram)
     return ThinFactorization(z[:m], tuple(transforms), core, live)
+
+
+def _slope(damping: Scalar, t: Float[Array, "k r"]) -> Float[Array, "r r"]:
+    """Zero, with the derivative of λ TᵀT in λ."""
+    scaled, e = normalized(t)
+    return shift(damping - lax.stop_gradient(damping), 2 * e) * (scaled.T @ scaled)
 
 
 def _is_zero(value: Any) -> bool:

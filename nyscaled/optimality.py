@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from nyscaled.lapack import svd
 from nyscaled.linalg import full_precision, orthonormalize
 from nyscaled.matrices import as_array, as_dense, as_factors, reads
-from nyscaled.numerics import exponent, norm, shift
+from nyscaled.numerics import clipped, exponent, norm, shift
 from nyscaled.typing import Factors, Scalar
 
 
@@ -117,9 +117,12 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
     inner = qy.T @ qx
     rest = qx - qy @ inner
     rest = rest - qy @ (qy.T @ rest)
-    cosines = jnp.clip(svd(inner)[1], 0, 1)
-    sines = jnp.clip(svd(rest)[1][::-1], 0, 1)
-    return jnp.where(sines**2 < 0.5, jnp.arcsin(sines), jnp.arccos(cosines))
+    cosines = clipped(svd(inner)[1], 0, 1)
+    sines = clipped(svd(rest)[1][::-1], 0, 1)
+    small = sines**2 < 0.5
+    # The other branch is not only left out but moved from where its derivative is infinite.
+    angles = jnp.arcsin(jnp.where(small, sines, 0)), jnp.arccos(jnp.where(small, 0, cosines))
+    return jnp.where(small, *angles)
 
 
 @reads(x=as_dense, optimum=as_dense)

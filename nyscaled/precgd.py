@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array
 
 from nyscaled import linalg, validation
+from nyscaled.numerics import root
 from nyscaled.pairing import Spec, groups, map_gradients, require_params
 
 
@@ -79,10 +80,10 @@ def scale_by_residual_gram(
                 raise ValueError(
                     f"value is {got}; wanted the loss: update(grads, state, params, value=loss)"
                 )
-            root_value = jnp.sqrt(value)
+            root_value = root(jnp.asarray(value, jnp.result_type(float, value)))
         # √|f − f_noise| from roots, which fit where f does not.
-        level = jnp.sqrt(noise_level)
-        product = jnp.sqrt(jnp.abs(root_value - level)) * jnp.sqrt(root_value + level)
+        root_value, level = jnp.asarray(root_value), jnp.sqrt(noise_level)
+        product = root(jnp.abs(root_value - level)) * root(root_value + level)
         damping = factor * product
 
         @linalg.full_precision

@@ -1,5 +1,7 @@
 """linalg: identities of the dual and its solves, accuracy, rank handling, residuals, operators."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -215,3 +217,21 @@ def test_derivatives_at_zero_columns_are_finite():
         return jnp.sum(weights * (linalg.orthonormalize(x) + linalg.dual(x)))
 
     assert bool(jnp.all(jnp.isfinite(jax.jit(jax.grad(both))(x))))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_derivative_in_the_damping_is_that_of_the_formula_at_zero_too(damping):
+    x, g = normal(0, (M, R)), normal(1, (N, R))
+
+    def found(damping):
+        return jnp.sum(g * linalg.gram_solve(x, g, damping)) + linalg.factor(x, damping).kept(
+            damping
+        )
+
+    def expected(damping):
+        inverse = jnp.linalg.inv(x.T @ x + damping * jnp.eye(R))
+        return jnp.sum(g * (g @ inverse)) + x.T @ x @ inverse
+
+    one = (jnp.float32(damping),), (jnp.float32(1.0),)
+    values, wanted = (jax.jit(functools.partial(jax.jvp, f))(*one) for f in (found, expected))
+    chex.assert_trees_all_close(values, wanted, rtol=1e-3, atol=1e-4)

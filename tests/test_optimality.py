@@ -115,3 +115,11 @@ def test_measures_are_batched_by_vmap(fn):
     xs = normal(1, (2, M, R))
     found = jax.jit(jax.vmap(lambda x: fn(x, basis, SPECTRUM)))(xs)
     chex.assert_trees_all_close(found, jnp.stack([fn(x, basis, SPECTRUM) for x in xs]), rtol=1e-5)
+
+
+def test_gradients_of_angles_are_finite_where_spaces_are_equal():
+    x = normal(0, (M, R))
+    gradient = jax.jit(
+        jax.grad(lambda x: jnp.sum(optimality.principal_angles(x, normal(0, (M, R)))))
+    )
+    assert bool(jnp.all(jnp.isfinite(gradient(x))))

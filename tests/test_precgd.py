@@ -118,3 +118,14 @@ def test_bad_constants_are_refused(args, wanted):
 def test_orphans_are_named_by_init():
     with pytest.raises(ValueError, match="lora_a"):
         nys.precgd(0.5).init({"lora_a": jnp.ones((3, 1))})
+
+
+def test_derivatives_are_finite_at_a_loss_of_zero():
+    x, tx = normal(1, (M, R)), nys.precgd(0.5)
+
+    def moved(x, root_value):
+        updates, _ = tx.update(x, tx.init(x), x, value=root_value**2, root_value=root_value)
+        return jnp.sum(updates)
+
+    for gradient in jax.jit(jax.grad(moved, (0, 1)))(x, jnp.float32(0.0)):
+        assert bool(jnp.all(jnp.isfinite(gradient)))
