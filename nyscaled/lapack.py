@@ -63,8 +63,8 @@ def _qr_alone(x: Array) -> tuple[Array, Array]:
 _inverse_alone = _one_at_a_time(jnp.linalg.inv)
 
 
-def _reciprocal(x: Array) -> Array:
-    """1/x, and 0 of what is far below the rounding of a matrix of size 1: the result lacks it."""
+def reciprocal(x: Array) -> Array:
+    """Return 1/x, and 0 of what is far below the rounding of a matrix of size 1: the result lacks it."""
     small = jnp.abs(x) <= float(jnp.finfo(x.dtype).eps) ** 4
     return jnp.where(small, 0, 1 / jnp.where(small, 1, x))
 
@@ -80,16 +80,16 @@ def _svd_jvp(primals: Any, tangents: Any) -> Any:
     (x,), (dx,) = primals, tangents
     u, s, vt = _svd(x)
     core = u.T @ dx @ vt.T
-    gaps = _reciprocal((s - s[:, None]) * (s + s[:, None]))
+    gaps = reciprocal((s - s[:, None]) * (s + s[:, None]))
     du = u @ (gaps * (core * s + (core * s).T))
     dvt = (gaps * (core.T * s + (core.T * s).T)).T @ vt
     m, n = x.shape
     if m > n:
         image = dx @ vt.T
-        du = du + (image - u @ (u.T @ image)) * _reciprocal(s)
+        du = du + (image - u @ (u.T @ image)) * reciprocal(s)
     if n > m:
         image = u.T @ dx
-        dvt = dvt + _reciprocal(s)[:, None] * (image - (image @ vt.T) @ vt)
+        dvt = dvt + reciprocal(s)[:, None] * (image - (image @ vt.T) @ vt)
     return (u, s, vt), (du, jnp.diagonal(core), dvt)
 
 
@@ -113,7 +113,7 @@ def _eigh_jvp(primals: Any, tangents: Any) -> Any:
     (a,), (da,) = primals, tangents
     values, vectors = _eigh(a)
     core = vectors.T @ da @ vectors
-    gaps = _reciprocal(values - values[:, None])
+    gaps = reciprocal(values - values[:, None])
     return (values, vectors), (jnp.diagonal(core), vectors @ (gaps * core))
 
 

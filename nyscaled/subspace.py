@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
-from nyscaled.lapack import eigh, qr, svd
+from nyscaled.lapack import eigh, qr, reciprocal, svd
 from nyscaled.linalg import full_precision
 from nyscaled.matrices import as_matrix, reads, transpose_times
+from nyscaled.numerics import normalized, shift
 from nyscaled.typing import Factors
 
 _EXTRA = 8  # columns over 2r, where the spectrum decays slowly after σ_r
@@ -28,6 +30,8 @@ def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = Fa
     Subspace iteration with k = 2r + 8 columns (at most min(m, n)): a product with A, ten rounds of
     one with Aᵀ and one with A, and a last one with Aᵀ, orthonormalized in between. The leading
     directions come with an error of about (σ_{k+1}/σ_r)^20, and to rounding if rank(A) ≤ k.
+
+    Derivatives are those of an A whose singular values, or eigenvalues, beyond these k are zero.
 
     Args:
         key: PRNG key of the sketch.
@@ -49,20 +53,86 @@ def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = Fa
         True
     """
     m, n = a.shape
+    constant = lax.stop_gradient(a)
     omega = jax.random.normal(key, (n, min(2 * rank + _EXTRA, m, n)), a.dtype)
 
     def basis(x: Array) -> Array:
         return qr(x)[0]  # of any rank, which Cholesky's is not
 
     def refine(_: Any, q: Array) -> Array:
-        return basis(a @ basis(transpose_times(a, q)))
+        return basis(constant @ basis(transpose_times(constant, q)))
 
-    q = lax.fori_loop(0, _ROUNDS, refine, basis(a @ omega))
-    image: Float[Array, "n k"] = transpose_times(a, q)
+    q = lax.fori_loop(0, _ROUNDS, refine, basis(constant @ omega))
+    image: Float[Array, "n k"] = transpose_times(constant, q)
     if symmetric:
-        values, vectors = eigh(q.T @ image)
-        x = q @ (vectors * jnp.sqrt(jnp.maximum(values, 0)))[:, ::-1][:, :rank]
+        rising, turn = eigh(q.T @ image)
+        vectors, values = _eigenpairs(a, (q @ turn)[:, ::-1], rising[::-1])
+        x = _halved(vectors, values)[:, :rank]
         return Factors(x, x)
-    u, s, vt = svd(image)
-    root = jnp.sqrt(s[:rank])
-    return Factors((q @ vt[:rank].T) * root, u[:, :rank] * root)
+    right, singular, turned = svd(image)
+    left, singular, right = _triples(a, q @ turned.T, singular, right)
+    return Factors(_halved(left, singular)[:, :rank], _halved(right, singular)[:, :rank])
+
+
+def _live(values: Float[Array, " k"]) -> Bool[Array, " k"]:
+    """Which values are neither rounding nor negative."""
+    return values > values.size * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+
+
+def _halved(vectors: Float[Array, "m k"], values: Float[Array, " k"]) -> Float[Array, "m k"]:
+    """Vectors times √value, a constant where the value is rounding."""
+    live = _live(values)
+    scaled = vectors * jnp.sqrt(jnp.maximum(lax.stop_gradient(values), 0))
+    return jnp.where(
+        live, vectors * jnp.sqrt(jnp.where(live, values, 1)), lax.stop_gradient(scaled)
+    )
+
+
+def _product(fn: Callable[[Any], Array], a: Any, change: Any, e: Array) -> Array:
+    """The derivative of a product with A along a change of A, times 2^(−e)."""
+    return shift(jax.jvp(fn, (a,), (change,))[1], -e)
+
+
+@jax.custom_jvp
+def _triples(
+    a: Any, u: Float[Array, "m k"], s: Float[Array, " k"], v: Float[Array, "n k"]
+) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "n k"]]:
+    """The given singular triples of A, with the derivatives of an A that has no others."""
+    return u, s, v
+
+
+@_triples.defjvp
+@full_precision
+def _triples_jvp(primals: Any, tangents: Any) -> Any:
+    a, u, s, v = primals
+    scaled, e = normalized(s)
+    image = _product(lambda a: a @ v, a, tangents[0], e)
+    back = _product(lambda a: transpose_times(a, u), a, tangents[0], e)
+    core = u.T @ image
+    gaps = reciprocal((scaled - scaled[:, None]) * (scaled + scaled[:, None]))
+    inverse = jnp.where(_live(s), reciprocal(scaled), 0)
+    one, two = core * scaled, core.T * scaled
+    du = u @ (gaps * (one + one.T)) + (image - u @ core) * inverse
+    dv = v @ (gaps * (two + two.T)) + (back - v @ core.T) * inverse
+    return primals[1:], (du, shift(jnp.diagonal(core), e), dv)
+
+
+@jax.custom_jvp
+def _eigenpairs(
+    a: Any, vectors: Float[Array, "m k"], values: Float[Array, " k"]
+) -> tuple[Float[Array, "m k"], Float[Array, " k"]]:
+    """The given eigenpairs of A = Aᵀ, with the derivatives of an A that has no others."""
+    return vectors, values
+
+
+@_eigenpairs.defjvp
+@full_precision
+def _eigenpairs_jvp(primals: Any, tangents: Any) -> Any:
+    a, vectors, values = primals
+    scaled, e = normalized(values)
+    image = _product(lambda a: a @ vectors, a, tangents[0], e)
+    core = vectors.T @ image
+    inverse = jnp.where(_live(values), reciprocal(scaled), 0)
+    turn = reciprocal(scaled - scaled[:, None]) * core
+    change = vectors @ turn + (image - vectors @ core) * inverse
+    return primals[1:], (change, shift(jnp.diagonal(core), e))

@@ -1,5 +1,7 @@
 """initializers: each start is what its formula says."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -131,6 +133,25 @@ def test_small_starts_have_the_standard_deviation_asked_for():
 def test_spectral_start_is_the_optimum():
     problem = nys.problems.Asymmetric(rectangular()[0])
     assert problem.residual(initializers.spectral(problem, R)) < 5e-6
+
+
+@pytest.mark.parametrize("rank", [2, R + 1])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_derivatives_of_the_spectral_start_by_products_are_those_of_the_factorization(
+    symmetric, rank
+):
+    b, c, weights = normal(0, (12, R)), normal(1, (12, R)), normal(2, (12, 12))
+
+    def loss(form, b):
+        a = b @ b.T if symmetric else b @ c.T
+        problem = (nys.problems.Symmetric if symmetric else nys.problems.Asymmetric)(form(a))
+        x = initializers.spectral(problem, rank)
+        return jnp.sum(weights * (x @ x.T if symmetric else x.left @ x.right.T))
+
+    found, wanted = (
+        jax.jit(jax.grad(functools.partial(loss, FORMS[f])))(b) for f in ("operator", "dense")
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-2 * float(jnp.max(jnp.abs(wanted))))
 
 
 def test_start_of_altgd_has_the_sizes_of_ward_and_kolda():
