@@ -82,6 +82,12 @@ def test_saved_and_loaded_again(name, tmp_path):
         assert config["label2id"] == {"no": 0, "perhaps": 1, "yes": 2}
 
 
+def test_classes_without_names(tmp_path):
+    folder = shutil.copytree(MODELS / "bert", tmp_path / "copy")
+    change(folder, id2label="absent", label2id=None, num_labels=3)
+    assert nys.models.load(folder)[0].config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
 def older(name):
     return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
         "LayerNorm.bias", "LayerNorm.beta"
@@ -123,6 +129,8 @@ def test_forms_that_older_files_have(tmp_path):
         ("bert", {"layer_norm_eps": 0}, "layer_norm_eps is 0; wanted a positive number"),
         ("bert", {"id2label": {"0": "a", "2": "b"}}, "id2label is .*; wanted a label for each"),
         ("bert", {"id2label": ["a"]}, r"id2label is \['a'\]"),
+        ("bert", {"id2label": None, "num_labels": 10**30}, "num_labels is 1000.*; expected an int"),
+        ("bert", {"id2label": None, "num_labels": True}, "num_labels is True; expected an integer"),
         ("bert", {"id2label": None}, r"classifier\.bias of shape \(3,\); wanted \(2,\)"),
         ("bert", {"architectures": ["BertForTokenClassification"]}, "no parameter for: classifier"),
         ("bert", {"architectures": None}, "no parameter for: classifier"),

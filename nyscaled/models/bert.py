@@ -23,6 +23,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 # Of every weight in the original, and of a new head here.
 STDDEV = 0.02
+MOST_LABELS = 2**16  # without names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class BertConfig(Config):
         max_position_embeddings: longest input.
         type_vocab_size: number of token types.
         layer_norm_eps: added to the variance.
-        labels: of a classifier, in the order of its logits; `id2label` in the file, whose length
-            is transformers' `num_labels`.
+        labels: of a classifier, in the order of its logits; `id2label` in the file, or as many as
+            its `num_labels`.
 
     Example:
         >>> sizes = dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12)
@@ -97,6 +98,8 @@ class BertConfig(Config):
         settings = {k: v for k, v in super().settings(config).items() if k != "labels"}
         if config.get("id2label") is not None:
             settings["labels"] = _labels(config["id2label"])
+        elif config.get("num_labels") is not None:
+            settings["labels"] = _unnamed(config["num_labels"])
         return settings
 
     def to_json(self) -> dict[str, Any]:
@@ -114,6 +117,15 @@ def _labels(id2label: Any) -> tuple[str, ...]:
     if not given or given.keys() != set(ids) or not all(isinstance(v, str) for v in given.values()):
         raise ValueError(f"id2label is {id2label!r}; wanted a label for each of '0', '1', …")
     return tuple(given[i] for i in ids)
+
+
+def _unnamed(count: Any) -> tuple[str, ...]:
+    """The labels that transformers gives to so many classes."""
+    if type(count) is not int or not 0 < count <= MOST_LABELS:
+        raise ValueError(
+            f"num_labels is {count!r:.80}; expected an integer from 1 to {MOST_LABELS}"
+        )
+    return tuple(f"LABEL_{i}" for i in range(count))
 
 
 def starts(mask: Bool[Array, "batch length"]) -> Int[Array, " batch"]:
