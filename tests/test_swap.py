@@ -326,6 +326,29 @@ def test_what_no_save_has_left_is_refused(plan, tmp_path):
             act(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["", "x", "x/new", "x/old"])
+def test_links_move_and_remove_no_files_of_others(part, tmp_path):
+    model, others = tmp_path / "model", tmp_path / "others"
+    save_model(model, 1)
+    inner = others / "x" if not part else others
+    for name in ("new", "old", "y"):
+        (inner / name).mkdir(parents=True)
+    names = [inner / "config.json", inner / "new" / "config.json", inner / "y" / "z"]
+    for name in names:
+        name.write_text("theirs")
+    link = model / swap.SAVE / part
+    link.parent.mkdir(parents=True, exist_ok=True)
+    plan = model / swap.SAVE / "x" / "plan.json" if "/" in part else inner / "plan.json"
+    link.symlink_to(others)
+    for text in ('{"last": "config.json", "new": ["config.json"], "gone": ["*"]}', None):
+        plan.write_text(text) if text else plan.unlink()
+        for act in (read_model, lambda path: save_model(path, 0)):
+            with pytest.raises(ValueError, match="is a link; expected what a save leaves"):
+                act(model)
+        assert [name.read_text() for name in names] == ["theirs"] * 3
+    assert (model / "config.json").is_file()
+
+
 def test_the_empty_path_is_no_folder():
     for act in (folder.open_folder, peft.read, lambda path: save_model(path, 1)):
         with pytest.raises(ValueError, match="the folder is ''; expected a path"):

@@ -7,6 +7,7 @@ twice its size. Pickled weights (`pytorch_model.bin`) can run code and are not r
 from __future__ import annotations
 
 import functools
+import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -170,8 +171,8 @@ def write(
         OSError: if a file cannot be written, and nothing has changed; or if the swap fails, and
             the message says how it is ended.
     """
-    if max_shard_size <= 0:
-        raise ValueError(f"max_shard_size is {max_shard_size}; wanted a positive number of bytes")
+    if not isinstance(max_shard_size, numbers.Real) or not max_shard_size > 0:
+        raise ValueError(f"max_shard_size is {max_shard_size!r}; wanted a positive number of bytes")
     texts = {**(texts or {}), CONFIG: files.as_json(config)}
     with swap.replacing(path, texts, last=CONFIG, stale=_WEIGHTS) as aside:
         held: dict[str, np.ndarray] = {}

@@ -175,6 +175,7 @@ def finish(folder: Path) -> None:
 
 def _begun(folder: Path) -> list[str]:
     """The save that has begun to replace files, if there is one."""
+    _require_own(folder / SAVE)
     try:
         return os.listdir(folder / SAVE)
     except (FileNotFoundError, NotADirectoryError):  # the folder may be a GGUF file
@@ -193,6 +194,8 @@ def _commit(aside: Path, folder: Path) -> None:
 
 def _move_all(inner: Path, folder: Path) -> None:
     """Move the files of a save to their places, those that are not there yet."""
+    for part in (inner, inner / _NEW, inner / _OLD):
+        _require_own(part)
     try:
         last, new, gone = _read_plan(inner / _PLAN)
     except FileNotFoundError:  # all was moved
@@ -209,6 +212,12 @@ def _move_all(inner: Path, folder: Path) -> None:
     for remove, part in ((os.rmdir, _NEW), (os.unlink, _PLAN), (os.rmdir, "")):
         with _unless(errno.ENOENT):
             remove(inner / part)
+
+
+def _require_own(path: Path) -> None:
+    """Require no link: a folder from elsewhere could have files of others moved or removed by it."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; expected what a save leaves (remove it)")
 
 
 def _move(source: Path, target: Path) -> None:
