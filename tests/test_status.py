@@ -11,6 +11,7 @@ from cases import M, N, R, exact_residual, normal, psd, rectangular
 
 import nyscaled as nys
 from nyscaled.solvers import Status
+from nyscaled.typing import pytree_dataclass
 
 SIZES = (1e-30, 1e-19, 1e-17, 1e-15, 1e10, 1e18, 1e30)
 
@@ -65,6 +66,25 @@ def test_growth_from_a_small_start_to_the_solution_is_no_divergence():
     for tx in (nys.scaled_gd(0.5), nys.scale_by_gram()):
         step = nys.solvers.gradient_step(problem, optax.chain(tx, optax.scale(1.0)))
         assert nys.solvers.run(step, start, 1).status is Status.MAX_STEPS
+
+
+@pytree_dataclass
+class Plain:
+    """A problem of somebody else: what `gradient_step` asks for and no more."""
+
+    inner: object
+
+    gradient = property(lambda self: self.inner.gradient)
+    loss = property(lambda self: self.inner.loss)
+    check = property(lambda self: self.inner.check)
+
+
+def test_growth_is_no_divergence_where_the_size_of_solutions_is_not_known():
+    problem = nys.problems.Symmetric(psd()[0])
+    step = nys.solvers.gradient_step(Plain(problem), optax.sgd(0.5))
+    start = nys.initializers.small(jax.random.key(1), M, R, 1e-12)
+    solution = nys.solvers.run_until(step, start, problem.residual, 1e-3, 2000)
+    assert solution.status is Status.CONVERGED
 
 
 def test_infinite_measure_does_not_end_a_run_and_nan_does():

@@ -130,7 +130,8 @@ class GradientState(NamedTuple):
         opt_state: the state of the transformation.
         step: how many steps were made.
         limit: the norm of the factors beyond which the run has diverged: 1/eps times the largest
-            of the start's, the first iterate's and that of factors of A.
+            of the start's, the first iterate's and that of factors of A (none if the problem has no
+            `factor_size`).
     """
 
     factors: Any
@@ -154,9 +155,9 @@ class GradientStep:
         if self.alternating and not isinstance(params, Factors):
             raise ValueError(f"the start is {type(params).__name__}; alternating wants Factors")
         limit = _limit(params)
-        if hasattr(self.problem, "factor_size"):
-            size = self.problem.factor_size().astype(limit.dtype)
-            limit = jnp.maximum(limit, size / jnp.finfo(limit.dtype).eps)
+        # From a small start factors may grow by any factor to where a solution is.
+        size = getattr(self.problem, "factor_size", lambda: jnp.inf)()
+        limit = jnp.maximum(limit, jnp.asarray(size, limit.dtype) / jnp.finfo(limit.dtype).eps)
         return GradientState(params, self.tx.init(params), jnp.zeros((), jnp.int32), limit)
 
     def update(self, state: GradientState) -> GradientState:
@@ -200,7 +201,8 @@ def gradient_step(
     """X⁺ = X + tx(∇f(X)), for any optax transformation: `optax.sgd` is GD, `scaled_gd` is ScaledGD.
 
     Args:
-        problem: with `gradient`, `loss` and `check`.
+        problem: with `gradient`, `loss` and `check`; with `factor_size`, about the norm of factors of
+            a solution, growth far beyond it ends a run as DIVERGED.
         tx: its `update` is also given `value=`, the loss, and if the problem has `root_loss`, which
             neither overflows nor underflows, `root_value=`, its root.
         project: a pure function of the factors, applied after each step. For completion,
