@@ -220,6 +220,15 @@ def test_drawn_tokens_repeat_with_their_key_and_do_not_depend_on_other_rows():
         ({"tokens": [[3, 4, 5]], "mask": [[1, 0, 1]]}, "padding between tokens, or no token"),
         ({"mask": [[0, 0]]}, "padding between tokens, or no token"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens is 2147483648"),
+        ({"mask": [["a", "b"]]}, "mask is <U1; wanted True where"),
+        ({"tokens": [[2**32 + 3, 4]]}, "from 4 to 4294967299; wanted ids below 32"),
+        ({"pad_token": 2**40}, "pad_token is 1099511627776; wanted an integer"),
+        ({"temperature": 10**400, "key": KEY}, "temperature is 1000.*; wanted a number"),
+        (
+            {"temperature": 1.0, "key": np.zeros((3, 2), np.uint32)},
+            "key is .*; wanted one PRNG key",
+        ),
         ({"temperature": np.nan, "key": KEY}, "temperature is nan"),
         ({"max_new_tokens": 63}, "are 65 tokens; wanted at most 64, the positions"),
         ({"temperature": 1.0}, "temperature without a key"),
@@ -233,6 +242,14 @@ def test_what_is_refused(changes, message):
     arguments = {"tokens": [[3, 4]], "max_new_tokens": 2} | changes
     with pytest.raises(ValueError, match=message):
         nys.models.generate(load("opt_post"), **arguments)
+
+
+def test_stop_tokens_that_int32_does_not_hold_are_never_met():
+    model, (tokens, _) = load("llama"), prompts()
+    free = nys.models.generate(model, tokens[:1], max_new_tokens=NEW, stop_tokens=NONE)
+    stops = [int(free[0, 0]) + 2**32, 2**40]
+    got = nys.models.generate(model, tokens[:1], max_new_tokens=NEW, stop_tokens=stops)
+    np.testing.assert_array_equal(got, free)
 
 
 def test_encoders_are_refused():

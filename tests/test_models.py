@@ -102,10 +102,16 @@ def test_ids_from_outside_do_not_reach_tokens_from_padding(name):
         ).all()
 
 
+def test_ids_beyond_int32_are_no_others():
+    tokens, _ = blocks.prepare(np.array([[2**32 + 3, 3], [-(2**40), 2**63 - 1]]), None, 32)
+    np.testing.assert_array_equal(tokens, [[32, 3], [32, 32]])
+
+
 @pytest.mark.parametrize(
     ("tokens", "mask", "message"),
     [
         (np.ones((2, 3)), None, "tokens are float"),
+        (np.ones((2, 0), int), None, r"of shape \(2, 0\); wanted integers"),
         (np.ones(3, int), None, r"of shape \(3,\); wanted integers \(batch, length\)"),
         (np.ones((2, 3), int), np.ones((2, 2), int), r"mask has shape \(2, 2\); wanted \(2, 3\)"),
     ],

@@ -83,11 +83,15 @@ def prepare(
         ValueError: unless tokens are integers (batch, length) and not too long, and the mask of
             their shape.
     """
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    if not isinstance(tokens, jax.Array):
+        tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
         raise ValueError(
             f"tokens are {tokens.dtype} of shape {tokens.shape}; wanted integers (batch, length)"
         )
+    if isinstance(tokens, np.ndarray):
+        # 2³² + 5 is not the token 5, which JAX would make of it.
+        tokens = jnp.asarray(np.clip(tokens, -1, np.iinfo(np.int32).max).astype(np.int32))
     if longest is not None and tokens.shape[1] > longest:
         raise ValueError(
             f"tokens have length {tokens.shape[1]}; wanted at most {longest}, the positions that "

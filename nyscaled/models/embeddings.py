@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float
+
+from nyscaled.models.config import LARGEST
 
 
 class WithHead(nnx.Module):
@@ -81,9 +84,11 @@ def resize_token_embeddings(
         >>> model.embed_tokens.embedding.shape, model.lm_head.kernel.shape, model.config.vocab_size
         ((18, 8), (8, 18), 18)
     """
-    if type(size) is not int or size < 1:
+    if type(size) is not int or not 0 < size <= LARGEST:
         raise ValueError(f"size is {size!r}; wanted a positive integer, the number of tokens")
     owner = getattr(model, "bert", model)
+    if not hasattr(owner, "embed_tokens") and not hasattr(owner, "embeddings"):
+        raise ValueError(f"model is a {type(model).__name__}; wanted one of this package")
     embeddings = getattr(owner, "embeddings", None)
     embed = owner.embed_tokens if embeddings is None else embeddings.word_embeddings
     head = getattr(owner, "lm_head", None)
@@ -113,6 +118,9 @@ def _resized(name: str, table: Array, size: int, rows: Any) -> Array:
             return table[:size]
         mean = jnp.mean(table.astype(jnp.float32), axis=0)
         rows = jnp.broadcast_to(mean, (more, *mean.shape))
+    rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if not jnp.issubdtype(rows.dtype, jnp.number):
+        raise ValueError(f"{name} has dtype {rows.dtype}; wanted numbers")
     rows = jnp.asarray(rows)
     wanted = max(more, 0), table.shape[1]
     if rows.shape != wanted or more <= 0:

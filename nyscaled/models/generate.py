@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from nyscaled.models.blocks import Mask, Tokens
+from nyscaled.models.config import LARGEST
 
 # Lengths are rounded up to powers of two from here on, so that few programs are compiled.
 SHORTEST = 16
@@ -101,7 +102,9 @@ def generate(
             "the positions that the model knows"
         )
     stops = _stops(config.eos_token_id if stop_tokens is None else stop_tokens)
-    if pad_token is None:
+    if pad_token is not None:
+        pad_token = _count("pad_token", pad_token, least=-1)
+    else:
         pad_token, first = config.pad_token_id, int(stops[0])
         # Early conversions of LLaMA have -1 there.
         if not isinstance(pad_token, int) or not 0 <= pad_token < config.vocab_size:
@@ -202,8 +205,10 @@ def _rounded(length: int) -> int:
 
 
 def _prompt(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.asarray(tokens)
-    mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask) > 0
+    tokens, mask = np.asarray(tokens), None if mask is None else np.asarray(mask)
+    if mask is not None and mask.dtype.kind not in "biuf":
+        raise ValueError(f"mask is {mask.dtype}; wanted True where there is a token")
+    mask = np.ones(tokens.shape, bool) if mask is None else mask > 0
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"tokens are {tokens.dtype} of shape {tokens.shape}; wanted integers (batch, length)"
@@ -230,18 +235,26 @@ def _stops(stop_tokens: int | Sequence[int] | None) -> np.ndarray:
     if stops.size and stops.dtype.kind not in "iu":
         raise ValueError(f"stop_tokens is {stop_tokens!r}; wanted ids")
     filled = np.full(8 * max(1, -(-stops.size // 8)), -1, np.int32)
-    filled[: stops.size] = stops
+    # No text meets what int32 does not hold.
+    filled[: stops.size] = np.where((stops >= 0) & (stops <= LARGEST), stops, -1)
     return filled
 
 
-def _count(name: str, value: Any) -> int:
+def _count(name: str, value: Any, *, least: int = 1, most: float = LARGEST) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} is {value!r}; wanted an integer of at least 1")
+        number = least - 1
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {value!r:.80}; wanted an integer of at least {least}")
     return number
+
+
+def _real(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} is {value!r:.80}; wanted a number") from error
 
 
 def _sampling(
@@ -251,6 +264,7 @@ def _sampling(
     key: Any,
     vocab_size: int,
 ) -> Sampling | None:
+    temperature = 0.0 if temperature is None else _real("temperature", temperature)
     if not temperature:
         given = {"top_k": top_k, "top_p": top_p, "key": key}
         names = [name for name, value in given.items() if value is not None]
@@ -261,11 +275,17 @@ def _sampling(
         raise ValueError(f"temperature is {temperature}; wanted a positive number, or None")
     if key is None:
         raise ValueError("temperature without a key; wanted a key to draw tokens with")
-    if top_p is not None and not 0 < top_p <= 1:
+    try:
+        jax.eval_shape(lambda: jax.random.fold_in(key, 0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"key is {key!r:.80}; wanted one PRNG key") from error
+    if top_p is not None and not 0 < (top_p := _real("top_p", top_p)) <= 1:
         raise ValueError(f"top_p is {top_p}; wanted a number in (0, 1]")
     return Sampling(
         key,
         jnp.float32(temperature),
-        None if top_k is None else jnp.int32(min(_count("top_k", top_k), vocab_size)),
+        None
+        if top_k is None
+        else jnp.int32(min(_count("top_k", top_k, most=math.inf), vocab_size)),
         None if top_p is None else jnp.float32(top_p),
     )
