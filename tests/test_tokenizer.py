@@ -303,6 +303,8 @@ def test_a_vocabulary_with_merges(opt):
     assert load_tokenizer(opt).encode("low").tokens == ["Ġlow", "<|endoftext|>"]
     for name, text, message in (
         ("merges.txt", "l q", "the merges are not of these tokens"),
+        ("merges.txt", "l o w", "a merge is 'l o w'; expected two tokens"),
+        ("vocab.json", '{"l": -1}', r"vocab\.json has ids that are none; wanted integers"),
         ("vocab.json", '{"l": "o"}', r"vocab\.json has ids that are none; wanted integers"),
         ("vocab.json", "[]", r"vocab\.json holds a list"),
     ):
@@ -311,16 +313,28 @@ def test_a_vocabulary_with_merges(opt):
             nys.models.load(opt)
 
 
+@pytest.mark.filterwarnings("ignore:.*has a tokenizer of")
 @pytest.mark.parametrize(
-    "changed", ["class", "added", "merges.txt", "vocab.txt", "tokenizer.model"]
+    ("name", "content"),
+    [
+        ("special_tokens_map.json", {"additional_special_tokens": ["<x>"]}),
+        ("added_tokens.json", {"<x>": 263}),
+        ("tokenizer_config.json", OPT | {"additional_special_tokens": ["<x>"]}),
+        ("tokenizer_config.json", OPT | {"added_tokens_decoder": {"263": {"content": "<x>"}}}),
+        ("tokenizer_config.json", OPT | {"extra_special_tokens": {"image_token": "<x>"}}),
+        ("tokenizer_config.json", OPT | {"model_specific_special_tokens": {"x_token": "<x>"}}),
+    ],
 )
+def test_added_tokens_beside_a_vocabulary_with_merges(name, content, opt):
+    (opt / name).write_text(json.dumps(content))
+    assert load_tokenizer(opt).encode("low<x>low").tokens == ["</s>", "low", "<x>", "low"]
+
+
+@pytest.mark.parametrize("changed", ["class", "merges.txt", "vocab.txt", "tokenizer.model"])
 def test_tokenizers_of_other_forms_are_none_with_a_warning(changed, opt):
-    kinds = {
-        "class": {"tokenizer_class": "RobertaTokenizer"},
-        "added": {"additional_special_tokens": ["<x>"]},
-    }
-    if changed in kinds:
-        (opt / "tokenizer_config.json").write_text(json.dumps(OPT | kinds[changed]))
+    if changed == "class":
+        kind = {"tokenizer_class": "RobertaTokenizer"}
+        (opt / "tokenizer_config.json").write_text(json.dumps(OPT | kind))
     else:
         (opt / "merges.txt").unlink()
     if changed in ("vocab.txt", "tokenizer.model"):

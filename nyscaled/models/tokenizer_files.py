@@ -12,9 +12,6 @@ from typing import Any
 from nyscaled.checkpoints import files, swap
 from nyscaled.models import soundness
 from nyscaled.models.special_tokens import (
-    ADDED,
-    DECODER,
-    EXTRA,
     SETTINGS,
     completed,
     read_settings,
@@ -26,9 +23,6 @@ from nyscaled.models.vocabulary import add_ends, byte_level
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 # Of tokenizers that are not read: WordPiece's words, SentencePiece's model.
 _OTHERS = _VOCABULARY, "vocab.txt", "tokenizer.model"
-_END = "<|endoftext|>"  # the GPT2Tokenizer's own
-_MORE = DECODER, EXTRA
-_FLAGS = "lstrip", "rstrip", "single_word", "normalized"
 
 
 def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
@@ -54,7 +48,7 @@ def _open(folder: Path) -> Tokenizer | None:
         warnings.warn(
             f"{folder} has {there[0]}, from which no tokenizer is made here: it is None; wanted "
             f"{FILE}, which transformers' AutoTokenizer writes in save_pretrained, or "
-            f"{_VOCABULARY} and {_MERGES} of a GPT2Tokenizer without added tokens",
+            f"{_VOCABULARY} and {_MERGES} of a GPT2Tokenizer",
             stacklevel=8,  # of the call of `nyscaled.models.load`
         )
         return None
@@ -66,13 +60,11 @@ def _open(folder: Path) -> Tokenizer | None:
         ) from error
     try:
         settings |= _templates(folder, settings)
-        if FILE in there:
-            inner = _of_json(folder / FILE)
-            with soundness.refusing("the package tokenizers refuses what the settings ask for"):
-                inner, settings = completed(inner, settings, folder)
-        else:
-            settings = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END) | settings
-            inner = _of_merges(folder, settings)
+        inner = _of_json(folder / FILE) if FILE in there else _of_merges(folder)
+        with soundness.refusing("the package tokenizers refuses what the settings ask for"):
+            inner, settings = completed(inner, settings, folder)
+            if FILE not in there:
+                _add_ends(inner, settings)
         return Tokenizer(inner, settings)
     except ValueError as error:
         raise ValueError(f"{folder / there[0]}, {SETTINGS}: {files.brief(error)}") from None
@@ -113,31 +105,26 @@ def _of_json(path: Path) -> Any:
 def _is_gpt2(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `vocab.json` and `merges.txt` say all of a tokenizer."""
     kind = settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast")
-    more = any(map(settings.get, _MORE)) or files.exists(folder / ADDED)
-    return kind and not more and all(files.exists(folder / f) for f in (_VOCABULARY, _MERGES))
+    return kind and all(files.exists(folder / f) for f in (_VOCABULARY, _MERGES))
 
 
-def _of_merges(folder: Path, settings: Mapping[str, Any]) -> Any:
-    from tokenizers import AddedToken
-
+def _of_merges(folder: Path) -> Any:
     vocabulary = files.read_object(folder / _VOCABULARY, "tokens and their ids")
-    if not all(type(i) is int for i in vocabulary.values()):
+    if not all(type(i) is int and 0 <= i <= soundness.LARGEST_ID for i in vocabulary.values()):
         raise ValueError(f"{folder / _VOCABULARY} has ids that are none; wanted integers")
     lines = files.read_text(folder / _MERGES).split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     try:
-        inner = byte_level(vocabulary, merges, prefix_space=bool(settings.get("add_prefix_space")))
+        return byte_level(vocabulary, merges)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def _add_ends(inner: Any, settings: Mapping[str, Any]) -> None:
     special = roles(settings)
-    for name, content in special.items():
-        given = settings[name] if isinstance(settings[name], dict) else {}
-        flags = {flag: bool(given[flag]) for flag in _FLAGS if flag in given}
-        inner.add_special_tokens([AddedToken(content, **flags)])
     ends = {
         role: special[f"{role}_token"]
         for role in ("bos", "eos")
         if settings.get(f"add_{role}_token") and f"{role}_token" in special
     }
     add_ends(inner, **ends)
-    return inner

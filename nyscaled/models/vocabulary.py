@@ -101,8 +101,6 @@ def byte_level(
     vocabulary: Mapping[str, int],
     merges: Sequence[str],
     split: str = "gpt2",
-    *,
-    prefix_space: bool = False,
 ) -> Any:
     """BPE over bytes.
 
@@ -110,7 +108,6 @@ def byte_level(
         vocabulary: ids of the tokens.
         merges: pairs of tokens with a space between, the first is merged first.
         split: how text is split before, "gpt2", "digits" or "llama3".
-        prefix_space: whether a text begins with a space.
 
     Returns:
         A tokenizer of the package tokenizers.
@@ -121,16 +118,18 @@ def byte_level(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    if no_pair := next((pair for pair in pairs if len(pair) != 2), None):
+        raise ValueError(f"a merge is {' '.join(no_pair)!r:.80}; expected two tokens with a space")
     with soundness.refusing("the merges are not of these tokens"):
         # Llama 3 takes a word that is a token whole, whatever the merges.
         inner = Tokenizer(models.BPE(dict(vocabulary), pairs, ignore_merges=split == "llama3"))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=split != "llama3")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama3")
     first = {
         "gpt2": [],
         "digits": [pre_tokenizers.Digits(individual_digits=True)],
         "llama3": [pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")],
     }[split]
-    inner.pre_tokenizer = pre_tokenizers.Sequence([*first, level])
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
     inner.decoder = decoders.ByteLevel()
     return inner
 
