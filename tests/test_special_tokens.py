@@ -116,6 +116,11 @@ def test_special_tokens_of_a_model_by_their_roles(tmp_path):
     tokenizer = opened(tmp_path, byte_level(), settings)
     assert tokenizer.encode("<image></s>").ids == [260, 259]
     assert tokenizer.decode([258, 260]) == "he"
+    # transformers takes what stands beside them in their place.
+    for name, value in (("x_token", "<x>"), ("extra_special_tokens", {"x_token": "<x>"})):
+        tokenizer = opened(tmp_path, byte_level(), settings | {name: value})
+        assert tokenizer.encode("<x></s>").ids == [260, 259]
+        assert len(tokenizer.encode("<image>").ids) > 1
 
 
 def test_a_class_with_other_rules_is_named(tmp_path):

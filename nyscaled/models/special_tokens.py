@@ -201,10 +201,18 @@ def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Those that every tokenizer may have come first.
     """
-    parts = (settings.get(name) for name in (OF_MODEL, EXTRA))
-    more = {k: v for part in parts if isinstance(part, Mapping) for k, v in part.items()}
-    own = [name for name in settings if name.endswith("_token") and name not in _ROLES]
+    extra = settings.get(EXTRA)
+    more = extra if isinstance(extra, Mapping) else {}
+    own = [
+        name
+        for name, value in settings.items()
+        if name.endswith("_token") and name not in _ROLES and isinstance(value, str | Mapping)
+    ]
     own.sort(key=lambda name: isinstance(settings[name], str))  # as transformers sets them
+    # transformers takes either of these in its place.
+    if not more and not any(isinstance(settings[name], str) for name in own):
+        of_model = settings.get(OF_MODEL)
+        more = of_model if isinstance(of_model, Mapping) else {}
     for name in (*_ROLES, *own, *more):
         value = more.get(name, settings.get(name))
         if isinstance(value, str) or (isinstance(value, Mapping) and "content" in value):

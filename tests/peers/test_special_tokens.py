@@ -30,7 +30,7 @@ ROLES = [f"{role}_token" for role in ("bos", "eos", "sep", "pad", "cls", "mask",
 FLAGS = "lstrip", "rstrip", "normalized", "single_word"
 CLASSES = {
     byte_level: ["PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", None],
-    word_piece: ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", None],
+    word_piece: ["BertTokenizer", "ElectraTokenizerFast", "PreTrainedTokenizerFast", None],
     sentence_piece: ["PreTrainedTokenizerFast", "TokenizersBackend", None],
 }
 SETTINGS = {
@@ -95,6 +95,8 @@ class Cases(random.Random):
                 special["additional_special_tokens"] = [self.choice(TOKENS)]
         if self.chance(0.2):
             others["added_tokens"] = {t: 290 + i for i, t in enumerate(self.sample(TOKENS, 2))}
+        if self.chance(0.2):
+            settings["model_specific_special_tokens"] = {"image_token": self.choice(TOKENS)}
         model = "bert" if make is word_piece else "llama"
         return written(path, inner, settings, model, **others)
 
