@@ -157,6 +157,15 @@ def test_the_token_to_pad_with():
         without(["a", "b c"])
 
 
+def test_what_is_no_tokenizer_or_no_settings_is_refused(tmp_path):
+    for inner in (None, "tokenizer.json"):
+        with pytest.raises(ValueError, match=r"inner is .*; expected a tokenizer of the package"):
+            Tokenizer(inner)
+    with pytest.raises(ValueError, match="JSON has no form for"):
+        Tokenizer(words(), {"x": object()}).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

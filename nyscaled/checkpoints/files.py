@@ -171,8 +171,15 @@ def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> 
 
 
 def as_json(value: Mapping[str, Any]) -> str:
-    """The text of a JSON file."""
-    return json.dumps(value, indent=2) + "\n"
+    """The text of a JSON file.
+
+    Raises:
+        ValueError: on values that JSON has no form for.
+    """
+    try:
+        return json.dumps(value, indent=2) + "\n"
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"JSON has no form for {brief(repr(value))}: {error}") from error
 
 
 def write_tensors(

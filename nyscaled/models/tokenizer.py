@@ -69,6 +69,13 @@ class Tokenizer:
     """
 
     def __init__(self, inner: Any, settings: Mapping[str, Any] | None = None) -> None:
+        if not callable(getattr(inner, "encode_batch", None)):
+            raise ValueError(
+                f"inner is {inner!r:.80}; expected a tokenizer of the package tokenizers"
+            )
+        named = isinstance(settings, Mapping) and all(isinstance(name, str) for name in settings)
+        if settings is not None and not named:
+            raise ValueError(f"settings is {settings!r:.80}; expected values by their names")
         self.inner = inner
         self.settings = with_sides(inner, settings or {})
         inner.no_padding()
@@ -202,7 +209,7 @@ class Tokenizer:
         if template is None:
             named = tools is not None and "tool_use" in templates
             template = "tool_use" if named else _DEFAULT
-        if template not in templates:
+        if not isinstance(template, str) or template not in templates:
             known = ", ".join(templates) or "no chat template"
             raise ValueError(f"there is no chat template {template!r}; the tokenizer has {known}")
         return chat.render(
@@ -308,7 +315,8 @@ def named_templates(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _require_texts(name: str, texts: Sequence[str]) -> None:
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+    several = isinstance(texts, Sequence) and not isinstance(texts, str) and len(texts) > 0
+    if not several or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is {texts!r:.80}; wanted a list of texts, one at least")
 
 
