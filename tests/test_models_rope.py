@@ -39,6 +39,15 @@ def test_frequencies_are_those_of_transformers(case):
     assert rope.read_rope(json.loads(json.dumps(written)), LONGEST) == (theta, scaling)
 
 
+@pytest.mark.filterwarnings("error")
+def test_llama3_without_a_ramp():
+    """With equal factors a rotation is slowed down or not; the second here turns just as fast."""
+    frequencies = np.array([3.0, np.pi / 2, 1.0])
+    scaled = rope.RopeScaling(8.0, 1.0, 1.0, 4).scaled(frequencies, 1e4, 1)
+    np.testing.assert_allclose(scaled[[0, 2]], frequencies[[0, 2]] / [1, 8])
+    assert np.isfinite(scaled).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -47,7 +47,7 @@ class RopeScaling:
         """Return the changed frequencies."""
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
+        kept = np.clip((turns - low) / max(high - low, 1e-12), 0, 1)  # the two may be equal
         return frequencies * (kept + (1 - kept) / self.factor)
 
 
