@@ -389,6 +389,21 @@ def test_what_is_refused(metadata, tensors, message, path):
         nys.models.load(path)
 
 
+@pytest.mark.parametrize("where", ["architecture", "key", "value", "tensor"])
+def test_messages_are_short_whatever_the_file_says(where, path):
+    long = "x" * 100000
+    metadata, tensors = {
+        "architecture": ({"general.architecture": long}, {}),
+        "key": ({f"llama.{long}": 1}, {}),
+        "value": ({"llama.attention.scale": long}, {}),
+        "tensor": ({}, {long[:60] + str(i) * 3: ONES for i in range(300)}),
+    }[where]
+    write(path, "llama", metadata=metadata, tensors=tensors)
+    with pytest.raises(ValueError, match="x") as caught:
+        nys.models.load(path)
+    assert len(str(caught.value)) < 2000
+
+
 GPT2 = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "gpt-2",

@@ -221,6 +221,7 @@ WIDE = np.zeros((2, 9), "f")
 FILES = {
     "A alone": (dropped(key_of("out", "B")), "only lora_A of out"),
     "B alone": (dropped(key_of("out", "A")), "only lora_B of out"),
+    "a long name": (added(**{"x" * 9999: np.ones(2, "f")}), "a name of 9999 characters; expected"),
     "missing in config": (dropped(key_of("out"), key_of("out", "B")), "no tensors of out"),
     "empty": (lambda old: {}, "no modules"),
     "magnitude": (added(base_model__model__out__lora_magnitude_vector=WIDE), "magnitude"),

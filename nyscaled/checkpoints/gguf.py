@@ -153,6 +153,13 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
     """
     path = files.as_folder(path)
     try:
+        return _open(path)
+    except ValueError as error:  # with names and values from the file
+        raise ValueError(files.brief(error)) from error
+
+
+def _open(path: Path) -> Gguf:
+    try:
         metadata, tensors = gguf_layout.read(path)
     except ModuleNotFoundError as error:
         raise ImportError(f"{path} needs gguf: pip install 'nyscaled[models]'") from error

@@ -24,6 +24,7 @@ from nyscaled.checkpoints import files, swap
 from nyscaled.checkpoints.peft_config import CONFIG, Rules
 
 TENSORS = "adapter_model.safetensors"
+MAX_KEY = 500  # characters of a tensor's name, which messages repeat
 # Tasks for which PEFT itself adds the head to `modules_to_save`, and then needs its tensors.
 HEADED = "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"
 TASKS = "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
@@ -248,7 +249,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         why = " (adapter_model.bin is a pickle, which can run code: not read)" if pickled else ""
         raise ValueError(f"there is no {path}{why}; wanted a folder with {CONFIG} and {TENSORS}")
     file = files.open_tensors(path)
-    tensors = {key: files.read_tensor(file, path, key) for key in file.keys()}  # noqa: SIM118
+    keys = list(file.keys())
+    if (longest := max(map(len, keys), default=0)) > MAX_KEY:
+        raise ValueError(f"{path} has a name of {longest} characters; expected at most {MAX_KEY}")
+    tensors = {key: files.read_tensor(file, path, key) for key in keys}
     return tensors, file.metadata() or {}
 
 

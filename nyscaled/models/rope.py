@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from nyscaled.checkpoints import files
 from nyscaled.models.config import sound
 
 Rotation = tuple[Float[Array, "*rows length half"], Float[Array, "*rows length half"]]
@@ -186,7 +187,7 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> tuple[float, Scaling |
         raise ValueError(f"rope has {', '.join(rope)}; only one rope for all layers is supported")
     if rope:
         warnings.warn(
-            f"rope {name!r} has {', '.join(rope)}, which it does not use: ignored, as transformers "
+            f"rope {name!r} has {files.brief(', '.join(rope))}, which it does not use: ignored, as transformers "
             "does",
             stacklevel=2,
         )

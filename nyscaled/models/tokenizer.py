@@ -210,8 +210,10 @@ class Tokenizer:
             named = tools is not None and "tool_use" in templates
             template = "tool_use" if named else _DEFAULT
         if not isinstance(template, str) or template not in templates:
-            known = ", ".join(templates) or "no chat template"
-            raise ValueError(f"there is no chat template {template!r}; the tokenizer has {known}")
+            known = files.brief(", ".join(templates)) or "no chat template"
+            raise ValueError(
+                f"there is no chat template {template!r:.80}; the tokenizer has {known}"
+            )
         return chat.render(
             templates[template],
             messages,
