@@ -25,53 +25,56 @@ from nyscaled.numerics import full_precision, normalized, shift
 _ONE_THREAD = 32  # side of a triangular solve
 
 
-def _one_at_a_time(fn: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """`fn` of a matrix; of a batch, a loop on CPUs and the batched kernel elsewhere."""
+def _one_at_a_time(fn: Callable[[Array], Any]) -> Any:
+    """`fn` of a matrix; of a batch, a loop on CPUs and the batched kernel elsewhere.
+
+    It asks for a derivative, by `defjvp`.
+    """
     alone = jax.custom_batching.custom_vmap(fn)
+
+    @jax.custom_jvp
+    def single(x: Array) -> Any:
+        return alone(x)
 
     @jax.jit
     def of_batch(x: Array) -> Any:
         return lax.platform_dependent(
-            x, cpu=lambda x: lax.map(alone, x), default=lambda x: jax.vmap(fn)(x)
+            x, cpu=lambda x: lax.map(single, x), default=lambda x: jax.vmap(fn)(x)
         )
 
     @alone.def_vmap
     def rule(axis_size: int, in_batched: Any, x: Array) -> Any:
-        result = of_batch(x)
-        return result, jax.tree.map(lambda _: True, result)
+        (batched,) = in_batched  # not so where tangents of reverse mode alone are in a batch
+        result = of_batch(x) if batched else single(x)
+        return result, jax.tree.map(lambda _: batched, result)
 
-    return alone
+    return single
 
 
 @_one_at_a_time
-def _svd_alone(x: Array) -> tuple[Array, Array, Array]:
+def _svd(x: Array) -> tuple[Array, Array, Array]:
     return tuple(jnp.linalg.svd(x, full_matrices=False))
 
 
 @_one_at_a_time
-def _eigh_alone(a: Array) -> tuple[Array, Array]:
+def _eigh(a: Array) -> tuple[Array, Array]:
     values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
     return values, vectors
 
 
 @_one_at_a_time
-def _qr_alone(x: Array) -> tuple[Array, Array]:
+def _qr(x: Array) -> tuple[Array, Array]:
     q, r = jnp.linalg.qr(x)
     return q, r
 
 
-_inverse_alone = _one_at_a_time(jnp.linalg.inv)
+_inverse = _one_at_a_time(jnp.linalg.inv)
 
 
 def reciprocal(x: Array) -> Array:
     """Return 1/x, and 0 of what is far below the rounding of a matrix of size 1: the result lacks it."""
     small = jnp.abs(x) <= float(jnp.finfo(x.dtype).eps) ** 4
     return jnp.where(small, 0, 1 / jnp.where(small, 1, x))
-
-
-@jax.custom_jvp
-def _svd(x: Array) -> tuple[Array, Array, Array]:
-    return _svd_alone(x)
 
 
 @_svd.defjvp
@@ -102,11 +105,6 @@ def svd(
     return u, shift(s, e), vt
 
 
-@jax.custom_jvp
-def _eigh(a: Array) -> tuple[Array, Array]:
-    return _eigh_alone(a)
-
-
 @_eigh.defjvp
 @full_precision
 def _eigh_jvp(primals: Any, tangents: Any) -> Any:
@@ -122,11 +120,6 @@ def eigh(x: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"
     scaled, e = normalized((x + x.T) / 2)
     values, vectors = _eigh(scaled)
     return shift(values, e), vectors
-
-
-@jax.custom_jvp
-def _inverse(a: Array) -> Array:
-    return _inverse_alone(a)
 
 
 @_inverse.defjvp
@@ -151,11 +144,6 @@ def solve(x: Float[Array, "n n"], b: Float[Array, "n k"]) -> Float[Array, "n k"]
     return y + inv @ (b - x @ y)
 
 
-@jax.custom_jvp
-def _qr(x: Array) -> tuple[Array, Array]:
-    return _qr_alone(x)
-
-
 @_qr.defjvp
 @full_precision
 def _qr_jvp(primals: Any, tangents: Any) -> Any:
@@ -176,23 +164,22 @@ def qr(x: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, "n n"]
 
 
 @_one_at_a_time
-def _inverse_cholesky_alone(gram: Array) -> Array:
+def _inverse_cholesky(gram: Array) -> Array:
     return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).T)
 
 
-@jax.custom_jvp
-def inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """Return the upper triangular T with Tᵀ gram T = I."""
-    return _inverse_cholesky_alone(gram)
-
-
-@inverse_cholesky.defjvp
+@_inverse_cholesky.defjvp
 @full_precision
 def _inverse_cholesky_jvp(primals: Any, tangents: Any) -> Any:
     (gram,), (change,) = primals, tangents
-    t = inverse_cholesky(gram)
+    t = _inverse_cholesky(gram)
     core = t.T @ change @ t
     return t, -t @ (jnp.triu(core, 1) + jnp.diag(jnp.diagonal(core) / 2))
+
+
+def inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """Return the upper triangular T with Tᵀ gram T = I."""
+    return _inverse_cholesky(gram)
 
 
 def _inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:

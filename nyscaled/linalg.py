@@ -321,12 +321,14 @@ def _residual(
         difference = shift(product, e_product - e) - shift(known, -e)
         # The last block is moved up to fit; the rows that it repeats do not count again.
         fresh = rows >= block * ((start + block - 1) // block)
-        difference = jnp.where(fresh[:, None], difference, 0)
-        return jnp.sum(normalized(difference)[0] ** 2), e + exponent(difference)
+        difference, e_rest = normalized(jnp.where(fresh[:, None], difference, 0))
+        return jnp.sum(difference**2), e + e_rest
 
     def add(i: Any, sums: tuple[Scalar, Array]) -> tuple[Scalar, Array]:
         (total, e), (more, e_more) = sums, squared(jnp.minimum(i * block, size - block))
-        common = jnp.maximum(e, e_more)
+        # Zero goes with any exponent, and with that of the others; it has second derivatives.
+        common = jnp.where(total == 0, e_more, jnp.where(more == 0, e, jnp.maximum(e, e_more)))
+        common = jnp.where((total == 0) & (more == 0), jnp.maximum(e, e_more), common)
         total, more = shift(total, 2 * (e - common)), shift(more, 2 * (e_more - common))
         return total + more, common
 

@@ -140,3 +140,20 @@ while time.monotonic() < end:
 def test_batches_of_runs_end():
     plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     subprocess.run([sys.executable, "-c", STRESS], env=plain, timeout=600, check=True)
+
+
+def test_second_derivatives_in_a_scalar_pass_through_factorizations():
+    x = normal(0, (6, 3))
+
+    def value(damping):
+        return jnp.sum(jnp.sin(nys.linalg.dual(x, damping)))
+
+    def plain(damping):
+        return jnp.sum(jnp.sin(x @ jnp.linalg.inv(x.T @ x + damping * jnp.eye(3))))
+
+    def scanned(fn):
+        return lambda d: jax.lax.scan(lambda c, _: (c + fn(c), None), d, length=2)[0]
+
+    found, wanted = (jax.jit(jax.hessian(scanned(fn)))(0.3) for fn in (value, plain))
+    np.testing.assert_allclose(found, wanted, rtol=1e-2)
+    assert not batched_calls(jax.hessian(scanned(value)), 0.3)[0]

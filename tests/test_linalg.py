@@ -235,3 +235,13 @@ def test_derivative_in_the_damping_is_that_of_the_formula_at_zero_too(damping):
     one = (jnp.float32(damping),), (jnp.float32(1.0),)
     values, wanted = (jax.jit(functools.partial(jax.jvp, f))(*one) for f in (found, expected))
     chex.assert_trees_all_close(values, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_second_derivative_of_the_loss_is_that_of_the_gradient_at_a_solution_too():
+    x = jnp.zeros((4, 2)).at[0, 0].set(2.0).at[1, 1].set(1.0)
+    problem = nys.problems.Symmetric(jnp.diag(jnp.array([4.0, 1.0, 0.0, 0.0])))
+    direction = normal(0, (4, 2))
+    along = jax.jit(lambda x, d: jax.jvp(jax.grad(problem.loss), (x,), (d,))[1])
+    wanted = jax.jvp(problem.gradient, (x,), (direction,))[1]
+    assert problem.loss(x) == 0
+    chex.assert_trees_all_close(along(x, direction), wanted, atol=1e-4)

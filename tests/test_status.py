@@ -109,6 +109,13 @@ def test_message_names_the_cause():
     assert "learning rate" not in str(error.value)
 
 
+def test_a_matrix_that_is_a_little_indefinite_is_seen():
+    step = nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0] - 3e-4 * jnp.eye(M)))
+    assert bool(step.init(normal(0, (M, R + 1))).indefinite)
+    step = nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0]))
+    assert not bool(step.init(normal(0, (M, R + 1))).indefinite)
+
+
 @pytest.mark.long
 def test_tolerance_that_the_measure_meets_exactly_is_reached():
     a, _ = psd()
