@@ -109,7 +109,17 @@ def test_message_names_the_cause():
     assert "learning rate" not in str(error.value)
 
 
+def test_a_measure_within_the_tolerance_does_not_make_a_failed_run_converged():
+    step = nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0] - 0.5 * jnp.eye(M)))
+    solution = nys.solvers.run_until(
+        step, normal(0, (M, R)), lambda x: 0 * x[0, 0], 1.0, throw=False
+    )
+    assert solution.status is Status.DIVERGED
+
+
 def test_a_matrix_that_is_a_little_indefinite_is_seen():
+    with pytest.raises(ValueError, match="not positive semidefinite"):
+        nys.initializers.nystrom(jax.random.key(0), psd()[0] - 3e-4 * jnp.eye(M), R + 1)
     step = nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0] - 3e-4 * jnp.eye(M)))
     assert bool(step.init(normal(0, (M, R + 1))).indefinite)
     step = nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0]))
