@@ -94,22 +94,26 @@ def gradient_start_symmetric(ridge: float = 0.0) -> Measured:
         gaps = []
         for rank in (1, RANK, 8):
             for a, _, scale in draws(dtype, M, 0, 5):
-                problem = nys.problems.Symmetric(a)
-                expected = nys.initializers.nystrom(common.key(72), a, rank, scale)
                 shift = ridge * jnp.linalg.norm(a)
-                x0 = nys.initializers.nystrom_from_gradient(
-                    common.key(72),
-                    lambda x, p=problem, s=shift: p.gradient(x) + s * x,
-                    M,
-                    rank,
-                    scale,
-                    dtype=jnp.dtype(dtype),
-                )
+                expected, x0 = _symmetric_starts(common.key(72), a, rank, scale, shift)
                 # Ω(ΩᵀΩ) is subtracted again: its rounding stays
                 unit = frobenius(expected) + (scale * M**0.5) ** 3
                 gaps.append(float(frobenius(x0 - expected) / unit) / eps(dtype))
         parts[dtype] = (max(gaps), 10.0)
     return worst("difference in units of eps·(‖AΩ‖ + (ξ√m)³)", rounding=True, **parts)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _symmetric_starts(key: Any, a: Any, rank: int, scale: Any, shift: Any) -> tuple[Any, Any]:
+    """AΩ, and the start from the gradient of (1) plus `shift` times X."""
+    problem = nys.problems.Symmetric(a)
+
+    def gradient(x: jax.Array) -> jax.Array:
+        return problem.gradient(x) + shift * x
+
+    init = nys.initializers.nystrom_from_gradient
+    found = init(key, gradient, len(a), rank, scale, dtype=a.dtype)
+    return nys.initializers.nystrom(key, a, rank, scale), found
 
 
 @claim(
@@ -127,20 +131,25 @@ def gradient_start_asymmetric(shift: float = 0.0) -> Measured:
         gaps, zeros = [], []
         for n, true_rank, rank in ((N, 5, RANK), (6, 6, 1)):
             for a, _, scale in draws(dtype, M, n, true_rank):
-                problem = nys.problems.Asymmetric(a)
-
-                def oracle(f: nys.Factors, p: nys.problems.Asymmetric = problem) -> nys.Factors:
-                    return p.gradient(nys.Factors(f.left + shift, f.right))
-
-                expected = nys.initializers.nystrom_factors(common.key(74), a, rank, scale)
-                x0, y0 = nys.initializers.nystrom_factors_from_gradient(
-                    common.key(74), oracle, (M, n), rank, scale, dtype=jnp.dtype(dtype)
-                )
-                gap = frobenius(x0 - expected.left) / frobenius(expected.left)
+                expected, x0, y0 = _pair_starts(common.key(74), a, rank, scale, shift)
+                gap = frobenius(x0 - expected) / frobenius(expected)
                 gaps.append(float(gap) / eps(dtype))
                 zeros.append(float(jnp.max(jnp.abs(y0))))
         parts |= {f"X_{dtype}": (max(gaps), 10.0), f"Y_{dtype}": (max(zeros), 1e-300)}
     return worst("X_0 in units of eps·‖AΩ‖, and the largest entry of Y_0", rounding=True, **parts)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _pair_starts(key: Any, a: Any, rank: int, scale: Any, shift: Any) -> tuple[Any, Any, Any]:
+    """AΩ, and the start from the gradient of (4) at (X + `shift`, Y)."""
+    problem = nys.problems.Asymmetric(a)
+
+    def gradient(f: nys.Factors) -> nys.Factors:
+        return problem.gradient(nys.Factors(f.left + shift, f.right))
+
+    init = nys.initializers.nystrom_factors_from_gradient
+    x0, y0 = init(key, gradient, a.shape, rank, scale, dtype=a.dtype)
+    return nys.initializers.nystrom_factors(key, a, rank, scale).left, x0, y0
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -263,10 +272,8 @@ def algorithm_1(spectral: bool = False) -> Measured:
         for rank in (1, RANK):
             for weight, left, scale in draws(dtype, M, N, 8):
                 before = np.array(weight)
-                if spectral:
-                    x0, y0 = nys.initializers.spectral(nys.problems.Asymmetric(weight), rank)
-                else:
-                    x0, y0 = nys.initializers.nystrom_factors(common.key(76), weight, rank, scale)
+                start = _spectral if spectral else _nora
+                x0, y0 = start(common.key(76), weight, rank, scale)
                 after = np.asarray(weight + x0 @ y0.T)
                 changed = max(changed, float(after.tobytes() != before.tobytes()))
                 rest = nys.optimality.residual_space(x0, jnp.asarray(left, dtype))
@@ -277,6 +284,16 @@ def algorithm_1(spectral: bool = False) -> Measured:
         changed=(changed, 0.5),
         outside=(max(outside), 30.0),
     )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _nora(key: Any, weight: Any, rank: int, scale: Any) -> nys.Factors:
+    return nys.initializers.nystrom_factors(key, weight, rank, scale)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _spectral(key: Any, weight: Any, rank: int, scale: Any) -> nys.Factors:
+    return nys.initializers.spectral(nys.problems.Asymmetric(weight), rank)
 
 
 ALGORITHM_2: dict[str, Any] = {
@@ -323,12 +340,17 @@ def _adapters_trained(
     weight = next(draws(dtype, M, N, 20))[0]
     start = factors = nys.initializers.nystrom_factors(common.key(78), weight, rank, 0.1)
     gradients = [jax.random.normal(common.key(79, t), (M + N, rank), dtype) for t in range(4)]
-    tx = nys.nora_plus(optax.sgd(0.1), damping)
-    state, update = tx.init(factors), jax.jit(tx.update)
+    state = nys.nora_plus(optax.sgd(0.1), damping).init(factors)
     for g in gradients:
-        updates, state = update(nys.Factors(g[:M], g[M:]), state, factors)
-        factors = jax.tree.map(jnp.add, factors, updates)
+        state, factors = _nora_plus(damping, nys.Factors(g[:M], g[M:]), state, factors)
     return start, gradients, factors
+
+
+@jax.jit
+def _nora_plus(damping: Any, gradient: Any, state: Any, factors: Any) -> tuple[Any, Any]:
+    """A step, as a training loop makes it."""
+    updates, state = nys.nora_plus(optax.sgd(0.1), damping).update(gradient, state, factors)
+    return state, optax.apply_updates(factors, updates)
 
 
 def _algorithm_2_in_numpy(

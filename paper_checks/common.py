@@ -93,6 +93,26 @@ def keys(count: int, *salt: int) -> jax.Array:
     return jax.random.split(key(*salt), count)
 
 
+def over_grid(fn: Callable[..., Any], *axes: Any) -> np.ndarray:
+    """`fn` of every combination of entries of `axes`, one axis of the result for each.
+
+    The combinations are one compiled batch: each level of a nest of `vmap` would compile as loops of
+    its own around every factorization. An axis is an array, or a tree of arrays of one length. The
+    same `fn` with axes of the same shapes compiles once.
+    """
+    axes = tuple(jax.tree.map(jnp.asarray, axis) for axis in axes)
+    shape = tuple(len(jax.tree.leaves(axis)[0]) for axis in axes)
+    indices = np.indices(shape).reshape(len(shape), -1)
+    cells = [jax.tree.map(lambda x, i=i: x[i], axis) for axis, i in zip(axes, indices, strict=True)]
+    result = np.asarray(_batched(fn)(*cells))
+    return result.reshape(*shape, *result.shape[1:])
+
+
+@functools.cache
+def _batched(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(jax.vmap(fn))
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A batch of symmetric trajectories.
@@ -275,8 +295,9 @@ def at_eta(family: Any, eta: float) -> Any:
     return type(family)(**values)
 
 
+@functools.cache
 def over_time(fn: Any, *in_axes: int | None) -> Any:
-    """`fn` of one iterate, compiled over (batch, time); axis None is an argument without time."""
+    """`fn` of one iterate, compiled once over (batch, time); axis None is an argument without time."""
     return jax.jit(jax.vmap(jax.vmap(fn, in_axes=in_axes)))
 
 

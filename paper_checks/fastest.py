@@ -127,25 +127,21 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def curves(name: str, steps: int, m: int, keys: Any, spectra: Any, scales: Any) -> Any:
-    """‖X_tX_tᵀ − A‖_F/‖A‖_F, t = 0 … steps, (spectrum, scale, key, t); Nyström starts, r = r_A."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _runs(name: str, steps: int, a: Any, basis: Any, spectra: Any, x0: Any) -> tuple[Any, Any]:
+    """‖X_tX_tᵀ − A‖_F/‖A‖_F and X_t, t = 0 … steps, over a batch."""
 
-    def one(spectrum: Any, scale: Any, key: Any) -> Any:
-        a, basis = nys.spectra.psd(key, m, spectrum)
-        rank = spectrum.shape[0]
-        x0 = nys.initializers.nystrom(jax.random.fold_in(key, 1), a, rank, scale)
-        if name.endswith("rescaled"):
-            x0 = nys.initializers.rescaled(x0, a)
+    def one(a: Any, basis: Any, spectrum: Any, x0: Any) -> Any:
+        x0 = nys.initializers.rescaled(x0, a) if name.endswith("rescaled") else x0
 
         def record(x: Any) -> Any:
-            return nys.optimality.residual_in_basis(x, basis, spectrum) / jnp.linalg.norm(spectrum)
+            error = nys.optimality.residual_in_basis(x, basis, spectrum)
+            return error / jnp.linalg.norm(spectrum), x
 
         step = STEPS[name](nys.problems.Symmetric(a))
         return nys.solvers.run(step, x0, steps, record).history
 
-    over_keys = jax.vmap(one, (None, None, 0))
-    return jax.vmap(jax.vmap(over_keys, (None, 0, None)), (0, None, None))(spectra, scales, keys)
+    return jax.vmap(one)(a, basis, spectra, x0)
 
 
 KAPPAS = (1e1, 1e4, 1e8, 1e12)
@@ -153,15 +149,27 @@ SHAPES = ((common.M, RANK), (common.M, 1), (RANK, RANK))
 """m and r = r_A; the first is E5-rescaled's."""
 
 
+@functools.cache
+def _starts(m: int, rank: int) -> tuple[Any, ...]:
+    """A, Q, diag(Σ) and X_0 of each (κ and kind, ξ, seed), one batch, and their numbers."""
+    cells = itertools.product(KAPPAS, ("geometric", "last", "repeated"))
+    spectra = np.array(
+        [pairs.SIZES[i % 3] * pairs.spectrum(kind, rank, k) for i, (k, kind) in enumerate(cells)]
+    )
+    scales, keys = np.array([1e-3, 1.0, 1e3]), common.keys(5, 100)
+    shape = (len(spectra), len(scales), len(keys))
+    i, j, k = np.indices(shape).reshape(3, -1)
+    a, basis = common.psd_batch(keys[k], m, spectra[i])
+    sketch_keys = common.keys(5, 100, 1)[k]  # one Ω for each key, whatever ξ
+    x0 = common.start_batch(sketch_keys, a, rank, scales[j], 0.0)
+    return a, basis, spectra[i], x0, shape
+
+
 def counts(name: str, steps: int, m: int = common.M, rank: int = RANK) -> np.ndarray:
     """Steps to 1e-12, (κ × kind, ξ, seed); `steps` + 1 if they do not get there."""
-    cells = itertools.product(KAPPAS, ("geometric", "last", "repeated"))
-    spectra = [
-        pairs.SIZES[i % 3] * pairs.spectrum(kind, rank, k) for i, (k, kind) in enumerate(cells)
-    ]
-    scales = np.array([1e-3, 1.0, 1e3])
-    found = np.asarray(curves(name, steps, m, common.keys(5, 100), np.array(spectra), scales))
-    reached = found <= 1e-12
+    *start, shape = _starts(m, rank)
+    errors = np.asarray(_runs(name, steps, *start)[0])
+    reached = errors.reshape(*shape, -1) <= 1e-12
     return np.where(reached.any(axis=-1), np.argmax(reached, axis=-1), steps + 1)
 
 
@@ -211,15 +219,14 @@ def rescaled_start(rescale: bool = True) -> Measured:
 )
 def dynamics(noise: float = 0.0) -> Measured:
     """What ties the counts on scalars to the library."""
-    spectrum = jnp.asarray(common.spectrum("geometric", RANK, 1e4))
-    a, basis = nys.spectra.psd(common.key(101), common.M, spectrum)
-    x0 = nys.initializers.perturbed(common.key(102), a, RANK, 0.1, noise)
+    spectrum = common.spectrum("geometric", RANK, 1e4)
+    a, basis = common.psd_batch(common.keys(1, 101), common.M, spectrum[None])
+    x0 = common.start_batch(common.keys(1, 102), a, RANK, np.array([0.1]), noise)
     gaps = {}
     for name, scalars in (("newton", newton_scalars), ("qdwh", halley_scalars)):
-        step = STEPS[name](nys.problems.Symmetric(a))
-        history = nys.solvers.run(step, x0, 8, lambda x: x).history
-        phi = np.einsum("mk,tmr->tkr", np.asarray(basis), np.asarray(history))
-        found = singular_values(phi / np.sqrt(np.asarray(spectrum))[:, None])
+        history = np.asarray(_runs(name, 8, a, basis, spectrum[None], x0)[1])[0]
+        phi = np.einsum("mk,tmr->tkr", np.asarray(basis)[0], history)
+        found = singular_values(phi / np.sqrt(spectrum)[:, None])
         with mp.workdps(DIGITS):
             s = [mp.mpf(float(v)) for v in found[0]]
             run = scalars(s, s[-1], s[0])
@@ -228,11 +235,15 @@ def dynamics(noise: float = 0.0) -> Measured:
     return worst("relative difference, largest over steps and s", rounding=True, **gaps)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def textbook_qdwh(a: Any, x: Any, low: Any, steps: int, rank: int) -> Any:
-    """X(aC + bI)(C + cI)⁻¹ on X alone, its singular values in [low, 1]; no A X(XᵀX)⁻¹ in it."""
-    eye = jnp.eye(rank, dtype=x.dtype)
-    for _ in range(steps):
+@jax.jit
+@jax.vmap
+def _textbook_ends(a: Any, x: Any) -> Any:
+    """X_8 of X(aC + bI)(C + cI)⁻¹ on X alone, from the library's bounds on its singular values."""
+    state = STEPS["qdwh"](nys.problems.Symmetric(a)).init(x)
+    x, low = x / state.high, state.low / state.high
+
+    def step(carry: Any, _: None) -> Any:
+        x, low = carry
         d = jnp.cbrt(4 * (1 - low**2) / low**4)
         root = jnp.sqrt(1 + d)
         first = root + jnp.sqrt(8 - 4 * d + 8 * (2 - low**2) / (low**2 * root)) / 2
@@ -240,9 +251,11 @@ def textbook_qdwh(a: Any, x: Any, low: Any, steps: int, rank: int) -> Any:
         third = first + second - 1
         dual = nys.linalg.dual(x)
         gram = dual.T @ (a @ dual)
+        eye = jnp.eye(x.shape[1], dtype=x.dtype)
         x = nys.lapack.solve(gram + third * eye, (x @ (first * gram + second * eye)).T).T
-        low = jnp.minimum(low * (first + second * low**2) / (1 + third * low**2), 1)
-    return x
+        return (x, jnp.minimum(low * (first + second * low**2) / (1 + third * low**2), 1)), None
+
+    return jax.lax.scan(step, (x, low), length=8)[0][0]
 
 
 @claim(
@@ -256,19 +269,21 @@ def textbook_qdwh(a: Any, x: Any, low: Any, steps: int, rank: int) -> Any:
 )
 def floor(on_x_alone: bool = False) -> Measured:
     """QDWH's two forms in factors."""
+    kappas = (1e2, 1e3, 1e4, 1e5)
+    spectra = np.array([common.spectrum("last", 20, k) for k in kappas])
+    a, basis = common.psd_batch(common.keys(len(kappas), 94), 200, spectra)
+    x0 = common.start_batch(common.keys(len(kappas), 95), a, 20, np.ones(len(kappas)), 0.0)
+    a, basis, spectra, x0 = (jnp.asarray(v, jnp.float32) for v in (a, basis, spectra, x0))
+    if on_x_alone:
+        ends = {"qdwh": _textbook_ends(a, x0)}
+    else:
+        start = (a, basis, spectra, x0)
+        ends = {name: _runs(name, 8, *start)[1][:, -1] for name in ("newton", "qdwh")}
     finals = {}
-    for kappa in (1e2, 1e3, 1e4, 1e5):
-        spectrum = jnp.asarray(common.spectrum("last", 20, kappa), jnp.float32)
-        a, basis = nys.spectra.psd(common.key(94), 200, spectrum, jnp.float32)
-        x0 = nys.initializers.nystrom(common.key(95), a, 20, 1.0)
-        problem = nys.problems.Symmetric(a)
-        xs = {n: nys.solvers.run(STEPS[n](problem), x0, 8).params for n in ("newton", "qdwh")}
-        if on_x_alone:
-            state = STEPS["qdwh"](problem).init(x0)
-            xs = {"qdwh": textbook_qdwh(a, x0 / state.high, state.low / state.high, 8, 20)}
-        wide = [jnp.asarray(v, jnp.float64) for v in (basis, spectrum)]
-        for name, x in xs.items():
-            error = nys.optimality.residual_in_basis(jnp.asarray(x, jnp.float64), *wide)
+    for name, x in ends.items():
+        wide = [jnp.asarray(v, jnp.float64) for v in (x[:, None], basis, spectra)]
+        errors = common.over_time(nys.optimality.residual_in_basis, 0, None, None)(*wide)
+        for kappa, error in zip(kappas, errors[:, 0], strict=True):
             finals[f"{name}, κ = {kappa:.0e}"] = float(error)
     return Measured(
         max(finals.values()),

@@ -49,19 +49,23 @@ def precgd(kappa: Any) -> optax.GradientTransformation:
     return nys.precgd(0.5)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _errors(
-    make: Make, keys: Any, kappa: Any, noise: Any, columns: int, steps: int, scale: Any
-) -> jax.Array:
-    def one(key: Any, kappa: Any, noise: Any) -> jax.Array:
-        spectrum = kappa ** -jnp.linspace(0.0, 1.0, RANK)
-        problem, truth = nys.problems.sensing.gaussian(key, M, spectrum, MEASUREMENTS, noise)
-        start = nys.initializers.small(jax.random.fold_in(key, 1), M, columns, scale)
-        target = nys.problems.Symmetric(truth @ truth.T)
+@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.vmap, in_axes=(0, 0, 0, None, None))
+def _problems(key: Any, kappa: Any, noise: Any, columns: int, scale: Any) -> Any:
+    """The problem, M and the start of each key."""
+    spectrum = kappa ** -jnp.linspace(0.0, 1.0, RANK)
+    problem, truth = nys.problems.sensing.gaussian(key, M, spectrum, MEASUREMENTS, noise)
+    start = nys.initializers.small(jax.random.fold_in(key, 1), M, columns, scale)
+    return problem, nys.problems.Symmetric(truth @ truth.T), start
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _errors(make: Make, kappa: Any, problem: Any, target: Any, start: Any, steps: int) -> Any:
+    def one(kappa: Any, problem: Any, target: Any, start: Any) -> Any:
         step = nys.solvers.gradient_step(problem, make(kappa))
         return nys.solvers.run(step, start, steps, target.residual).history
 
-    return jax.vmap(one)(keys, kappa, noise)
+    return jax.vmap(one)(kappa, problem, target, start)
 
 
 def errors(
@@ -78,7 +82,8 @@ def errors(
     kappa, noise = np.repeat(cells, TRIALS, axis=0).T
     # The same problems for each κ and σ, but for κ and σ.
     keys = jnp.tile(common.keys(TRIALS, 110), len(cells))
-    found = _errors(make, keys, jnp.asarray(kappa), jnp.asarray(noise), columns, steps, scale)
+    problems = _problems(keys, jnp.asarray(kappa), jnp.asarray(noise), columns, scale)
+    found = _errors(make, jnp.asarray(kappa), *problems, steps)
     return np.asarray(found).reshape(len(cells), TRIALS, -1)
 
 

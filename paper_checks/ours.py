@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -266,21 +267,34 @@ def weak_without_accuracy(steps: int = 1) -> Measured:
     }
     ratios = {}
     for i, (name, spectrum) in enumerate(spectra.items()):
-        a, left, right = nys.spectra.rectangular(common.key(92, i), 100, 100, spectrum)
-        problem = nys.problems.Asymmetric(a)
-        start = nys.initializers.nystrom_factors(common.key(93, i), a, 20, 1.0)
-        step = nys.solvers.scaled_step(problem, 1.0)
-        factors = nys.solvers.run(step, start, steps).params
-        weak = nys.optimality.generalized_weak_optimality(
-            factors, left, right, jnp.asarray(spectrum)
-        )
-        if float(weak) > 1e-9:
-            raise ValueError(f"{name}: weak optimality is {float(weak):.1e}; wanted ≤ 1e-9")
+        weak, error = (float(curve[steps]) for curve in _long_run(i, tuple(spectrum)))
+        if weak > 1e-9:
+            raise ValueError(f"{name}: weak optimality is {weak:.1e}; expected ≤ 1e-9")
         best = float(np.linalg.norm(np.sort(spectrum)[::-1][20:]))
-        ratios[f"error over the best, {name}"] = float(problem.residual(factors)) / best
+        ratios[f"error over the best, {name}"] = error / best
     return Measured(
         min(ratios.values()), 1.05, "≥", "error over that of the best rank 20, least", ratios
     )
+
+
+@functools.cache
+def _long_run(index: int, spectrum: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Weak optimality and ‖XYᵀ − A‖_F over 200 steps of (6) with η = 1, r = 20."""
+    result = _weak_and_error(common.key(92, index), common.key(93, index), jnp.asarray(spectrum))
+    return np.asarray(result[0]), np.asarray(result[1])
+
+
+@jax.jit
+def _weak_and_error(key: Any, sketch_key: Any, spectrum: Any) -> Any:
+    a, left, right = nys.spectra.rectangular(key, 100, 100, spectrum)
+    problem = nys.problems.Asymmetric(a)
+
+    def record(f: nys.Factors) -> Any:
+        weak = nys.optimality.generalized_weak_optimality(f, left, right, spectrum)
+        return weak, problem.residual(f)
+
+    start = nys.initializers.nystrom_factors(sketch_key, a, 20, 1.0)
+    return nys.solvers.run(nys.solvers.scaled_step(problem, 1.0), start, 200, record).history
 
 
 @claim(

@@ -17,26 +17,30 @@ M, N, RANK, TRIALS, STEPS = 60, 50, 2, 3, 60
 KAPPAS = (2.0, 10.0, 100.0)
 
 
+@jax.jit
+@jax.vmap
+def _problems(kappa: Any, key: Any) -> tuple[Any, Any, Any]:
+    """What is observed, M, and a start at a distance of about 0.1 σ_r(M)."""
+    spectrum = jnp.stack([jnp.ones_like(kappa), 1 / kappa])
+    problem, truth = nys.problems.robust.corrupted(key, M, N, spectrum, 0.05)
+    away = nys.initializers.small_factors(jax.random.fold_in(key, 1), (M, N), RANK, 1.0)
+    start = jax.tree.map(lambda f, e: f + 0.1 * e / (len(e) * kappa) ** 0.5, truth, away)
+    return problem.observed, truth.left @ truth.right.T, start
+
+
 def errors(preconditioned: bool, fraction: float) -> np.ndarray:
-    """‖X_tY_tᵀ − M‖_F/σ_r(M) (κ, trial, t), from starts at a distance of about 0.1 σ_r(M)."""
+    """‖X_tY_tᵀ − M‖_F/σ_r(M) (κ, trial, t)."""
     tx = nys.scaled_gd(0.5) if preconditioned else optax.sgd(0.5)
 
-    def run(key: Any, kappa: Any) -> Any:
-        spectrum = jnp.stack([jnp.ones_like(kappa), 1 / kappa])
-        problem, truth = nys.problems.robust.corrupted(key, M, N, spectrum, 0.05)
-        problem = nys.problems.RobustPCA(problem.observed, fraction)
-        away = nys.initializers.small_factors(jax.random.fold_in(key, 1), (M, N), RANK, 1.0)
-        start = jax.tree.map(lambda f, e: f + 0.1 * e / (len(e) * kappa) ** 0.5, truth, away)
-        target = truth.left @ truth.right.T
+    def run(kappa: Any, observed: Any, target: Any, start: Any) -> Any:
+        step = nys.solvers.gradient_step(nys.problems.RobustPCA(observed, fraction), tx)
+        distance = nys.problems.Asymmetric(target).residual
+        return nys.solvers.run(step, start, STEPS, lambda f: kappa * distance(f)).history
 
-        def error(f: nys.Factors) -> Any:
-            return kappa * jnp.linalg.norm(f.left @ f.right.T - target)
-
-        step = nys.solvers.gradient_step(problem, tx)
-        return nys.solvers.run(step, start, STEPS, error).history
-
-    batched = jax.vmap(jax.vmap(run, (0, None)), (None, 0))
-    return np.asarray(jax.jit(batched)(common.keys(TRIALS, 130), jnp.array(KAPPAS)))
+    kappas = jnp.repeat(jnp.array(KAPPAS), TRIALS)
+    problems = _problems(kappas, jnp.tile(common.keys(TRIALS, 130), len(KAPPAS)))
+    found = jax.jit(jax.vmap(run))(kappas, *problems)
+    return np.asarray(found).reshape(len(KAPPAS), TRIALS, -1)
 
 
 @claim(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,20 @@ KAPPAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 SIZES = f"{M} × {N}, r_A = {RANK}, geometric singular values from 1 to 1/κ, {SEEDS} seeds"
 
 
+class Instance(NamedTuple):
+    """Singular vectors, U (M, RANK) and V (N, RANK), and the key of the start."""
+
+    left: Any
+    right: Any
+    key: Any
+
+
 @functools.cache
-def instances() -> tuple[Any, Any, Any]:
-    """Of each seed: singular vectors, U (M, RANK) and V (N, RANK), and the key of the start."""
+def instances() -> Instance:
+    """One of each seed."""
     keys = common.keys(SEEDS, 100)
     make = jax.jit(jax.vmap(lambda key: nys.spectra.rectangular(key, M, N, jnp.ones(RANK))[1:]))
-    return *make(keys), jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+    return Instance(*make(keys), jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
 
 
 def spectrum(kappa: Any) -> Any:
@@ -33,10 +41,10 @@ def spectrum(kappa: Any) -> Any:
     return kappa ** -jnp.linspace(0.0, 1.0, RANK)
 
 
-def counts(count: Callable[..., Any], values: Any) -> np.ndarray:
-    """`count(value, U, V, key)` over values and seeds, (values, SEEDS, …), in one compiled call."""
-    batched = jax.jit(jax.vmap(jax.vmap(count, (None, 0, 0, 0)), (0, None, None, None)))
-    return np.asarray(batched(jnp.array(values), *instances()), float)
+def counts(count: Callable[..., Any], *axes: Any) -> np.ndarray:
+    """`count(value, …, instance)` over the values of each axis, and seeds; see `common.over_grid`."""
+    values = (np.asarray(axis, float) for axis in axes)
+    return common.over_grid(count, *values, instances()).astype(float)
 
 
 def power(values: tuple[float, ...], steps: np.ndarray) -> float:
@@ -62,22 +70,29 @@ def steps_of(step: Any, start: Any, measure: Callable[[Any], Any], tol: Any, cap
 def asymmetric(random: bool = False) -> Measured:
     """The rows of Theorems 3, 4 and 6."""
 
-    def count(rank: int, kappa: Any, left: Any, right: Any, key: Any) -> Any:
-        sigma = spectrum(kappa)
-        problem = nys.problems.Asymmetric((left * sigma) @ right.T)
-        start = nys.initializers.nystrom_factors(key, problem.a, rank)
-        if random:
-            start = nys.Factors(jax.random.normal(key, start.left.shape), start.right)
-
-        def weak(f: nys.Factors) -> Any:
-            return nys.optimality.generalized_weak_optimality(f, left, right, sigma)
-
-        measure = problem.residual if rank >= RANK else weak
-        return steps_of(nys.solvers.scaled_step(problem, 1.0), start, measure, 1e-8, 10)
-
-    most = [np.max(counts(functools.partial(count, rank), KAPPAS)) for rank in (3, 6, 2)]
+    most = [np.max(counts(_asymmetric(rank), KAPPAS, [random])) for rank in (3, 6, 2)]
     facts = dict(zip(("EP", "OP", "UP"), map(float, most), strict=True))
     return Measured(float(max(most)), 1, detail="iterations, largest", facts=facts)
+
+
+@functools.cache
+def _asymmetric(rank: int) -> Callable[..., Any]:
+    def count(kappa: Any, random: Any, instance: Instance) -> Any:
+        sigma = spectrum(kappa)
+        problem = nys.problems.Asymmetric((instance.left * sigma) @ instance.right.T)
+        x0, y0 = nys.initializers.nystrom_factors(instance.key, problem.a, rank)
+        x0 = jnp.where(random > 0, jax.random.normal(instance.key, x0.shape), x0)
+
+        def weak(f: nys.Factors) -> Any:
+            return nys.optimality.generalized_weak_optimality(
+                f, instance.left, instance.right, sigma
+            )
+
+        measure = problem.residual if rank >= RANK else weak
+        step = nys.solvers.scaled_step(problem, 1.0)
+        return steps_of(step, nys.Factors(x0, y0), measure, 1e-8, 10)
+
+    return count
 
 
 @claim(
@@ -91,29 +106,32 @@ def asymmetric(random: bool = False) -> Measured:
 def symmetric(preconditioned: bool = True) -> Measured:
     """The rows of Theorems 1 and 5."""
     kappas = KAPPAS if preconditioned else (10.0, 20.0, 40.0)
-
-    def count(rank: int, kappa: Any, left: Any, _: Any, key: Any) -> Any:
-        root = left * jnp.sqrt(spectrum(kappa))
-        problem = nys.problems.Symmetric(root @ root.T)
-        start = nys.initializers.nystrom(key, problem.a, rank, 0.1)
-        if preconditioned:
-            step, cap = nys.solvers.scaled_step(problem, 0.5), 100
-        else:
-            step, cap = nys.solvers.gradient_step(problem, optax.sgd(0.25)), 10_000
-        steps = [steps_of(step, start, problem.residual, tol, cap) for tol in (1e-4, 1e-8)]
-        return jnp.stack(steps)
-
     doublings = np.broadcast_to(np.log2(kappas)[:, None], (len(kappas), SEEDS)).ravel()
     growth, extra = [], []
     for rank in (3, 6):
-        steps = counts(functools.partial(count, rank), kappas)
-        growth.append(np.polyfit(doublings, steps[..., 1].ravel(), 1)[0])
-        extra.append(np.max(steps[0, :, 1] - steps[0, :, 0]))
+        steps = counts(_symmetric(rank, preconditioned), kappas, (1e-4, 1e-8))
+        growth.append(np.polyfit(doublings, steps[:, 1].ravel(), 1)[0])
+        extra.append(np.max(steps[0, 1] - steps[0, 0]))
     return worst(
         "iterations, the larger of EP and OP",
         for_each_doubling_of_κ=(max(growth), 0.5),
         **{"from ε = 1e-4 to 1e-8": (max(extra), 2)},
     )
+
+
+@functools.cache
+def _symmetric(rank: int, preconditioned: bool) -> Callable[..., Any]:
+    def count(kappa: Any, tol: Any, instance: Instance) -> Any:
+        root = instance.left * jnp.sqrt(spectrum(kappa))
+        problem = nys.problems.Symmetric(root @ root.T)
+        start = nys.initializers.nystrom(instance.key, problem.a, rank, 0.1)
+        if preconditioned:
+            step, cap = nys.solvers.scaled_step(problem, 0.5), 100
+        else:
+            step, cap = nys.solvers.gradient_step(problem, optax.sgd(0.25)), 10_000
+        return steps_of(step, start, problem.residual, tol, cap)
+
+    return count
 
 
 @claim(
@@ -126,24 +144,24 @@ def symmetric(preconditioned: bool = True) -> Measured:
 )
 def symmetric_under(exponent: int = 1) -> Measured:
     """The row of Theorem 2."""
-    accuracies = (0.2, 0.1, 0.05, 0.025)
-
-    def count(epsilon: Any, left: Any, _: Any, key: Any) -> Any:
-        sigma = spectrum(100.0)
-        problem = nys.problems.Symmetric((left * sigma) @ left.T)
-        start = nys.initializers.nystrom(key, problem.a, 2)
-        step = nys.solvers.scaled_step(problem, epsilon**exponent / 12)
-
-        def weak(x: Any) -> Any:
-            return nys.optimality.weak_optimality(x, left, sigma)
-
-        return steps_of(step, start, weak, epsilon, 200_000)
-
-    steps = counts(count, accuracies)
-    inverse = tuple(1 / epsilon for epsilon in accuracies)
+    accuracies = np.array((0.2, 0.1, 0.05, 0.025))
+    steps = counts(_under, accuracies, [exponent])
+    inverse = tuple(1 / accuracies)
     return Measured(
-        power(inverse, steps / np.log(inverse)[:, None]),
+        power(inverse, steps[:, 0] / np.log(inverse)[:, None]),
         1.1,
         detail="power of 1/ε",
         facts={"iterations at ε = 0.025, median": float(np.median(steps[-1]))},
     )
+
+
+def _under(epsilon: Any, exponent: Any, instance: Instance) -> Any:
+    sigma = spectrum(100.0)
+    problem = nys.problems.Symmetric((instance.left * sigma) @ instance.left.T)
+    start = nys.initializers.nystrom(instance.key, problem.a, 2)
+    step = nys.solvers.scaled_step(problem, epsilon**exponent / 12)
+
+    def weak(x: Any) -> Any:
+        return nys.optimality.weak_optimality(x, instance.left, sigma)
+
+    return steps_of(step, start, weak, epsilon, 200_000)

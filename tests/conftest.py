@@ -10,7 +10,7 @@ from pathlib import Path
 # Two workers with two BLAS threads each wait for one another most of the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of the time goes into compiling small programs that run once.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # The workers of one run, and the processes that tests start, share what they compile.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="nyscaled-compiled-")

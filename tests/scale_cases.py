@@ -211,7 +211,7 @@ STARTS = {
 }
 
 
-def near(root, size=1e-3):
+def near(root, size=0.1):
     """A factor near the optimum, in units of √c."""
     _, basis, spectrum = psd()
     x = basis * np.sqrt(spectrum) + size * normal(6, (M, R)) / 10

@@ -3,7 +3,7 @@
 import pytest
 from cases import run_pytest
 
-FLAGS = "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8"
+FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVEL = "--xla_backend_optimization_level=1"
+LEVEL = "--xla_backend_optimization_level=0"
 
 
 def check(*command, threads=None, **environment):
