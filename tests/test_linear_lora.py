@@ -161,6 +161,7 @@ def test_scaled_gd_through_the_layer_is_the_fused_step():
     )
 
 
+@pytest.mark.long
 def test_one_step_when_the_start_spans_the_range_of_the_change():
     """Theorem 3 through the layer: rank(W_0) = r, so that W_0Ω spans range(B − W_0)."""
     model, a, x = unscaled(RANK)

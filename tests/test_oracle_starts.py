@@ -70,6 +70,7 @@ def test_symmetric_gradient_gives_the_sketch_of_the_backprojection(name):
     assert relative(literal, (b + b.T) / 2 @ omega) > 0.5
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", RECTANGULAR)
 def test_gradient_at_zero_and_a_sketch_gives_its_image(name):
     problem = RECTANGULAR[name]()
@@ -119,7 +120,7 @@ def singular(problem, symmetric):
     return (u[:, :2] * s[:2]) @ vt[:2]
 
 
-@pytest.mark.long_beyond(3)
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["factors", "symmetric"])
 @pytest.mark.parametrize("name", SQUARE)
 def test_spectral_start_of_measurements_is_that_of_the_backprojection(name, symmetric):

@@ -105,6 +105,7 @@ def test_float32_ends_at_rounding_after_few_steps_for_every_condition(method, ra
     assert curves[..., few:].max() < 1.5e-6
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(("method", "form"), [("optimal", "operator"), ("qdwh", "bcoo")])
 def test_steps_agree_for_other_forms_of_the_matrix(method, form):
     a, _ = psd()
@@ -163,7 +164,7 @@ def test_indefinite_matrix_ends_diverged(method):
         solve(method, a, normal(1, (M, R)))
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["byers_xu", "qdwh"])
 def test_eigenvalues_that_rounding_makes_negative_leave_bounds_and_the_run_sound(method):
     a, basis = psd(1, np.geomspace(1, 1e-9, 12))

@@ -75,12 +75,14 @@ def test_too_many_columns_leave_precgd_linear_and_make_the_others_slow_or_unstab
         assert slow[60] > 100 * prec[60]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kappa", [1.0, 10.0, 100.0])
 def test_rate_does_not_depend_on_the_condition_number(kappa):
     found = errors(nys.precgd(0.7), 2, 40, spectrum=(1.0, 1 / kappa))
     assert found[40] < 1e-5
 
 
+@pytest.mark.long
 def test_noise_floor_is_reached_whether_or_not_its_level_is_known():
     problem, truth = nys.problems.sensing.gaussian(KEY, M, (1.0, 0.5), P, noise=0.1)
     start = nys.initializers.small(jax.random.key(1), M, R, 0.1)

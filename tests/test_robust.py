@@ -117,6 +117,7 @@ def test_gd_slows_with_the_condition_number():
     assert rates[1] > 0.99
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fraction", [0.0201, 0.45])
 def test_too_small_and_too_large_fractions_do_not_recover(fraction):
     """Errors that are not removed stay; and of entries nearly all removed nothing is learnt."""

@@ -37,6 +37,7 @@ def test_powers_of_two_change_nothing(name):
     agree((STEPS | STARTS | MEASURES | TRANSFORMS)[name], EXACT, 1e-6)
 
 
+@pytest.mark.long_beyond(14)
 @pytest.mark.parametrize("name", [*STEPS, *STARTS, *MEASURES, *TRANSFORMS])
 def test_other_factors_change_no_more_than_rounding(name):
     agree((STEPS | STARTS | MEASURES | TRANSFORMS)[name], ODD, 2e-4)

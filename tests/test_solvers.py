@@ -263,7 +263,7 @@ def test_alternating_gradient_descent_converges_from_its_own_start():
 # --- Forms of A ----------------------------------------------------------------------------------
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["bcoo", "operator"])
 @pytest.mark.parametrize("kind", ["scaled", "gradient"])
 def test_runs_agree_for_every_form_of_a_symmetric_matrix(form, kind):
@@ -283,7 +283,7 @@ def test_runs_agree_for_every_form_of_a_symmetric_matrix(form, kind):
     np.testing.assert_allclose(found.history, wanted.history, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["bcoo", "operator"])
 @pytest.mark.parametrize("kind", ["scaled", "gradient", "alternating"])
 def test_runs_agree_for_every_form_of_a_rectangular_matrix(form, kind):
