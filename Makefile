@@ -8,7 +8,7 @@ WEIGHTS := build/weights
 SECONDS := 120
 SEED := 0
 
-.PHONY: fuzz fig1 figures report weights test test-all test-everywhere test-peers lint bench bench-peers clean
+.PHONY: fuzz fig1 figures report weights test test-all test-everywhere test-peers lint docs bench bench-peers clean
 
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
@@ -55,6 +55,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# The site, into build/site; a warning or a link to nothing is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f docs/mkdocs.yml -d ../build/site
+
 bench: $(VENV)/.experiments
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/problems.py
@@ -92,6 +96,10 @@ $(VENV)/.peers: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

@@ -50,7 +50,7 @@ def scale_by_balance(
     Raises:
         ValueError: as `scale_by_gram`, and on warmup < 0.
 
-    Example:
+    Examples:
         >>> from nyscaled import Factors
         >>> params = Factors(jnp.full((4, 1), 3.0), jnp.ones((4, 1)))  # S = 1/3
         >>> tx = scale_by_balance(warmup=0)
@@ -114,7 +114,7 @@ def reflora(
         warmup: how many updates are the optimizer's own; at Y_0 = 0 there is nothing to balance.
         spec: see `scale_by_balance`.
 
-    Example:
+    Examples:
         >>> tx = reflora(optax.adamw(1e-4))
         >>> params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}
         >>> updates, _ = tx.update(params, tx.init(params), params)
@@ -129,7 +129,7 @@ def reflora_s(
 ) -> optax.GradientTransformationExtraArgs:
     """RefLoRA-S, the scalar form: as `reflora` with S = ‖Y‖_F/‖X‖_F · I.
 
-    Example:
+    Examples:
         >>> tx = reflora_s(optax.sgd(1.0), warmup=0)
         >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.full((1, 2), 2.0)}
         >>> updates, _ = tx.update(params, tx.init(params), params)

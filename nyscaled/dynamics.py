@@ -23,6 +23,20 @@ from nyscaled.linalg import full_precision
 from nyscaled.numerics import norm
 from nyscaled.typing import Factors
 
+__all__ = [
+    "asymmetric_scale",
+    "core_step",
+    "pair_step",
+    "phi_step",
+    "phi_step_over",
+    "relative_core_step",
+    "scalar_step",
+    "subspace_rate",
+    "symmetric_errors",
+    "weak_gram",
+    "weak_gram_step",
+]
+
 
 @full_precision
 def phi_step(
@@ -30,7 +44,7 @@ def phi_step(
 ) -> Float[Array, "k r"]:
     """Φ⁺ = (1−η)Φ + ηΣΦ(ΦᵀΦ)⁻¹: (11) if r = r_A, (15) if r < r_A. Φ has full column rank.
 
-    Example:
+    Examples:
         >>> phi_step(jnp.array([[1.0]]), jnp.array([1.0]), 0.5)
         Array([[1.]], dtype=float32)
     """
@@ -132,7 +146,7 @@ def symmetric_errors(
     Returns:
         (num_steps + 1,) errors, in units of A.
 
-    Example:
+    Examples:
         >>> errors = symmetric_errors(jnp.array([[3.0]]), jnp.array([1.0]), 0.5, 3)
         >>> [f"{float(e):.3g}" for e in errors]
         ['8', '1.78', '0.284', '0.0157']
@@ -164,7 +178,7 @@ def asymmetric_scale(learning_rate: Any, num_steps: int) -> Float[Array, " t"]:
     whatever A, Ω, the sizes and κ. At η = 1 it is Theorem 3. Iterated in e = c − 1, as
     e⁺ = (1−2η)e + η²e²/(1+e), which does not cancel.
 
-    Example:
+    Examples:
         >>> [f"{float(e):.2g}" for e in asymmetric_scale(0.5, 4)]
         ['-0.5', '0.12', '0.0035', '3e-06']
     """
@@ -184,7 +198,7 @@ def subspace_rate(spectrum: Float[Array, " k"], rank: int, learning_rate: Any) -
     excess loss f − f* as max(ρ, |1−2η|)²ᵗ, where the second is the rate within the subspace; a
     weak optimum is passed, not where it ends.
 
-    Example:
+    Examples:
         >>> float(subspace_rate(jnp.array([1.0, 0.5]), rank=1, learning_rate=0.5))
         0.75
     """

@@ -22,6 +22,23 @@ from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.subspace import leading_factors
 from nyscaled.typing import Factors, Scalar
 
+__all__ = [
+    "altgd",
+    "altgd_learning_rate",
+    "nesterov_parameters",
+    "nystrom",
+    "nystrom_approximation",
+    "nystrom_factors",
+    "nystrom_factors_from_gradient",
+    "nystrom_from_gradient",
+    "perturbed",
+    "random_sketch",
+    "rescaled",
+    "small",
+    "small_factors",
+    "spectral",
+]
+
 Sketch = Literal["gaussian", "stiefel"]
 
 
@@ -59,7 +76,7 @@ def nystrom(
         ValueError: on a bad rank or scale, a non-square, non-symmetric, non-finite, zero or
             integer A, or an A whose compression ΩᵀAΩ has a negative eigenvalue (outside of jit).
 
-    Example:
+    Examples:
         >>> a = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
         >>> nystrom(jax.random.key(0), a, rank=2).shape
         (3, 2)
@@ -91,7 +108,7 @@ def nystrom_factors(
     Raises:
         ValueError: on a bad rank or scale, or a non-finite, zero or integer A.
 
-    Example:
+    Examples:
         >>> x0, y0 = nystrom_factors(jax.random.key(0), jnp.ones((4, 3)), rank=1)
         >>> x0.shape, y0.shape
         ((4, 1), (3, 1))
@@ -130,7 +147,7 @@ def nystrom_from_gradient(
         sketch: see `nystrom`.
         dtype: float32 or float64; JAX's default float if None.
 
-    Example:
+    Examples:
         >>> a = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
         >>> x0 = nystrom_from_gradient(jax.random.key(0), Symmetric(a).gradient, m=3, rank=2)
         >>> bool(jnp.allclose(x0, nystrom(jax.random.key(0), a, rank=2), atol=1e-5))
@@ -199,7 +216,7 @@ def small(
 ) -> Float[Array, "m r"]:
     """Small random initialization: [X_0]_ij ~ N(0, scale²), scale = ζ.
 
-    Example:
+    Examples:
         >>> small(jax.random.key(0), m=5, rank=2).shape
         (5, 2)
     """
@@ -241,7 +258,7 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
         ValueError: if X_0 is zero or does not fit A, if A is not symmetric, or if X_0ᵀAX_0 has no
             positive trace, so that the best c is 0 (outside of jit).
 
-    Example:
+    Examples:
         >>> a = jnp.diag(jnp.array([4.0, 0.0]))
         >>> rescaled(jnp.array([[100.0], [0.0]]), a)
         Array([[2.],
@@ -293,7 +310,7 @@ def nystrom_approximation(
         Halko, Martinsson and Tropp, Finding structure with randomness, SIAM Review 53, 2011,
         Algorithm 5.5.
 
-    Example:
+    Examples:
         >>> a = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
         >>> x = nystrom_approximation(jax.random.key(0), a, rank=2)
         >>> bool(jnp.allclose(x @ x.T, a, atol=1e-6))
@@ -334,7 +351,7 @@ def spectral(
     Raises:
         ValueError: on a bad rank, `symmetric` of a rectangular problem, and as the problems do.
 
-    Example:
+    Examples:
         >>> from nyscaled.problems import completion
         >>> problem = completion.bernoulli(jax.random.key(0), jnp.ones((30, 1)), probability=0.9)
         >>> x0 = spectral(problem, rank=1, symmetric=True)
@@ -420,7 +437,7 @@ def nesterov_parameters(x0: Float[Array, "m r"]) -> tuple[Scalar, Scalar]:
         Xu, Wang, Zhao, Ward, Tao, Provable acceleration of Nesterov's accelerated gradient for
         rectangular matrix factorization and linear neural networks, NeurIPS 2024.
 
-    Example:
+    Examples:
         >>> rate, momentum = nesterov_parameters(jnp.diag(jnp.array([2.0, 1.0, 0.0])))
         >>> round(float(rate), 4), round(float(momentum), 4)
         (0.25, 0.3333)

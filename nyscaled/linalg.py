@@ -37,6 +37,23 @@ from nyscaled.numerics import exponent, norm, normalized, root, shift
 from nyscaled.numerics import full_precision as full_precision
 from nyscaled.typing import Scalar
 
+__all__ = [
+    "Compressed",
+    "Operator",
+    "ThinFactorization",
+    "compress",
+    "default_rcond",
+    "dual",
+    "factor",
+    "gram_solve",
+    "orthonormalize",
+    "pinv",
+    "probed_norm",
+    "residual",
+    "spectral_norm",
+    "squared_residual",
+]
+
 _BLOCK = 512  # rows of a residual held at once
 
 
@@ -141,7 +158,7 @@ def orthonormalize(x: Float[Array, "m r"]) -> Float[Array, "m r"]:
 
     Zero columns stay zero. As accurate as Householder QR for κ(X) up to 1/eps.
 
-    Example:
+    Examples:
         >>> x = jnp.array([[3.0, 1.0], [4.0, 1.0], [0.0, 1e-3]])
         >>> z = orthonormalize(x)
         >>> bool(jnp.allclose(z.T @ z, jnp.eye(2), atol=1e-6))
@@ -164,7 +181,7 @@ def dual(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> Float[Array, 
     Returns:
         (m, r), the dtype of `x`.
 
-    Example:
+    Examples:
         >>> x = jnp.array([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
         >>> dual(x)
         Array([[0.5 , 0.  ],
@@ -187,7 +204,7 @@ def gram_solve(
         g: (k, r), a gradient with the same r.
         damping: λ ≥ 0, in units of XᵀX.
 
-    Example:
+    Examples:
         >>> x = jnp.array([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
         >>> gram_solve(x, jnp.ones((1, 2)))
         Array([[0.25  , 0.0625]], dtype=float32)
@@ -250,7 +267,7 @@ def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
         x: (m, r).
         rcond: relative cut; √m · eps by default.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((4, 3))
         >>> int(compress(x).rank)
         1
@@ -268,7 +285,7 @@ def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
 def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r m"]:
     """The pseudo-inverse X† of a thin factor with a rank-revealing cut on X; X(XᵀX)† = (X†)ᵀ.
 
-    Example:
+    Examples:
         >>> bool(jnp.allclose(pinv(jnp.ones((2, 2))), 0.25))
         True
     """

@@ -62,7 +62,7 @@ def as_matrix(name: str, a: Any) -> Any:
     Raises:
         ValueError: on what is no matrix, or not of float32 or float64.
 
-    Example:
+    Examples:
         >>> import scipy.sparse
         >>> as_matrix("A", scipy.sparse.eye_array(3, dtype="float32"))
         BCOO(float32[3, 3], nse=3)
@@ -126,7 +126,7 @@ def as_dense(name: str, x: Any) -> Array:
 def reads(**readers: Callable[[str, Any], Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Return a decorator that reads arguments by `as_matrix`, `as_dense` or `as_array` first.
 
-    Example:
+    Examples:
         >>> @reads(a=as_matrix)
         ... def rows(a):
         ...     return a.shape[0]
@@ -163,7 +163,7 @@ def transpose_times(a: Any, x: Array) -> Array:
     Returns:
         (n, k).
 
-    Example:
+    Examples:
         >>> transpose_times(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))
         Array([[3.],
                [6.]], dtype=float32)
@@ -290,7 +290,7 @@ class Operator:
     Raises:
         ValueError: if JAX cannot trace the functions, or their shapes and dtypes are others.
 
-    Example:
+    Examples:
         >>> d = jnp.array([[1.0], [2.0]])
         >>> a = Operator(lambda x: d * x, lambda y: d * y, shape=(2, 2))
         >>> a @ jnp.ones((2, 1))

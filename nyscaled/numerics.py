@@ -45,7 +45,7 @@ def exponent(
         axis: the maximum is taken over it; over all axes by default.
         keepdims: as in NumPy.
 
-    Example:
+    Examples:
         >>> exponent(jnp.array([3.0, -9.0]))
         Array(3, dtype=int32)
     """
@@ -65,7 +65,7 @@ def shift(x: Float[Array, "*n"], n: Int[Array, "*k"] | int) -> Float[Array, "*n"
         x: float32 or float64.
         n: integers that broadcast against x.
 
-    Example:
+    Examples:
         >>> shift(jnp.array(3.0), -1)
         Array(1.5, dtype=float32)
     """
@@ -118,7 +118,7 @@ def clipped(x: Float[Array, "*n"], low: ArrayLike, high: ArrayLike) -> Float[Arr
         low: the lower bound.
         high: the upper bound, not below `low`.
 
-    Example:
+    Examples:
         >>> clipped(jnp.array([-1.0, 0.5, 2.0]), 0, 1)
         Array([0. , 0.5, 1. ], dtype=float32)
     """
@@ -134,7 +134,7 @@ def norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> Float[Array
         x: an array of floats.
         axis: the norm is taken over it; over all axes by default.
 
-    Example:
+    Examples:
         >>> norm(jnp.array([3e-30, 4e-30]))
         Array(5.e-30, dtype=float32)
     """

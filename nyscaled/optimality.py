@@ -16,6 +16,16 @@ from nyscaled.matrices import as_array, as_dense, as_factors, reads
 from nyscaled.numerics import clipped, exponent, norm, shift
 from nyscaled.typing import Factors, Scalar
 
+__all__ = [
+    "distance",
+    "generalized_weak_optimality",
+    "principal_angles",
+    "residual_in_basis",
+    "residual_space",
+    "weak_gram",
+    "weak_optimality",
+]
+
 
 @reads(x=as_dense, basis=as_dense, spectrum=as_array)
 @full_precision
@@ -32,7 +42,7 @@ def residual_in_basis(
         basis: Q (m, k), orthonormal columns.
         spectrum: the k eigenvalues that go with them.
 
-    Example:
+    Examples:
         >>> basis, spectrum = jnp.eye(4)[:, :2], jnp.array([4.0, 1.0])
         >>> residual_in_basis(basis * jnp.sqrt(spectrum), basis, spectrum)
         Array(0., dtype=float32)
@@ -67,7 +77,7 @@ def weak_optimality(
 
     Every global optimum is weakly optimal (Lemma 3); a weak optimum need not be one.
 
-    Example:
+    Examples:
         >>> basis, spectrum = jnp.eye(4)[:, :2], jnp.array([4.0, 1.0])
         >>> weak_optimality(basis[:, :1] * 2.0, basis, spectrum)
         Array(0., dtype=float32)
@@ -106,7 +116,7 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
     Small angles come from sines and large ones from cosines (Björck and Golub 1973), so all are
     accurate to about eps.
 
-    Example:
+    Examples:
         >>> angles = principal_angles(jnp.eye(3)[:, :1], jnp.array([[1.0], [1e-4], [0.0]]))
         >>> f"{float(angles[0]):.3g}"
         '0.0001'
@@ -130,7 +140,7 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
 def distance(x: Float[Array, "m r"], optimum: Float[Array, "m r"]) -> Scalar:
     """min over orthogonal U of ‖X − X*U‖_F, the distance to the solution set of (1) (Procrustes).
 
-    Example:
+    Examples:
         >>> distance(-jnp.eye(3)[:, :2], jnp.eye(3)[:, :2])
         Array(0., dtype=float32)
     """

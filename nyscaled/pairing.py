@@ -61,7 +61,7 @@ def default_spec(params: Any) -> Any:
         ValueError: on an array of fewer than two axes, or a pair of which no reading fits; it
             names the leaves.
 
-    Example:
+    Examples:
         >>> spec = default_spec({"w_lora_a": jnp.ones((6, 2)), "w_lora_b": jnp.ones((2, 3, 4))})
         >>> spec["w_lora_a"].rank_axis, spec["w_lora_b"].rank_axis
         (-1, 0)

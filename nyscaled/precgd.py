@@ -49,7 +49,7 @@ def scale_by_residual_gram(
         ValueError: by `init`, as `scale_by_gram`; by `update`, without params or value; on
             factor ≤ 0 or a negative noise level.
 
-    Example:
+    Examples:
         >>> tx = scale_by_residual_gram()
         >>> x = jnp.array([[1.0], [0.0]])
         >>> updates, _ = tx.update(jnp.ones_like(x), tx.init(x), x, value=9.0)
@@ -115,7 +115,7 @@ def precgd(
     Raises:
         ValueError: on η ≤ 0, and as `scale_by_residual_gram`.
 
-    Example:
+    Examples:
         >>> import nyscaled as nys
         >>> problem, _ = nys.problems.sensing.gaussian(jax.random.key(0), 10, [1.0], 200)
         >>> step = nys.solvers.gradient_step(problem, precgd(0.5))

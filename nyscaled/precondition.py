@@ -73,7 +73,7 @@ def scale_by_gram(
             (named in the message); by `update`, without params; on damping together with
             pseudo_inverse or a negative one.
 
-    Example:
+    Examples:
         >>> tx = optax.chain(scale_by_gram(), optax.scale_by_learning_rate(0.5))
         >>> x = jnp.array([[2.0], [0.0]])
         >>> updates, _ = tx.update(jnp.ones_like(x), tx.init(x), x)
@@ -154,7 +154,7 @@ def scale_by_normalized_gram(
     Raises:
         ValueError: as `scale_by_gram`, and on damping ≤ 0.
 
-    Example:
+    Examples:
         >>> from nyscaled import Factors
         >>> tx = scale_by_normalized_gram()
         >>> params = Factors(jnp.ones((3, 1)), jnp.zeros((2, 1)))
@@ -215,7 +215,7 @@ def scaled_gd(
     Raises:
         ValueError: on η outside (0, 1], and as `scale_by_gram` does.
 
-    Example:
+    Examples:
         >>> import nyscaled as nys
         >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.5, 0.1])
         >>> problem, tx = nys.problems.Symmetric(a), scaled_gd(0.5)
@@ -247,7 +247,7 @@ def nora_plus(
         damping: λ > 0; the paper uses 1e-6 throughout.
         spec: see `scale_by_normalized_gram`.
 
-    Example:
+    Examples:
         >>> tx = nora_plus(optax.adamw(1e-4))
         >>> params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}
         >>> updates, _ = tx.update(params, tx.init(params), params)
@@ -279,7 +279,7 @@ def lora_p(
     References:
         Zhang, Pilanci, Riemannian preconditioned LoRA for fine-tuning foundation models, ICML 2024.
 
-    Example:
+    Examples:
         >>> tx = lora_p(optax.sgd(1.0), damping=0.0)
         >>> params = {"lora_a": jnp.full((5, 1), 2.0), "lora_b": jnp.ones((1, 4))}
         >>> updates, _ = tx.update(params, tx.init(params), params)

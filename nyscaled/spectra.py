@@ -13,6 +13,13 @@ from nyscaled.lapack import orthogonal
 from nyscaled.linalg import full_precision
 from nyscaled.validation import is_concrete
 
+__all__ = [
+    "paper",
+    "paper_spectrum",
+    "psd",
+    "rectangular",
+]
+
 _EXACT = (*(1.0 - 0.01 * i for i in range(19)), 0.01)
 _UNDER = (*(1.0 - 0.01 * i for i in range(37)), 0.05, 0.025, 0.01)
 _PAPER = {"fig1ab": _EXACT, "fig1c": _UNDER, "fig4a": _EXACT, "fig4b": _EXACT}
@@ -49,7 +56,7 @@ def psd(
     Raises:
         ValueError: if the spectrum is empty, too long or not positive.
 
-    Example:
+    Examples:
         >>> a, basis = psd(jax.random.key(0), 50, [1.0, 0.5])
         >>> bool(jnp.allclose(a @ basis[:, 1], 0.5 * basis[:, 1], atol=1e-6))
         True
@@ -66,7 +73,7 @@ def rectangular(
 ) -> tuple[Float[Array, "m n"], Float[Array, "m k"], Float[Array, "n k"]]:
     """A random A = U diag(spectrum) Vᵀ (m, n), with its singular vectors U and V.
 
-    Example:
+    Examples:
         >>> a, left, right = rectangular(jax.random.key(0), 6, 5, [2.0, 1.0])
         >>> a.shape, left.shape, right.shape
         ((6, 5), (6, 2), (5, 2))
@@ -85,7 +92,7 @@ def paper_spectrum(name: str) -> np.ndarray:
         name: "fig1ab", "fig4a", "fig4b" (20 values: 1, 0.99, …, 0.82, 0.01) or
             "fig1c" (40 values: 1, 0.99, …, 0.64, 0.05, 0.025, 0.01).
 
-    Example:
+    Examples:
         >>> paper_spectrum("fig1c").shape
         (40,)
     """

@@ -47,7 +47,7 @@ def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = Fa
         Halko, Martinsson and Tropp, Finding structure with randomness, SIAM Review 53, 2011,
         Algorithms 4.4 and 5.1.
 
-    Example:
+    Examples:
         >>> x, y = leading_factors(jax.random.key(0), jnp.diag(jnp.array([4.0, 1.0, 9.0])), rank=1)
         >>> bool(jnp.allclose(x @ y.T, jnp.diag(jnp.array([0.0, 0.0, 9.0])), atol=1e-5))
         True

@@ -60,7 +60,7 @@ class Expression:
     Raises:
         ValueError: on a pattern that is not sound in this form, or not supported.
 
-    Example:
+    Examples:
         >>> Expression(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj")
         True
         >>> Expression("(a+)+b").fullmatch("a" * 1000)

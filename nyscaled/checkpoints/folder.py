@@ -116,7 +116,7 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
         ValueError: on a missing or unreadable `config.json`, on missing, pickled or broken
             weights, and on an index that names files outside the folder or disagrees with them.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile
         >>> with tempfile.TemporaryDirectory() as path:
         ...     write(path, {"model_type": "mine"}, [("head.weight", np.ones((2, 3), "f"))])

@@ -138,7 +138,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
             setting or a tensor that is not known here.
         ImportError: without the package gguf.
 
-    Example:
+    Examples:
         >>> import gguf, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     writer = gguf.GGUFWriter(f"{folder}/model.gguf", "qwen2")

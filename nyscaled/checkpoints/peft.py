@@ -107,7 +107,7 @@ def write(
     Raises:
         ValueError: on unsound tensors, an unknown task, or a task whose head is missing.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile
         >>> update = Update(down=np.ones((2, 3), "f"), up=np.ones((4, 2), "f"), alpha=2.0)
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -45,7 +45,7 @@ class Rules:
         ValueError: if it asks for more than plain LoRA, is not soundly typed, or has an expression
             that cannot be read. The methods raise it where expressions take too long.
 
-    Example:
+    Examples:
         >>> config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
         >>> rules = Rules(config | {"rank_pattern": {r"layers\\.0\\..*": 4}})
         >>> rules.rank("layers.0.q_proj"), rules.is_targeted("layers.1.v_proj")

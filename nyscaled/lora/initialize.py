@@ -51,7 +51,7 @@ def initialize(
             and its like over a quantized kernel of qwix (they would subtract from it), and
             without `loss` and `batches` where they are needed. Nothing has been changed then.
 
-    Example:
+    Examples:
         >>> model = nnx.LoRALinear(6, 4, lora_rank=2, rngs=nnx.Rngs(0))
         >>> initialize(model, "nora", key=jax.random.key(0), scale=0.1)
         ['model']

@@ -129,7 +129,7 @@ def apply(
         ValueError: on a pattern that is no expression or matches nothing, a rank above a layer's
             sides, a name in use, an unknown init, a dtype that is not floating, a kernel that is not floating (quantized, say), or NaN in one.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu)
         >>> list(apply(model, rank=2, targets=r"layers\\.0", key=jax.random.key(0)))

@@ -30,7 +30,7 @@ def activate(
         ValueError: on an unknown name, and on rows for a layer with batch axes (experts), whose
             input has another first axis. Nothing has been changed then.
 
-    Example:
+    Examples:
         >>> import jax, nyscaled as nys
         >>> model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
         >>> for name in ("english", "french"):
@@ -73,7 +73,7 @@ def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = Non
             that is the head too; on kernels that qwix quantized, and adapters of qwix without `alpha`.
             Nothing has been changed then.
 
-    Example:
+    Examples:
         >>> model = nnx.Sequential(nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)))
         >>> merge(model)
     """

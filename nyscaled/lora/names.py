@@ -47,7 +47,7 @@ def family(name: str) -> Namer:
     Raises:
         ValueError: on an unknown family; later, on a path that it does not have.
 
-    Example:
+    Examples:
         >>> family("llama")("decoder.layers.mlp.up_proj", (3,))
         'model.layers.3.mlp.up_proj'
         >>> bare = lambda path, index: family("bert")(path, index).removeprefix("bert.")

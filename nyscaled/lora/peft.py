@@ -62,7 +62,7 @@ def save_peft(
             to save without weights or with adapters, and a task's head that is not among them; on
             adapters of qwix without `alpha`.
 
-    Example:
+    Examples:
         >>> import jax, tempfile, nyscaled as nys
         >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
         >>> _ = nys.lora.apply(model, 2, targets=".*", key=jax.random.key(0))
@@ -153,7 +153,7 @@ def load_peft(
             that are not finite in `dtype` or in that of the layer's products; on a name in use; on
             modules saved whole of other shapes than the model's, or with adapters.
 
-    Example:
+    Examples:
         >>> import jax, tempfile, nyscaled as nys
         >>> layer = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
         >>> first, second = (nnx.Sequential(nnx.clone(layer)) for _ in range(2))

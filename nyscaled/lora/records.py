@@ -57,7 +57,7 @@ def read(text: str) -> dict[str, Record]:
         ValueError: on another text. What a record holds becomes part of a model's structure, which
             must be hashable and equal to itself.
 
-    Example:
+    Examples:
         >>> read('[{"init": "nora", "options": {"scale": 0.2}, "key": [0, 1], "modules": ["fc"]}]')
         {'fc': Record(init=('nora', (('scale', 0.2),)), key=(0, 1))}
     """

@@ -97,7 +97,7 @@ def initialize_params(
             read, on an init that must subtract from a quantized kernel, and without `gradient`
             where it is needed.
 
-    Example:
+    Examples:
         >>> params = {"kernel": jnp.ones((6, 4)), "lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 4))}
         >>> params = initialize_params(params, "nora", key=jax.random.key(0), scale=0.1)
         >>> bool(jnp.any(params["lora_b"]))

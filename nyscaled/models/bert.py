@@ -43,7 +43,7 @@ class BertConfig(Config):
         labels: of a classifier, in the order of its logits; `id2label` in the file, or as many as
             its `num_labels`.
 
-    Example:
+    Examples:
         >>> sizes = dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12)
         >>> config = BertConfig.from_json(
         ...     sizes | {"intermediate_size": 3072, "num_attention_heads": 12}
@@ -254,7 +254,7 @@ class Bert(nnx.Module):
         numerics: dtypes, and whether layers are computed anew in the backward pass.
         rngs: for random parameters; `nys.models.load` reads them instead.
 
-    Example:
+    Examples:
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
         >>> config = BertConfig(**sizes, num_attention_heads=2)
         >>> model = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))

@@ -25,7 +25,7 @@ def sentence_vectors(
     What sentence-transformers computes with mean pooling and normalization (Reimers and Gurevych,
     2019): inner products of these vectors are cosine similarities. No tokens give zeros.
 
-    Example:
+    Examples:
         >>> hidden = jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]])
         >>> sentence_vectors(hidden, jnp.array([[True, True, False]]))
         Array([[0.6, 0.8]], dtype=float32)
@@ -51,7 +51,7 @@ class BertClassifier(nnx.Module):
     Raises:
         ValueError: on an encoder that is no `Bert`, and unless labels are distinct names.
 
-    Example:
+    Examples:
         >>> from nyscaled.models import BertConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
         >>> config = BertConfig(**sizes, num_attention_heads=2)

@@ -75,7 +75,7 @@ def resize_token_embeddings(
         ValueError: on a size that is not a positive integer, rows of another shape or without new
             tokens, head_rows where the head is the embedding or there is none, and on adapters.
 
-    Example:
+    Examples:
         >>> from nyscaled.models import Llama, LlamaConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)

@@ -37,7 +37,7 @@ class Gemma(GatedDecoder):
 
     Built and called as `GatedDecoder` is.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
         >>> heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=6)

@@ -78,7 +78,7 @@ def generate(
             for, numbers out of range, a temperature without a key, or top_k, top_p or a key without
             a temperature.
 
-    Example:
+    Examples:
         >>> from nyscaled.models import Llama, LlamaConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)

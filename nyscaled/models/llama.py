@@ -19,7 +19,7 @@ class LlamaConfig(GatedConfig):
     Attributes:
         mlp_bias: whether the three layers of the MLP have biases.
 
-    Example:
+    Examples:
         >>> config = LlamaConfig.from_json(
         ...     {
         ...         "vocab_size": 32000,
@@ -58,7 +58,7 @@ class Llama(GatedDecoder):
 
     Built and called as `GatedDecoder` is.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)

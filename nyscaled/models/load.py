@@ -86,7 +86,7 @@ def load(
             tensor that belongs to no parameter; on a mesh that `shardings` refuses.
         ImportError: if a package is missing that the tokenizer, the hub or the GGUF file needs.
 
-    Example:
+    Examples:
         >>> import jax, tempfile
         >>> from nyscaled.models import Llama, LlamaConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)

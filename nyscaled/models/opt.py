@@ -141,7 +141,7 @@ class Opt(WithHead):
         numerics: dtypes, and whether layers are computed anew in the backward pass.
         rngs: for random parameters; `nys.models.load` reads them instead.
 
-    Example:
+    Examples:
         >>> sizes = dict(vocab_size=16, hidden_size=8, ffn_dim=12, num_hidden_layers=3)
         >>> config = OptConfig(**sizes, num_attention_heads=2, word_embed_proj_dim=6)
         >>> model = nnx.eval_shape(lambda: Opt(config, rngs=nnx.Rngs(0)))

@@ -257,7 +257,7 @@ def inverse_frequencies(
     Returns:
         float64 constants; with a traced length a traced array.
 
-    Example:
+    Examples:
         >>> inverse_frequencies(4, 100.0, None)
         array([1. , 0.1])
         >>> inverse_frequencies(4, 100.0, LinearScaling(2.0))

@@ -41,7 +41,7 @@ def shardings(model: Any, mesh: Mesh) -> Any:
     Raises:
         ValueError: if the mesh has neither axis, or axes that are not of type Auto.
 
-    Example:
+    Examples:
         >>> from nyscaled.models import Llama, LlamaConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)

@@ -25,7 +25,7 @@ _PROBES = "", "a b", "Hello, world's 12\n", "é你\U0001f600\U0010ffff"
 def refusing(what: str) -> Iterator[None]:
     """Raise ValueError, with `what` in front, for whatever the library raises.
 
-    Example:
+    Examples:
         >>> with refusing("the tokenizer fails"):
         ...     {}["a"]
         Traceback (most recent call last):

@@ -43,7 +43,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         ImportError: without the package jinja2.
         OSError: if no process can be started.
 
-    Example:
+    Examples:
         >>> render("{{ name }}!", {"name": "Nyström"})
         'Nyström!'
     """

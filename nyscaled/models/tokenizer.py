@@ -51,7 +51,7 @@ class Tokenizer:
             side that is neither "left" nor "right", or a tokenizer that fails on some
             texts. What the library raises later is a ValueError too.
 
-    Example:
+    Examples:
         >>> import tokenizers
         >>> vocabulary = {"<pad>": 0, "low": 1, "rank": 2}
         >>> inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="low"))
@@ -197,7 +197,7 @@ class Tokenizer:
                 template does not repeat the message that goes on.
             ImportError: without the package jinja2.
 
-        Example:
+        Examples:
             >>> import tokenizers
             >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
             >>> inner = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -34,7 +34,7 @@ def tool_schema(tool: object) -> dict[str, Any]:
         ValueError: on something else, or a function without type hints or descriptions, or with
             a type that JSON has no word for.
 
-    Example:
+    Examples:
         >>> def weather(city: str, days: int = 1) -> str:
         ...     '''Returns the weather.
         ...

@@ -27,7 +27,7 @@ class Asymmetric:
         ValueError: if A is not a finite, non-zero floating matrix. Values are checked by four
             products with random vectors, and only outside of jit.
 
-    Example:
+    Examples:
         >>> problem = Asymmetric(jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
         >>> problem.loss(problem.optimum(rank=1))
         Array(0.5, dtype=float32)

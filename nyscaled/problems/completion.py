@@ -30,6 +30,13 @@ from nyscaled.numerics import clipped, normalized, root, shift
 from nyscaled.problems.sensing import Sensing
 from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
 
+__all__ = [
+    "Entries",
+    "bernoulli",
+    "observed",
+    "project_incoherent",
+]
+
 
 @pytree_dataclass
 class Entries:
@@ -107,7 +114,7 @@ def observed(rows: Any, columns: Any, values: Any, shape: tuple[int, int]) -> Se
     Raises:
         ValueError: as `Entries` and `Sensing` do.
 
-    Example:
+    Examples:
         >>> problem = observed([0, 1, 1], [0, 0, 1], jnp.array([1.0, 2.0, 4.0]), shape=(2, 2))
         >>> problem.loss(jnp.array([[1.0], [2.0]]))
         Array(0., dtype=float32)
@@ -133,7 +140,7 @@ def bernoulli(
     Raises:
         ValueError: on a probability outside (0, 1], and if no entry is seen.
 
-    Example:
+    Examples:
         >>> problem = bernoulli(jax.random.key(0), jnp.ones((20, 1)), probability=0.5)
         >>> problem.shape, 150 < problem.a.count < 250
         ((20, 20), True)
@@ -163,7 +170,7 @@ def project_incoherent(
     Raises:
         ValueError: on a bound that is not positive.
 
-    Example:
+    Examples:
         >>> x = project_incoherent(jnp.array([[3.0], [0.1]]), bound=1.0)
         >>> bool(jnp.abs(x[1, 0] - 0.1) < 1e-6), bool(x[0, 0] < 0.3)
         (True, True)

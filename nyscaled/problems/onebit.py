@@ -19,6 +19,12 @@ from nyscaled.numerics import clipped
 from nyscaled.problems import sensing
 from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
 
+__all__ = [
+    "OneBit",
+    "gaussian",
+    "gaussian_factors",
+]
+
 
 @pytree_dataclass
 class OneBit(sensing.Sensing):
@@ -37,7 +43,7 @@ class OneBit(sensing.Sensing):
     Raises:
         ValueError: as `Sensing`, and on b outside [0, 1] or τ ≤ 0.
 
-    Example:
+    Examples:
         >>> problem, truth = gaussian(jax.random.key(0), 8, [1.0], num_measurements=100)
         >>> bool(problem.loss(truth) < 1e-5), bool(problem.loss(truth + 1) > 0.1)
         (True, True)
@@ -93,7 +99,7 @@ def gaussian(
     Raises:
         ValueError: on a bad spectrum or p, and on trials < 1.
 
-    Example:
+    Examples:
         >>> problem, _ = gaussian(jax.random.key(0), 8, [1.0], num_measurements=100, trials=4)
         >>> sorted({float(b) for b in problem.b})
         [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -108,7 +114,7 @@ def gaussian_factors(
 ) -> tuple[OneBit, Factors]:
     """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
 
-    Example:
+    Examples:
         >>> problem, truth = gaussian_factors(jax.random.key(0), 6, 5, [1.0], num_measurements=40)
         >>> problem.shape, bool(problem.loss(truth) < 1e-5)
         ((6, 5), True)

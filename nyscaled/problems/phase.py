@@ -21,6 +21,11 @@ from nyscaled.matrices import as_array, transpose_times
 from nyscaled.problems import sensing
 from nyscaled.typing import pytree_dataclass
 
+__all__ = [
+    "RankOne",
+    "gaussian",
+]
+
 
 @pytree_dataclass
 class RankOne:
@@ -34,7 +39,7 @@ class RankOne:
     Raises:
         ValueError: on an array that is not finite, floating and of two axes.
 
-    Example:
+    Examples:
         >>> from nyscaled.problems import Sensing
         >>> vectors, x = jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.array([[2.0], [-3.0]])
         >>> Sensing(RankOne(vectors), jnp.array([4.0, 1.0])).loss(x)
@@ -103,7 +108,7 @@ def gaussian(
     Raises:
         ValueError: on a bad spectrum, p or σ.
 
-    Example:
+    Examples:
         >>> problem, truth = gaussian(jax.random.key(0), 10, [1.0], num_measurements=60)
         >>> truth.shape, bool(problem.loss(-truth) < 1e-10)
         ((10, 1), True)

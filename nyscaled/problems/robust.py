@@ -26,6 +26,12 @@ from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.sensing import random_factor
 from nyscaled.typing import Factors, Scalar, pytree_dataclass
 
+__all__ = [
+    "RobustPCA",
+    "corrupted",
+    "threshold",
+]
+
 _ROWS = 32  # of which thresholds are found at once: they stay in the cache over all passes
 
 
@@ -70,7 +76,7 @@ def threshold(a: Float[Array, "m n"], fraction: Any) -> Float[Array, "m n"]:
     Raises:
         ValueError: on another dtype and on a fraction outside [0, 1].
 
-    Example:
+    Examples:
         >>> threshold(jnp.array([[9.0, 1.0], [-8.0, 2.0]]), fraction=0.5)
         Array([[9., 0.],
                [0., 0.]], dtype=float32)
@@ -100,7 +106,7 @@ class RobustPCA:
         ValueError: on Y that is not a finite, non-zero floating matrix (values outside of jit
             only), and on α or γ out of range.
 
-    Example:
+    Examples:
         >>> truth = Factors(jnp.ones((20, 1)), jnp.ones((10, 1)))
         >>> problem = RobustPCA(jnp.ones((20, 10)).at[3, 4].set(1e6), fraction=0.1)
         >>> problem.loss(truth), problem.sparse(truth)[3, 4], problem.trimmed()[3, 4]
@@ -207,7 +213,7 @@ def corrupted(
     Raises:
         ValueError: on a bad spectrum, fraction or size.
 
-    Example:
+    Examples:
         >>> problem, truth = corrupted(jax.random.key(0), 20, 10, [1.0], fraction=0.1)
         >>> wrong = jnp.abs(problem.observed - truth.left @ truth.right.T) > 1e-6
         >>> bool(problem.loss(truth) < 1e-10), int(jnp.max(jnp.sum(wrong, axis=0)))

@@ -30,6 +30,14 @@ from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.symmetric import Symmetric
 from nyscaled.typing import Factors, LinearMap, Scalar, pytree_dataclass
 
+__all__ = [
+    "Matrices",
+    "MeasurementMap",
+    "Sensing",
+    "gaussian",
+    "gaussian_factors",
+]
+
 
 @runtime_checkable
 class MeasurementMap(Protocol):
@@ -119,7 +127,7 @@ class Sensing:
     Raises:
         ValueError: if b does not go with 𝒜, or values are not finite (outside of jit).
 
-    Example:
+    Examples:
         >>> problem, truth = gaussian(jax.random.key(0), 20, [1.0, 0.5], num_measurements=200)
         >>> bool(problem.loss(truth) < 1e-10), problem.gradient(truth).shape
         (True, (20, 2))
@@ -283,7 +291,7 @@ def gaussian_factors(
 ) -> tuple[Sensing, Factors]:
     """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
 
-    Example:
+    Examples:
         >>> problem, truth = gaussian_factors(jax.random.key(0), 6, 5, [1.0], num_measurements=40)
         >>> problem.shape, bool(problem.loss(truth) < 1e-10)
         ((6, 5), True)

@@ -28,7 +28,7 @@ class Symmetric:
             positive semidefinite is seen where it costs nothing more: in `initializers.nystrom`
             and in `solvers.scaled_step`.
 
-    Example:
+    Examples:
         >>> problem = Symmetric(jnp.diag(jnp.array([4.0, 1.0])))
         >>> problem.loss(jnp.array([[2.0], [0.0]]))
         Array(0.25, dtype=float32)

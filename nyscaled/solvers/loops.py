@@ -295,7 +295,7 @@ def run_until(
         ValueError: as `run`; and in reverse-mode differentiation, which the loop does not have
             (forward mode it has).
 
-    Example:
+    Examples:
         >>> import nyscaled as nys
         >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.5, 0.1])
         >>> problem = nys.problems.Symmetric(a)

@@ -39,7 +39,7 @@ def unbalance(factors: Factors, beta: Any) -> Factors:
     Raises:
         ValueError: on β ≤ 0.
 
-    Example:
+    Examples:
         >>> factors = Factors(jnp.array([[3.0], [4.0]]), jnp.array([[1.0], [2.0]]))
         >>> x, y = unbalance(factors, 0.5)
         >>> bool(jnp.allclose(x @ y.T, factors.left @ factors.right.T, atol=1e-5))
@@ -112,7 +112,7 @@ def modified_step(
     Raises:
         ValueError: on a problem without pairs of factors, and on β ≤ 0.
 
-    Example:
+    Examples:
         >>> import jax, nyscaled as nys
         >>> a = nys.spectra.rectangular(jax.random.key(0), 12, 10, [1.0, 0.5])[0]
         >>> problem = nys.problems.Asymmetric(a)

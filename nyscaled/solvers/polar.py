@@ -203,7 +203,7 @@ def scaled_newton_step(problem: Symmetric, scaling: Scaling = "byers_xu") -> Sca
     References:
         Higham 1986; Byers and Xu 2008 (in full at the head of this module).
 
-    Example:
+    Examples:
         >>> import jax, nyscaled as nys
         >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.1, 0.01])
         >>> problem = nys.problems.Symmetric(a)
@@ -246,7 +246,7 @@ def qdwh_step(problem: Symmetric) -> QDWHStep:
     References:
         Nakatsukasa, Bai and Gygi 2010 (in full at the head of this module).
 
-    Example:
+    Examples:
         >>> import jax, nyscaled as nys
         >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.1, 0.01])
         >>> problem = nys.problems.Symmetric(a)

@@ -100,7 +100,7 @@ def scaled_step(
         ValueError: on another problem, η outside (0, 1] or a negative damping; by `init`, on
             factors whose shape or dtype does not fit the problem.
 
-    Example:
+    Examples:
         >>> import nyscaled as nys
         >>> a, left, right = nys.spectra.rectangular(jax.random.key(0), 40, 30, [3.0, 2.0, 1.0])
         >>> step = scaled_step(nys.problems.Asymmetric(a), learning_rate=1.0)
@@ -208,7 +208,7 @@ def gradient_step(
         project: a pure function of the factors, applied after each step. For completion,
             `Partial(nys.problems.completion.project_incoherent, bound=…)` with jax's Partial.
 
-    Example:
+    Examples:
         >>> import nyscaled as nys
         >>> problem = nys.problems.Symmetric(jnp.eye(3))
         >>> step = gradient_step(problem, optax.sgd(0.1))
@@ -239,7 +239,7 @@ def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> op
     The step sizes have a finite sum: with few steps per level the iteration stops short of a weak
     optimum, which a constant η reaches (claim E3-staircase).
 
-    Example:
+    Examples:
         >>> [round(float(staircase(0.1, every=10)(t)), 4) for t in (0, 9, 10, 20)]
         [0.1, 0.1, 0.01, 0.001]
     """

@@ -1,0 +1,68 @@
+"""What mkdocs runs: formulas become MathML, and pages are made from files of the repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+ENTRY = re.compile(r"^### (\S+)\n\n\*\*(.*?)\*\*$(.*?)(?=^### |\Z)", re.DOTALL | re.MULTILINE)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Render formulas without a script of another server."""
+
+    def rendered(match: re.Match[str]) -> str:
+        entities = {"&amp;": "&", "&lt;": "<", "&gt;": ">"}
+        latex = re.sub("&(amp|lt|gt);", lambda m: entities[m[0]], match[3])
+        return convert(latex, display="block" if match[2] == "[" else "inline")
+
+    return FORMULA.sub(rendered, html)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the report of the claims, the changes, the guide for contributors, and the pictures."""
+    report = (ROOT / "paper_checks" / "REPORT.md").read_text(encoding="utf-8")
+    # Code has no page of its own here: its place is given in words.
+    report = re.sub(r"\[(`\w+`)\]\((\w+\.py)#L(\d+)\)", r"\1 in `paper_checks/\2`, line \3", report)
+    pages = {
+        "report.md": report,
+        "changes.md": (ROOT / "CHANGELOG.md")
+        .read_text(encoding="utf-8")
+        .replace("[reproduction](docs/upstream/", "reproduction: `docs/upstream/")
+        .replace("hang.py))", "hang.py`)"),
+        "extending.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+    }
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    for picture in sorted((ROOT / "figures").glob("*.png")):
+        files.append(File.generated(config, f"figures/{picture.name}", abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Link the names of claims, `{lem-1}`, to the report; make lists of claims by their prefix."""
+    if page.file.src_uri != "mathematics.md":
+        return markdown
+    report = (ROOT / "paper_checks" / "REPORT.md").read_text(encoding="utf-8")
+    statements = {match[1]: match[2] for match in ENTRY.finditer(report)}
+    used: set[str] = set()
+
+    def linked(match: re.Match[str]) -> str:
+        names = [name.strip() for name in match[1].split(",")]
+        missing = [name for name in names if name not in statements]
+        if missing:
+            raise ValueError(f"mathematics.md names claims that do not exist: {missing}")
+        used.update(names)
+        return ", ".join(f"[{name}](report.md#{name.lower()})" for name in names)
+
+    markdown = re.sub(r"\{claims: ([^}]*)\}", linked, markdown)
+    left_out = [name for name in statements if name not in used]
+    if left_out:
+        raise ValueError(f"mathematics.md does not name these claims: {left_out}")
+    return markdown

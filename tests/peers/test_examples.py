@@ -1,0 +1,38 @@
+"""The examples that read real weights run."""
+
+import ast
+import runpy
+from pathlib import Path
+
+import pytest
+
+import nyscaled as nys
+
+ROOT = Path(__file__).parent.parent.parent
+WEIGHTS = ROOT / "build" / "weights"
+
+pytestmark = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no build/weights: make weights")
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    (tmp_path / "build").symlink_to(ROOT / "build")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_language_model(capsys, folder):
+    names = runpy.run_path(str(ROOT / "examples" / "language_model.py"))
+    assert "Paris" in capsys.readouterr().out.splitlines()[0]
+    assert float(names["value"]) < 2.5  # 4.8 before training
+    again, _ = nys.models.load(folder / "merged")
+    assert again.config.model_type == "llama"
+
+
+def test_sentences(capsys, folder):
+    names = runpy.run_path(str(ROOT / "examples" / "sentences.py"))
+    first, *_, last = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    assert last < 0.9 * first
+    assert (folder / "reviews" / "adapter_model.safetensors").is_file()
+    similar = names["vectors"] @ names["vectors"].T
+    assert similar[0, 1] > 0.8 > 0.3 > similar[0, 2]

@@ -1,0 +1,46 @@
+"""The scripts of examples/ run, and print what the pages say of them."""
+
+import ast
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WEIGHTS = {"language_model", "sentences"}  # tests/peers/test_examples.py runs these
+
+
+def run(name, capsys):
+    """The lines that a script prints."""
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_solve(capsys):
+    solved, predicted, pair = run("solve", capsys)
+    assert solved.startswith("CONVERGED")
+    assert float(predicted) < 1e-4
+    assert float(pair) < 1e-5
+
+
+def test_train(capsys):
+    (loss,) = run("train", capsys)
+    assert float(loss) < 1e-6
+
+
+def test_adapt(capsys):
+    losses, fast, same = run("adapt", capsys)
+    first, *_, last = ast.literal_eval(losses)
+    assert float(fast) < last < first
+    assert same == "True"
+
+
+@pytest.mark.parametrize("name", ["adapt_linen", "adapt_tree"])
+def test_losses_fall(name, capsys):
+    losses = [float(line) for line in run(name, capsys)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_every_example_is_tested():
+    tested = {"solve", "train", "adapt", "adapt_linen", "adapt_tree"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | WEIGHTS
