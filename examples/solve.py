@@ -13,7 +13,7 @@ problem = nys.problems.Symmetric(a)  # min ¼‖XXᵀ − A‖²
 x0 = nys.initializers.nystrom(key, a, rank=20, scale=0.1)
 step = nys.solvers.scaled_step(problem, learning_rate=0.5)
 solution = nys.solvers.run_until(step, x0, measure=problem.residual, tol=1e-5)
-print(solution.status.name, int(solution.num_steps), float(solution.history))
+print(solution.status.name, int(solution.num_steps), float(solution.value))
 # --8<-- [end:solve]
 
 # --8<-- [start:predict]

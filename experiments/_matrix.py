@@ -33,7 +33,7 @@ def load(path: Path) -> np.ndarray:
             at most `MAX_SIDE` rows.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file; wanted a matrix as .npy, .npz or .mtx")
+        raise ValueError(f"{path} is not a file; expected a matrix as .npy, .npz or .mtx")
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
@@ -43,7 +43,7 @@ def load(path: Path) -> np.ndarray:
         elif path.name.endswith((".mtx", ".mtx.gz")):
             matrix = _matrix_market(path)
         else:
-            raise ValueError(f"ends in {path.suffix!r}; wanted .npy, .npz or .mtx")
+            raise ValueError(f"ends in {path.suffix!r}; expected .npy, .npz or .mtx")
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a matrix: {error}") from error
     return matrix.astype(np.float64, copy=False)
@@ -52,9 +52,9 @@ def load(path: Path) -> np.ndarray:
 def _require_square(shape: tuple[int, ...], dtype: np.dtype) -> None:
     if len(shape) != 2 or shape[0] != shape[1] or dtype.kind not in "fiu":
         got = f"shape {shape}, dtype {dtype}"
-        raise ValueError(f"it holds {got}; wanted a square real matrix (m, m)")
+        raise ValueError(f"it holds {got}; expected a square real matrix (m, m)")
     if not 1 <= shape[0] <= MAX_SIDE:
-        raise ValueError(f"it holds {shape[0]} rows; wanted at least 1 and at most {MAX_SIDE}")
+        raise ValueError(f"it holds {shape[0]} rows; expected at least 1 and at most {MAX_SIDE}")
 
 
 def _array(file: Any) -> np.ndarray:
@@ -65,7 +65,7 @@ def _array(file: Any) -> np.ndarray:
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     if version not in readers:
-        raise ValueError(f"it is in version {version} of the format; wanted 1.0 or 2.0")
+        raise ValueError(f"it is in version {version} of the format; expected 1.0 or 2.0")
     shape, fortran, dtype = readers[version](file)
     _require_square(shape, dtype)
     data = file.read(shape[0] * shape[1] * dtype.itemsize)
@@ -76,7 +76,7 @@ def _of_archive(path: Path) -> np.ndarray:
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         if "a" not in names and len(names) != 1:
-            raise ValueError(f"it holds {names}; wanted one array, or one named 'a'")
+            raise ValueError(f"it holds {names}; expected one array, or one named 'a'")
         name = "a" if "a" in names else names[0]
         with archive.open(f"{name}.npy") as file:
             return _array(file)
@@ -87,7 +87,7 @@ def _matrix_market(path: Path) -> np.ndarray:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT or b"\0" in data:
-        raise ValueError(f"it has a NUL byte, or more than {MAX_TEXT} bytes; wanted a text")
+        raise ValueError(f"it has a NUL byte, or more than {MAX_TEXT} bytes; expected a text")
     # Comments are in any encoding; numbers are ASCII, or not read below.
     lines = io.StringIO(data.decode("latin-1"))
     header = lines.readline().lower().split()
@@ -96,12 +96,12 @@ def _matrix_market(path: Path) -> np.ndarray:
     if form not in _FIELDS or field not in _FIELDS[form]:
         raise ValueError("its first line is not that of a real matrix of Matrix Market")
     if symmetry not in ("general", "symmetric"):
-        raise ValueError(f"it is {symmetry}; wanted a general or symmetric matrix")
+        raise ValueError(f"it is {symmetry}; expected a general or symmetric matrix")
     rest = (line.split() for line in lines)
     sizes = next((words for words in rest if words and not words[0].startswith("%")), [])
     wanted = 3 if form == "coordinate" else 2
     if len(sizes) != wanted or not all(size.isdecimal() for size in sizes):
-        raise ValueError(f"its sizes are {' '.join(sizes)[:100]!r}; wanted {wanted} integers")
+        raise ValueError(f"its sizes are {' '.join(sizes)[:100]!r}; expected {wanted} integers")
     side, columns, *count = map(int, sizes)
     _require_square((side, columns), np.dtype(float))
     with warnings.catch_warnings():
@@ -120,14 +120,14 @@ def _from_entries(
     """The matrix of rows (i, j, value), or (i, j) where all values are 1."""
     wanted = (count, 2 if pattern else 3)
     if values.shape != wanted and (values.size or count):
-        raise ValueError(f"it holds {values.shape} numbers; wanted {wanted}, as announced")
+        raise ValueError(f"it holds {values.shape} numbers; expected {wanted}, as announced")
     values = values.reshape(wanted)
     if not np.isin(values[:, :2], np.arange(1, side + 1)).all():
         raise ValueError(f"it has entries outside of rows and columns 1 to {side}")
     places = values[:, :2].astype(np.int64) - 1
     ordered = np.sort(places, axis=1) if symmetric else places
     if len(np.unique(ordered, axis=0)) < len(ordered):
-        raise ValueError("it has an entry twice; wanted each once, of symmetric ones one half")
+        raise ValueError("it has an entry twice; expected each once, of symmetric ones one half")
     matrix = np.zeros((side, side))
     rows, columns = places.T
     matrix[rows, columns] = 1.0 if pattern else values[:, 2]
@@ -140,7 +140,7 @@ def _from_columns(values: np.ndarray, side: int, symmetric: bool) -> np.ndarray:
     """The matrix of its columns, of a symmetric one from the diagonal down."""
     wanted = side * (side + 1) // 2 if symmetric else side**2
     if values.size != wanted:
-        raise ValueError(f"it holds {values.size} numbers; wanted {wanted}")
+        raise ValueError(f"it holds {values.size} numbers; expected {wanted}")
     if not symmetric:
         return values.reshape(side, side).T
     matrix = np.zeros((side, side))

@@ -99,7 +99,7 @@ def load(folder: Path | None) -> np.ndarray:
                 images.append(np.asarray(image.convert("L"), np.float32) / 255)
     sizes = {image.shape for image in images}
     if len(sizes) != 1:
-        raise ValueError(f"{folder} has images of sizes {sorted(sizes)}; wanted one size")
+        raise ValueError(f"{folder} has images of sizes {sorted(sizes)}; expected one size")
     return np.stack(images)
 
 

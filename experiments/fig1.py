@@ -106,11 +106,11 @@ def own_matrix(config: Config, path: Path) -> None:
     values, vectors = values[::-1], vectors[:, ::-1]
     if values[-1] < -1e-8 * values[0] or values[0] <= 0:
         raise ValueError(
-            f"{path} has eigenvalues from {values[-1]:.3g} to {values[0]:.3g}; wanted a PSD matrix"
+            f"{path} has eigenvalues from {values[-1]:.3g} to {values[0]:.3g}; expected a PSD matrix"
         )
     if not 1 <= rank < np.sum(values > 1e-12 * values[0]):
         top = np.sum(values > 1e-12 * values[0]) - 1
-        raise ValueError(f"rank is {rank}; wanted 1 ≤ rank ≤ {top}, below the rank of {path}")
+        raise ValueError(f"rank is {rank}; expected 1 ≤ rank ≤ {top}, below the rank of {path}")
     spectrum = np.maximum(values / values[0], 0)
     a = jax.numpy.asarray(matrix / values[0])
     basis, spectrum = jax.numpy.asarray(vectors), jax.numpy.asarray(spectrum)

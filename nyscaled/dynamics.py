@@ -204,5 +204,5 @@ def subspace_rate(spectrum: Float[Array, " k"], rank: int, learning_rate: Any) -
     """
     ordered = jnp.sort(jnp.asarray(spectrum))[::-1]
     if not 1 <= rank < ordered.size:
-        raise ValueError(f"rank is {rank}; wanted 1 ≤ rank < r_A = {ordered.size}")
+        raise ValueError(f"rank is {rank}; expected 1 ≤ rank < r_A = {ordered.size}")
     return 1 - learning_rate * (1 - ordered[rank] / ordered[rank - 1])

@@ -51,7 +51,7 @@ def random_sketch(
         return scale * jax.random.normal(key, (n, rank), dtype)
     if sketch == "stiefel":
         return scale * orthogonal(key, n, rank, dtype)
-    raise ValueError(f"sketch is {sketch!r}; wanted 'gaussian' or 'stiefel'")
+    raise ValueError(f"sketch is {sketch!r}; expected 'gaussian' or 'stiefel'")
 
 
 @full_precision
@@ -274,7 +274,7 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
     trace = jnp.sum(unit * image)
     if validation.is_concrete(trace) and not trace > 0:
         raise ValueError(
-            f"tr(X₀ᵀAX₀) is {float(trace):.2g} for X₀ of unit length; wanted it positive: a "
+            f"tr(X₀ᵀAX₀) is {float(trace):.2g} for X₀ of unit length; expected it positive: a "
             "positive semidefinite A, and a start that is not zero"
         )
     return unit * (jnp.sqrt(trace) / norm(seen))

@@ -48,7 +48,7 @@ def require_floating(name: str, array: Any) -> None:
     """Raise ValueError unless `array` is float32 or float64 (the r×r work needs no less)."""
     if array.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(
-            f"{name} has dtype {array.dtype}; wanted float32 or float64 (convert it with .astype)"
+            f"{name} has dtype {array.dtype}; expected float32 or float64 (convert it with .astype)"
         )
 
 
@@ -112,7 +112,7 @@ def as_factors(factors: Any) -> Factors:
     """Return a pair of factors as dense JAX arrays; ValueError on what is none."""
     if not isinstance(factors, tuple) or len(factors) != 2:
         got = "an array" if isinstance(factors, jax.Array) else f"a {type(factors).__name__}"
-        raise ValueError(f"factors are {got}; wanted nyscaled.Factors(left, right)")
+        raise ValueError(f"factors are {got}; expected nyscaled.Factors(left, right)")
     return Factors(as_array("left", factors[0]), as_array("right", factors[1]))
 
 
@@ -176,7 +176,7 @@ def transpose_times(a: Any, x: Array) -> Array:
 
 def _require_matrix(name: str, a: Any) -> None:
     if len(a.shape) != 2:
-        raise ValueError(f"{name} has shape {tuple(a.shape)}; wanted a matrix, (m, n)")
+        raise ValueError(f"{name} has shape {tuple(a.shape)}; expected a matrix, (m, n)")
     require_floating(name, a)
 
 

@@ -121,7 +121,7 @@ def _num_batch_axes(first: Any, second: Any) -> int:
         if a.shape[:p] == b.shape[:p] and a.shape[-1] == b.shape[p]:
             return p
     raise ValueError(
-        f"{_show(path_a)} {a.shape} and {_show(path_b)} {b.shape} do not go together; wanted "
+        f"{_show(path_a)} {a.shape} and {_show(path_b)} {b.shape} do not go together; expected "
         "(batch…, in…, rank) and (batch…, rank, out…): for other layouts pass a spec"
     )
 
@@ -155,7 +155,7 @@ def groups(spec: Spec, params: Any) -> list[tuple[Member, ...]]:
         if s is None:
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"leaf {_show(path)} has dtype {leaf.dtype}; wanted a floating one")
+            raise ValueError(f"leaf {_show(path)} has dtype {leaf.dtype}; expected a floating one")
         key = ("single", index) if s.pair is None else ("pair", s.pair)
         found.setdefault(key, []).append(Member(index, path, s))
     arrays = [leaf for _, leaf in leaves]
@@ -163,7 +163,7 @@ def groups(spec: Spec, params: Any) -> list[tuple[Member, ...]]:
         if key[0] == "pair" and len(members) != 2:
             named = ", ".join(_show(m.path) for m in members)
             raise ValueError(
-                f"leaf {named} belongs to a pair with {len(members)} member(s); wanted exactly two: "
+                f"leaf {named} belongs to a pair with {len(members)} member(s); expected exactly two: "
                 "its partner is missing, masked away or named otherwise"
             )
         shapes = [_shape(arrays[m.leaf], m.spec) for m in members]
@@ -172,7 +172,7 @@ def groups(spec: Spec, params: Any) -> list[tuple[Member, ...]]:
         ):
             named = " and ".join(f"{_show(m.path)} {arrays[m.leaf].shape}" for m in members)
             raise ValueError(
-                f"{named} do not go together; wanted the same batch axes and the same rank ≥ 1"
+                f"{named} do not go together; expected the same batch axes and the same rank ≥ 1"
             )
     return [tuple(members) for members in found.values()]
 
@@ -217,7 +217,7 @@ def require_params(params: Any) -> None:
     """Raises ValueError if an update was called without the current parameters."""
     if params is None:
         raise ValueError(
-            "params is None; wanted the current parameters: update(grads, state, params)"
+            "params is None; expected the current parameters: update(grads, state, params)"
         )
 
 

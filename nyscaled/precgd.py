@@ -78,7 +78,7 @@ def scale_by_residual_gram(
             if value is None or jnp.ndim(value) != 0:
                 got = "None" if value is None else f"of shape {jnp.shape(value)}"
                 raise ValueError(
-                    f"value is {got}; wanted the loss: update(grads, state, params, value=loss)"
+                    f"value is {got}; expected the loss: update(grads, state, params, value=loss)"
                 )
             root_value = root(jnp.asarray(value, jnp.result_type(float, value)))
         # √|f − f_noise| from roots, which fit where f does not.

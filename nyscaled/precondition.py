@@ -84,7 +84,9 @@ def scale_by_gram(
     validation.require_scalar("damping", damping, 0, float("inf"), open_low=False)
     known = validation.is_concrete(damping)
     if pseudo_inverse and known and float(damping) != 0:
-        raise ValueError(f"damping is {damping} with pseudo_inverse=True; wanted one or the other")
+        raise ValueError(
+            f"damping is {damping} with pseudo_inverse=True; expected one or the other"
+        )
 
     def row_space(*factors: Array) -> Array:
         sizes = [norm(f) for f in factors]

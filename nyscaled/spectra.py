@@ -29,11 +29,11 @@ def _spectrum(values: Any, limit: int, dtype: Any) -> Float[Array, " k"]:
     spectrum = jnp.asarray(values, dtype or jnp.result_type(float))
     if spectrum.ndim != 1 or not 1 <= spectrum.size <= limit:
         raise ValueError(
-            f"spectrum has shape {spectrum.shape}; wanted 1 to {limit} singular values, (k,)"
+            f"spectrum has shape {spectrum.shape}; expected 1 to {limit} singular values, (k,)"
         )
     if is_concrete(spectrum) and not bool(jnp.all((spectrum > 0) & jnp.isfinite(spectrum))):
         raise ValueError(
-            f"spectrum is {np.asarray(spectrum)}; wanted positive finite singular values"
+            f"spectrum is {np.asarray(spectrum)}; expected positive finite singular values"
         )
     return spectrum
 
@@ -97,7 +97,7 @@ def paper_spectrum(name: str) -> np.ndarray:
         (40,)
     """
     if name not in _PAPER:
-        raise ValueError(f"name is {name!r}; wanted one of {', '.join(_PAPER)}")
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(_PAPER)}")
     return np.array(_PAPER[name])
 
 

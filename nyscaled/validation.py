@@ -1,4 +1,4 @@
-"""Checks of what a user hands in; each failure says what was got and what was wanted.
+"""Checks of what a user hands in; each failure says what was got and what was expected.
 
 Shapes and dtypes are static and are always checked. Values are checked where they are known:
 not under `jit`, `vmap` or `grad`, where an array is a tracer.
@@ -35,10 +35,10 @@ def is_concrete(tree: Any) -> bool:
 def require_rank(rank: Any, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless 1 ≤ rank ≤ min(shape)."""
     if isinstance(rank, bool) or not hasattr(rank, "__index__"):
-        raise ValueError(f"rank is {rank!r}; wanted an integer")
+        raise ValueError(f"rank is {rank!r}; expected an integer")
     if not 1 <= rank <= min(shape):
         raise ValueError(
-            f"rank is {rank}; wanted 1 ≤ rank ≤ {min(shape)} for a matrix {tuple(shape)}"
+            f"rank is {rank}; expected 1 ≤ rank ≤ {min(shape)} for a matrix {tuple(shape)}"
         )
 
 
@@ -50,13 +50,13 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
         number = float(value)
     except OverflowError:
         raise ValueError(
-            f"{name} is an integer that no float holds; wanted a smaller one"
+            f"{name} is an integer that no float holds; expected a smaller one"
         ) from None
     inside = (low < number if open_low else low <= number) and number <= high
     if not inside or math.isnan(number):
         bracket = "(" if open_low else "["
         interval = f"{bracket}{low:g}, {high:g}" + (")" if math.isinf(high) else "]")
-        raise ValueError(f"{name} is {number:g}; wanted a number in {interval}")
+        raise ValueError(f"{name} is {number:g}; expected a number in {interval}")
 
 
 def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
@@ -74,13 +74,13 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
     size = float(norm(image))
     if not math.isfinite(size):
         raise ValueError(
-            f"{name} has NaN or Inf entries (or its products overflow {a.dtype}); wanted finite ones"
+            f"{name} has NaN or Inf entries (or its products overflow {a.dtype}); expected finite ones"
         )
     if size == 0.0:
         tiny = float(jnp.finfo(a.dtype).tiny)
         raise ValueError(
             f"{name} is the zero matrix {tuple(a.shape)}, or its products with numbers of size 1 are "
-            f"below {tiny:.1e}, which {a.dtype} takes as zero; wanted a non-zero one"
+            f"below {tiny:.1e}, which {a.dtype} takes as zero; expected a non-zero one"
         )
     if form is None:
         return
@@ -89,7 +89,7 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
     if skew > 1e3 * float(jnp.finfo(a.dtype).eps) * size:
         raise ValueError(
             f"{name} is not symmetric: its antisymmetric part is about {skew / size:.1e} of its "
-            "norm; wanted A = Aᵀ (take (A + A.T) / 2 if the difference is rounding, "
+            "norm; expected A = Aᵀ (take (A + A.T) / 2 if the difference is rounding, "
             "or problems.Asymmetric)"
         )
 
@@ -114,4 +114,4 @@ def require_finite(name: str, tree: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = name + jax.tree_util.keystr(path)
         if not bool(jnp.all(jnp.isfinite(as_array(where, leaf)))):
-            raise ValueError(f"{where} has NaN or Inf entries; wanted finite ones")
+            raise ValueError(f"{where} has NaN or Inf entries; expected finite ones")

@@ -122,16 +122,16 @@ def test_forms_that_older_files_have(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("bert", {"hidden_act": "silu"}, "hidden_act is 'silu'; wanted one of gelu, gelu_new"),
+        ("bert", {"hidden_act": "silu"}, "hidden_act is 'silu'; expected one of gelu, gelu_new"),
         ("bert", {"position_embedding_type": "relative_key"}, "only 'absolute' or None"),
         ("bert", {"is_decoder": True}, "is_decoder is True"),
-        ("bert", {"num_attention_heads": 5}, "with 5 heads; wanted a multiple"),
-        ("bert", {"layer_norm_eps": 0}, "layer_norm_eps is 0; wanted a positive number"),
-        ("bert", {"id2label": {"0": "a", "2": "b"}}, "id2label is .*; wanted a label for each"),
+        ("bert", {"num_attention_heads": 5}, "with 5 heads; expected a multiple"),
+        ("bert", {"layer_norm_eps": 0}, "layer_norm_eps is 0; expected a positive number"),
+        ("bert", {"id2label": {"0": "a", "2": "b"}}, "id2label is .*; expected a label for each"),
         ("bert", {"id2label": ["a"]}, r"id2label is \['a'\]"),
         ("bert", {"id2label": None, "num_labels": 10**30}, "num_labels is 1000.*; expected an int"),
         ("bert", {"id2label": None, "num_labels": True}, "num_labels is True; expected an integer"),
-        ("bert", {"id2label": None}, r"classifier\.bias of shape \(3,\); wanted \(2,\)"),
+        ("bert", {"id2label": None}, r"classifier\.bias of shape \(3,\); expected \(2,\)"),
         ("bert", {"architectures": ["BertForTokenClassification"]}, "no parameter for: classifier"),
         ("bert", {"architectures": None}, "no parameter for: classifier"),
         (
@@ -158,12 +158,12 @@ def test_other_heads_are_refused(head, tmp_path):
 
 def test_what_the_encoder_cannot_do():
     model = load("bert_encoder")
-    with pytest.raises(ValueError, match="have length 65; wanted at most 64"):
+    with pytest.raises(ValueError, match="have length 65; expected at most 64"):
         model(jnp.zeros((1, 65), int))
     with pytest.raises(ValueError, match="the model has no pooler"):
         model.pool(jnp.zeros((1, 2, 16)))
     for labels in ([], "neg", ["a", "a"]):
-        with pytest.raises(ValueError, match=r"labels is .*; wanted a list of distinct names"):
+        with pytest.raises(ValueError, match=r"labels is .*; expected a list of distinct names"):
             BertClassifier(model, labels, rngs=nnx.Rngs(0))
 
 
@@ -201,7 +201,7 @@ def trained(tmp_path_factory):
     assert losses[-1] < 0.9 * losses[0]
     saving = {"base_model": "tiny", "names": "bert", "task_type": "SEQ_CLS"}
     with pytest.raises(
-        ValueError, match="the head from the adapter's folder; wanted it in modules"
+        ValueError, match="the head from the adapter's folder; expected it in modules"
     ):
         nys.lora.save_peft(model, folder, **saving)
     assert not list(folder.iterdir())
@@ -245,8 +245,11 @@ def test_heads_that_do_not_fit(labels, lost, message, trained, tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("bert.encoder.layer.attention.self.query", "is a LoRALinear; wanted .* without adapters"),
-        ("head", "has 'head'; wanted the path of a layer"),
+        (
+            "bert.encoder.layer.attention.self.query",
+            "is a LoRALinear; expected .* without adapters",
+        ),
+        ("head", "has 'head'; expected the path of a layer"),
     ],
 )
 def test_what_cannot_be_saved_whole(path, message, trained, tmp_path):

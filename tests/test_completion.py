@@ -149,7 +149,7 @@ ONES = jnp.ones(2)
         (lambda: completion.observed([0, 1], [0], ONES, (2, 2)), "do not go together"),
         (lambda: completion.observed([0, 2], [0, 1], ONES, (2, 2)), "rows are 0 … 2"),
         (lambda: completion.observed([0, 1], [-1, 1], ONES, (2, 2)), "columns are -1 … 1"),
-        (lambda: completion.observed([0.0, 1.0], [0, 1], ONES, (2, 2)), "wanted integers"),
+        (lambda: completion.observed([0.0, 1.0], [0, 1], ONES, (2, 2)), "expected integers"),
         (lambda: completion.observed([0, 1], [0, 1], jnp.ones(3), (2, 2)), "b is"),
         (lambda: completion.observed([0, 1], [0, 1], jnp.ones(2, int), (2, 2)), "int32"),
         (lambda: completion.bernoulli(KEY, jnp.ones((3, 1)), 0.0), "probability is 0"),

@@ -215,7 +215,7 @@ def test_map_params_reaches_the_moments_of_an_inner_optimizer_and_only_them(tx, 
 
 @every_case
 def test_update_without_params_raises(tx, params):
-    with pytest.raises(ValueError, match=r"params is None; wanted the current parameters"):
+    with pytest.raises(ValueError, match=r"params is None; expected the current parameters"):
         update(tx, gradients(params), tx.init(params), None)
 
 
@@ -223,14 +223,14 @@ def test_update_without_params_raises(tx, params):
 @every_transform
 def test_orphan_leaf_is_named(tx, lonely):
     params = {"layer": {lonely: normal(0, (4, 4))}, "other": PARAMS["lora"]()}
-    with pytest.raises(ValueError, match=rf"leaf \['layer'\]\['{lonely}'\].*wanted exactly two"):
+    with pytest.raises(ValueError, match=rf"leaf \['layer'\]\['{lonely}'\].*expected exactly two"):
         tx.init(params)
 
 
 @every_transform
 def test_masking_the_partner_away_makes_an_orphan(tx):
     masked = optax.masked(tx, {"lora_a": True, "lora_b": False})
-    with pytest.raises(ValueError, match=r"lora_a.*wanted exactly two"):
+    with pytest.raises(ValueError, match=r"lora_a.*expected exactly two"):
         masked.init({"lora_a": normal(0, (9, 2)), "lora_b": normal(1, (2, 7))})
 
 

@@ -279,7 +279,7 @@ def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monk
         (tmp_path / f"{name}.mtx").write_bytes(text)
         (tmp_path / f"{name}.mtx.gz").write_bytes(gzip.compress(text))
     wanted = {
-        "large.npy": "holds 30000 rows; wanted at least 1 and at most 20000",
+        "large.npy": "holds 30000 rows; expected at least 1 and at most 20000",
         "bomb.npz": "holds 30000 rows",
         "other.npz": "cannot be read as a matrix",
         "nul.mtx": "has a NUL byte",
@@ -287,17 +287,17 @@ def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monk
         "twice.mtx": "has an entry twice",
         "halves.mtx.gz": "has an entry twice",
         "wide.mtx": "holds 3000000000 rows",
-        "many.mtx": r"holds \(1, 3\) numbers; wanted \(1000000000000, 3\)",
+        "many.mtx": r"holds \(1, 3\) numbers; expected \(1000000000000, 3\)",
         "complex.mtx": "not that of a real matrix",
         "end.mtx": "cannot be read as a matrix",
         "outside.mtx": "outside of rows and columns 1 to 2",
-        "minus.mtx": "sizes are '2 2 -1'; wanted 3 integers",
-        "underscore.mtx": "sizes are '2_0 2_0 1'; wanted 3 integers",
-        "nothing.mtx": "holds 0 rows; wanted at least 1",
+        "minus.mtx": "sizes are '2 2 -1'; expected 3 integers",
+        "underscore.mtx": "sizes are '2_0 2_0 1'; expected 3 integers",
+        "nothing.mtx": "holds 0 rows; expected at least 1",
         "sizes.mtx": "sizes are ''",
         "fraction.mtx": "other numbers than the integers",
         "nan.mtx": "outside of rows and columns 1 to 2",
-        "dense.mtx": "holds 1 numbers; wanted 400000000",
+        "dense.mtx": "holds 1 numbers; expected 400000000",
     }
     for name, message in wanted.items():
         with pytest.raises(ValueError, match=message):

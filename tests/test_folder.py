@@ -110,7 +110,7 @@ def test_a_directory_in_the_place_of_a_file_is_refused(name, folder):
     (folder / name).unlink(missing_ok=True)
     (folder / name).mkdir()
     before = {p.name: p.is_file() and p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(ValueError, match=f"{name} is a directory; wanted a file"):
+    with pytest.raises(ValueError, match=f"{name} is a directory; expected a file"):
         write(folder, {}, [("a", A + 1)])
     assert {p.name: p.is_file() and p.read_bytes() for p in folder.iterdir()} == before
 
@@ -157,7 +157,7 @@ def test_folders_without_sound_files_are_refused(folder):
         with pytest.raises(ValueError, match=message):
             open_folder(folder)
     (folder / CONFIG).unlink()
-    with pytest.raises(ValueError, match=r"config\.json.*wanted a model folder"):
+    with pytest.raises(ValueError, match=r"config\.json.*expected a model folder"):
         open_folder(folder)
 
 
@@ -175,12 +175,12 @@ def test_json_is_read_as_utf8_whatever_the_locale(folder):
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "../one.safetensors"}, r"'\.\./one.safetensors'; wanted a file in the folder"),
-        ({"a": "/etc/passwd"}, "wanted a file in the folder"),
-        ({"a": ".."}, "wanted a file in the folder"),
-        ({"a": "three.safetensors"}, "wanted a file in the folder"),
-        ({"a": "a" * 300}, "wanted a file in the folder"),
-        ({"a": "a\0"}, "wanted a file in the folder"),
+        ({"a": "../one.safetensors"}, r"'\.\./one.safetensors'; expected a file in the folder"),
+        ({"a": "/etc/passwd"}, "expected a file in the folder"),
+        ({"a": ".."}, "expected a file in the folder"),
+        ({"a": "three.safetensors"}, "expected a file in the folder"),
+        ({"a": "a" * 300}, "expected a file in the folder"),
+        ({"a": "a\0"}, "expected a file in the folder"),
         ({"a": SHARDS[0], "c": SHARDS[1]}, f"names c in {SHARDS[1]}, which does not have"),
         ({"a": SHARDS[0], "b": SHARDS[0]}, f"names b in {SHARDS[0]}, which does not have"),
         ({"a": 1}, "no weight_map"),
@@ -221,7 +221,7 @@ def test_large_models_are_written_in_shards_that_replace_what_was_there(folder):
     write(folder, {}, [("a", B)])
     assert files_of(folder) == [CONFIG, TENSORS, "tokenizer.json"]
     np.testing.assert_array_equal(open_folder(folder).read("a"), B)
-    with pytest.raises(ValueError, match="max_shard_size is 0; wanted a positive"):
+    with pytest.raises(ValueError, match="max_shard_size is 0; expected a positive"):
         write(folder, {}, [("a", A)], max_shard_size=0)
 
 

@@ -76,10 +76,10 @@ def test_greedy_tokens_are_the_most_probable(name):
 def test_a_cache_that_is_too_small():
     tokens, mask = prompts()
     model = load("llama")
-    with pytest.raises(ValueError, match="have length 7; wanted at most 4, the cache's room"):
+    with pytest.raises(ValueError, match="have length 7; expected at most 4, the cache's room"):
         model.hidden(tokens, mask, model.new_cache(ROWS, 4))
     _, cache = model.hidden(tokens, mask, model.new_cache(ROWS, 9))
-    with pytest.raises(ValueError, match="have length 7; wanted at most 2, the cache's room"):
+    with pytest.raises(ValueError, match="have length 7; expected at most 2, the cache's room"):
         model.hidden(tokens, mask, cache)
 
 
@@ -213,25 +213,25 @@ def test_drawn_tokens_repeat_with_their_key_and_do_not_depend_on_other_rows():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": [1, 2]}, r"of shape \(2,\); wanted integers \(batch, length\)"),
+        ({"tokens": [1, 2]}, r"of shape \(2,\); expected integers \(batch, length\)"),
         ({"tokens": [[0.5]]}, "tokens are float64"),
-        ({"tokens": [[3, 32]]}, "from 3 to 32; wanted ids below 32"),
-        ({"mask": [[1]]}, r"mask has shape \(1, 1\); wanted \(1, 2\)"),
+        ({"tokens": [[3, 32]]}, "from 3 to 32; expected ids below 32"),
+        ({"mask": [[1]]}, r"mask has shape \(1, 1\); expected \(1, 2\)"),
         ({"tokens": [[3, 4, 5]], "mask": [[1, 0, 1]]}, "padding between tokens, or no token"),
         ({"mask": [[0, 0]]}, "padding between tokens, or no token"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 2**31}, "max_new_tokens is 2147483648"),
-        ({"mask": [["a", "b"]]}, "mask is <U1; wanted True where"),
-        ({"tokens": [[2**32 + 3, 4]]}, "from 4 to 4294967299; wanted ids below 32"),
-        ({"pad_token": 2**40}, "pad_token is 1099511627776; wanted an integer"),
-        ({"temperature": 10**400, "key": KEY}, "temperature is 1000.*; wanted a number"),
+        ({"mask": [["a", "b"]]}, "mask is <U1; expected True where"),
+        ({"tokens": [[2**32 + 3, 4]]}, "from 4 to 4294967299; expected ids below 32"),
+        ({"pad_token": 2**40}, "pad_token is 1099511627776; expected an integer"),
+        ({"temperature": 10**400, "key": KEY}, "temperature is 1000.*; expected a number"),
         ({"temperature": np.nan, "key": KEY}, "temperature is nan"),
-        ({"max_new_tokens": 63}, "are 65 tokens; wanted at most 64, the positions"),
+        ({"max_new_tokens": 63}, "are 65 tokens; expected at most 64, the positions"),
         ({"temperature": 1.0}, "temperature without a key"),
         ({"temperature": -1.0}, r"temperature is -1\.0"),
         ({"top_k": 3, "key": KEY}, "top_k, key without a temperature"),
         ({"temperature": 1.0, "key": KEY, "top_k": 0}, "top_k is 0"),
-        ({"temperature": 1.0, "key": KEY, "top_p": 1.5}, r"top_p is 1\.5; wanted a number in"),
+        ({"temperature": 1.0, "key": KEY, "top_p": 1.5}, r"top_p is 1\.5; expected a number in"),
     ],
 )
 def test_what_is_refused(changes, message):
@@ -249,7 +249,7 @@ def test_stop_tokens_that_int32_does_not_hold_are_never_met():
 
 
 def test_encoders_are_refused():
-    with pytest.raises(ValueError, match="model is a Bert; wanted a causal language model"):
+    with pytest.raises(ValueError, match="model is a Bert; expected a causal language model"):
         nys.models.generate(load("bert_encoder"), [[3, 4]], max_new_tokens=2)
 
 
@@ -313,7 +313,7 @@ def test_what_the_generation_config_lacks_is_that_of_the_model(chat):
     for text, message in (
         ("[", r"generation_config\.json is not JSON"),
         ("[]", r"generation_config\.json holds a list"),
-        ('{"eos_token_id": "2"}', r"generation_config\.json: eos_token_id is '2'; wanted an int"),
+        ('{"eos_token_id": "2"}', r"generation_config\.json: eos_token_id is '2'; expected an int"),
     ):
         (folder / "generation_config.json").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -289,7 +289,7 @@ def test_files_whose_parts_do_not_fit_are_refused(path):
         r"has the tensor 'blk\.1\.ffn_up\.weight' twice": whole.replace(*same),
         "ends before what it announces": changed(whole, 8, "<Q", 2**60),
         "ends before what it announces.*": changed(whole, 16, "<Q", 2**64 - 1),
-        "version 1; wanted 2 or 3": changed(whole, 4, "<I", 1),
+        "version 1; expected 2 or 3": changed(whole, 4, "<I", 1),
         "sound GGUF file": changed(whole, 16, "<Q", pairs - 1),
         "sound GGUF file.*": changed(whole, 8, "<Q", tensors - 1),
     }
@@ -340,13 +340,13 @@ ROPE = np.array([1, 8], np.float32)
 @pytest.mark.parametrize(
     ("metadata", "tensors", "message"),
     [
-        ({"general.architecture": "qwen2"}, {}, "'qwen2'; wanted one of gemma, llama"),
-        ({"split.count": 3}, {}, "one of 3 parts; wanted them merged"),
-        ({"split.count": "x"}, {}, "one of x parts; wanted them merged"),
+        ({"general.architecture": "qwen2"}, {}, "'qwen2'; expected one of gemma, llama"),
+        ({"split.count": 3}, {}, "one of 3 parts; expected them merged"),
+        ({"split.count": "x"}, {}, "one of x parts; expected them merged"),
         (
             {"tokenizer.ggml.bos_token_id": 32},
             {},
-            "bos_token_id is 32; wanted an integer from 0 to 31",
+            "bos_token_id is 32; expected an integer from 0 to 31",
         ),
         ({"tokenizer.ggml.eos_token_id": [2]}, {}, r"model\.gguf: .*eos_token_id is \[2\]"),
         ({"tokenizer.ggml.padding_token_id": "2"}, {}, r"padding_token_id is '2'"),
@@ -357,15 +357,19 @@ ROPE = np.array([1, 8], np.float32)
         ({"llama.block_count": 10**9}, {}, "has 1000000000 layers, and .* tensors"),
         ({"llama.block_count": 2}, {}, r"no parameter for: model\.layers\.2\."),
         ({"llama.feed_forward_length": [24, 24, 24]}, {}, r"\[24, 24, 24\] for intermediate"),
-        ({"llama.rope.dimension_count": 2}, {}, "rope.dimension_count 2; wanted 4"),
-        ({"llama.vocab_size": 31}, {}, "vocab_size 31; wanted 32"),
-        ({"llama.rope.scaling.type": "longrope"}, {}, "scaling.type 'longrope'; wanted none, lin"),
-        ({"llama.rope.scaling.attn_factor": 2.0}, {}, "scaling.attn_factor 2.0; wanted 1.0"),
-        ({"llama.rope.scaling.factor": "2"}, {}, "factor is '2'; wanted a positive number"),
-        ({"llama.attention.causal": False}, {}, "attention.causal False; wanted True"),
-        ({"llama.rope.scaling.yarn_ext_factor": 0.0}, {}, "yarn_ext_factor 0.0; wanted 1.0"),
-        ({"llama.rope.dimension_count": 0}, {}, "rope.dimension_count 0; wanted 4"),
-        ({"llama.vocab_size": 0}, {}, "vocab_size 0; wanted 32"),
+        ({"llama.rope.dimension_count": 2}, {}, "rope.dimension_count 2; expected 4"),
+        ({"llama.vocab_size": 31}, {}, "vocab_size 31; expected 32"),
+        (
+            {"llama.rope.scaling.type": "longrope"},
+            {},
+            "scaling.type 'longrope'; expected none, lin",
+        ),
+        ({"llama.rope.scaling.attn_factor": 2.0}, {}, "scaling.attn_factor 2.0; expected 1.0"),
+        ({"llama.rope.scaling.factor": "2"}, {}, "factor is '2'; expected a positive number"),
+        ({"llama.attention.causal": False}, {}, "attention.causal False; expected True"),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.0}, {}, "yarn_ext_factor 0.0; expected 1.0"),
+        ({"llama.rope.dimension_count": 0}, {}, "rope.dimension_count 0; expected 4"),
+        ({"llama.vocab_size": 0}, {}, "vocab_size 0; expected 32"),
         ({"llama.expert_count": 8}, {}, "expert_count 8; which is not known here"),
         ({}, {"token_embd.weight": None}, r"lacks token_embd\.weight"),
         ({}, {"blk.0.attn_q.bias": ONES[0]}, r"no tensor for model\.layers\.0\.self_attn\.k_proj"),
@@ -373,10 +377,10 @@ ROPE = np.array([1, 8], np.float32)
         (
             {"llama.rope.scaling.factor": 2.0},
             {"rope_freqs.weight": np.array([1, 8], "f")},
-            "rope_freqs.weight and rope.scaling; wanted one of them",
+            "rope_freqs.weight and rope.scaling; expected one of them",
         ),
-        ({}, {"blk.0.attn_k.weight": ONES}, r"k_proj\.weight of shape \(16, 16\); wanted"),
-        ({}, {"output.weight": ONES}, r"lm_head\.weight of shape \(16, 16\); wanted \(32, 16\)"),
+        ({}, {"blk.0.attn_k.weight": ONES}, r"k_proj\.weight of shape \(16, 16\); expected"),
+        ({}, {"output.weight": ONES}, r"lm_head\.weight of shape \(16, 16\); expected \(32, 16\)"),
         ({}, {"rope_freqs.weight": np.array([1, 7, 2], "f")}, "rope_freqs.* not of Llama 3"),
         ({}, {"rope_freqs.weight": np.array([2, 1], "f")}, "rope_freqs.* not of Llama 3"),
         ({}, {"rope_freqs.weight": np.zeros(0, "f")}, "rope_freqs.* not of Llama 3"),
@@ -416,7 +420,10 @@ GPT2 = {
     ("metadata", "message"),
     [
         ({"pre": None}, r"lacks tokenizer\.ggml\.pre"),
-        *(({"pre": pre}, f"pre is '{pre}'; wanted one") for pre in ("default", "tekken", "qwen2")),
+        *(
+            ({"pre": pre}, f"pre is '{pre}'; expected one")
+            for pre in ("default", "tekken", "qwen2")
+        ),
         ({"model": "bert"}, "the tokenizer is 'bert'"),
         ({"model": "t5"}, "the tokenizer is 't5'"),
         ({"tokens": ["a", "a"]}, "has a token twice"),
@@ -469,7 +476,7 @@ def test_scaled_rotations(metadata, scaling, path):
 
 def test_the_other_byte_order_is_refused(path):
     write(path, "llama", order=gguf.GGUFEndian.BIG)
-    with pytest.raises(ValueError, match="has the other byte order; wanted this machine's"):
+    with pytest.raises(ValueError, match="has the other byte order; expected this machine's"):
         nys.models.load(path)
 
 
@@ -532,7 +539,7 @@ def test_models_of_the_hub(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"owner/broken is no folder here.*connection broke"):
         nys.models.load("owner/broken")
     for local in (MODELS / "llama", str(MODELS / "llama"), Path("owner/llama")):
-        with pytest.raises(ValueError, match="is not from the hub; wanted no revision, got 'v1'"):
+        with pytest.raises(ValueError, match="is not from the hub; expected no revision, got 'v1'"):
             nys.models.load(local, revision="v1")
     with pytest.raises(ValueError, match=r"came without model\*\.safetensors: .*refs/pr/N"):
         nys.models.load("owner/llama", revision="pickled")

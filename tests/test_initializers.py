@@ -97,7 +97,7 @@ def test_rescaled_start_is_nearest_to_the_matrix_and_forgets_the_scale():
 def test_rescaling_refuses_what_has_no_best_scale():
     a = psd()[0]
     for x, matrix in ((normal(0, (M, R)), -a), (jnp.zeros((M, R)), a)):
-        with pytest.raises(ValueError, match="wanted it positive"):
+        with pytest.raises(ValueError, match="expected it positive"):
             initializers.rescaled(x, matrix)
     with pytest.raises(ValueError, match="wanted"):
         initializers.rescaled(normal(0, (N, R)), a)

@@ -49,7 +49,7 @@ def test_run_until_stops_at_the_first_iterate_that_meets_the_tolerance():
     solution = nys.solvers.run_until(step, x0, problem.residual, tol=1e-3)
     assert solution.status is Status.CONVERGED
     assert solution.num_steps == np.argmax(errors <= 1e-3) > 0
-    assert solution.history <= 1e-3
+    assert solution.value <= 1e-3
     assert solution.params.shape == (M, R)
 
 
@@ -163,7 +163,7 @@ def test_run_until_has_forward_mode_and_says_that_it_has_no_reverse_mode():
     x0 = nys.initializers.nystrom(jax.random.key(1), a, R)
 
     def error(scale):
-        return nys.solvers.run_until(step, scale * x0, problem.residual, 1e-1).history
+        return nys.solvers.run_until(step, scale * x0, problem.residual, 1e-1).value
 
     assert abs(jax.jacfwd(error)(1.0)) > 0
     for gradient in (jax.grad(error), jax.jit(jax.grad(error))):

@@ -158,7 +158,7 @@ def test_inits_from_gradients_say_what_they_want():
     model = net()
     apply(model)
     with pytest.raises(
-        ValueError, match=r"wanted `loss`, a function of \(model, batch\), and batches"
+        ValueError, match=r"expected `loss`, a function of \(model, batch\), and batches"
     ):
         nys.lora.initialize(model, "nora_grad", key=KEY)
     with pytest.raises(
@@ -326,7 +326,7 @@ BAD_TREES = {
     "no kernel": ({"lora_a": A, "lora_b": B}, "lora_a has no kernel beside it"),
     "other base": ({"kernel": kernel(), "lora_a": A[1:], "lora_b": B}, r"\(23, 4\).*over the kernel \(24, 16\)"),
     "ranks": ({"kernel": kernel(), "lora_a": A, "lora_b": B[1:]}, "do not go together"),
-    "integers": ({"kernel": jnp.ones((M, N), int), "lora_a": A, "lora_b": B}, "is int32; wanted a floating"),
+    "integers": ({"kernel": jnp.ones((M, N), int), "lora_a": A, "lora_b": B}, "is int32; expected a floating"),
     "nan": ({"kernel": kernel() * jnp.nan, "lora_a": A, "lora_b": B}, "has NaN or Inf"),
 }  # fmt: skip
 

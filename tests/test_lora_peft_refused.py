@@ -52,7 +52,10 @@ CONFIGS = {
     "no method": ({"peft_type": None}, "peft_type"),
     "dora": ({"use_dora": True}, "use_dora"),
     "adapted and saved whole": ({"modules_to_save": ["heads"]}, "not among"),
-    "modules to save": ({"modules_to_save": "heads"}, "modules_to_save is 'heads'; wanted a list"),
+    "modules to save": (
+        {"modules_to_save": "heads"},
+        "modules_to_save is 'heads'; expected a list",
+    ),
     "bias": ({"bias": "some"}, "bias"),
     "lora bias": ({"lora_bias": True}, "lora_bias"),
     "other layers": (
@@ -62,9 +65,9 @@ CONFIGS = {
     "layers as text": ({"layers_to_transform": ["0"]}, "layers_to_transform"),
     "layers of an expression": (
         {"layers_to_transform": [0], "target_modules": ".*"},
-        "wanted a list in target_modules",
+        "expected a list in target_modules",
     ),
-    "pattern without layers": ({"layers_pattern": "h"}, "wanted layers_to_transform"),
+    "pattern without layers": ({"layers_pattern": "h"}, "expected layers_to_transform"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "megatron": ({"megatron_config": {"a": 1}}, "megatron_config"),
@@ -88,9 +91,9 @@ CONFIGS = {
     "dropout of 400 digits": ({"lora_dropout": 10**400}, "lora_dropout"),
     "pattern of 400 digits": ({"alpha_pattern": {"up": 10**400}}, "alpha_pattern"),
     "rank of 400 digits": ({"r": 10**400}, "rank 2, and 1000"),
-    "all dropped": ({"lora_dropout": 1}, r"lora_dropout is 1; wanted a number in \[0, 1\)"),
-    "more than all dropped": ({"lora_dropout": 2}, "lora_dropout is 2; wanted"),
-    "less than nothing dropped": ({"lora_dropout": -1}, "lora_dropout is -1; wanted"),
+    "all dropped": ({"lora_dropout": 1}, r"lora_dropout is 1; expected a number in \[0, 1\)"),
+    "more than all dropped": ({"lora_dropout": 2}, "lora_dropout is 2; expected"),
+    "less than nothing dropped": ({"lora_dropout": -1}, "lora_dropout is -1; expected"),
     "dropout text": ({"lora_dropout": "0.1"}, "lora_dropout"),
     "pattern list": ({"rank_pattern": [3]}, "rank_pattern"),
     "broken pattern": ({"alpha_pattern": {"(": 3}}, "regular expression"),
@@ -262,8 +265,8 @@ def test_products_and_narrow_dtypes_are_checked(folder):
 
 @pytest.mark.parametrize("dtype", [jnp.int32, "nope", None, "int8", bool, jnp.complex64, "float64"])
 def test_dtypes_that_are_not_floating_refused(dtype, folder):
-    refused(folder, "dtype is .*; wanted a floating one", dtype=dtype)
-    with pytest.raises(ValueError, match="wanted a floating one"):
+    refused(folder, "dtype is .*; expected a floating one", dtype=dtype)
+    with pytest.raises(ValueError, match="expected a floating one"):
         nys.lora.apply(Model(), 2, targets=".*", key=KEY, dtype=dtype)
 
 
@@ -322,7 +325,7 @@ def test_truncated_pickled_or_missing_refused(folder, tmp_path):
         refused(folder, "sound safetensors")
     shutil.move(folder / TENSORS, folder / "adapter_model.bin")
     refused(folder, "pickle")
-    refused(tmp_path / "nowhere", "wanted a folder")
+    refused(tmp_path / "nowhere", "expected a folder")
 
 
 START = {"init": "nora", "options": {"scale": 0.1}, "key": [0, 1], "modules": ["layers.0.up"]}
@@ -373,7 +376,7 @@ def test_records_serve_wherever_they_load(folder, tmp_path):
 
 def test_load_into_a_name_in_use_refused(folder):
     refused(folder, "has an adapter named 'default'", model=adapted())
-    refused(folder, "wanted letters", name="a.b")
+    refused(folder, "expected letters", name="a.b")
 
 
 def test_save_refused(tmp_path):
@@ -385,7 +388,7 @@ def test_save_refused(tmp_path):
     for names, match in [
         (None, "is a stack"),
         ({}, "names has None"),
-        (NAMES | {"layers.up": "layers.up"}, "wanted a name with 1"),
+        (NAMES | {"layers.up": "layers.up"}, "expected a name with 1"),
         (NAMES | {"out": "heads"}, "another layer's"),
         ("gpt", "names is 'gpt'"),
         ("llama", "no layer of the family"),

@@ -88,7 +88,7 @@ def test_an_adapted_embedding_leaves_the_tied_head_and_is_not_merged(name, tmp_p
     assert loaded.config.tie_word_embeddings
     wanted = call(model, tokens, mask)
     np.testing.assert_array_equal(call(loaded, tokens, mask)[mask], wanted[mask])
-    with pytest.raises(ValueError, match=r"wanted a head of its own before merging"):
+    with pytest.raises(ValueError, match=r"expected a head of its own before merging"):
         nys.lora.merge(model)
     model.untie()
     nys.lora.merge(model)
@@ -191,9 +191,9 @@ def test_rows_of_tokens(tmp_path):
             model.embed_tokens.embedding[...][:3], load("llama").embed_tokens.embedding[...][:3]
         )
     for extra, indices, match in [
-        (delta, [5], "wanted a row for each"),
-        (delta, [5, 10**6], "wanted a row for each"),
-        (delta, [5, -1], "wanted a row for each"),
+        (delta, [5], "expected a row for each"),
+        (delta, [5, 10**6], "expected a row for each"),
+        (delta, [5, -1], "expected a row for each"),
         (delta, [5, 5], "distinct integers"),
         (delta, {"embed_tokens": 5}, "distinct integers"),
         (delta, None, "one without the other"),
@@ -247,8 +247,8 @@ def test_modules_to_save_refused(tmp_path):
     nys.lora.apply(model, 2, targets=".*q_proj", key=KEY)
     for path, match in [
         ("lm_head", "the head is the embedding"),
-        ("nothing", "wanted the path of a layer"),
-        ("layers.self_attn", "wanted a layer without adapters"),
+        ("nothing", "expected the path of a layer"),
+        ("layers.self_attn", "expected a layer without adapters"),
     ]:
         with pytest.raises(ValueError, match=match):
             save(model, tmp_path, "gemma", modules_to_save=[path])

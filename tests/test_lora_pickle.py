@@ -19,11 +19,11 @@ import pickle, sys
 import numpy as np
 sys.path.insert(0, {tests!r})
 with open({path!r}, "rb") as file:
-    graphdef, state, model, x, wanted = pickle.load(file)
+    graphdef, state, model, x, expected = pickle.load(file)
 from flax import nnx
 import nyscaled as nys
 for again in (nnx.merge(graphdef, state), model):
-    np.testing.assert_allclose(again(x), wanted, atol=1e-6)
+    np.testing.assert_allclose(again(x), expected, atol=1e-6)
     assert nnx.graphdef(again) == graphdef
     nys.lora.remove(again)
     assert type(again.blocks[0].up) is nnx.Linear

@@ -70,7 +70,7 @@ def test_merged_adapters_are_saved_and_others_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has layers\.self_attn.*adapters.*nys\.lora\.merge"):
         nys.models.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="model is a Linear; wanted one of Bert, Gemma"):
+    with pytest.raises(ValueError, match="model is a Linear; expected one of Bert, Gemma"):
         nys.models.save(model.lm_head, tmp_path)
     nys.lora.merge(model)
     nys.lora.remove(model)
@@ -111,9 +111,9 @@ def test_ids_beyond_int32_are_no_others():
     ("tokens", "mask", "message"),
     [
         (np.ones((2, 3)), None, "tokens are float"),
-        (np.ones((2, 0), int), None, r"of shape \(2, 0\); wanted integers"),
-        (np.ones(3, int), None, r"of shape \(3,\); wanted integers \(batch, length\)"),
-        (np.ones((2, 3), int), np.ones((2, 2), int), r"mask has shape \(2, 2\); wanted \(2, 3\)"),
+        (np.ones((2, 0), int), None, r"of shape \(2, 0\); expected integers"),
+        (np.ones(3, int), None, r"of shape \(3,\); expected integers \(batch, length\)"),
+        (np.ones((2, 3), int), np.ones((2, 2), int), r"mask has shape \(2, 2\); expected \(2, 3\)"),
     ],
 )
 def test_inputs_that_are_refused(tokens, mask, message):
@@ -173,7 +173,9 @@ def test_dtypes(tmp_path):
     nys.models.save(cast, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float16"
     for dtype in (jnp.int32, "bogus", jnp.float64):
-        with pytest.raises(ValueError, match=r"dtype is .*; wanted a floating dtype, float64 only"):
+        with pytest.raises(
+            ValueError, match=r"dtype is .*; expected a floating dtype, float64 only"
+        ):
             nys.models.load(MODELS / "llama", dtype=dtype)
 
 

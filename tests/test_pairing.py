@@ -70,7 +70,7 @@ def test_several_pairs_of_one_layer_are_told_apart_and_other_leaves_left_alone()
 @pytest.mark.parametrize("lonely", ["kernel_lora_a", "kernel_lora_b", "a", "b"])
 def test_an_orphan_is_named(lonely):
     params = {"lora": {lonely: jnp.ones((6, 2)), "bias": jnp.ones(3)}}
-    with pytest.raises(ValueError, match=rf"leaf \['lora'\]\['{lonely}'\].*wanted exactly two"):
+    with pytest.raises(ValueError, match=rf"leaf \['lora'\]\['{lonely}'\].*expected exactly two"):
         nys.nora_plus(optax.sgd(1.0)).init(params)
 
 
@@ -136,9 +136,9 @@ spec = {"p": (P("x"), P(None, "y")), "q": (P("y", "x"), P()), "r": (P(), P("x", 
 sharding = {k: dict(zip(("lora_a", "lora_b"), (NamedSharding(mesh, p) for p in v))) for k, v in spec.items()}
 tx = nys.nora_plus(optax.sgd(1.0))
 update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])
-wanted = update(params, params)
+expected = update(params, params)
 split = jax.device_put(params, sharding)
-jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5), update(split, split), wanted)
+jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5), update(split, split), expected)
 """
     flags = "--xla_force_host_platform_device_count=4"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "XLA_FLAGS": flags})

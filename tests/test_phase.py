@@ -62,7 +62,7 @@ def test_rank_one_measurements_give_the_same_run_as_their_matrices():
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: phase.RankOne(jnp.ones(3)), r"wanted \(p, m\)"),
+        (lambda: phase.RankOne(jnp.ones(3)), r"expected \(p, m\)"),
         (lambda: phase.gaussian(KEY, M, (1.0, -1.0), P), "positive"),
         (lambda: phase.gaussian(KEY, M, (1.0,), 0), "num_measurements is 0"),
         (lambda: phase.gaussian(KEY, M, (1.0,), P, -1.0), "noise is -1"),

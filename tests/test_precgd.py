@@ -96,7 +96,7 @@ def test_noise_floor_is_reached_whether_or_not_its_level_is_known():
 
 def test_value_of_a_missing_or_batched_loss_is_refused():
     x, tx = normal(1, (M, R)), nys.precgd(0.5)
-    with pytest.raises(ValueError, match="value is None; wanted the loss"):
+    with pytest.raises(ValueError, match="value is None; expected the loss"):
         tx.update(x, tx.init(x), x)
     with pytest.raises(ValueError, match=r"value is of shape \(3,\)"):
         tx.update(x, tx.init(x), x, value=jnp.ones(3))

@@ -72,7 +72,7 @@ def test_sizes_refused(name, options, match):
 def test_adapters_of_the_embedding_refused():
     model = load("llama")
     nys.lora.apply(model, 2, targets="lm_head", key=jax.random.key(0))
-    with pytest.raises(ValueError, match="has adapters; wanted the size changed before"):
+    with pytest.raises(ValueError, match="has adapters; expected the size changed before"):
         resize_token_embeddings(model, 5)
 
 

@@ -155,17 +155,17 @@ ONES = jnp.ones((3, 4))
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: robust.RobustPCA(jnp.ones(3), 0.1), r"wanted a matrix, \(m, n\)"),
+        (lambda: robust.RobustPCA(jnp.ones(3), 0.1), r"expected a matrix, \(m, n\)"),
         (lambda: robust.RobustPCA(jnp.ones((3, 4), int), 0.1), "dtype int32"),
         (lambda: robust.RobustPCA(ONES.at[0, 0].set(jnp.nan), 0.1), "NaN"),
         (lambda: robust.RobustPCA(jax.experimental.sparse.BCOO.fromdense(ONES), 0.1), "dense"),
         (lambda: robust.RobustPCA(ONES, 0.0), "fraction is 0"),
         (lambda: robust.RobustPCA(ONES, 0.1, slack=0.5), "slack is 0.5"),
         (lambda: robust.RobustPCA(ONES, 0.5), "less than 1"),
-        (lambda: robust.RobustPCA(ONES, 0.1).check(ONES), "wanted nyscaled.Factors"),
+        (lambda: robust.RobustPCA(ONES, 0.1).check(ONES), "expected nyscaled.Factors"),
         (
             lambda: robust.RobustPCA(ONES, 0.1).check(nys.Factors(ONES[:, :1], ONES[:, :1])),
-            r"wanted \(4, r\)",
+            r"expected \(4, r\)",
         ),
         (lambda: robust.threshold(ONES, 1.5), "fraction is 1.5"),
         (lambda: robust.corrupted(jax.random.key(0), 3, 4, [1.0], 0.1, size=0.0), "size is 0"),

@@ -125,9 +125,9 @@ def key_and(*args, make=sensing.gaussian, **kwargs):
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: nys.problems.Sensing(jnp.ones((3, 4)), jnp.ones(3)), r"wanted \(p, m, n\)"),
+        (lambda: nys.problems.Sensing(jnp.ones((3, 4)), jnp.ones(3)), r"expected \(p, m, n\)"),
         (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4), int), jnp.ones(3)), "dtype int32"),
-        (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4)), jnp.ones(4)), r"wanted \(3,\)"),
+        (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4)), jnp.ones(4)), r"expected \(3,\)"),
         (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4)), jnp.ones(3, int)), "int32"),
         (lambda: nys.problems.Sensing(jnp.full((3, 4, 4), jnp.nan), jnp.ones(3)), "NaN"),
         (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4)), jnp.full(3, jnp.inf)), "b has NaN"),
@@ -145,9 +145,9 @@ def test_bad_points_are_refused_with_a_reason():
     square, _, x = case("symmetric")
     wide, _, _ = case("asymmetric")
     step = nys.solvers.gradient_step(wide, optax.sgd(0.1))
-    with pytest.raises(ValueError, match="wanted Factors"):
+    with pytest.raises(ValueError, match="expected Factors"):
         step.init(x)
-    with pytest.raises(ValueError, match="wanted \\(12, r\\)"):
+    with pytest.raises(ValueError, match="expected \\(12, r\\)"):
         nys.solvers.gradient_step(square, optax.sgd(0.1)).init(x[1:])
     with pytest.raises(ValueError, match="alternating wants Factors"):
         nys.solvers.alternating_step(square, optax.sgd(0.1)).init(x)

@@ -196,7 +196,7 @@ def test_long_texts_are_cut_where_the_settings_say(tmp_path):
         ({"pad_token": token("<a>", lstrip=1)}, "pad_token has .*; expected a text, or"),
         ({"pad_token": token(5)}, "pad_token has .*; expected a text, or"),
         ({"split_special_tokens": "yes"}, "split_special_tokens is 'yes'; expected true or false"),
-        ({"truncation_side": "both"}, "truncation_side is 'both'; wanted 'left' or 'right'"),
+        ({"truncation_side": "both"}, "truncation_side is 'both'; expected 'left' or 'right'"),
         (
             {"tokenizer_class": "BertTokenizer", "cls_token": ""},
             "refuses what the settings ask for",

@@ -175,6 +175,6 @@ def test_what_is_in_another_s_place_is_named():
     refused("the start is a NoneType", step, None, jnp.sum, 1.0)
     refused("measure is a float; expected a function", step, x, 1e-3, jnp.sum)
     for steps in (2**31, 10**30, True, 3.0, None):
-        refused("max_steps is .*; wanted an integer", step, x, jnp.sum, 1.0, steps)
+        refused("max_steps is .*; expected an integer", step, x, jnp.sum, 1.0, steps)
     pair = nys.solvers.scaled_step(nys.problems.Asymmetric(a))
-    refused("factors are an array; wanted nyscaled.Factors", pair, x, jnp.sum, 1.0)
+    refused("factors are an array; expected nyscaled.Factors", pair, x, jnp.sum, 1.0)

@@ -128,7 +128,7 @@ def test_the_side_of_padding():
     inner.enable_padding(direction="right", pad_token="d", pad_id=6)
     tokenizer = Tokenizer(inner, {"pad_token": "[PAD]", "padding_side": "left"})
     np.testing.assert_array_equal(tokenizer(["a", "b c"])[0], [[0, 1, 3, 2], [1, 4, 5, 2]])
-    with pytest.raises(ValueError, match="padding_side is 'both'; wanted 'left' or 'right'"):
+    with pytest.raises(ValueError, match="padding_side is 'both'; expected 'left' or 'right'"):
         Tokenizer(inner, {"padding_side": "both"})
 
 
@@ -169,13 +169,13 @@ def test_what_is_no_tokenizer_or_no_settings_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: t("a b"), "texts is 'a b'; wanted a list of texts, one at least"),
+        (lambda t: t("a b"), "texts is 'a b'; expected a list of texts, one at least"),
         (lambda t: t([]), r"texts is \[\]"),
         (lambda t: t(["a"], max_length=0), "max_length is 0"),
-        (lambda t: t(["a"], max_length=True), "max_length is True; wanted a positive integer"),
+        (lambda t: t(["a"], max_length=True), "max_length is True; expected a positive integer"),
         (lambda t: t(["a"], max_length=1), "max_length is 1; the special tokens alone are 2"),
         (lambda t: t.pairs(["a"], ["b"], max_length=2), "is 2; the special tokens alone are 3"),
-        (lambda t: t(["a"], multiple_of=0), "multiple_of is 0; wanted a positive integer"),
+        (lambda t: t(["a"], multiple_of=0), "multiple_of is 0; expected a positive integer"),
         (lambda t: t(["a"], multiple_of=True), "multiple_of is True"),
         (lambda t: t.pairs(["a"], []), "second is"),
         (lambda t: t.pairs(["a"], ["a", "b"]), "1 first and 2 second texts"),
@@ -242,7 +242,7 @@ def test_templates_of_another_type_are_refused(given, tmp_path):
     nys.models.save(nys.models.load(FIXTURES / "models" / "llama")[0], tmp_path, Tokenizer(words()))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
     with pytest.raises(
-        ValueError, match=r"tokenizer_config\.json: chat_template is .*wanted a text"
+        ValueError, match=r"tokenizer_config\.json: chat_template is .*expected a text"
     ):
         nys.models.load(tmp_path)
 
@@ -313,8 +313,8 @@ def test_a_vocabulary_with_merges(opt):
     for name, text, message in (
         ("merges.txt", "l q", "the merges are not of these tokens"),
         ("merges.txt", "l o w", "a merge is 'l o w'; expected two tokens"),
-        ("vocab.json", '{"l": -1}', r"vocab\.json has ids that are none; wanted integers"),
-        ("vocab.json", '{"l": "o"}', r"vocab\.json has ids that are none; wanted integers"),
+        ("vocab.json", '{"l": -1}', r"vocab\.json has ids that are none; expected integers"),
+        ("vocab.json", '{"l": "o"}', r"vocab\.json has ids that are none; expected integers"),
         ("vocab.json", "[]", r"vocab\.json holds a list"),
     ):
         (opt / name).write_text(text)

@@ -1,4 +1,4 @@
-"""Bad input: each is a ValueError that says what it got and what it wanted."""
+"""Bad input: each is a ValueError that says what it got and what it expected."""
 
 import chex
 import jax
@@ -15,7 +15,7 @@ from nyscaled.solvers import Status
 
 
 def raises(*words):
-    """A ValueError whose message has all the words in this order: what was got, what was wanted."""
+    """A ValueError whose message has all the words in this order: what was got, what was expected."""
     return pytest.raises(ValueError, match="(?s)" + ".*".join(words))
 
 
@@ -52,7 +52,7 @@ def test_rectangular_matrix_for_a_symmetric_problem(symmetric_entry):
 @pytest.mark.parametrize("form", FORMS)
 def test_non_symmetric_matrix_in_every_form(symmetric_entry, form):
     skew = psd()[0].at[0, 1].add(0.1)
-    with raises("A is not symmetric", "wanted A = Aᵀ"):
+    with raises("A is not symmetric", "expected A = Aᵀ"):
         symmetric_entry(FORMS[form](skew))
 
 
@@ -89,7 +89,7 @@ def test_indefinite_matrix_ends_a_run_as_diverged_and_never_in_silence():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_matrix_with_nan_or_inf(entry, form, bad):
-    with raises("A has NaN or Inf entries", "wanted finite"):
+    with raises("A has NaN or Inf entries", "expected finite"):
         entry(FORMS[form](psd()[0].at[3, 3].set(bad)))
 
 
@@ -98,27 +98,27 @@ def test_matrix_with_nan_or_inf(entry, form, bad):
 def test_zero_matrix(entry, form):
     zero = jnp.zeros((M, M))
     zero = BCOO.fromdense(zero, nse=1) if form == "bcoo" else FORMS[form](zero)
-    with raises(r"A is the zero matrix \(60, 60\)", "wanted a non-zero one"):
+    with raises(r"A is the zero matrix \(60, 60\)", "expected a non-zero one"):
         entry(zero)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_, jnp.bfloat16, jnp.float16, jnp.complex64])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_matrix_of_another_dtype(entry, dtype):
-    with raises(f"A has dtype {jnp.dtype(dtype).name}", "wanted float32 or float64"):
+    with raises(f"A has dtype {jnp.dtype(dtype).name}", "expected float32 or float64"):
         entry(jnp.eye(4).astype(dtype))
 
 
 def test_integer_numpy_matrix_and_operator():
     for a in (np.eye(4, dtype=np.int64), operator(jnp.eye(4, dtype=jnp.int32))):
-        with raises("A has dtype int", "wanted float32 or float64"):
+        with raises("A has dtype int", "expected float32 or float64"):
             nys.problems.Symmetric(a)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4, 4), ()])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_array_that_is_no_matrix(entry, shape):
-    with raises(r"A has shape \(", r"wanted a matrix, \(m, n\)"):
+    with raises(r"A has shape \(", r"expected a matrix, \(m, n\)"):
         entry(jnp.ones(shape))
 
 
@@ -174,33 +174,33 @@ RANKED_PAIRS = {
 @pytest.mark.parametrize("rank", [0, -1, M + 1])
 @pytest.mark.parametrize("name", RANKED)
 def test_rank_out_of_range(name, rank):
-    with raises(f"rank is {rank}; wanted 1 ≤ rank ≤ 60"):
+    with raises(f"rank is {rank}; expected 1 ≤ rank ≤ 60"):
         RANKED[name](rank)
 
 
 @pytest.mark.parametrize("rank", [0, N + 1])
 @pytest.mark.parametrize("name", RANKED_PAIRS)
 def test_rank_above_the_smaller_side(name, rank):
-    with raises(f"rank is {rank}; wanted 1 ≤ rank ≤ 40"):
+    with raises(f"rank is {rank}; expected 1 ≤ rank ≤ 40"):
         RANKED_PAIRS[name](rank)
 
 
 @pytest.mark.parametrize("rank", [2.0, True, "2", None])
 def test_rank_that_is_no_integer(rank):
-    with raises("rank is", "wanted an integer"):
+    with raises("rank is", "expected an integer"):
         validation.require_rank(rank, (M, M))
 
 
 SYMMETRIC_FACTORS = {
-    "rows": (jnp.ones((N, R)), r"X has shape \(40, 4\); wanted \(60, r\)"),
-    "vector": (jnp.ones(M), r"X has shape \(60,\); wanted \(60, r\)"),
-    "empty": (jnp.ones((M, 0)), "rank is 0; wanted"),
-    "wide": (jnp.ones((M, M + 1)), "rank is 61; wanted"),
-    "integer": (jnp.ones((M, R), jnp.int32), "X has dtype int32; wanted float32 or float64"),
-    "bf16": (jnp.ones((M, R), jnp.bfloat16), "X has dtype bfloat16; wanted float32 or float64"),
-    "pair": (nys.Factors(jnp.ones((M, R)), jnp.ones((M, R))), r"wanted \(60, r\)"),
-    "zero": (jnp.zeros((M, R)), "the start is zero.*wanted a non-zero one"),
-    "nan": (jnp.full((M, R), jnp.nan), "the start has NaN or Inf entries; wanted finite"),
+    "rows": (jnp.ones((N, R)), r"X has shape \(40, 4\); expected \(60, r\)"),
+    "vector": (jnp.ones(M), r"X has shape \(60,\); expected \(60, r\)"),
+    "empty": (jnp.ones((M, 0)), "rank is 0; expected"),
+    "wide": (jnp.ones((M, M + 1)), "rank is 61; expected"),
+    "integer": (jnp.ones((M, R), jnp.int32), "X has dtype int32; expected float32 or float64"),
+    "bf16": (jnp.ones((M, R), jnp.bfloat16), "X has dtype bfloat16; expected float32 or float64"),
+    "pair": (nys.Factors(jnp.ones((M, R)), jnp.ones((M, R))), r"expected \(60, r\)"),
+    "zero": (jnp.zeros((M, R)), "the start is zero.*expected a non-zero one"),
+    "nan": (jnp.full((M, R), jnp.nan), "the start has NaN or Inf entries; expected finite"),
 }
 
 
@@ -219,17 +219,20 @@ def test_bad_factor_of_a_symmetric_problem(name):
 
 
 ASYMMETRIC_FACTORS = {
-    "alone": (jnp.ones((M, R)), "wanted nyscaled.Factors"),
-    "left": (nys.Factors(jnp.ones((N, R)), jnp.ones((N, R))), r"left has shape.*wanted \(60, r\)"),
+    "alone": (jnp.ones((M, R)), "expected nyscaled.Factors"),
+    "left": (
+        nys.Factors(jnp.ones((N, R)), jnp.ones((N, R))),
+        r"left has shape.*expected \(60, r\)",
+    ),
     "right": (
         nys.Factors(jnp.ones((M, R)), jnp.ones((M, R))),
-        r"right has shape.*wanted \(40, r\)",
+        r"right has shape.*expected \(40, r\)",
     ),
-    "ranks": (nys.Factors(jnp.ones((M, R)), jnp.ones((N, 2))), "wanted as many columns in both"),
-    "wide": (nys.Factors(jnp.ones((M, 41)), jnp.ones((N, 41))), "rank is 41; wanted"),
+    "ranks": (nys.Factors(jnp.ones((M, R)), jnp.ones((N, 2))), "expected as many columns in both"),
+    "wide": (nys.Factors(jnp.ones((M, 41)), jnp.ones((N, 41))), "rank is 41; expected"),
     "integer": (
         nys.Factors(jnp.ones((M, R)), jnp.ones((N, R), jnp.int32)),
-        "right has dtype int32; wanted float32 or float64",
+        "right has dtype int32; expected float32 or float64",
     ),
     "zero": (nys.Factors(jnp.zeros((M, R)), jnp.zeros((N, R))), "the start is zero.*non-zero"),
     "nan": (nys.Factors(jnp.ones((M, R)), jnp.full((N, R), jnp.nan)), "right has NaN or Inf"),
@@ -251,7 +254,7 @@ def test_bad_factors_of_an_asymmetric_problem(name):
 def test_learning_rate_outside_of_its_interval(eta):
     problem = nys.problems.Symmetric(psd()[0])
     for build in (nys.scaled_gd, lambda eta: nys.solvers.scaled_step(problem, eta)):
-        with raises(r"learning_rate is .*; wanted a number in \(0, 1\]"):
+        with raises(r"learning_rate is .*; expected a number in \(0, 1\]"):
             build(eta)
 
 
@@ -269,51 +272,51 @@ def test_negative_damping(damping):
         lambda d: nys.scaled_gd(0.5, d),
         lambda d: nys.solvers.scaled_step(problem, 0.5, d),
     ):
-        with raises(r"damping is .*; wanted a number in \[0, inf\)"):
+        with raises(r"damping is .*; expected a number in \[0, inf\)"):
             build(damping)
 
 
 def test_damping_together_with_the_pseudo_inverse():
-    with raises("damping is 0.1 with pseudo_inverse=True", "wanted one or the other"):
+    with raises("damping is 0.1 with pseudo_inverse=True", "expected one or the other"):
         nys.scaled_gd(0.5, 0.1, pseudo_inverse=True)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_scale_that_is_not_positive(scale):
     for start in (nys.initializers.nystrom, nys.initializers.nystrom_factors):
-        with raises(r"scale is .*; wanted a number in \(0, inf\)"):
+        with raises(r"scale is .*; expected a number in \(0, inf\)"):
             start(KEY, psd()[0], R, scale)
 
 
 def test_negative_noise_and_norm():
-    with raises(r"noise is -1; wanted a number in \[0, inf\)"):
+    with raises(r"noise is -1; expected a number in \[0, inf\)"):
         nys.initializers.perturbed(KEY, psd()[0], R, noise=-1.0)
-    with raises(r"norm is 0; wanted a number in \(0, inf\)"):
+    with raises(r"norm is 0; expected a number in \(0, inf\)"):
         nys.initializers.altgd(KEY, rectangular()[0], R, norm=0.0)
 
 
 def test_counts_and_tolerances():
     step = nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0]))
     x = normal(0, (M, R))
-    with raises("num_steps is -1; wanted an integer ≥ 0"):
+    with raises("num_steps is -1; expected an integer ≥ 0"):
         nys.solvers.run(step, x, -1)
-    with raises("max_steps is -1; wanted an integer ≥ 0"):
+    with raises("max_steps is -1; expected an integer ≥ 0"):
         nys.solvers.run_until(step, x, jnp.linalg.norm, 1e-3, -1)
     for tol in (-1.0, float("nan")):
-        with raises(r"tol is .*; wanted a number in \[0, inf\)"):
+        with raises(r"tol is .*; expected a number in \[0, inf\)"):
             nys.solvers.run_until(step, x, jnp.linalg.norm, tol)
 
 
 @pytest.mark.parametrize(
     ("spectrum", "message"),
     [
-        ([], r"spectrum has shape \(0,\); wanted 1 to 5"),
-        ([1.0] * 6, r"spectrum has shape \(6,\); wanted 1 to 5"),
-        ([[1.0]], r"spectrum has shape \(1, 1\); wanted 1 to 5"),
-        ([1.0, 0.0], "wanted positive finite singular values"),
-        ([1.0, -1.0], "wanted positive finite singular values"),
-        ([1.0, float("nan")], "wanted positive finite singular values"),
-        ([1.0, float("inf")], "wanted (positive|finite)"),
+        ([], r"spectrum has shape \(0,\); expected 1 to 5"),
+        ([1.0] * 6, r"spectrum has shape \(6,\); expected 1 to 5"),
+        ([[1.0]], r"spectrum has shape \(1, 1\); expected 1 to 5"),
+        ([1.0, 0.0], "expected positive finite singular values"),
+        ([1.0, -1.0], "expected positive finite singular values"),
+        ([1.0, float("nan")], "expected positive finite singular values"),
+        ([1.0, float("inf")], "expected (positive|finite)"),
     ],
 )
 def test_bad_spectra(spectrum, message):
@@ -326,13 +329,13 @@ def test_bad_spectra(spectrum, message):
 
 
 def test_names_that_do_not_exist():
-    with raises("name is 'fig9'; wanted one of fig1ab, fig1c"):
+    with raises("name is 'fig9'; expected one of fig1ab, fig1c"):
         nys.spectra.paper("fig9", KEY)
 
 
 def test_rank_without_a_gap_has_no_subspace_rate():
     for rank in (0, 3):
-        with raises(f"rank is {rank}; wanted 1 ≤ rank < r_A = 3"):
+        with raises(f"rank is {rank}; expected 1 ≤ rank < r_A = 3"):
             nys.dynamics.subspace_rate(jnp.array([3.0, 2.0, 1.0]), rank, 0.5)
 
 
@@ -355,7 +358,7 @@ def test_leaf_of_one_axis_is_named():
 
 
 def test_integer_leaf_is_named():
-    with raises(r"leaf \['w'\] has dtype int32", "wanted a floating one"):
+    with raises(r"leaf \['w'\] has dtype int32", "expected a floating one"):
         nys.scale_by_gram().init({"w": jnp.ones((4, 2), jnp.int32)})
 
 
@@ -371,5 +374,5 @@ def test_pair_of_different_batches_is_named():
 
 def test_three_leaves_of_one_pair_are_named():
     spec = {k: nys.FactorSpec(pair="p") for k in "abc"}
-    with raises(r"\['a'\], \['b'\], \['c'\]", r"3 member\(s\); wanted exactly two"):
+    with raises(r"\['a'\], \['b'\], \['c'\]", r"3 member\(s\); expected exactly two"):
         nys.scale_by_gram(spec=spec).init({k: jnp.ones((4, 2)) for k in "abc"})

@@ -71,29 +71,29 @@ def test_chat_templates_of_metadata():
     several = gguf_tokenizer(metadata() | one | {"tokenizer.chat_template.tool_use": "two"})
     assert several.chat(MESSAGES, template="tool_use") == "two"
     assert several.chat(MESSAGES) == "<end>"
-    with pytest.raises(ValueError, match="chat_template is 5; wanted a text"):
+    with pytest.raises(ValueError, match="chat_template is 5; expected a text"):
         gguf_tokenizer(metadata() | {"tokenizer.chat_template": 5})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "t5"}, "the tokenizer is 't5'; wanted 'gpt2' or 'llama'"),
-        ({"pre": "tekken"}, "pre is 'tekken'; wanted one of gpt-2, smollm, llama-bpe"),
+        ({"model": "t5"}, "the tokenizer is 't5'; expected 'gpt2' or 'llama'"),
+        ({"pre": "tekken"}, "pre is 'tekken'; expected one of gpt-2, smollm, llama-bpe"),
         ({"pre": None}, r"lacks tokenizer\.ggml\.pre"),
         ({"merges": None}, r"lacks tokenizer\.ggml\.merges"),
         ({"merges": ["l q q"]}, "merges are not of these tokens|a merge is"),
         ({"merges": ["q q"]}, "merges are not of these tokens|a merge is"),
         ({"tokens": ["a", "a"]}, "has a token twice"),
         ({"model": "llama"}, r"lacks tokenizer\.ggml\.scores"),
-        ({"eos_token_id": 10**6}, r"eos_token_id is 1000000; wanted an integer from 0 to 2\d\d"),
+        ({"eos_token_id": 10**6}, r"eos_token_id is 1000000; expected an integer from 0 to 2\d\d"),
         ({"eos_token_id": -1}, "eos_token_id is -1"),
         ({"bos_token_id": "0"}, "bos_token_id is '0'"),
         ({"padding_token_id": [0]}, r"padding_token_id is \[0\]"),
         ({"unknown_token_id": 1.0}, r"unknown_token_id is 1\.0"),
-        ({"tokens": [1, 2]}, r"tokens is \[1, 2\]; wanted texts"),
-        ({"tokens": "ab"}, "tokens is 'ab'; wanted texts"),
-        ({"merges": [1]}, r"merges is \[1\]; wanted texts"),
+        ({"tokens": [1, 2]}, r"tokens is \[1, 2\]; expected texts"),
+        ({"tokens": "ab"}, "tokens is 'ab'; expected texts"),
+        ({"merges": [1]}, r"merges is \[1\]; expected texts"),
         ({"token_type": 5}, "metadata is not sound"),
         ({"pre": ["smollm"]}, "metadata is not sound"),
         ({"add_bos_token": True}, r"lacks tokenizer\.ggml\.bos_token_id"),

@@ -45,7 +45,7 @@ class Budget:
         self.left -= steps
         if self.left < 0:
             raise ValueError(
-                "its expressions take too long to match; wanted simpler ones, or lists of names"
+                "its expressions take too long to match; expected simpler ones, or lists of names"
             )
 
 

@@ -79,18 +79,18 @@ def read_object(path: Path, wanted: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: on a missing file (saying what was `wanted`), one that holds no object, one
+        ValueError: on a missing file (saying what was `expected`), one that holds no object, one
             that has a key twice in an object, or that nests deeper than `MAX_DEPTH`.
     """
     try:
         value = json.loads(_text(path), object_pairs_hook=_object)
         _require_shallow(value)
     except OSError as error:
-        raise ValueError(f"{error}; wanted {wanted}") from error
+        raise ValueError(f"{error}; expected {wanted}") from error
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; wanted an object")
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected an object")
     return value
 
 

@@ -172,7 +172,9 @@ def write(
             the message says how it is ended.
     """
     if not isinstance(max_shard_size, numbers.Real) or not max_shard_size > 0:
-        raise ValueError(f"max_shard_size is {max_shard_size!r}; wanted a positive number of bytes")
+        raise ValueError(
+            f"max_shard_size is {max_shard_size!r}; expected a positive number of bytes"
+        )
     texts = {**(texts or {}), CONFIG: files.as_json(config)}
     with swap.replacing(path, texts, last=CONFIG, stale=_WEIGHTS) as aside:
         held: dict[str, np.ndarray] = {}
@@ -222,7 +224,7 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         outside = Path(shard).name != shard or shard == ".."
         if outside or not files.exists(path / shard):
             raise ValueError(
-                f"{path / INDEX} names {files.brief(repr(shard))}; wanted a file in the folder itself"
+                f"{path / INDEX} names {files.brief(repr(shard))}; expected a file in the folder itself"
             )
         shards[shard] = files.open_tensors(path / shard)
         held = set(shards[shard].keys())
@@ -235,7 +237,7 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         twice = sorted(n for n in held - weight_map.keys() if places[n] != shard)
         if twice:
             raise ValueError(
-                f"{path / shard} has {files.brief(', '.join(twice[:4]))}, as {places[twice[0]]} has; wanted "
+                f"{path / shard} has {files.brief(', '.join(twice[:4]))}, as {places[twice[0]]} has; expected "
                 f"{INDEX} to name the one to read"
             )
     for name, shard in (weight_map | (places | weight_map)).items():  # in the order of the index

@@ -149,7 +149,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
         ...     open_gguf(f"{folder}/model.gguf")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: .../model.gguf has general.architecture 'qwen2'; wanted one of gemma, llama
+        ValueError: .../model.gguf has general.architecture 'qwen2'; expected one of gemma, llama
     """
     path = files.as_folder(path)
     try:
@@ -168,11 +168,11 @@ def _open(path: Path) -> Gguf:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{path} has general.architecture {architecture!r}; wanted one of "
+            f"{path} has general.architecture {architecture!r}; expected one of "
             f"{', '.join(ARCHITECTURES)}"
         )
     if metadata.get("split.count", 1) not in (0, 1):
-        raise ValueError(f"{path} is one of {metadata['split.count']} parts; wanted them merged")
+        raise ValueError(f"{path} is one of {metadata['split.count']} parts; expected them merged")
     rope = tensors.pop(_ROPE, None)
     factors = None if rope is None else _dequantized(rope, path).astype(float)
     try:
@@ -181,7 +181,7 @@ def _open(path: Path) -> Gguf:
         if factors is not None:
             theta, width = config["rope_theta"], config["head_dim"]
             if config["rope_scaling"]:
-                raise ValueError(f"it has {_ROPE} and rope.scaling; wanted one of them")
+                raise ValueError(f"it has {_ROPE} and rope.scaling; expected one of them")
             config["rope_scaling"] = _llama3(factors, theta, width)
     except Exception as error:  # of many classes, on values of other types
         raise ValueError(f"{path}: {error}") from error
@@ -197,7 +197,7 @@ def token_id(metadata: Mapping[str, Any], role: str, count: int) -> int | None:
     key = f"tokenizer.ggml.{role}_token_id"
     i = metadata.get(key)
     if i is not None and (type(i) is not int or not 0 <= i < count):
-        raise ValueError(f"{key} is {i!r}; wanted an integer from 0 to {count - 1}")
+        raise ValueError(f"{key} is {i!r}; expected an integer from 0 to {count - 1}")
     return i
 
 
@@ -230,7 +230,7 @@ def _config(metadata: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[st
     }
     for name in config.keys() - {"rms_norm_eps", "rope_theta"}:
         if type(config[name]) is not int or config[name] < 1:
-            raise ValueError(f"it has {config[name]!r} for {name}; wanted a positive integer")
+            raise ValueError(f"it has {config[name]!r} for {name}; expected a positive integer")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("rope_theta", 10000.0)
@@ -247,7 +247,7 @@ def _config(metadata: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[st
         wanted = neutral.get(key, ())
         # False and 0 have a meaning where there are values that have none.
         if (value not in wanted) if wanted else value:
-            hint = f"wanted {wanted[0]!r}" if wanted else "which is not known here"
+            hint = f"expected {wanted[0]!r}" if wanted else "which is not known here"
             raise ValueError(f"it has {prefix}{key} {value!r}; {hint}")
     roles = "bos", "eos", "eot", "padding"
     bos, eos, eot, padding = (token_id(metadata, role, vocabulary) for role in roles)
@@ -275,7 +275,7 @@ def _scaling(found: dict[str, Any], length: Any) -> dict[str, Any] | None:
         if f"rope.scaling.yarn_{name}" in found
     }
     if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"it has rope.scaling.type {kind!r}; wanted none, linear or yarn")
+        raise ValueError(f"it has rope.scaling.type {kind!r}; expected none, linear or yarn")
     if kind == "none" or factor == 1:
         return None
     scaling = {"rope_type": kind, "factor": factor}

@@ -72,8 +72,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     version = cursor.number("<u4")
     if version not in _VERSIONS:
         if not version & 0xFFFF:
-            raise ValueError("it has the other byte order; wanted this machine's")
-        raise ValueError(f"it is of version {version}; wanted 2 or 3")
+            raise ValueError("it has the other byte order; expected this machine's")
+        raise ValueError(f"it is of version {version}; expected 2 or 3")
     tensor_count, pair_count = cursor.number("<u8"), cursor.number("<u8")
     cursor.require(pair_count * _PAIR + tensor_count * _ENTRY)
     metadata: dict[str, Any] = {}

@@ -52,7 +52,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
     if not any(path.glob(WEIGHTS)):
         raise ValueError(
             f"{name} came without {WEIGHTS}: only safetensors are read, pickles are not fetched; "
-            "wanted a revision that has them (often refs/pr/N on the hub), or the folder that "
+            "expected a revision that has them (often refs/pr/N on the hub), or the folder that "
             "transformers' save_pretrained writes of it"
         )
     return path

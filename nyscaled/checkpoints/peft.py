@@ -116,11 +116,11 @@ def write(
         ['layers.0.q_proj']
     """
     if task_type is not None and task_type not in TASKS:
-        raise ValueError(f"task_type is {task_type!r}; wanted None or one of {', '.join(TASKS)}")
+        raise ValueError(f"task_type is {task_type!r}; expected None or one of {', '.join(TASKS)}")
     if task_type in HEADED and not whole:
         raise ValueError(
             f"task_type is {task_type!r}, for which PEFT reads the head from the adapter's folder; "
-            "wanted it in modules_to_save"
+            "expected it in modules_to_save"
         )
     whole = dict(whole or {})
     _require_sound(updates, whole)
@@ -191,7 +191,7 @@ def _read(folder: Path) -> Saved:
             whole[name] = value
         else:
             raise ValueError(
-                f"{folder / TENSORS} holds {key}; wanted only base_model.model.<module>.lora_A.weight "
+                f"{folder / TENSORS} holds {key}; expected only base_model.model.<module>.lora_A.weight "
                 "and .lora_B.weight (or lora_embedding_A and B), and whole weights and biases"
             )
     for module, pair in sides.items():
@@ -230,24 +230,24 @@ def _number(value: float) -> float | int:
 def _require_sound(updates: Mapping[str, Update], whole: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError unless there are modules, each with finite (r, in) and (out, r)."""
     if not updates:
-        raise ValueError("the adapter has no modules; wanted at least one")
+        raise ValueError("the adapter has no modules; expected at least one")
     for module, (down, up, *_) in updates.items():
         shapes = f"lora_A {down.shape} and lora_B {up.shape}"
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
-            raise ValueError(f"{module} has {shapes}; wanted (r, in) and (out, r)")
+            raise ValueError(f"{module} has {shapes}; expected (r, in) and (out, r)")
     values = [(module, value) for module, update in updates.items() for value in update[:2]]
     for module, value in [*values, *whole.items()]:
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{module} has {value.dtype} tensors; wanted floating ones")
+            raise ValueError(f"{module} has {value.dtype} tensors; expected floating ones")
         if not np.isfinite(value).all():
-            raise ValueError(f"{module} has NaN or Inf in its tensors; wanted finite ones")
+            raise ValueError(f"{module} has NaN or Inf in its tensors; expected finite ones")
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if not files.exists(path):
         pickled = path.with_suffix(".bin").is_file()
         why = " (adapter_model.bin is a pickle, which can run code: not read)" if pickled else ""
-        raise ValueError(f"there is no {path}{why}; wanted a folder with {CONFIG} and {TENSORS}")
+        raise ValueError(f"there is no {path}{why}; expected a folder with {CONFIG} and {TENSORS}")
     file = files.open_tensors(path)
     keys = list(file.keys())
     if (longest := max(map(len, keys), default=0)) > MAX_KEY:

@@ -153,23 +153,23 @@ def _by_pattern(config: Mapping[str, Any], field: str, default: str, budget: Bud
 def _require_supported(config: Mapping[str, Any]) -> None:
     """Raises ValueError unless the configuration is of a plain LoRA update, soundly typed."""
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {config.get('peft_type')!r}; wanted 'LORA'")
+        raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected 'LORA'")
     for field, value in config.items():
         # Zero is a value here: `layers_to_transform: 0` is the first layer.
         off = value is None or value is False or value in ("", [], {})
         if not off and field not in _READ | _WITHOUT_EFFECT:
             raise ValueError(f"{field} is {value!r}; only plain LoRA is supported, without it")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise ValueError(f"bias is {config['bias']!r}; wanted 'none', 'all' or 'lora_only'")
+        raise ValueError(f"bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'")
     if config.get("init_lora_weights", True) not in _STARTS:
         raise ValueError(
             f"init_lora_weights is {config['init_lora_weights']!r}, with which the update depends "
-            "on the base; wanted an adapter that PEFT converted to plain LoRA as it saved it "
+            "on the base; expected an adapter that PEFT converted to plain LoRA as it saved it "
             "(`path_initial_model_for_weight_conversion`)"
         )
     for field in ("use_rslora", "ensure_weight_tying"):
         if not isinstance(config.get(field, False), bool):
-            raise ValueError(f"{field} is {config[field]!r}; wanted true or false")
+            raise ValueError(f"{field} is {config[field]!r}; expected true or false")
     _require_numbers(config)
     _require_names(config)
 
@@ -177,41 +177,47 @@ def _require_supported(config: Mapping[str, Any]) -> None:
 def _require_numbers(config: Mapping[str, Any]) -> None:
     ranks, alphas = (config.get(f"{field}_pattern") or {} for field in ("rank", "alpha"))
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        raise ValueError("rank_pattern and alpha_pattern: wanted objects")
+        raise ValueError("rank_pattern and alpha_pattern: expected objects")
     for rank in (config.get("r"), *ranks.values()):
         if type(rank) is not int or rank < 1:
-            raise ValueError(f"a rank is {rank!r}; wanted a positive integer in r, rank_pattern")
+            raise ValueError(f"a rank is {rank!r}; expected a positive integer in r, rank_pattern")
     for number in (config.get("lora_alpha"), *alphas.values()):
         if not _is_finite(number):
             raise ValueError(
-                f"a number is {number!r}; wanted a finite one in lora_alpha, alpha_pattern"
+                f"a number is {number!r}; expected a finite one in lora_alpha, alpha_pattern"
             )
     dropout = config.get("lora_dropout") or 0.0
     if not _is_finite(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout is {dropout!r}; wanted a number in [0, 1)")
+        raise ValueError(f"lora_dropout is {dropout!r}; expected a number in [0, 1)")
 
 
 def _require_names(config: Mapping[str, Any]) -> None:
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(field)
         if not (value is None or isinstance(value, str) or _are(str, value)):
-            raise ValueError(f"{field} is {value!r}; wanted a list of strings, a string or null")
+            raise ValueError(f"{field} is {value!r}; expected a list of strings, a string or null")
     indices = config.get("trainable_token_indices") or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     if not all(_are(int, values) and len(set(values)) == len(values) for values in lists):
         raise ValueError(
-            f"trainable_token_indices is {indices!r}; wanted lists of distinct integers"
+            f"trainable_token_indices is {indices!r}; expected lists of distinct integers"
         )
     names = config.get("modules_to_save") or []
     if not _are(str, names):
-        raise ValueError(f"modules_to_save is {names!r}; wanted a list of strings or null")
+        raise ValueError(f"modules_to_save is {names!r}; expected a list of strings or null")
     layers = config.get("layers_to_transform")
     if not (layers is None or type(layers) is int or _are(int, layers)):
-        raise ValueError(f"layers_to_transform is {layers!r}; wanted integers, an integer or null")
+        raise ValueError(
+            f"layers_to_transform is {layers!r}; expected integers, an integer or null"
+        )
     if layers not in (None, []) and isinstance(config.get("target_modules"), str):
-        raise ValueError("layers_to_transform is set; wanted a list in target_modules, as in PEFT")
+        raise ValueError(
+            "layers_to_transform is set; expected a list in target_modules, as in PEFT"
+        )
     if layers in (None, []) and config.get("layers_pattern"):
-        raise ValueError("layers_pattern is set; wanted layers_to_transform beside it, as in PEFT")
+        raise ValueError(
+            "layers_pattern is set; expected layers_to_transform beside it, as in PEFT"
+        )
 
 
 def _are(kind: type, values: Any) -> bool:

@@ -93,7 +93,7 @@ def replacing(
         gone = [*map(glob.escape, (*files_gone, *folders)), *stale]
         for name in {*names, *_matching(folder, gone)} - folders:
             if (folder / name).is_dir() and not (folder / name).is_symlink():
-                raise ValueError(f"{folder / name} is a directory; wanted a file, or nothing")
+                raise ValueError(f"{folder / name} is a directory; expected a file, or nothing")
         plan = {"last": last, "new": names, "gone": gone}
         (inner / _PLAN).write_text(json.dumps(plan), encoding="utf-8")
         (inner / _PLACEHOLDER).write_text(f"{last} is being replaced, see {SAVE}\n")

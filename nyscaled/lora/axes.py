@@ -43,7 +43,7 @@ def _operands(module: Any) -> tuple[str, str, str]:
     if equation is None:
         raise ValueError(
             "the layer is an nnx.Einsum without einsum_str, whose axes are known only when it is "
-            "called; wanted the equation given to its constructor"
+            "called; expected the equation given to its constructor"
         )
     left, out = equation.replace(" ", "").split("->")
     lhs, kernel = left.split(",")
@@ -76,7 +76,7 @@ def split(module: Any) -> Split:
         lhs, kernel, out = _operands(module)
         if "..." in kernel or len(set(kernel)) != len(kernel) or not set(kernel) <= set(lhs + out):
             raise ValueError(
-                f"the layer is nnx.Einsum({module.einsum_str!r}); wanted kernel axes that are "
+                f"the layer is nnx.Einsum({module.einsum_str!r}); expected kernel axes that are "
                 "distinct letters, each in the input or the output"
             )
         roles = [(c in lhs, c in out) for c in kernel]
@@ -126,7 +126,7 @@ def stack_of(module: Any) -> tuple[int, ...]:
     depth = len(shape) - len(declared)
     if depth < 0 or shape[depth:] != declared:
         raise ValueError(
-            f"the kernel has shape {shape}, the layer declares {declared}; wanted the declared "
+            f"the kernel has shape {shape}, the layer declares {declared}; expected the declared "
             "shape, with the axes of a stack (nnx.vmap, nnx.scan) in front"
         )
     return shape[:depth]

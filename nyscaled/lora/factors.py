@@ -26,7 +26,7 @@ def sides(path: str, layer: Any) -> tuple[int, int]:
     if parts.batch:
         raise ValueError(
             f"{path} has batch axes of lengths {[shape[i] for i in parts.batch]} (experts, say), "
-            "for which PEFT's format has no form; wanted a layer of one matrix"
+            "for which PEFT's format has no form; expected a layer of one matrix"
         )
     rows, columns = (math.prod(shape[i] for i in axes) for axes in (parts.inputs, parts.outputs))
     return rows, columns
@@ -89,13 +89,13 @@ def from_updates(
     if any(update.embedding != embedding for update in known):
         raise ValueError(
             f"the tensors of {path} are {'not ' if embedding else ''}an embedding's, and it is a "
-            f"{type(layer).__name__}; wanted an adapter of this base"
+            f"{type(layer).__name__}; expected an adapter of this base"
         )
     for down, up, *_ in known:
         if (down.shape[1], up.shape[0]) != sides(path, layer):
             raise ValueError(
                 f"the tensors of {path} are for a layer {(down.shape[1], up.shape[0])} (in, out), and "
-                f"it is {sides(path, layer)}; wanted an adapter of this base"
+                f"it is {sides(path, layer)}; expected an adapter of this base"
             )
     ranks = {u.down.shape[0] for u in known}
     rank, alphas = max(ranks), {u.alpha for u in known}
@@ -139,5 +139,5 @@ def _require_usable(path: str, layer: Any, a: np.ndarray, b: np.ndarray, scaling
     if not finite or not bound <= float(jnp.finfo(narrow).max):
         raise ValueError(
             f"the update of {path} is finite in the file and not in {a.dtype}, as which it is loaded, "
-            f"or {narrow}, in which the layer computes; wanted smaller entries or a wider dtype"
+            f"or {narrow}, in which the layer computes; expected smaller entries or a wider dtype"
         )

@@ -49,12 +49,12 @@ class Foreign(NamedTuple):
         """
         if self.kernel is None:
             raise ValueError(
-                f"{self.path} has no kernel beside its adapter; wanted one to merge into"
+                f"{self.path} has no kernel beside its adapter; expected one to merge into"
             )
         if kernels.is_quantized(self.kernel):
             raise ValueError(
                 f"the kernel of {self.path} was quantized by qwix, which has no form for the sum with "
-                "an update; wanted a floating kernel, or the adapter left beside it"
+                "an update; expected a floating kernel, or the adapter left beside it"
             )
         kernel = kernels.dense(self.kernel, self.path)
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
@@ -101,7 +101,7 @@ def _of_pair(pair: pairs.Pair, known: Any, modules: Any, alpha: float | None) ->
     if pair.a[-1].endswith("_lora_a") and alpha is None:
         raise ValueError(
             f"alpha is None, and the adapter of {pair.layer} is qwix's, which does not know its "
-            "own; wanted that of its provider, here or in `initialize`"
+            "own; expected that of its provider, here or in `initialize`"
         )
     a, b = known[pair.a], known[pair.b]
     kernel = known.get(pair.kernel)
@@ -109,7 +109,7 @@ def _of_pair(pair: pairs.Pair, known: Any, modules: Any, alpha: float | None) ->
     if isinstance(layer, LINEAR) and split(layer).batch:
         raise ValueError(
             f"{pair.layer} has batch axes (experts, say), for which adapters of flax and qwix can be "
-            "filled alone; wanted a layer of one matrix"
+            "filled alone; expected a layer of one matrix"
         )
     if kernel is None:
         depth = pairs.leading(a.shape, b.shape, pair.layer)

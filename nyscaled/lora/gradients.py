@@ -69,7 +69,7 @@ def _require_gradient(images: Mapping[str, Array]) -> None:
     for path, size in sizes.items():
         if not (0 < size < math.inf):
             raise ValueError(
-                f"the loss has a gradient of norm {size} at {path}; wanted a finite one, not zero "
+                f"the loss has a gradient of norm {size} at {path}; expected a finite one, not zero "
                 "(is the adapter active, and does the loss depend on the layer?)"
             )
 

@@ -100,7 +100,7 @@ def _from_gradients(
     """The factors' new values, by the gradient of the loss in the model's LoRAParams."""
     if loss is None or not batches:
         raise ValueError(
-            f"init is {init!r}; wanted `loss`, a function of (model, batch), and batches"
+            f"init is {init!r}; expected `loss`, a function of (model, batch), and batches"
         )
     # The gradient is wanted at W_0: what an earlier start subtracts is taken as zero.
     mine = {p.a[:-1] for p in found}

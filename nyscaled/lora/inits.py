@@ -62,7 +62,7 @@ def lora(
     elif distribution == "gaussian":
         a = jax.random.normal(key, (m, rank), _dtype(kernel)) / rank
     else:
-        raise ValueError(f"distribution is {distribution!r}; wanted 'kaiming' or 'gaussian'")
+        raise ValueError(f"distribution is {distribution!r}; expected 'kaiming' or 'gaussian'")
     return Start(a, None)
 
 
@@ -96,7 +96,7 @@ def nora(
     if side == "output":
         omega = random_sketch(key, m, rank, scale, sketch, dtype) / scaling
         return Start(None, _times(omega.T, kernel))
-    raise ValueError(f"side is {side!r}; wanted 'input' or 'output'")
+    raise ValueError(f"side is {side!r}; expected 'input' or 'output'")
 
 
 @full_precision
@@ -161,7 +161,7 @@ def orthogonal(
         ValueError: on an odd rank.
     """
     if rank % 2:
-        raise ValueError(f"rank is {rank}; wanted an even one for the init 'orthogonal'")
+        raise ValueError(f"rank is {rank}; expected an even one for the init 'orthogonal'")
     (m, n), dtype = kernel.shape, _dtype(kernel)
     first, second, third = jax.random.split(key, 3)
     q = lapack.orthogonal(first, rank, rank, dtype)

@@ -74,7 +74,7 @@ def _find(
             if pattern == "lm_head" and is_tied(model):
                 named += ": the head is the embedding (model.untie() gives it weights of its own)"
             raise ValueError(
-                f"the pattern {pattern!r} matches {named}; wanted (as a whole) a path of an "
+                f"the pattern {pattern!r} matches {named}; expected (as a whole) a path of an "
                 f"nnx.Linear, LinearGeneral or Einsum, such as {', '.join(list(layers)[:8]) or 'none here'}"
             )
         for path in hits:
@@ -140,7 +140,7 @@ def apply(
     ranks = {targets: rank} if isinstance(targets, str) else dict(targets)
     validation.require_scalar("dropout", dropout, 0, 1, open_low=False)
     if dropout == 1:
-        raise ValueError("dropout is 1, with which nothing is left; wanted a rate in [0, 1)")
+        raise ValueError("dropout is 1, with which nothing is left; expected a rate in [0, 1)")
     if alpha is not None:
         validation.require_scalar("alpha", alpha, 0, float("inf"), open_low=True)
     require_new_name(name)
@@ -187,7 +187,7 @@ def new_adapter(
     narrow = jnp.dtype(layer.dtype or a.dtype)
     if abs(scaling) > float(jnp.finfo(narrow).max):
         raise ValueError(
-            f"{path}: the scaling is {scaling:g} (α is {alpha:g}); wanted one that {narrow} holds, in "
+            f"{path}: the scaling is {scaling:g} (α is {alpha:g}); expected one that {narrow} holds, in "
             "which the layer computes"
         )
     stack = stack_of(layer)
@@ -217,7 +217,7 @@ def attach(layers: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str
 def require_new_name(name: str) -> None:
     """Raises ValueError unless `name` can be that of a set of adapters."""
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
-        raise ValueError(f"name is {name!r}; wanted letters, digits and underscores")
+        raise ValueError(f"name is {name!r}; expected letters, digits and underscores")
 
 
 def floating(dtype: Any) -> Any:
@@ -233,7 +233,7 @@ def floating(dtype: Any) -> Any:
     sound = kind is not None and jnp.issubdtype(kind, jnp.floating)
     if not sound or jax.dtypes.canonicalize_dtype(kind) != kind:
         raise ValueError(
-            f"dtype is {dtype!r}; wanted a floating one, float64 only with jax_enable_x64"
+            f"dtype is {dtype!r}; expected a floating one, float64 only with jax_enable_x64"
         )
     return kind
 
@@ -242,13 +242,15 @@ def require_room(path: str, layer: Any, rank: int, name: str) -> None:
     """Raises ValueError unless the layer can take an adapter of this rank and name."""
     if isinstance(layer, nnx.LoRALinear) or any(k.endswith("_lora_a") for k in vars(layer)):
         raise ValueError(
-            f"{path} has adapters of flax or qwix; wanted a plain layer (`initialize` fills those)"
+            f"{path} has adapters of flax or qwix; expected a plain layer (`initialize` fills those)"
         )
     if isinstance(layer, Adapted) and name in layer.adapters:
-        raise ValueError(f"{path} has an adapter named {name!r}; wanted another name, or `remove`")
+        raise ValueError(
+            f"{path} has an adapter named {name!r}; expected another name, or `remove`"
+        )
     if kernels.is_quantized(kernel_of(layer)):
         raise ValueError(
-            f"{path} was quantized by qwix, which reads every product of the model; wanted a plain "
+            f"{path} was quantized by qwix, which reads every product of the model; expected a plain "
             "layer: let qwix.LoraProvider put the adapters in, and fill them with `initialize`"
         )
     stack_of(layer)

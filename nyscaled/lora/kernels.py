@@ -39,7 +39,7 @@ def dense(kernel: Any, path: str) -> jax.Array:
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
         kind = getattr(value, "dtype", type(value).__name__)
         raise ValueError(
-            f"the kernel of {path} is {kind}; wanted a floating array or one quantized by qwix: "
+            f"the kernel of {path} is {kind}; expected a floating array or one quantized by qwix: "
             "a start needs the kernel's values, dequantize it first"
         )
     return value
@@ -60,7 +60,7 @@ def resolve(init: str | Init) -> Init:
         return init
     if init not in KERNEL_INITS:
         raise ValueError(
-            f"init is {init!r}; wanted one of {', '.join(map(repr, KERNEL_INITS))}, or from "
+            f"init is {init!r}; expected one of {', '.join(map(repr, KERNEL_INITS))}, or from "
             "gradients, by `initialize`, 'nora_grad' or 'lora_one'"
         )
     return KERNEL_INITS[init]
@@ -154,7 +154,7 @@ def require_finite(drawn: dict[str, Drawn]) -> None:
     bad = [path for path, value in jax.device_get(sums).items() if not math.isfinite(value)]
     if bad:
         raise ValueError(
-            f"the start of {', '.join(bad)} has NaN or Inf entries; wanted kernels that are finite"
+            f"the start of {', '.join(bad)} has NaN or Inf entries; expected kernels that are finite"
         )
 
 

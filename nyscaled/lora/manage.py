@@ -45,7 +45,7 @@ def activate(
     for path, layer in layers.items():
         if rows is not None and split(layer).batch:
             raise ValueError(
-                f"{path} has batch axes; wanted layers whose input begins with the rows"
+                f"{path} has batch axes; expected layers whose input begins with the rows"
             )
     for layer in layers.values():
         for name, adapter in layer.adapters.items():
@@ -103,7 +103,7 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
             raise ValueError(f"{path}: the adapter {name!r} is {'' if merged else 'not '}merged")
         if isinstance(layer, nnx.Embed) and is_tied(model):
             raise ValueError(
-                f"{path} is the model's head too, which the adapter does not change; wanted a head of "
+                f"{path} is the model's head too, which the adapter does not change; expected a head of "
                 "its own before merging: model.untie()"
             )
     for layer in layers.values():

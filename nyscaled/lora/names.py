@@ -55,7 +55,7 @@ def family(name: str) -> Namer:
         'encoder.layer.3.attention.self.query'
     """
     if name not in _FAMILIES:
-        raise ValueError(f"names is {name!r}; wanted one of {', '.join(map(repr, _FAMILIES))}")
+        raise ValueError(f"names is {name!r}; expected one of {', '.join(map(repr, _FAMILIES))}")
     prefix, inside, others = _FAMILIES[name]
     pattern = re.compile(rf"(?:.*\.)?layers?\.(?:(\d+)\.)?({inside})")
 
@@ -68,7 +68,7 @@ def family(name: str) -> Namer:
         places = (*index, *(match[1],) * bool(match[1])) if match else ()
         if match is None or len(places) != 1:
             raise ValueError(
-                f"{path} with stack index {index} is no layer of the family {name!r}; wanted "
+                f"{path} with stack index {index} is no layer of the family {name!r}; expected "
                 f"layers.<i>.<module>, or layers.<module> in a stack, <module> like {inside}"
             )
         return f"{prefix}.{places[0]}.{match[2]}"
@@ -90,7 +90,7 @@ def _from_table(table: Mapping[str, str]) -> Namer:
         name = table.get(path)
         if name is None or name.count("{}") != len(index):
             raise ValueError(
-                f"names has {name!r} for {path}; wanted a name with {len(index)} '{{}}', one for "
+                f"names has {name!r} for {path}; expected a name with {len(index)} '{{}}', one for "
                 "each axis of its stack"
             )
         return name.format(*index)

@@ -49,7 +49,7 @@ def find(paths: Iterable[Path]) -> list[Pair]:
         partner, layer, kernels = relatives
         if partner not in known:
             raise ValueError(
-                f"{'.'.join(path)} has no {partner[-1]} beside it; wanted both factors"
+                f"{'.'.join(path)} has no {partner[-1]} beside it; expected both factors"
             )
         if path[-1].endswith("a"):
             kernel = next((k for k in kernels if k in known), None)
@@ -84,7 +84,7 @@ def leading(a: tuple[int, ...], b: tuple[int, ...], name: str) -> int:
     fits = [p for p in range(min(len(a), len(b)) - 1) if a[:p] == b[:p] and b[p] == a[-1]]
     if not fits:
         raise ValueError(
-            f"{name}: factors {a} and {b} do not go together; wanted (…, in, r), (…, r, out)"
+            f"{name}: factors {a} and {b} do not go together; expected (…, in, r), (…, r, out)"
         )
     return fits[-1]
 
@@ -117,6 +117,6 @@ def layout(kernel: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], name
         ]
     if len(splits) != 1:
         raise ValueError(
-            f"{name}: factors {a} and {b} lie over the kernel {kernel} in {len(splits)} ways; wanted one"
+            f"{name}: factors {a} and {b} lie over the kernel {kernel} in {len(splits)} ways; expected one"
         )
     return Layout(depth, splits[0])

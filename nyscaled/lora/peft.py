@@ -78,7 +78,7 @@ def save_peft(
     adapters = {path: layer.adapters[name] for path, layer in layers.items()}
     for path, adapter in adapters.items():
         if adapter.merged:
-            raise ValueError(f"{path}: {name!r} is merged into the kernel; wanted it unmerged")
+            raise ValueError(f"{path}: {name!r} is merged into the kernel; expected it unmerged")
         factors.sides(path, layers[path])
     stabilized = not others and all(
         a.rank_stabilized and a.start is None for a in adapters.values()
@@ -103,7 +103,7 @@ def save_peft(
             updates[module] = peft.Update(a[index].T, b[index].T, scaled)
     tensors = whole.tensors(model, modules_to_save, to_name)
     if both := sorted({name.rpartition(".")[0] for name in tensors} & updates.keys()):
-        raise ValueError(f"{both[0]} of modules_to_save has an adapter; wanted one of the two")
+        raise ValueError(f"{both[0]} of modules_to_save has an adapter; expected one of the two")
     peft.write(
         folder,
         updates,

@@ -74,11 +74,11 @@ def read(text: str) -> dict[str, Record]:
 
 def _record(init: Any, options: Any, key: Any) -> Record:
     if not isinstance(init, str):
-        raise ValueError(f"init is {init!r}; wanted a name")
+        raise ValueError(f"init is {init!r}; expected a name")
     words = tuple(key) if isinstance(key, list) else ()
     sound = all(type(word) is int and 0 <= word < 2**32 for word in words)
     if not sound or not 1 <= len(words) <= 16:
-        raise ValueError(f"key is {key!r}; wanted the words of a PRNG key")
+        raise ValueError(f"key is {key!r}; expected the words of a PRNG key")
     frozen = ((name, _frozen(value)) for name, value in sorted(options.items()))
     return Record((init, tuple(frozen)), words)
 
@@ -88,5 +88,5 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(_frozen, value))
     if isinstance(value, dict) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"an option is {value!r}; wanted a finite number, a string or a list")
+        raise ValueError(f"an option is {value!r}; expected a finite number, a string or a list")
     return value

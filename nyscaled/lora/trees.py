@@ -39,7 +39,7 @@ def fill(
             on factors that do not lie over it.
     """
     if kernel is None:
-        raise ValueError(f"{'.'.join(pair.a)} has no kernel beside it; wanted one to start from")
+        raise ValueError(f"{'.'.join(pair.a)} has no kernel beside it; expected one to start from")
     values = kernels.dense(kernel, pair.layer)
     depth, parts = pairs.layout(values.shape, a.shape, b.shape, pair.layer)
     rank = a.shape[-1]
@@ -61,7 +61,7 @@ def fill(
         if kernels.is_quantized(kernel):
             raise ValueError(
                 f"the kernel of {pair.layer} is quantized, and this init must subtract its product "
-                "from it; wanted a floating kernel (dequantize it) or an init with a zero factor"
+                "from it; expected a floating kernel (dequantize it) or an init with a zero factor"
             )
         product = from_matrices(scaling * (drawn.a @ drawn.b), parts, depth, values.shape)
         changed = (values - product).astype(values.dtype)
@@ -107,11 +107,13 @@ def initialize_params(
     leaves = {_names(path): leaf for path, leaf in flat}
     found = pairs.find(leaves)
     if not found:
-        raise ValueError("the tree has no adapters; wanted leaves lora_a, *_lora_a or lora/a")
+        raise ValueError("the tree has no adapters; expected leaves lora_a, *_lora_a or lora/a")
     new = dict(leaves)
     if init in gradients.GRADIENT_INITS:
         if gradient is None:
-            raise ValueError(f"init is {init!r}; wanted `gradient`, from params to their gradient")
+            raise ValueError(
+                f"init is {init!r}; expected `gradient`, from params to their gradient"
+            )
 
         def of_leaves(values: dict[pairs.Path, Array]) -> dict[pairs.Path, Array]:
             grads = gradient(treedef.unflatten((leaves | values).values()))

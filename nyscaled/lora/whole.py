@@ -121,7 +121,7 @@ def tensors(model: nnx.Module, paths: Sequence[str], to_name: Namer) -> dict[str
         inside = {n: p for n, p in known.items() if f"{p.path}.".startswith(f"{path}.")}
         if not inside:
             raise ValueError(
-                f"modules_to_save has {path!r}; wanted the path of a layer with weights and a name, "
+                f"modules_to_save has {path!r}; expected the path of a layer with weights and a name, "
                 f"or of a module with such layers{_hint(model, path)}"
             )
         for name, place in inside.items():
@@ -142,7 +142,7 @@ def _hint(model: Any, path: str) -> str:
 def _require_plain(place: Place) -> None:
     if isinstance(place.layer, Adapted):
         raise ValueError(
-            f"{place.path} of modules_to_save is a {type(place.layer).__name__}; wanted a layer "
+            f"{place.path} of modules_to_save is a {type(place.layer).__name__}; expected a layer "
             "without adapters"
         )
 
@@ -268,7 +268,7 @@ class _Changes:
             hint = ", or nys.models.resize_token_embeddings first" if place.is_table else ""
             raise ValueError(
                 f"{self.folder} has {name} of shape {value.shape} (torch's layout), and the model "
-                f"{shape}; wanted an adapter of this base{hint}"
+                f"{shape}; expected an adapter of this base{hint}"
             )
         with np.errstate(over="ignore"):
             place.write(self._array(place), value)
@@ -280,7 +280,7 @@ class _Changes:
         if rows.shape != (len(tokens), *table.shape[1:]) or not inside:
             raise ValueError(
                 f"{self.folder} has rows {rows.shape} of {name} for the tokens {tokens[:8]}, and the "
-                f"model's table is {table.shape}; wanted a row for each of them"
+                f"model's table is {table.shape}; expected a row for each of them"
             )
         array = self._array(place)
         with np.errstate(over="ignore"):

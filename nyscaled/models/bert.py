@@ -84,12 +84,12 @@ class BertConfig(Config):
         super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; wanted "
+                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; expected "
                 "a multiple of num_attention_heads"
             )
         if self.hidden_act not in list(ACTIVATIONS):  # a list has == for what cannot be hashed
             raise ValueError(
-                f"hidden_act is {self.hidden_act!r}; wanted one of {', '.join(ACTIVATIONS)}"
+                f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}"
             )
 
     @classmethod
@@ -115,7 +115,7 @@ def _labels(id2label: Any) -> tuple[str, ...]:
     given = id2label if isinstance(id2label, Mapping) else {}
     ids = list(map(str, range(len(given))))
     if not given or given.keys() != set(ids) or not all(isinstance(v, str) for v in given.values()):
-        raise ValueError(f"id2label is {id2label!r}; wanted a label for each of '0', '1', …")
+        raise ValueError(f"id2label is {id2label!r}; expected a label for each of '0', '1', …")
     return tuple(given[i] for i in ids)
 
 
@@ -325,7 +325,9 @@ class Bert(nnx.Module):
             ValueError: if the model has no pooler.
         """
         if not hasattr(self, "pooler"):
-            raise ValueError("the model has no pooler; wanted one in its file, or sentence_vectors")
+            raise ValueError(
+                "the model has no pooler; expected one in its file, or sentence_vectors"
+            )
         if mask is None:
             return self.pooler(hidden[:, 0])
         columns = starts(jnp.asarray(mask) > 0)[:, None, None]

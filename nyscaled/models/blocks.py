@@ -53,7 +53,7 @@ class Numerics:
                 or jax.dtypes.canonicalize_dtype(kind) != kind
             ):
                 raise ValueError(
-                    f"{name} is {dtype!r}; wanted a floating dtype, float64 only with jax_enable_x64"
+                    f"{name} is {dtype!r}; expected a floating dtype, float64 only with jax_enable_x64"
                 )
 
     @property
@@ -87,14 +87,14 @@ def prepare(
         tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
         raise ValueError(
-            f"tokens are {tokens.dtype} of shape {tokens.shape}; wanted integers (batch, length)"
+            f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers (batch, length)"
         )
     if isinstance(tokens, np.ndarray):
         # 2³² + 5 is not the token 5, which JAX would make of it.
         tokens = jnp.asarray(np.clip(tokens, -1, np.iinfo(np.int32).max).astype(np.int32))
     if longest is not None and tokens.shape[1] > longest:
         raise ValueError(
-            f"tokens have length {tokens.shape[1]}; wanted at most {longest}, the positions that "
+            f"tokens have length {tokens.shape[1]}; expected at most {longest}, the positions that "
             "the model knows"
         )
     tokens = tokens.astype(jnp.int32)
@@ -103,7 +103,7 @@ def prepare(
         return jnp.where(outside, count, tokens), None
     mask = jnp.asarray(mask).astype(bool)
     if mask.shape != tokens.shape:
-        raise ValueError(f"mask has shape {mask.shape}; wanted {tokens.shape}, that of tokens")
+        raise ValueError(f"mask has shape {mask.shape}; expected {tokens.shape}, that of tokens")
     return jnp.where(outside, jnp.where(mask, count, 0), tokens), mask
 
 

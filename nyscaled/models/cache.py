@@ -59,7 +59,7 @@ class Cache:
         room = capacity - int(self.length) if known else capacity
         if length > room:
             raise ValueError(
-                f"tokens have length {length}; wanted at most {room}, the cache's room"
+                f"tokens have length {length}; expected at most {room}, the cache's room"
             )
         slots = _put(self.mask, mask, self.length, axis=1)
         return Cache(self.keys, self.values, slots, self.length)

@@ -69,11 +69,13 @@ class BertClassifier(nnx.Module):
     def __init__(self, encoder: Bert, labels: Sequence[str], *, rngs: nnx.Rngs) -> None:
         if not isinstance(encoder, Bert):
             raise ValueError(
-                f"encoder is a {type(encoder).__name__}; wanted a Bert (of a classifier, its .bert)"
+                f"encoder is a {type(encoder).__name__}; expected a Bert (of a classifier, its .bert)"
             )
         names = [] if isinstance(labels, str) else [x for x in labels if isinstance(x, str)]
         if not names or len(set(names)) < len(labels):
-            raise ValueError(f"labels is {labels!r}; wanted a list of distinct names, one a class")
+            raise ValueError(
+                f"labels is {labels!r}; expected a list of distinct names, one a class"
+            )
         self.config = dataclasses.replace(encoder.config, labels=tuple(labels))
         self.numerics = encoder.numerics
         if not hasattr(encoder, "pooler"):

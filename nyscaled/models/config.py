@@ -72,7 +72,7 @@ class Config:
             if field.name in settings:
                 settings[field.name] = sound(field, settings[field.name])
             elif field.default is dataclasses.MISSING:
-                raise ValueError(f"{field.name} is missing; wanted it for {cls.model_type}")
+                raise ValueError(f"{field.name} is missing; expected it for {cls.model_type}")
         return cls(**settings)
 
     @classmethod
@@ -121,4 +121,4 @@ def sound(field: dataclasses.Field, value: Any) -> Any:
         wanted = f"a positive number from {low:g} to {high:g}"
     else:
         return value
-    raise ValueError(f"{field.name} is {value!r:.80}; wanted {wanted}")
+    raise ValueError(f"{field.name} is {value!r:.80}; expected {wanted}")

@@ -85,21 +85,23 @@ def resize_token_embeddings(
         ((18, 8), (8, 18), 18)
     """
     if type(size) is not int or not 0 < size <= LARGEST:
-        raise ValueError(f"size is {size!r}; wanted a positive integer, the number of tokens")
+        raise ValueError(f"size is {size!r}; expected a positive integer, the number of tokens")
     owner = getattr(model, "bert", model)
     if not hasattr(owner, "embed_tokens") and not hasattr(owner, "embeddings"):
-        raise ValueError(f"model is a {type(model).__name__}; wanted one of this package")
+        raise ValueError(f"model is a {type(model).__name__}; expected one of this package")
     embeddings = getattr(owner, "embeddings", None)
     embed = owner.embed_tokens if embeddings is None else embeddings.word_embeddings
     head = getattr(owner, "lm_head", None)
     for layer in (embed, head):
         if hasattr(layer, "adapters"):
             raise ValueError(
-                f"the {type(layer).__name__} has adapters; wanted the size changed before "
+                f"the {type(layer).__name__} has adapters; expected the size changed before "
                 "`nys.lora.apply` or `load_peft`"
             )
     if head is None and head_rows is not None:
-        raise ValueError("head_rows is set and the model has no head of its own; wanted rows alone")
+        raise ValueError(
+            "head_rows is set and the model has no head of its own; expected rows alone"
+        )
     table = _resized("rows", embed.embedding[...], size, rows)
     if head is not None:
         kernel = _resized("head_rows", head.kernel[...].T, size, head_rows).T
@@ -120,12 +122,12 @@ def _resized(name: str, table: Array, size: int, rows: Any) -> Array:
         rows = jnp.broadcast_to(mean, (more, *mean.shape))
     rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     if not jnp.issubdtype(rows.dtype, jnp.number):
-        raise ValueError(f"{name} has dtype {rows.dtype}; wanted numbers")
+        raise ValueError(f"{name} has dtype {rows.dtype}; expected numbers")
     rows = jnp.asarray(rows)
     wanted = max(more, 0), table.shape[1]
     if rows.shape != wanted or more <= 0:
         raise ValueError(
-            f"{name} has shape {rows.shape}; wanted {wanted}, a row for each new token"
+            f"{name} has shape {rows.shape}; expected {wanted}, a row for each new token"
         )
     return jnp.concatenate([table, rows.astype(table.dtype)])
 

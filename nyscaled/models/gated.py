@@ -61,7 +61,7 @@ class GatedConfig(Config):
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads "
-                f"{self.num_key_value_heads}, head_dim {self.head_dim}; wanted a multiple of the "
+                f"{self.num_key_value_heads}, head_dim {self.head_dim}; expected a multiple of the "
                 "second, and even heads"
             )
         if isinstance(self.rope_scaling, rope.DynamicScaling) and self.head_dim < 4:

@@ -90,7 +90,7 @@ def generate(
     """
     if not hasattr(model, "new_cache"):
         raise ValueError(
-            f"model is a {type(model).__name__}; wanted a causal language model of this package"
+            f"model is a {type(model).__name__}; expected a causal language model of this package"
         )
     config = model.config
     tokens, mask = _prompt(tokens, mask, config.vocab_size)
@@ -98,7 +98,7 @@ def generate(
     most, longest = int(mask.sum(1).max()) + count, model.max_length
     if longest is not None and most > longest:
         raise ValueError(
-            f"the longest prompt and max_new_tokens are {most} tokens; wanted at most {longest}, "
+            f"the longest prompt and max_new_tokens are {most} tokens; expected at most {longest}, "
             "the positions that the model knows"
         )
     stops = _stops(config.eos_token_id if stop_tokens is None else stop_tokens)
@@ -207,21 +207,21 @@ def _rounded(length: int) -> int:
 def _prompt(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     tokens, mask = np.asarray(tokens), None if mask is None else np.asarray(mask)
     if mask is not None and mask.dtype.kind not in "biuf":
-        raise ValueError(f"mask is {mask.dtype}; wanted True where there is a token")
+        raise ValueError(f"mask is {mask.dtype}; expected True where there is a token")
     mask = np.ones(tokens.shape, bool) if mask is None else mask > 0
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
         raise ValueError(
-            f"tokens are {tokens.dtype} of shape {tokens.shape}; wanted integers (batch, length)"
+            f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers (batch, length)"
         )
     if mask.shape != tokens.shape:
-        raise ValueError(f"mask has shape {mask.shape}; wanted {tokens.shape}, that of tokens")
+        raise ValueError(f"mask has shape {mask.shape}; expected {tokens.shape}, that of tokens")
     edges = np.diff(mask.astype(int), axis=1, prepend=0, append=0)
     if (np.count_nonzero(edges, axis=1) != 2).any():
-        raise ValueError("mask has padding between tokens, or no token; wanted it on one side")
+        raise ValueError("mask has padding between tokens, or no token; expected it on one side")
     real = tokens[mask]
     if real.min() < 0 or real.max() >= vocab_size:
         raise ValueError(
-            f"tokens are from {real.min()} to {real.max()}; wanted ids below {vocab_size}"
+            f"tokens are from {real.min()} to {real.max()}; expected ids below {vocab_size}"
         )
     # What is generated follows the last column: padding goes to the left.
     order = np.argsort(mask, axis=1, kind="stable")
@@ -233,7 +233,7 @@ def _stops(stop_tokens: int | Sequence[int] | None) -> np.ndarray:
     """The stop tokens, filled up with -1 to eight or a multiple, one of them at least."""
     stops = np.asarray([] if stop_tokens is None else stop_tokens).reshape(-1)
     if stops.size and stops.dtype.kind not in "iu":
-        raise ValueError(f"stop_tokens is {stop_tokens!r}; wanted ids")
+        raise ValueError(f"stop_tokens is {stop_tokens!r}; expected ids")
     filled = np.full(8 * max(1, -(-stops.size // 8)), -1, np.int32)
     # No text meets what int32 does not hold.
     filled[: stops.size] = np.where((stops >= 0) & (stops <= LARGEST), stops, -1)
@@ -246,7 +246,7 @@ def _count(name: str, value: Any, *, least: int = 1, most: float = LARGEST) -> i
     except TypeError:
         number = least - 1
     if not least <= number <= most:
-        raise ValueError(f"{name} is {value!r:.80}; wanted an integer of at least {least}")
+        raise ValueError(f"{name} is {value!r:.80}; expected an integer of at least {least}")
     return number
 
 
@@ -254,7 +254,7 @@ def _real(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} is {value!r:.80}; wanted a number") from error
+        raise ValueError(f"{name} is {value!r:.80}; expected a number") from error
 
 
 def _sampling(
@@ -269,18 +269,18 @@ def _sampling(
         given = {"top_k": top_k, "top_p": top_p, "key": key}
         names = [name for name, value in given.items() if value is not None]
         if names:
-            raise ValueError(f"{', '.join(names)} without a temperature; wanted temperature > 0")
+            raise ValueError(f"{', '.join(names)} without a temperature; expected temperature > 0")
         return None
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; wanted a positive number, or None")
+        raise ValueError(f"temperature is {temperature}; expected a positive number, or None")
     if key is None:
-        raise ValueError("temperature without a key; wanted a key to draw tokens with")
+        raise ValueError("temperature without a key; expected a key to draw tokens with")
     try:
         jax.eval_shape(lambda: jax.random.fold_in(key, 0))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"key is {key!r:.80}; wanted one PRNG key") from error
+        raise ValueError(f"key is {key!r:.80}; expected one PRNG key") from error
     if top_p is not None and not 0 < (top_p := _real("top_p", top_p)) <= 1:
-        raise ValueError(f"top_p is {top_p}; wanted a number in (0, 1]")
+        raise ValueError(f"top_p is {top_p}; expected a number in (0, 1]")
     return Sampling(
         key,
         jnp.float32(temperature),

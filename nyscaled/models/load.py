@@ -164,9 +164,9 @@ def save(
     known = [*(model_class for _, model_class in FAMILIES.values()), BertClassifier]
     if type(model) not in known:
         names = ", ".join(k.__name__ for k in known)
-        raise ValueError(f"model is a {type(model).__name__}; wanted one of {names}")
+        raise ValueError(f"model is a {type(model).__name__}; expected one of {names}")
     if not isinstance(tokenizer, Tokenizer | None):
-        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; wanted a Tokenizer or None")
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; expected a Tokenizer or None")
     state = nnx.state(model)
     table = places(state, model.prefix)
     named = (
@@ -189,7 +189,7 @@ def _located(folder: str | os.PathLike[str], revision: str | None) -> Path:
     if elsewhere and isinstance(folder, str) and hub.is_id(folder):
         return hub.fetch(folder, revision)
     if revision is not None:
-        raise ValueError(f"{folder} is not from the hub; wanted no revision, got {revision!r}")
+        raise ValueError(f"{folder} is not from the hub; expected no revision, got {revision!r}")
     return path
 
 
@@ -200,10 +200,10 @@ def _read_all(path: Path) -> tuple[Folder, Any, Any, Tokenizer | None]:
     kind = source.config.get("model_type")
     if kind not in list(FAMILIES):  # a list has == for what cannot be hashed
         raise ValueError(
-            f"{source.config_path} has model_type {kind!r}; wanted one of {', '.join(FAMILIES)}"
+            f"{source.config_path} has model_type {kind!r}; expected one of {', '.join(FAMILIES)}"
         )
     if source.config.get("quantization_config"):
-        raise ValueError(f"{source.path} is quantized; wanted floating weights")
+        raise ValueError(f"{source.path} is quantized; expected floating weights")
     config_class, make = FAMILIES[kind]
     if make is Bert:
         architectures = source.config.get("architectures")
@@ -215,7 +215,7 @@ def _read_all(path: Path) -> tuple[Folder, Any, Any, Tokenizer | None]:
     if config.num_hidden_layers > len(source.names):  # before anything is counted to
         raise ValueError(
             f"{source.config_path} has {config.num_hidden_layers} layers, and {source.path} "
-            f"{len(source.names)} tensors; wanted some for each layer"
+            f"{len(source.names)} tensors; expected some for each layer"
         )
     if config.generates:
         config = tied_as_in_the_file(source, config)

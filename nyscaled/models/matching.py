@@ -79,7 +79,7 @@ def matched(
     for name, shape in wanted.items():
         if source.shape(name) != shape:
             raise ValueError(
-                f"{source.path} has {name} of shape {source.shape(name)}; wanted {shape}, by {CONFIG}"
+                f"{source.path} has {name} of shape {source.shape(name)}; expected {shape}, by {CONFIG}"
             )
     return found
 

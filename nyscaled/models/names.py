@@ -51,7 +51,7 @@ def places(state: Any, prefix: str) -> dict[Path, Place]:
         if type(variable) is not nnx.Param or leaf not in _LEAVES:
             raise ValueError(
                 f"the model has {'.'.join(map(str, path))} ({type(variable).__name__}), which its "
-                "files have no place for; wanted its own parameters alone (`nys.lora.merge` and "
+                "files have no place for; expected its own parameters alone (`nys.lora.merge` and "
                 "`nys.lora.remove` take care of adapters)"
             )
         shape = tuple(variable.shape)

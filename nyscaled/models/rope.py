@@ -41,7 +41,7 @@ class RopeScaling:
         if self.low_freq_factor > self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor is {self.low_freq_factor} and high_freq_factor "
-                f"{self.high_freq_factor}; wanted the first to be the smaller one"
+                f"{self.high_freq_factor}; expected the first to be the smaller one"
             )
 
     def scaled(self, frequencies: np.ndarray, theta: float, length: Length) -> np.ndarray:
@@ -159,7 +159,7 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> tuple[float, Scaling |
     both = (config.get(name) for name in ("rope_scaling", "rope_parameters"))
     rope = next((value for value in both if value not in (None, {})), {})
     if not isinstance(rope, Mapping):
-        raise ValueError(f"rope is {rope!r}; wanted one object")
+        raise ValueError(f"rope is {rope!r}; expected one object")
     rope = {name: value for name, value in rope.items() if value is not None}
     beside = config.get("rope_theta")
     theta = rope.pop("rope_theta", THETA if beside is None else beside)
@@ -224,7 +224,7 @@ def _completed(
                 settings.pop(name, None)
         numbers = {name: settings[name] for name in ("factor", *_MSCALES) if name in settings}
         if any(type(number) not in (int, float) for number in numbers.values()):
-            raise ValueError(f"rope 'yarn' has {numbers}; wanted numbers")
+            raise ValueError(f"rope 'yarn' has {numbers}; expected numbers")
         if type(longest) is int and type(original) is int and original > 0:
             settings.setdefault("factor", longest / original)
         if "factor" in settings:

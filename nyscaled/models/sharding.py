@@ -81,10 +81,10 @@ def require_mesh(mesh: Mesh) -> None:
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh is {mesh!r:.80}; expected a jax.sharding.Mesh")
     if not {FSDP, TENSOR} & set(mesh.axis_names):
-        raise ValueError(f"mesh has the axes {mesh.axis_names}; wanted {FSDP!r} or {TENSOR!r}")
+        raise ValueError(f"mesh has the axes {mesh.axis_names}; expected {FSDP!r} or {TENSOR!r}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
-            f"mesh has axes of types {mesh.axis_types}; wanted Auto ones: "
+            f"mesh has axes of types {mesh.axis_types}; expected Auto ones: "
             "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 2)"
         )
 

@@ -52,14 +52,14 @@ def read(source: Folder, place: Place, variable: Any, sharding: NamedSharding | 
 def _require_held(what: str, piece: np.ndarray, dtype: Any) -> None:
     """Require floating entries that are finite in a dtype if they are finite."""
     if not jnp.issubdtype(piece.dtype, jnp.floating):
-        raise ValueError(f"{what} in {piece.dtype}; wanted floating weights")
+        raise ValueError(f"{what} in {piece.dtype}; expected floating weights")
     limit = float(jnp.finfo(dtype).max)
     # bfloat16 holds what float32 does, but for the last of it.
     if float(jnp.finfo(piece.dtype).max) > 1.01 * limit:
         beyond = np.isfinite(piece) & (np.abs(piece) > limit)
         if beyond.any():
             raise ValueError(
-                f"{what} with {piece[beyond][0]} in it, which {dtype} does not hold; wanted another "
+                f"{what} with {piece[beyond][0]} in it, which {dtype} does not hold; expected another "
                 "dtype of load, or smaller weights"
             )
 

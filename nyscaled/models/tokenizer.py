@@ -312,24 +312,24 @@ def named_templates(settings: Mapping[str, Any]) -> dict[str, str]:
         with contextlib.suppress(KeyError, TypeError):
             named = {entry["name"]: entry["template"] for entry in given}
     if not all(isinstance(part, str) for pair in named.items() for part in pair):
-        raise ValueError(f"chat_template is {given!r:.80}; wanted a text, or some with names")
+        raise ValueError(f"chat_template is {given!r:.80}; expected a text, or some with names")
     return named
 
 
 def _require_texts(name: str, texts: Sequence[str]) -> None:
     several = isinstance(texts, Sequence) and not isinstance(texts, str) and len(texts) > 0
     if not several or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} is {texts!r:.80}; wanted a list of texts, one at least")
+        raise ValueError(f"{name} is {texts!r:.80}; expected a list of texts, one at least")
 
 
 def _require_side(name: str, side: Any) -> None:
     if side not in ("left", "right"):
-        raise ValueError(f"{name} is {side!r}; wanted 'left' or 'right'")
+        raise ValueError(f"{name} is {side!r}; expected 'left' or 'right'")
 
 
 def _require_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{name} is {value!r}; wanted a positive integer")
+        raise ValueError(f"{name} is {value!r}; expected a positive integer")
 
 
 def _kept(encoding: Any, max_length: int | None, side: str) -> list[int] | None:

@@ -46,7 +46,7 @@ def _open(folder: Path) -> Tokenizer | None:
     settings = read_settings(folder)
     if FILE not in there and not _is_gpt2(folder, settings):
         warnings.warn(
-            f"{folder} has {there[0]}, from which no tokenizer is made here: it is None; wanted "
+            f"{folder} has {there[0]}, from which no tokenizer is made here: it is None; expected "
             f"{FILE}, which transformers' AutoTokenizer writes in save_pretrained, or "
             f"{_VOCABULARY} and {_MERGES} of a GPT2Tokenizer",
             stacklevel=8,  # of the call of `nyscaled.models.load`
@@ -111,7 +111,7 @@ def _is_gpt2(folder: Path, settings: Mapping[str, Any]) -> bool:
 def _of_merges(folder: Path) -> Any:
     vocabulary = files.read_object(folder / _VOCABULARY, "tokens and their ids")
     if not all(type(i) is int and 0 <= i <= soundness.LARGEST_ID for i in vocabulary.values()):
-        raise ValueError(f"{folder / _VOCABULARY} has ids that are none; wanted integers")
+        raise ValueError(f"{folder / _VOCABULARY} has ids that are none; expected integers")
     lines = files.read_text(folder / _MERGES).split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     try:

@@ -54,7 +54,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     if kind in (None, "none", "no_vocab"):
         return None
     if kind not in ("gpt2", "llama"):
-        raise ValueError(f"the tokenizer is {kind!r}; wanted 'gpt2' or 'llama'")
+        raise ValueError(f"the tokenizer is {kind!r}; expected 'gpt2' or 'llama'")
     try:
         import tokenizers
     except ModuleNotFoundError as error:
@@ -77,7 +77,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     if kind == "gpt2":
         pre = _required(found, "pre")
         if pre not in _SPLITS:
-            raise ValueError(f"{_PREFIX}pre is {pre!r}; wanted one of {', '.join(_SPLITS)}")
+            raise ValueError(f"{_PREFIX}pre is {pre!r}; expected one of {', '.join(_SPLITS)}")
         # Whether texts begin with a token of their own, if nothing says so.
         bos = _SPLITS[pre] == "llama3"
         inner = byte_level(vocabulary, _texts(found, "merges"), _SPLITS[pre])
@@ -142,7 +142,7 @@ def _sentence_piece(
 
     scores, types = (_required(found, key) for key in ("scores", "token_type"))
     if any(score != score for score in scores):
-        raise ValueError(f"{_PREFIX}scores has NaN; wanted numbers")
+        raise ValueError(f"{_PREFIX}scores has NaN; expected numbers")
     merges, size = [], 0
     # Of a long token only the cuts are looked at whose parts are as long as tokens are.
     lengths = sorted(set(map(len, vocabulary)))
@@ -207,7 +207,7 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _texts(found: Mapping[str, Any], key: str) -> list[str]:
     value = _required(found, key)
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{_PREFIX}{key} is {value!r:.80}; wanted texts")
+        raise ValueError(f"{_PREFIX}{key} is {value!r:.80}; expected texts")
     return value
 
 

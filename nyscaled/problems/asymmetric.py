@@ -87,11 +87,11 @@ class Asymmetric:
         for name, x, side in zip(("left", "right"), factors, self.shape, strict=True):
             if x.ndim != 2 or x.shape[0] != side:
                 raise ValueError(
-                    f"{name} has shape {x.shape}; wanted ({side}, r) for A {self.shape}"
+                    f"{name} has shape {x.shape}; expected ({side}, r) for A {self.shape}"
                 )
             validation.require_rank(x.shape[1], self.shape)
             validation.require_floating(name, x)
         if factors[0].shape[1] != factors[1].shape[1]:
             got = f"{factors[0].shape} and {factors[1].shape}"
-            raise ValueError(f"left and right have shapes {got}; wanted as many columns in both")
+            raise ValueError(f"left and right have shapes {got}; expected as many columns in both")
         return Factors(*(jnp.asarray(x, self.dtype) for x in factors))

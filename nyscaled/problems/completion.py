@@ -61,17 +61,17 @@ class Entries:
         rows, columns = as_array("rows", self.rows), as_array("columns", self.columns)
         if rows.ndim != 1 or rows.shape != columns.shape or rows.size == 0:
             raise ValueError(
-                f"rows {rows.shape} and columns {columns.shape} do not go together; wanted (p,) both"
+                f"rows {rows.shape} and columns {columns.shape} do not go together; expected (p,) both"
             )
         for name, indices, side in zip(
             ("rows", "columns"), (rows, columns), self.shape, strict=True
         ):
             if not jnp.issubdtype(indices.dtype, jnp.integer):
-                raise ValueError(f"{name} have dtype {indices.dtype}; wanted integers")
+                raise ValueError(f"{name} have dtype {indices.dtype}; expected integers")
             if validation.is_concrete(indices):
                 low, high = int(jnp.min(indices)), int(jnp.max(indices))
                 if low < 0 or high >= side:
-                    raise ValueError(f"{name} are {low} … {high}; wanted 0 … {side - 1}")
+                    raise ValueError(f"{name} are {low} … {high}; expected 0 … {side - 1}")
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "shape", tuple(self.shape))

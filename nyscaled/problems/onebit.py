@@ -57,7 +57,7 @@ class OneBit(sensing.Sensing):
         if validation.is_concrete(self.b):
             low, high = float(jnp.min(self.b)), float(jnp.max(self.b))
             if low < 0 or high > 1:
-                raise ValueError(f"b is {low:g} … {high:g}; wanted frequencies in [0, 1]")
+                raise ValueError(f"b is {low:g} … {high:g}; expected frequencies in [0, 1]")
 
     def misfit(self, predicted: Float[Array, " p"]) -> Scalar:
         """4τ² Σᵢ KL(bᵢ ‖ σ(zᵢ/τ)) of predicted measurements z."""

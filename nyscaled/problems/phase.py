@@ -51,7 +51,7 @@ class RankOne:
     def __post_init__(self) -> None:
         vectors = as_array("the array of measurement vectors", self.vectors)
         if vectors.ndim != 2 or vectors.size == 0:
-            raise ValueError(f"measurement vectors have shape {vectors.shape}; wanted (p, m)")
+            raise ValueError(f"measurement vectors have shape {vectors.shape}; expected (p, m)")
         validation.require_floating("the array of measurement vectors", vectors)
         validation.require_finite("the array of measurement vectors", vectors)
         object.__setattr__(self, "vectors", vectors)

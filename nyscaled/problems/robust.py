@@ -125,7 +125,7 @@ class RobustPCA:
         removed = self.fraction * self.slack
         if validation.is_concrete(removed) and float(removed) >= 1:
             got = f"fraction · slack is {float(removed):g}"
-            raise ValueError(f"{got}; wanted less than 1, or all entries are corrupt")
+            raise ValueError(f"{got}; expected less than 1, or all entries are corrupt")
         object.__setattr__(self, "observed", observed)
 
     @property

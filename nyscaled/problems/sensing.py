@@ -84,7 +84,7 @@ class Matrices:
     def __post_init__(self) -> None:
         array = as_array("the array of measurement matrices", self.matrices)
         if array.ndim != 3 or array.size == 0:
-            raise ValueError(f"measurement matrices have shape {array.shape}; wanted (p, m, n)")
+            raise ValueError(f"measurement matrices have shape {array.shape}; expected (p, m, n)")
         validation.require_floating("the array of measurement matrices", array)
         validation.require_finite("the array of measurement matrices", array)
         object.__setattr__(self, "matrices", array)
@@ -141,7 +141,9 @@ class Sensing:
         b = as_array("b", self.b)
         if b.shape != (a.count,) or b.dtype != a.dtype:
             got = f"{b.shape} {b.dtype}"
-            raise ValueError(f"b is {got}; wanted ({a.count},) {a.dtype}, one number a measurement")
+            raise ValueError(
+                f"b is {got}; expected ({a.count},) {a.dtype}, one number a measurement"
+            )
         validation.require_finite("b", b)
         _require_map(a)
         object.__setattr__(self, "a", a)
@@ -212,7 +214,7 @@ class Sensing:
         if not symmetric:
             return a
         if self.shape[0] != self.shape[1]:
-            raise ValueError(f"the problem is of matrices {self.shape}; wanted square ones")
+            raise ValueError(f"the problem is of matrices {self.shape}; expected square ones")
         if isinstance(a, jax.Array):
             return (a + a.T) / 2
         product = Partial(_symmetric_part, a)
@@ -223,7 +225,7 @@ class Sensing:
         m, n = self.shape
         if not isinstance(point, Factors) and m != n:
             got = type(point).__name__
-            raise ValueError(f"the point is a {got}; wanted Factors for a matrix {self.shape}")
+            raise ValueError(f"the point is a {got}; expected Factors for a matrix {self.shape}")
         problem = Asymmetric if isinstance(point, Factors) else Symmetric
         return problem.check(cast(Any, self), point)  # which reads nothing but shape and dtype
 
@@ -309,9 +311,9 @@ def random_factor(key: Array, m: int, spectrum: Any, limit: int) -> Array:
     """U diag(spectrum)^½ (m, k), k ≤ limit, U uniform on the Stiefel manifold."""
     values = jnp.asarray(spectrum, jnp.result_type(float))
     if values.ndim != 1 or not 1 <= values.size <= limit:
-        raise ValueError(f"spectrum has shape {values.shape}; wanted 1 to {limit} values, (k,)")
+        raise ValueError(f"spectrum has shape {values.shape}; expected 1 to {limit} values, (k,)")
     if validation.is_concrete(values) and not bool(jnp.all((values > 0) & jnp.isfinite(values))):
-        raise ValueError(f"spectrum is {values}; wanted positive finite values")
+        raise ValueError(f"spectrum is {values}; expected positive finite values")
     return orthogonal(key, m, values.size, values.dtype) * jnp.sqrt(values)
 
 
@@ -319,7 +321,7 @@ def random_array(key: Array, shape: tuple[Any, ...], dtype: Any) -> Array:
     """N(0, 1) of shape (p, …), where p is the caller's num_measurements."""
     p = shape[0]
     if isinstance(p, bool) or not hasattr(p, "__index__") or p < 1:
-        raise ValueError(f"num_measurements is {p!r}; wanted an integer ≥ 1")
+        raise ValueError(f"num_measurements is {p!r}; expected an integer ≥ 1")
     return jax.random.normal(key, shape, dtype)
 
 

@@ -92,7 +92,7 @@ class Symmetric:
         m = self.shape[0]
         x = as_array("X", x)
         if x.ndim != 2 or x.shape[0] != m:
-            raise ValueError(f"X has shape {x.shape}; wanted ({m}, r) for A {self.shape}")
+            raise ValueError(f"X has shape {x.shape}; expected ({m}, r) for A {self.shape}")
         validation.require_rank(x.shape[1], self.shape)
         validation.require_floating("X", x)
         return jnp.asarray(x, self.dtype)

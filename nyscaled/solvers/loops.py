@@ -41,16 +41,18 @@ class Solution(NamedTuple):
 
     Attributes:
         params: the final factors.
-        history: outputs of `record`, stacked, `num_steps + 1` rows from the start on (`run`);
-            the last value of `measure` (`run_until`); None without `record`.
+        history: the outputs of `record`, stacked, with `num_steps + 1` rows from the start on. None
+            without `record` and from `run_until`.
         status: a `Status`, or its integer under jit and vmap.
-        num_steps: how many steps were made.
+        num_steps: the number of steps that were made.
+        value: the last value of `measure`. None from `run`.
     """
 
     params: Params
     history: Any
     status: Any
     num_steps: Any
+    value: Any = None
 
 
 @runtime_checkable
@@ -149,7 +151,7 @@ def _while(
     state, count, value, status = lax.while_loop(
         unfinished, body, evaluate(step.init(params), jnp.int32(0))
     )
-    solution = Solution(step.params(state), value, status, count)
+    solution = Solution(step.params(state), None, status, count, value)
     return solution, _cause(step, state, value)
 
 
@@ -182,7 +184,7 @@ def _count(name: str, value: Any) -> int:
     except TypeError:  # of a tracer too
         count = -1
     if not 0 <= count < 2**31:
-        raise ValueError(f"{name} is {value!r}; wanted an integer ≥ 0, below 2³¹")
+        raise ValueError(f"{name} is {value!r}; expected an integer ≥ 0, below 2³¹")
     return count
 
 
@@ -216,7 +218,9 @@ def _check_start(params: Params) -> Params:
     empty = any(jnp.size(x) == 0 for x in leaves)  # the step itself says what it wants instead
     known = validation.is_concrete(params) and not empty
     if known and not any(bool(jnp.any(x)) for x in leaves):
-        raise ValueError("the start is zero in all factors, a saddle point; wanted a non-zero one")
+        raise ValueError(
+            "the start is zero in all factors, a saddle point; expected a non-zero one"
+        )
     return params
 
 
@@ -289,7 +293,7 @@ def run_until(
         throw: as in `run`. Not reaching the tolerance is no failure: read `status`.
 
     Returns:
-        A `Solution`, whose `history` is the last value of `measure`.
+        A `Solution`, whose `value` is the last value of `measure`.
 
     Raises:
         ValueError: as `run`; and in reverse-mode differentiation, which the loop does not have
@@ -310,6 +314,6 @@ def run_until(
     validation.require_scalar("tol", tol, 0, float("inf"), open_low=False)
     params = _check_start(params)
     solution, cause = _while(step, params, as_partial(measure), tol, count)
-    differentiable = jax.tree.map(_forward_only.bind, (solution.params, solution.history))
-    solution = solution._replace(params=differentiable[0], history=differentiable[1])
+    differentiable = jax.tree.map(_forward_only.bind, (solution.params, solution.value))
+    solution = solution._replace(params=differentiable[0], value=differentiable[1])
     return _finish(solution, cause, throw)

@@ -216,7 +216,7 @@ def scaled_newton_step(problem: Symmetric, scaling: Scaling = "byers_xu") -> Sca
     """
     _require_symmetric(problem)
     if scaling not in get_args(Scaling):
-        raise ValueError(f"scaling is {scaling!r}; wanted one of {', '.join(get_args(Scaling))}")
+        raise ValueError(f"scaling is {scaling!r}; expected one of {', '.join(get_args(Scaling))}")
     return ScaledNewtonStep(problem, scaling)
 
 

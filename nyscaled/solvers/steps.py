@@ -115,7 +115,7 @@ def scaled_step(
         learning_rate = as_partial(learning_rate)
     if not isinstance(problem, Symmetric | Asymmetric):
         raise ValueError(
-            f"problem is a {type(problem).__name__}; wanted problems.Symmetric(A) or "
+            f"problem is a {type(problem).__name__}; expected problems.Symmetric(A) or "
             "problems.Asymmetric(A)"
         )
     known_zero = isinstance(damping, int | float) and damping == 0

@@ -123,9 +123,9 @@ def test_what_the_mesh_does_not_divide_stays_whole():
 
 def test_meshes_that_are_refused():
     explicit = make_mesh(BOTH, AxisType.Explicit)
-    with pytest.raises(ValueError, match="wanted Auto ones"):
+    with pytest.raises(ValueError, match="expected Auto ones"):
         nys.models.load(MODELS / "llama", mesh=explicit)
-    with pytest.raises(ValueError, match=r"has the axes \('rows',\); wanted 'fsdp' or 'tensor'"):
+    with pytest.raises(ValueError, match=r"has the axes \('rows',\); expected 'fsdp' or 'tensor'"):
         nys.models.load(MODELS / "llama", mesh=make_mesh((("rows", 8),)))
 
 
