@@ -129,6 +129,11 @@ def reflora_s(
 ) -> optax.GradientTransformationExtraArgs:
     """RefLoRA-S, the scalar form: as `reflora` with S = ‖Y‖_F/‖X‖_F · I.
 
+    Args:
+        inner: the optimizer, or any transform.
+        warmup: the number of first steps without balancing.
+        spec: which leaves form a pair, as in `scale_by_gram`.
+
     Examples:
         >>> tx = reflora_s(optax.sgd(1.0), warmup=0)
         >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.full((1, 2), 2.0)}

@@ -44,6 +44,11 @@ def phi_step(
 ) -> Float[Array, "k r"]:
     """Φ⁺ = (1−η)Φ + ηΣΦ(ΦᵀΦ)⁻¹: (11) if r = r_A, (15) if r < r_A. Φ has full column rank.
 
+    Args:
+        phi: Φ (r_A, r), of full column rank.
+        spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
+        learning_rate: the step size η, a number or a scalar array.
+
     Examples:
         >>> phi_step(jnp.array([[1.0]]), jnp.array([1.0]), 0.5)
         Array([[1.]], dtype=float32)
@@ -56,7 +61,13 @@ def phi_step(
 def phi_step_over(
     phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Any
 ) -> Float[Array, "k r"]:
-    """Φ⁺ = (1−η)Φ + ηΣ(Φ†)ᵀ, (27), over-parametrized: r > r_A and Φ has full row rank."""
+    """Φ⁺ = (1−η)Φ + ηΣ(Φ†)ᵀ, (27), over-parametrized: r > r_A and Φ has full row rank.
+
+    Args:
+        phi: Φ (r_A, r), of full row rank, r > r_A.
+        spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
+        learning_rate: the step size η, a number or a scalar array.
+    """
     pseudo = linalg.dual(phi.T).T  # (Φ†)ᵀ = (ΦΦᵀ)⁻¹Φ, and Φᵀ is the thin factor
     return (1 - learning_rate) * phi + learning_rate * (spectrum[:, None] * pseudo)
 
@@ -65,7 +76,13 @@ def phi_step_over(
 def core_step(
     core: Float[Array, "k k"], spectrum: Float[Array, " k"], learning_rate: Any
 ) -> Float[Array, "k k"]:
-    """B⁺ = (1−η)²B + 2η(1−η)Σ + η²ΣB⁻¹Σ with B = ΦΦᵀ (or ΦΨᵀ): (12), (28), (32)."""
+    """B⁺ = (1−η)²B + 2η(1−η)Σ + η²ΣB⁻¹Σ with B = ΦΦᵀ (or ΦΨᵀ): (12), (28), (32).
+
+    Args:
+        core: B = ΦΦᵀ, or ΦΨᵀ in the asymmetric case (r_A, r_A), invertible.
+        spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
+        learning_rate: the step size η, a number or a scalar array.
+    """
     eta = learning_rate
     sigma = jnp.diag(spectrum)
     new = (1 - eta) ** 2 * core + 2 * eta * (1 - eta) * sigma
@@ -74,7 +91,12 @@ def core_step(
 
 @full_precision
 def relative_core_step(c: Float[Array, "k k"], learning_rate: Any) -> Float[Array, "k k"]:
-    """C⁺ = (1−η)²C + 2η(1−η)I + η²C⁻¹ for C = Σ⁻¹B (Lemma 8), free of A."""
+    """C⁺ = (1−η)²C + 2η(1−η)I + η²C⁻¹ for C = Σ⁻¹B (Lemma 8), free of A.
+
+    Args:
+        c: C = Σ⁻¹B (r_A, r_A), invertible.
+        learning_rate: the step size η, a number or a scalar array.
+    """
     eta = learning_rate
     eye = jnp.eye(c.shape[0], dtype=c.dtype)
     return (1 - eta) ** 2 * c + 2 * eta * (1 - eta) * eye + eta**2 * lapack.inverse(c)
@@ -82,7 +104,12 @@ def relative_core_step(c: Float[Array, "k k"], learning_rate: Any) -> Float[Arra
 
 @full_precision
 def weak_gram(phi: Float[Array, "k r"], spectrum: Float[Array, " k"]) -> Float[Array, "r r"]:
-    """B = ΦᵀΣ⁻¹Φ = XᵀA†X, the identity at weak optima (Definition 1)."""
+    """B = ΦᵀΣ⁻¹Φ = XᵀA†X, the identity at weak optima (Definition 1).
+
+    Args:
+        phi: Φ (r_A, r).
+        spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
+    """
     scaled = phi / jnp.sqrt(spectrum)[:, None]
     return scaled.T @ scaled
 
@@ -94,7 +121,14 @@ def weak_gram_step(
     spectrum: Float[Array, " k"],
     learning_rate: Any,
 ) -> Float[Array, "r r"]:
-    """B⁺ = (1−η)²B + 2η(1−η)I + η²ΘᵀΣΘ with B = ΦᵀΣ⁻¹Φ and Θ = Φ(ΦᵀΦ)⁻¹: (16)."""
+    """B⁺ = (1−η)²B + 2η(1−η)I + η²ΘᵀΣΘ with B = ΦᵀΣ⁻¹Φ and Θ = Φ(ΦᵀΦ)⁻¹: (16).
+
+    Args:
+        gram: B = ΦᵀΣ⁻¹Φ (r, r).
+        phi: Φ (r_A, r), of full column rank.
+        spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
+        learning_rate: the step size η, a number or a scalar array.
+    """
     eta = learning_rate
     theta = linalg.dual(phi)
     eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
@@ -107,6 +141,11 @@ def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Any
     """(30): Φ⁺ = (1−η)Φ + ηΣΨ^{−T}, Ψ⁺ = (1−η)Ψ + ηΣΦ^{−T}, for t ≥ 1; `Factors(Φ, Ψ)`, r = r_A.
 
     The product ΦΨᵀ then obeys (31) = (32), which is `core_step`.
+
+    Args:
+        factors: `Factors(Φ, Ψ)`, both (r, r) and invertible.
+        spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
+        learning_rate: the step size η, a number or a scalar array.
     """
     phi, psi = factors
     eta = learning_rate
@@ -120,6 +159,10 @@ def scalar_step(d: Any, learning_rate: Any) -> Any:
     """d⁺ = (1−η)d + η/d: each singular value of Σ^{-1/2}Φ, on its own. At η = 1/2, Heron's rule.
 
     The fixed point is 1 and the multiplier 1 − 2η: linear but for η = 1/2, where it is quadratic.
+
+    Args:
+        d: the singular values of Σ^{-1/2}Φ, of any shape, all positive.
+        learning_rate: the step size η, a number or a scalar array.
     """
     return (1 - learning_rate) * d + learning_rate / d
 
@@ -178,6 +221,10 @@ def asymmetric_scale(learning_rate: Any, num_steps: int) -> Float[Array, " t"]:
     whatever A, Ω, the sizes and κ. At η = 1 it is Theorem 3. Iterated in e = c − 1, as
     e⁺ = (1−2η)e + η²e²/(1+e), which does not cancel.
 
+    Args:
+        learning_rate: the step size η, a number or a scalar array.
+        num_steps: the number of values, ≥ 1.
+
     Examples:
         >>> [f"{float(e):.2g}" for e in asymmetric_scale(0.5, 4)]
         ['-0.5', '0.12', '0.0035', '3e-06']
@@ -197,6 +244,11 @@ def subspace_rate(spectrum: Float[Array, " k"], rank: int, learning_rate: Any) -
     only attracting fixed points span the top r eigenvectors. The angle to them decays as ρᵗ, the
     excess loss f − f* as max(ρ, |1−2η|)²ᵗ, where the second is the rate within the subspace; a
     weak optimum is passed, not where it ends.
+
+    Args:
+        spectrum: the eigenvalues of A in descending order (r_A,).
+        rank: the number of columns r < r_A.
+        learning_rate: the step size η, a number or a scalar array.
 
     Examples:
         >>> float(subspace_rate(jnp.array([1.0, 0.5]), rank=1, learning_rate=0.5))

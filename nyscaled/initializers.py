@@ -45,7 +45,17 @@ Sketch = Literal["gaussian", "stiefel"]
 def random_sketch(
     key: Key[Array, ""], n: int, rank: int, scale: Any, sketch: Sketch, dtype: Any
 ) -> Float[Array, "n r"]:
-    """Ω (n, rank): N(0, scale²) entries, or `scale` times a uniform orthonormal frame."""
+    """Ω (n, rank): N(0, scale²) entries, or `scale` times a uniform orthonormal frame.
+
+    Args:
+        key: a PRNG key.
+        n: the number of rows.
+        rank: the number of columns r ≥ 1.
+        scale: the standard deviation of the entries, or the length of the columns of a
+            frame.
+        sketch: "gaussian", or "stiefel" for a uniform orthonormal frame.
+        dtype: float32 or float64, the dtype of the result.
+    """
     validation.require_scalar("scale", scale, 0, float("inf"), open_low=True)
     if sketch == "gaussian":
         return scale * jax.random.normal(key, (n, rank), dtype)
@@ -177,6 +187,15 @@ def nystrom_factors_from_gradient(
 
     For any other loss of XYᵀ it is minus the gradient in XYᵀ at 0, times Ω: 𝒜*(b)Ω of sensing, and
     this is how the adapters of a network start from their first gradients.
+
+    Args:
+        key: a PRNG key.
+        gradient: a function from `Factors` to the gradient of the loss, as `Factors`.
+        shape: the shape (m, n) of A.
+        rank: the number of columns r ≥ 1.
+        scale: ξ, the standard deviation of the entries of Ω.
+        sketch: "gaussian", or "stiefel" for a uniform orthonormal frame.
+        dtype: float32 or float64, the dtype of the result.
     """
     validation.require_rank(rank, shape)
     m, n = shape
@@ -205,6 +224,13 @@ def perturbed(
 
     Ω is the one of `nystrom(key, a, rank, scale)`, so the two starts differ by N alone. N leaves
     range(A), and the rate drops from quadratic to linear.
+
+    Args:
+        key: a PRNG key.
+        a: A (m, m), positive semidefinite.
+        rank: the number of columns r ≥ 1.
+        scale: ξ, the standard deviation of the entries of Ω.
+        noise: ξ_n ≥ 0, the standard deviation of the entries of N.
     """
     validation.require_scalar("noise", noise, 0, float("inf"), open_low=False)
     x0 = nystrom(key, a, rank, scale)
@@ -215,6 +241,13 @@ def small(
     key: Key[Array, ""], m: int, rank: int, scale: Any = 1e-3, dtype: Any = None
 ) -> Float[Array, "m r"]:
     """Small random initialization: [X_0]_ij ~ N(0, scale²), scale = ζ.
+
+    Args:
+        key: a PRNG key.
+        m: the number of rows.
+        rank: the number of columns r ≥ 1.
+        scale: ζ, the standard deviation of the entries.
+        dtype: float32 or float64, the dtype of the result.
 
     Examples:
         >>> small(jax.random.key(0), m=5, rank=2).shape
@@ -227,7 +260,15 @@ def small(
 def small_factors(
     key: Key[Array, ""], shape: tuple[int, int], rank: int, scale: Any = 1e-3, dtype: Any = None
 ) -> Factors:
-    """Small random initialization of both factors of (4)."""
+    """Small random initialization of both factors of (4).
+
+    Args:
+        key: a PRNG key.
+        shape: the shape (m, n) of A.
+        rank: the number of columns r ≥ 1.
+        scale: ζ, the standard deviation of the entries.
+        dtype: float32 or float64, the dtype of the result.
+    """
     validation.require_rank(rank, shape)
     keys = jax.random.split(key)
     dtype = dtype or jnp.result_type(float)

@@ -213,7 +213,12 @@ def gram_solve(
 
 
 def default_rcond(m: int, dtype: Any) -> float:
-    """√m · eps: where the singular values of an m-row product of rounded matrices are noise."""
+    """√m · eps: where the singular values of an m-row product of rounded matrices are noise.
+
+    Args:
+        m: the number of rows.
+        dtype: the dtype of the matrix.
+    """
     return float(m**0.5 * jnp.finfo(dtype).eps)
 
 
@@ -285,6 +290,10 @@ def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
 def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r m"]:
     """The pseudo-inverse X† of a thin factor with a rank-revealing cut on X; X(XᵀX)† = (X†)ᵀ.
 
+    Args:
+        x: X (m, r), m ≥ r.
+        rcond: the cut, relative to the largest singular value. `default_rcond` by default.
+
     Examples:
         >>> bool(jnp.allclose(pinv(jnp.ones((2, 2))), 0.25))
         True
@@ -295,7 +304,13 @@ def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r 
 
 @reads(a=as_matrix, left=as_dense, right=as_dense)
 def residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
-    """‖L Rᵀ − A‖_F; see `squared_residual`."""
+    """‖L Rᵀ − A‖_F; see `squared_residual`.
+
+    Args:
+        a: A (m, n), in any form that problems take.
+        left: L (m, r).
+        right: R (n, r).
+    """
     total, e = _residual(a, left, right)
     return shift(root(total), e)
 
@@ -306,6 +321,11 @@ def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r
 
     The expansion ‖A‖² − 2⟨A, LRᵀ⟩ + ‖LRᵀ‖² would lose every residual under √eps·‖A‖. An operator
     is read through products with blocks of the identity.
+
+    Args:
+        a: A (m, n), in any form that problems take.
+        left: L (m, r).
+        right: R (n, r).
     """
     total, e = _residual(a, left, right)
     return shift(shift(total, e), e)

@@ -94,7 +94,14 @@ def generalized_weak_optimality(
     right: Float[Array, "n k"],
     spectrum: Float[Array, " k"],
 ) -> Scalar:
-    """‖YᵀA†X − I_r‖_F for A = U diag(spectrum) Vᵀ, Definition 2; `left` is U, `right` is V."""
+    """‖YᵀA†X − I_r‖_F for A = U diag(spectrum) Vᵀ, Definition 2; `left` is U, `right` is V.
+
+    Args:
+        factors: `Factors(X, Y)`, (m, r) and (n, r).
+        left: U (m, k), the left singular vectors of A.
+        right: V (n, k), the right singular vectors of A.
+        spectrum: the k singular values that go with them, all positive.
+    """
     x, y = as_factors(factors)
     gram = (right.T @ y).T @ ((left.T @ x) / spectrum[:, None])
     return norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
@@ -115,6 +122,10 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
 
     Small angles come from sines and large ones from cosines (Björck and Golub 1973), so all are
     accurate to about eps.
+
+    Args:
+        x: X (m, r).
+        y: Y (m, k), of full column rank, as X is.
 
     Examples:
         >>> angles = principal_angles(jnp.eye(3)[:, :1], jnp.array([[1.0], [1e-4], [0.0]]))
@@ -139,6 +150,10 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
 @full_precision
 def distance(x: Float[Array, "m r"], optimum: Float[Array, "m r"]) -> Scalar:
     """min over orthogonal U of ‖X − X*U‖_F, the distance to the solution set of (1) (Procrustes).
+
+    Args:
+        x: X (m, r).
+        optimum: X* (m, r), one global optimum.
 
     Examples:
         >>> distance(-jnp.eye(3)[:, :2], jnp.eye(3)[:, :2])

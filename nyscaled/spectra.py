@@ -73,6 +73,13 @@ def rectangular(
 ) -> tuple[Float[Array, "m n"], Float[Array, "m k"], Float[Array, "n k"]]:
     """A random A = U diag(spectrum) Vᵀ (m, n), with its singular vectors U and V.
 
+    Args:
+        key: a PRNG key.
+        m: the number of rows.
+        n: the number of columns.
+        spectrum: the non-zero singular values (k,), k ≤ min(m, n).
+        dtype: float32 or float64, the dtype of the results.
+
     Examples:
         >>> a, left, right = rectangular(jax.random.key(0), 6, 5, [2.0, 1.0])
         >>> a.shape, left.shape, right.shape
@@ -104,5 +111,12 @@ def paper_spectrum(name: str) -> np.ndarray:
 def paper(
     name: str, key: Key[Array, ""], m: int = 1000, dtype: Any = None
 ) -> tuple[Float[Array, "m m"], Float[Array, "m k"]]:
-    """One of the paper's test matrices, as `psd` returns it; see `paper_spectrum` for the names."""
+    """One of the paper's test matrices, as `psd` returns it; see `paper_spectrum` for the names.
+
+    Args:
+        name: "fig1ab" or "fig1c".
+        key: a PRNG key.
+        m: the number of rows and columns.
+        dtype: float32 or float64, the dtype of the results.
+    """
     return psd(key, m, paper_spectrum(name), dtype)

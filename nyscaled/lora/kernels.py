@@ -20,7 +20,12 @@ from nyscaled.lora.inits import KERNEL_INITS, Init, Start
 
 
 def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
-    """The key of the layer at `path`: the same whichever other layers there are, in any process."""
+    """The key of the layer at `path`: the same whichever other layers there are, in any process.
+
+    Args:
+        key: a PRNG key.
+        path: the path of a layer in its model, with dots.
+    """
     digest = hashlib.sha256(path.encode()).digest()
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
 

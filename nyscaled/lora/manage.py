@@ -88,6 +88,10 @@ def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = Non
 def unmerge(model: nnx.Module, name: str = "default") -> None:
     """Takes a merged update out of the kernels again, to rounding (no copy of W_0 is kept).
 
+    Args:
+        model: a model with merged adapters.
+        name: the name of the set of adapters.
+
     Raises:
         ValueError: on an unknown name or one that is not merged.
     """

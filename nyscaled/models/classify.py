@@ -25,6 +25,10 @@ def sentence_vectors(
     What sentence-transformers computes with mean pooling and normalization (Reimers and Gurevych,
     2019): inner products of these vectors are cosine similarities. No tokens give zeros.
 
+    Args:
+        hidden: the hidden states of `Bert` (batch, length, width).
+        mask: True at tokens, False at padding (batch, length).
+
     Examples:
         >>> hidden = jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]])
         >>> sentence_vectors(hidden, jnp.array([[True, True, False]]))

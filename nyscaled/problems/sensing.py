@@ -293,6 +293,14 @@ def gaussian_factors(
 ) -> tuple[Sensing, Factors]:
     """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
 
+    Args:
+        key: a PRNG key.
+        m: the number of rows of M.
+        n: the number of columns of M.
+        spectrum: the singular values of M (k,), all positive.
+        num_measurements: the number p of measurements.
+        noise: the size of the errors, whose entries are N(0, noise²/p).
+
     Examples:
         >>> problem, truth = gaussian_factors(jax.random.key(0), 6, 5, [1.0], num_measurements=40)
         >>> problem.shape, bool(problem.loss(truth) < 1e-10)

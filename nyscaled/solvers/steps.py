@@ -239,6 +239,11 @@ def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> op
     The step sizes have a finite sum: with few steps per level the iteration stops short of a weak
     optimum, which a constant η reaches (claim E3-staircase).
 
+    Args:
+        initial: the step size of the first level.
+        every: the number of steps per level, ≥ 1.
+        factor: what the step size is multiplied by from level to level.
+
     Examples:
         >>> [round(float(staircase(0.1, every=10)(t)), 4) for t in (0, 9, 10, 20)]
         [0.1, 0.1, 0.01, 0.001]
