@@ -14,15 +14,21 @@ from nyscaled import (
     problems,
     solvers,
     spectra,
+    transforms,
 )
-from nyscaled.balance import reflora, reflora_s, scale_by_balance
-from nyscaled.pairing import FactorSpec, default_spec, pair_spec
-from nyscaled.precgd import precgd, scale_by_residual_gram
-from nyscaled.precondition import (
+from nyscaled.transforms import (
+    FactorSpec,
+    default_spec,
     lora_p,
     nora_plus,
+    pair_spec,
+    precgd,
+    reflora,
+    reflora_s,
+    scale_by_balance,
     scale_by_gram,
     scale_by_normalized_gram,
+    scale_by_residual_gram,
     scaled_gd,
 )
 from nyscaled.typing import Factors
@@ -57,6 +63,7 @@ __all__ = [
     "scaled_gd",
     "solvers",
     "spectra",
+    "transforms",
 ]
 
 

@@ -18,8 +18,8 @@ TRANSFORMS = {
     "damped_alias": lambda spec=None: nys.scaled_gd(0.5, damping=0.1, spec=spec),
     "nora_plus": lambda spec=None: nys.nora_plus(optax.sgd(0.5), spec=spec),
     "lora_p": lambda spec=None: nys.lora_p(optax.sgd(0.5), spec=spec),
-    "reflora_s": lambda spec=None: nys.reflora_s(optax.sgd(0.5), warmup=1, spec=spec),
-    "reflora": lambda spec=None: nys.reflora(optax.sgd(0.5), warmup=0, spec=spec),
+    "reflora_s": lambda spec=None: nys.reflora_s(optax.sgd(0.5), warmup_steps=1, spec=spec),
+    "reflora": lambda spec=None: nys.reflora(optax.sgd(0.5), warmup_steps=0, spec=spec),
     "precgd": lambda spec=None: nys.precgd(0.5, spec=spec),
 }
 WANT_VALUE = ("precgd",)

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from nyscaled import linalg, validation
 from nyscaled.matrices import transpose_times
 from nyscaled.numerics import tree_norm
-from nyscaled.precondition import require_step_size
 from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.solvers.rank import cut_rank
+from nyscaled.transforms.gram import require_step_size
 from nyscaled.typing import Factors, as_partial, pytree_dataclass, static_field
 
 Params = Any

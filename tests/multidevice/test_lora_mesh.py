@@ -58,7 +58,7 @@ def losses(model, tx, x, steps=4):
 def test_losses_are_those_of_one_device(init, tx):
     make = {
         "nora_plus": lambda: nys.nora_plus(optax.adamw(1e-2)),
-        "reflora": lambda: nys.reflora(optax.adamw(1e-2), warmup=2),
+        "reflora": lambda: nys.reflora(optax.adamw(1e-2), warmup_steps=2),
     }[tx]
     found = {}
     for sharded in (False, True):

@@ -108,7 +108,7 @@ def test_value_of_a_missing_or_batched_loss_is_refused():
     ("args", "wanted"),
     [
         ((0.0,), "learning_rate is 0"),
-        ((0.5, 0.0), "factor is 0"),
+        ((0.5, 0.0), "damping_scale is 0"),
         ((0.5, 1.0, -1.0), "noise_level is -1"),
     ],
 )

@@ -22,18 +22,18 @@ from jaxtyping import Array, Float
 from nyscaled import linalg, validation
 from nyscaled.lapack import svd
 from nyscaled.numerics import norm, normalized, shift
-from nyscaled.pairing import Spec, groups, map_gradients, pair_spec, require_params
+from nyscaled.transforms.pairing import Spec, groups, map_gradients, pair_spec, require_params
 from nyscaled.typing import Scalar
 
 
 class ScaleByBalanceState(NamedTuple):
-    """How many updates were made."""
+    """The number of updates that were made."""
 
-    steps: Any
+    count: Any
 
 
 def scale_by_balance(
-    warmup: Any = 100, *, scalar: bool = False, spec: Spec = None
+    warmup_steps: Any = 100, *, scalar: bool = False, spec: Spec = None
 ) -> optax.GradientTransformationExtraArgs:
     """G_X ← G_X S⁻¹ and G_Y ← G_Y S for every pair, with the S of the factors before the step.
 
@@ -43,22 +43,22 @@ def scale_by_balance(
     and where a factor is zero, as one is at the start, S = I. So results are finite always.
 
     Args:
-        warmup: how many updates pass gradients through before the first that is scaled.
+        warmup_steps: how many updates pass gradients through before the first that is scaled.
         scalar: S = ‖Y‖_F/‖X‖_F · I, which costs two norms.
         spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
 
     Raises:
-        ValueError: as `scale_by_gram`, and on warmup < 0.
+        ValueError: as `scale_by_gram`, and on warmup_steps < 0.
 
     Examples:
         >>> from nyscaled import Factors
         >>> params = Factors(jnp.full((4, 1), 3.0), jnp.ones((4, 1)))  # S = 1/3
-        >>> tx = scale_by_balance(warmup=0)
+        >>> tx = scale_by_balance(warmup_steps=0)
         >>> updates, _ = tx.update(Factors(jnp.ones((4, 1)), params.right), tx.init(params), params)
         >>> jnp.round(updates.left[0], 4), jnp.round(updates.right[0], 4)
         (Array([3.], dtype=float32), Array([0.3333], dtype=float32))
     """
-    validation.require_scalar("warmup", warmup, 0, float("inf"), open_low=False)
+    validation.require_scalar("warmup_steps", warmup_steps, 0, float("inf"), open_low=False)
     spec = pair_spec if spec is None else spec
 
     def init(params: optax.Params) -> ScaleByBalanceState:
@@ -80,10 +80,10 @@ def scale_by_balance(
                 root, exists = _root(x, y)
                 balanced = shift((g @ root.T) @ root, e - e_partner)
                 scaled = jnp.where(exists, balanced, scaled)
-            return jnp.where(state.steps < warmup, g, scaled)
+            return jnp.where(state.count < warmup_steps, g, scaled)
 
         new = map_gradients(balance, spec, updates, params)
-        return new, ScaleByBalanceState(optax.safe_increment(state.steps))
+        return new, ScaleByBalanceState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -105,13 +105,13 @@ def _root(x: Float[Array, "m r"], y: Float[Array, "n r"]) -> tuple[Float[Array, 
 
 
 def reflora(
-    inner: optax.GradientTransformation, warmup: Any = 100, *, spec: Spec = None
+    inner: optax.GradientTransformation, warmup_steps: Any = 100, *, spec: Spec = None
 ) -> optax.GradientTransformationExtraArgs:
     """RefLoRA: `scale_by_balance` before any optimizer.
 
     Args:
         inner: the optimizer, `optax.adamw(1e-4)` say.
-        warmup: how many updates are the optimizer's own; at Y_0 = 0 there is nothing to balance.
+        warmup_steps: how many updates are the optimizer's own; at Y_0 = 0 there is nothing to balance.
         spec: see `scale_by_balance`.
 
     Examples:
@@ -121,26 +121,28 @@ def reflora(
         >>> updates["lora_b"].shape
         (2, 4)
     """
-    return optax.with_extra_args_support(optax.chain(scale_by_balance(warmup, spec=spec), inner))
+    return optax.with_extra_args_support(
+        optax.chain(scale_by_balance(warmup_steps, spec=spec), inner)
+    )
 
 
 def reflora_s(
-    inner: optax.GradientTransformation, warmup: Any = 100, *, spec: Spec = None
+    inner: optax.GradientTransformation, warmup_steps: Any = 100, *, spec: Spec = None
 ) -> optax.GradientTransformationExtraArgs:
     """RefLoRA-S, the scalar form: as `reflora` with S = ‖Y‖_F/‖X‖_F · I.
 
     Args:
         inner: the optimizer, or any transform.
-        warmup: the number of first steps without balancing.
+        warmup_steps: the number of first steps without balancing.
         spec: which leaves form a pair, as in `scale_by_gram`.
 
     Examples:
-        >>> tx = reflora_s(optax.sgd(1.0), warmup=0)
+        >>> tx = reflora_s(optax.sgd(1.0), warmup_steps=0)
         >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.full((1, 2), 2.0)}
         >>> updates, _ = tx.update(params, tx.init(params), params)
         >>> updates["lora_a"][0], updates["lora_b"][0]
         (Array([-0.5], dtype=float32), Array([-4., -4.], dtype=float32))
     """
     return optax.with_extra_args_support(
-        optax.chain(scale_by_balance(warmup, scalar=True, spec=spec), inner)
+        optax.chain(scale_by_balance(warmup_steps, scalar=True, spec=spec), inner)
     )

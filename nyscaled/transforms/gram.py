@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
 from nyscaled.numerics import exponent, norm, shift
-from nyscaled.pairing import (
+from nyscaled.transforms.pairing import (
     Spec,
     canonical,
     groups,
@@ -135,9 +135,9 @@ def scale_by_gram(
 
 
 class ScaleByNormalizedGramState(NamedTuple):
-    """How many updates were made."""
+    """The number of updates that were made."""
 
-    steps: Any
+    count: Any
 
 
 def scale_by_normalized_gram(
@@ -184,11 +184,11 @@ def scale_by_normalized_gram(
             f = linalg.factor(shift(partner, -e), shift(weight, -e) ** 2)
             inverse = f.solve(jnp.eye(g.shape[1], dtype=g.dtype))
             first = jnp.any(factor) if position == 0 else jnp.zeros((), bool)
-            rests = (state.steps == 0) & (first | ~jnp.any(partner))
+            rests = (state.count == 0) & (first | ~jnp.any(partner))
             return jnp.where(rests, g, f.solve(g) / norm(inverse))
 
         new = map_gradients(precondition, spec, updates, params)
-        return new, ScaleByNormalizedGramState(optax.safe_increment(state.steps))
+        return new, ScaleByNormalizedGramState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -22,13 +22,13 @@ from jaxtyping import Array
 
 from nyscaled import linalg, validation
 from nyscaled.numerics import root
-from nyscaled.pairing import Spec, groups, map_gradients, require_params
+from nyscaled.transforms.pairing import Spec, groups, map_gradients, require_params
 
 
 def scale_by_residual_gram(
-    factor: Any = 1.0, noise_level: Any = 0.0, *, spec: Spec = None
+    damping_scale: Any = 1.0, noise_level: Any = 0.0, *, spec: Spec = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditions gradients of factors by (XᵀX + λI)⁻¹ with λ = factor·√|f − noise_level|.
+    """Preconditions gradients of factors by (XᵀX + λI)⁻¹ with λ = damping_scale·√|f − noise_level|.
 
     `update` reads f from `value=`, as optax's line searches do, or √f from `root_value=`, which fits
     where f overflows or underflows. Where f is the least value that
@@ -36,7 +36,7 @@ def scale_by_residual_gram(
     than too high.
 
     Args:
-        factor: c > 0. For the losses ¼‖𝒜(XXᵀ) − b‖² of this package √f = ½‖·‖; c = 1 is the
+        damping_scale: c > 0. For the losses ¼‖𝒜(XXᵀ) − b‖² of this package √f = ½‖·‖; c = 1 is the
             value of the references up to that constant, and results depend on it little.
         noise_level: f_noise ≥ 0, the loss at the truth: σ²/4 on problems of
             `problems.sensing.gaussian`.
@@ -47,7 +47,7 @@ def scale_by_residual_gram(
 
     Raises:
         ValueError: by `init`, as `scale_by_gram`; by `update`, without params or value; on
-            factor ≤ 0 or a negative noise level.
+            damping_scale ≤ 0 or a negative noise level.
 
     Examples:
         >>> tx = scale_by_residual_gram()
@@ -57,7 +57,7 @@ def scale_by_residual_gram(
         Array([[0.25],
                [0.25]], dtype=float32)
     """
-    validation.require_scalar("factor", factor, 0, float("inf"), open_low=True)
+    validation.require_scalar("damping_scale", damping_scale, 0, float("inf"), open_low=True)
     validation.require_scalar("noise_level", noise_level, 0, float("inf"), open_low=False)
 
     def init(params: optax.Params) -> optax.EmptyState:
@@ -84,7 +84,7 @@ def scale_by_residual_gram(
         # √|f − f_noise| from roots, which fit where f does not.
         root_value, level = jnp.asarray(root_value), jnp.sqrt(noise_level)
         product = root(jnp.abs(root_value - level)) * root(root_value + level)
-        damping = factor * product
+        damping = damping_scale * product
 
         @linalg.full_precision
         def precondition(_: int, g: Array, factor: Array, partner: Array) -> Array:
@@ -97,18 +97,18 @@ def scale_by_residual_gram(
 
 def precgd(
     learning_rate: optax.ScalarOrSchedule,
-    factor: Any = 1.0,
+    damping_scale: Any = 1.0,
     noise_level: Any = 0.0,
     *,
     spec: Spec = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """PrecGD: X⁺ = X − η ∇f(X)(XᵀX + λ_t I)⁻¹ with λ_t = factor·√|f(X_t) − noise_level|.
+    """PrecGD: X⁺ = X − η ∇f(X)(XᵀX + λ_t I)⁻¹ with λ_t = damping_scale·√|f(X_t) − noise_level|.
 
     `solvers.gradient_step(problem, precgd(0.5))` passes the loss by itself.
 
     Args:
         learning_rate: η > 0, or an optax schedule. 0.5 suits ¼‖𝒜(XXᵀ) − b‖².
-        factor: see `scale_by_residual_gram`.
+        damping_scale: see `scale_by_residual_gram`.
         noise_level: see `scale_by_residual_gram`.
         spec: see `scale_by_residual_gram`.
 
@@ -127,7 +127,7 @@ def precgd(
     validation.require_scalar("learning_rate", learning_rate, 0, float("inf"), open_low=True)
     return optax.with_extra_args_support(
         optax.chain(
-            scale_by_residual_gram(factor, noise_level, spec=spec),
+            scale_by_residual_gram(damping_scale, noise_level, spec=spec),
             optax.scale_by_learning_rate(learning_rate),
         )
     )

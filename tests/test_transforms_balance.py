@@ -15,7 +15,7 @@ import nyscaled as nys
 
 @functools.partial(jax.jit, static_argnames="scalar")
 def scaled(params, grads, scalar=False):
-    tx = nys.scale_by_balance(warmup=0, scalar=scalar)
+    tx = nys.scale_by_balance(warmup_steps=0, scalar=scalar)
     return tx.update(grads, tx.init(params), params)[0]
 
 
@@ -86,7 +86,7 @@ def test_scalar_form_is_the_ratio_of_norms():
 @pytest.mark.parametrize("alias", [nys.reflora, nys.reflora_s])
 def test_the_first_updates_are_those_of_the_optimizer_alone(alias):
     params = nys.Factors(normal(1, (M, R)), 3 * normal(2, (N, R)))
-    tx = alias(optax.sgd(1.0), warmup=2)
+    tx = alias(optax.sgd(1.0), warmup_steps=2)
     update, state = jax.jit(tx.update), tx.init(params)
     grads = jax.tree.map(lambda x: -x, params)
     for _ in range(2):
@@ -111,8 +111,8 @@ def test_a_zero_factor_scales_nothing_and_a_deficient_one_has_the_scalar_form():
 
 
 def test_negative_warmup_raises():
-    with pytest.raises(ValueError, match="warmup is -1"):
-        nys.reflora(optax.sgd(1.0), warmup=-1)
+    with pytest.raises(ValueError, match="warmup_steps is -1"):
+        nys.reflora(optax.sgd(1.0), warmup_steps=-1)
 
 
 def test_default_warmup_passes_a_hundred_gradients_through():

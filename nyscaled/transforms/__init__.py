@@ -1,0 +1,42 @@
+"""Optax transforms over low-rank factors and pairs of factors, and which leaves form a pair.
+
+Each `scale_by_…` transform replaces gradients by preconditioned ones. The others are chained from them:
+`scaled_gd`, `precgd`, `lora_p`, `nora_plus`, `reflora`, `reflora_s`. All of them are in `nyscaled` too.
+"""
+
+from nyscaled.transforms.balance import (
+    ScaleByBalanceState,
+    reflora,
+    reflora_s,
+    scale_by_balance,
+)
+from nyscaled.transforms.gram import (
+    ScaleByGramState,
+    ScaleByNormalizedGramState,
+    lora_p,
+    nora_plus,
+    scale_by_gram,
+    scale_by_normalized_gram,
+    scaled_gd,
+)
+from nyscaled.transforms.pairing import FactorSpec, default_spec, pair_spec
+from nyscaled.transforms.residual import precgd, scale_by_residual_gram
+
+__all__ = [
+    "FactorSpec",
+    "ScaleByBalanceState",
+    "ScaleByGramState",
+    "ScaleByNormalizedGramState",
+    "default_spec",
+    "lora_p",
+    "nora_plus",
+    "pair_spec",
+    "precgd",
+    "reflora",
+    "reflora_s",
+    "scale_by_balance",
+    "scale_by_gram",
+    "scale_by_normalized_gram",
+    "scale_by_residual_gram",
+    "scaled_gd",
+]
