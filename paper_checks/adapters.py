@@ -292,7 +292,7 @@ def _nora(key: Any, weight: Any, rank: int, scale: Any) -> nys.Factors:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _spectral(key: Any, weight: Any, rank: int, scale: Any) -> nys.Factors:
+def _spectral(key: Any, weight: Any, rank: int, scale: Any) -> Any:
     return nys.initializers.spectral(nys.problems.Asymmetric(weight), rank)
 
 

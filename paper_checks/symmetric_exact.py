@@ -91,7 +91,7 @@ def lemma_2ii(start: Start = "nystrom") -> Measured:
     )
 
 
-def _residual(x: jax.Array, a: jax.Array) -> jax.Array:
+def _residual(x: jnp.ndarray, a: jnp.ndarray) -> jnp.ndarray:
     """‖XXᵀ − A‖_F by the library."""
     return nys.problems.Symmetric(a).residual(x)
 

@@ -33,7 +33,7 @@ def instances() -> Instance:
     """One of each seed."""
     keys = common.keys(SEEDS, 100)
     make = jax.jit(jax.vmap(lambda key: nys.spectra.rectangular(key, M, N, jnp.ones(RANK))[1:]))
-    return Instance(*make(keys), jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
+    return Instance(*make(keys), key=jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
 
 
 def spectrum(kappa: Any) -> Any:
