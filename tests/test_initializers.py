@@ -99,7 +99,7 @@ def test_rescaling_refuses_what_has_no_best_scale():
     for x, matrix in ((normal(0, (M, R)), -a), (jnp.zeros((M, R)), a)):
         with pytest.raises(ValueError, match="expected it positive"):
             initializers.rescaled(x, matrix)
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected"):
         initializers.rescaled(normal(0, (N, R)), a)
 
 

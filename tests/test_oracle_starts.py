@@ -176,7 +176,7 @@ def test_rescaled_start_has_the_least_loss_on_its_ray():
         (lambda: initializers.spectral(RECTANGULAR["sensing"](), N + 1), f"rank is {N + 1}"),
         (lambda: initializers.rescaled(jnp.zeros((M, 2)), SQUARE["sensing"]()), "positive"),
         (lambda: initializers.rescaled(X, RECTANGULAR["sensing"]()), "expected Factors"),
-        (lambda: initializers.rescaled(X[1:], SQUARE["sensing"]()), "wanted"),
+        (lambda: initializers.rescaled(X[1:], SQUARE["sensing"]()), "expected"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(make, wanted):
