@@ -1,6 +1,8 @@
 """Adapt a Flax NNX model with NoRA and NoRA+, save it for PEFT, serve two adapters, and merge."""
 
 # --8<-- [start:adapt]
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -54,8 +56,6 @@ print(float(value))
 # --8<-- [end:fast]
 
 # --8<-- [start:serve]
-import tempfile  # noqa: E402
-
 folder = tempfile.mkdtemp()
 nys.lora.save_peft(model, folder, base_model="my-model")
 nys.lora.load_peft(model, folder, name="reloaded")
