@@ -93,3 +93,12 @@ def run_pytest(folder, marks, **environment):
     )
     none = done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and marks == "long"
     assert none or (done.returncode == 0 and " passed" in done.stdout), done.stdout + done.stderr
+
+
+def skip_without_float16(dtype):
+    """Skips a case of float16 on processors for which XLA cannot convert it."""
+    if dtype == jnp.float16:
+        try:
+            jnp.zeros(2).astype(dtype).block_until_ready()
+        except jax.errors.JaxRuntimeError:
+            pytest.skip("XLA has no float16 for this processor")

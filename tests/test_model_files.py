@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from cases import skip_without_float16
 from model_cases import MODELS, change, load
 
 import nyscaled as nys
@@ -299,6 +300,7 @@ def test_weights_that_are_not_finite_are_taken_as_they_are(folder):
     ],
 )
 def test_weights_that_are_finite_stay_so(value, dtype, message, folder):
+    skip_without_float16(dtype)
     change(folder, tensors={"model.norm.weight": np.full(16, value)})
     if message is None:
         assert jnp.isfinite(nys.models.load(folder, dtype=dtype)[0].norm.scale[...]).all()

@@ -6,7 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FORMS, KEY, M, N, R, normal, operator, psd, rectangular
+from cases import (
+    FORMS,
+    KEY,
+    M,
+    N,
+    R,
+    normal,
+    operator,
+    psd,
+    rectangular,
+    skip_without_float16,
+)
 from jax.experimental.sparse import BCOO
 
 import nyscaled as nys
@@ -105,6 +116,7 @@ def test_zero_matrix(entry, form):
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_, jnp.bfloat16, jnp.float16, jnp.complex64])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_matrix_of_another_dtype(entry, dtype):
+    skip_without_float16(dtype)
     with raises(f"A has dtype {jnp.dtype(dtype).name}", "expected float32 or float64"):
         entry(jnp.eye(4).astype(dtype))
 
