@@ -7,7 +7,7 @@ import inspect
 from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 Matrix = Float[Array, "m n"]
 Scalar = Float[Array, ""]
@@ -40,6 +40,35 @@ class LinearMap(Protocol):
     def T(self) -> Any: ...
 
     def __matmul__(self, other: Any) -> Any: ...
+
+
+Params = Any
+"""A point of a problem: an array X (m, r), or `Factors`."""
+
+
+@runtime_checkable
+class Step(Protocol):
+    """An iteration as pure functions of a state; the step is a pytree that holds the problem.
+
+    `update` of the steps in `nyscaled.solvers` is compiled, with the step as an argument. Under
+    `jax.jit(step.update)` the matrix would be a constant of the program.
+    """
+
+    def init(self, params: Params) -> Any:
+        """Return the state at the start; ValueError if `params` do not fit the problem."""
+        ...
+
+    def update(self, state: Any) -> Any:
+        """Return the state after one more iteration."""
+        ...
+
+    def params(self, state: Any) -> Params:
+        """Return the factors, in the caller's coordinates."""
+        ...
+
+    def status(self, state: Any) -> ArrayLike:
+        """Return `Status.MAX_STEPS`, or with which `Status` a run has to end here."""
+        ...
 
 
 def static_field(**kwargs: Any) -> Any:

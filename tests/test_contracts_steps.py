@@ -1,5 +1,7 @@
 """Contracts that every initializer and every step must meet."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -113,15 +115,15 @@ def instance(kind, seed):
 def test_step_is_a_triple_of_pure_functions_that_run_agrees_with(kind, name):
     a, problem, start = instance(kind, 0)
     step = (SYMMETRIC_STEPS if kind == "symmetric" else ASYMMETRIC_STEPS)[name](problem(a))
-    init, update, params = jax.jit(step.init), jax.jit(step.update), jax.jit(step.params)
-    state = init(start)
-    chex.assert_trees_all_close(params(state), start, atol=1e-5)
-    rows = [params(state)]
+    state = step.init(start)
+    chex.assert_trees_all_close(step.params(state), start, atol=1e-5)
+    rows = [step.params(state)]
     for _ in range(2):
-        new = update(state)
+        new = step.update(state)
         chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
         state = new
-        rows.append(params(state))
+        rows.append(step.params(state))
+    assert step.status(state) == nys.solvers.Status.MAX_STEPS
     solution = nys.solvers.run(step, start, 2, record=lambda x: x)
     wanted = jax.tree.map(lambda *x: jnp.stack(x), *rows)
     chex.assert_trees_all_close(solution.history, wanted, rtol=1e-3, atol=1e-4)
@@ -151,3 +153,44 @@ def test_steps_are_batched_over_matrices_and_starts_by_vmap(kind, name):
     found = jax.jit(jax.vmap(final))(*stack)
     wanted = jax.tree.map(lambda *x: jnp.stack(x), *map(final, matrices, starts))
     chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def large_constants_are_errors():
+    """Raises where a compiled program contains an array of 1000 bytes or more."""
+    before = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", 1000)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="A large amount of constants were captured")
+        yield
+    jax.config.update("jax_captured_constants_warn_bytes", before)
+
+
+@pytest.mark.long_beyond(3)
+@pytest.mark.parametrize(("kind", "name"), STEPS)
+@pytest.mark.usefixtures("large_constants_are_errors")
+def test_no_compiled_program_contains_the_matrix(kind, name):
+    a, problem, start = instance(kind, 0)
+    problem = problem(a)
+    step = (SYMMETRIC_STEPS if kind == "symmetric" else ASYMMETRIC_STEPS)[name](problem)
+    step.update(step.init(start))
+    nys.solvers.run(step, start, 3, problem.loss)
+    nys.solvers.run_until(step, start, problem.loss, tol=0.0, max_steps=3)
+
+
+@pytest.mark.usefixtures("large_constants_are_errors")
+def test_a_matrix_that_is_a_constant_of_a_program_is_seen():
+    a, problem, start = instance("symmetric", 0)
+    step = nys.solvers.scaled_step(problem(a))
+    with pytest.raises(UserWarning, match="constants were captured"):
+        jax.jit(lambda state: step.update(state))(step.init(start))
+
+
+def test_an_update_on_another_matrix_does_not_compile_again():
+    sizes = []
+    for seed in range(2):
+        a, problem, start = instance("symmetric", seed)
+        step = nys.solvers.scaled_step(problem(a), 0.5 - 0.1 * seed)
+        step.update(step.init(start))
+        sizes.append(nys.solvers.ScaledStep.update._cache_size())
+    assert sizes[0] == sizes[1]

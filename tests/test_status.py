@@ -93,7 +93,7 @@ def test_infinite_measure_does_not_end_a_run_and_nan_does():
     start = nys.initializers.nystrom(jax.random.key(1), a, R)
     solution = nys.solvers.run_until(step, start, lambda x: jnp.inf * jnp.max(x**2), 1.0, 3)
     assert (solution.status, int(solution.num_steps)) == (Status.MAX_STEPS, 3)
-    with pytest.raises(ValueError, match="NON_FINITE by step 0: the measure is NaN"):
+    with pytest.raises(ValueError, match=r"NON_FINITE by step 0: .* the measure is NaN"):
         nys.solvers.run_until(step, start, lambda x: jnp.nan * x[0, 0], 1.0, 3)
 
 
@@ -104,7 +104,7 @@ def test_message_names_the_cause():
         nys.solvers.run_until(gd, normal(0, (M, R)), lambda x: x[0, 0] ** 2, tol=0.0)
     assert "semidefinite" not in str(error.value)
     indefinite = nys.problems.Symmetric(a - 0.5 * jnp.eye(M))
-    with pytest.raises(ValueError, match=r"DIVERGED .* not positive semidefinite") as error:
+    with pytest.raises(ValueError, match=r"INDEFINITE .* not positive semidefinite") as error:
         nys.solvers.run(nys.solvers.scaled_step(indefinite), normal(0, (M, R)), 3)
     assert "learning rate" not in str(error.value)
 
@@ -114,16 +114,16 @@ def test_a_measure_within_the_tolerance_does_not_make_a_failed_run_converged():
     solution = nys.solvers.run_until(
         step, normal(0, (M, R)), lambda x: 0 * x[0, 0], 1.0, throw=False
     )
-    assert solution.status is Status.DIVERGED
+    assert solution.status is Status.INDEFINITE
 
 
 def test_a_matrix_that_is_a_little_indefinite_is_seen():
     with pytest.raises(ValueError, match="not positive semidefinite"):
         nys.initializers.nystrom(jax.random.key(0), psd()[0] - 3e-4 * jnp.eye(M), R + 1)
     step = nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0] - 3e-4 * jnp.eye(M)))
-    assert bool(step.init(normal(0, (M, R + 1))).indefinite)
+    assert step.status(step.init(normal(0, (M, R + 1)))) == Status.INDEFINITE
     step = nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0]))
-    assert not bool(step.init(normal(0, (M, R + 1))).indefinite)
+    assert step.status(step.init(normal(0, (M, R + 1)))) == Status.MAX_STEPS
 
 
 @pytest.mark.long

@@ -1,11 +1,12 @@
 """Steps, the paper's iterations as triples of pure functions, and the two loops that run them.
 
-A step has `init(factors) -> state`, `update(state) -> state` and `params(state) -> factors`. It is
-a pytree: the matrix and the step size are arguments of the compiled loop, so equal shapes never
-compile twice, and steps can be built inside `jit` and `vmap`.
+A step has `init(factors) -> state`, `update(state) -> state`, `params(state) -> factors` and
+`status(state)`, which reports a failure. It is a pytree: the matrix and the step size are arguments
+of the compiled loop, so equal shapes never compile twice, and steps can be built inside `jit` and
+`vmap`. `update` is compiled in the same way when it is called by itself.
 """
 
-from nyscaled.solvers.loops import Solution, Status, Step, run, run_until
+from nyscaled.solvers.loops import Solution, run, run_until
 from nyscaled.solvers.modified import ModifiedState, ModifiedStep, modified_step, unbalance
 from nyscaled.solvers.polar import (
     PolarState,
@@ -14,6 +15,7 @@ from nyscaled.solvers.polar import (
     qdwh_step,
     scaled_newton_step,
 )
+from nyscaled.solvers.status import Status
 from nyscaled.solvers.steps import (
     GradientState,
     GradientStep,
@@ -24,6 +26,7 @@ from nyscaled.solvers.steps import (
     scaled_step,
     staircase,
 )
+from nyscaled.typing import Step
 
 __all__ = [
     "GradientState",

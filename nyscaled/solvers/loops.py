@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.extend
@@ -17,23 +16,8 @@ from jaxtyping import Array
 
 from nyscaled import validation
 from nyscaled.matrices import as_array
-from nyscaled.numerics import tree_norm
-from nyscaled.typing import as_partial
-
-Params = Any
-
-
-class Status(enum.IntEnum):
-    """How a run ended; an int32 array under jit and vmap."""
-
-    CONVERGED = 0
-    """The measure fell to the tolerance (`run_until` only)."""
-    MAX_STEPS = 1
-    """All steps were made."""
-    NON_FINITE = 2
-    """NaN or Inf in the factors, or NaN in the measure. (A measure may be infinite.)"""
-    DIVERGED = 3
-    """The factors outgrew the start and A by 1/eps, or A is indefinite."""
+from nyscaled.solvers.status import Status
+from nyscaled.typing import Params, Step, as_partial
 
 
 class Solution(NamedTuple):
@@ -55,71 +39,20 @@ class Solution(NamedTuple):
     value: Any = None
 
 
-@runtime_checkable
-class Step(Protocol):
-    """What the loops ask of a step: pure functions, on a pytree that is the step itself."""
-
-    def init(self, params: Params) -> Any:
-        """The state at the start; ValueError if `params` do not fit."""
-        ...
-
-    def update(self, state: Any) -> Any:
-        """One iteration."""
-        ...
-
-    def params(self, state: Any) -> Params:
-        """The factors, in the caller's coordinates."""
-        ...
+def _all(test: Callable[[Any], Array], tree: Any) -> Array:
+    return jnp.all(jnp.array([jnp.all(test(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-class _Cause(enum.IntEnum):
-    """Why a run failed."""
-
-    NONE = 0
-    FACTORS = 1
-    MEASURE = 2
-    GROWTH = 3
-    INDEFINITE = 4
-
-
-_STATUS = (
-    Status.MAX_STEPS,
-    Status.NON_FINITE,
-    Status.NON_FINITE,
-    Status.DIVERGED,
-    Status.DIVERGED,
-)
-_WHY = {
-    _Cause.FACTORS: "NaN or Inf in the factors; the learning rate is too large, a factor lost its "
-    "rank, or a product left the range of the dtype",
-    _Cause.MEASURE: "the measure is NaN, although the factors are finite",
-    _Cause.GROWTH: "the factors grew to 1/eps times the size of the start and of A; the learning "
-    "rate is too large, or a preconditioner without damping met factors that lost their rank",
-    _Cause.INDEFINITE: "A is not positive semidefinite on the range of the start "
-    "(problems.Asymmetric takes any matrix)",
-}
-
-
-def _cause(step: Step, state: Any, value: Any) -> Array:
-    """A `_Cause`, of states that have `limit` or `indefinite` or neither."""
-    params = step.params(state)
-
-    def every(test: Callable[[Any], Array], tree: Any) -> Array:
-        return jnp.all(jnp.array([jnp.all(test(x)) for x in jax.tree.leaves(tree)]))
-
-    grown = tree_norm(params) > getattr(state, "limit", jnp.inf)
-    cause = jnp.where(grown, _Cause.GROWTH, _Cause.NONE)
-    cause = jnp.where(every(lambda x: ~jnp.isnan(x), value), cause, _Cause.MEASURE)
-    cause = jnp.where(every(jnp.isfinite, params), cause, _Cause.FACTORS)
-    return jnp.where(getattr(state, "indefinite", False), _Cause.INDEFINITE, cause)
-
-
-def _status(cause: Array) -> Array:
-    return jnp.array(_STATUS, jnp.int32)[cause]
+def _status(step: Step, state: Any, value: Any) -> Array:
+    """A `Status` as an int32 array: what the step reports, and NON_FINITE."""
+    status = jnp.asarray(step.status(state), jnp.int32)
+    finite = _all(jnp.isfinite, step.params(state)) & _all(lambda x: ~jnp.isnan(x), value)
+    # An indefinite A is the cause of NaN in the factors, and NaN never of an indefinite A.
+    return jnp.where(finite | (status == Status.INDEFINITE), status, Status.NON_FINITE)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _scan(step: Step, params: Params, num_steps: int, record: Any) -> tuple[Solution, Array]:
+def _scan(step: Step, params: Params, num_steps: int, record: Any) -> Solution:
     def body(state: Any, _: None) -> tuple[Any, Any]:
         return step.update(state), record(step.params(state))
 
@@ -127,17 +60,14 @@ def _scan(step: Step, params: Params, num_steps: int, record: Any) -> tuple[Solu
     final = step.params(state)
     last = record(final)
     history = jax.tree.map(lambda h, x: jnp.concatenate([h, jnp.asarray(x)[None]]), history, last)
-    cause = _cause(step, state, None)
-    return Solution(final, history, _status(cause), jnp.int32(num_steps)), cause
+    return Solution(final, history, _status(step, state, None), jnp.int32(num_steps))
 
 
 @jax.jit
-def _while(
-    step: Step, params: Params, measure: Any, tol: Any, max_steps: Any
-) -> tuple[Solution, Array]:
+def _while(step: Step, params: Params, measure: Any, tol: Any, max_steps: Any) -> Solution:
     def evaluate(state: Any, count: Any) -> tuple[Any, Any, Any, Any]:
         value = _require_real("the measure", measure(step.params(state)))
-        status = _status(_cause(step, state, value))
+        status = _status(step, state, value)
         reached = (status == Status.MAX_STEPS) & (value <= tol)
         return state, count, value, jnp.where(reached, jnp.int32(Status.CONVERGED), status)
 
@@ -151,8 +81,7 @@ def _while(
     state, count, value, status = lax.while_loop(
         unfinished, body, evaluate(step.init(params), jnp.int32(0))
     )
-    solution = Solution(step.params(state), None, status, count, value)
-    return solution, _cause(step, state, value)
+    return Solution(step.params(state), None, status, count, value)
 
 
 # `lax.while_loop` has no reverse mode. This says so in our words, before it does in its own.
@@ -224,17 +153,16 @@ def _check_start(params: Params) -> Params:
     return params
 
 
-def _finish(solution: Solution, cause: Any, throw: bool) -> Solution:
+def _finish(solution: Solution, throw: bool) -> Solution:
     if not validation.is_concrete(solution.status) or jnp.ndim(solution.status):
         return solution
-    solution = solution._replace(status=Status(int(solution.status)))
-    if throw and solution.status in (Status.NON_FINITE, Status.DIVERGED):
+    status = Status(int(solution.status))
+    if throw and status not in (Status.CONVERGED, Status.MAX_STEPS):
         raise ValueError(
-            f"the run ended {solution.status.name} by step {int(solution.num_steps)}: "
-            f"{_WHY[_Cause(int(cause))]} "
+            f"the run ended {status.name} by step {int(solution.num_steps)}: {status.message} "
             "(throw=False returns the solution with its status and history)"
         )
-    return solution
+    return solution._replace(status=status)
 
 
 def run(
@@ -269,8 +197,7 @@ def run(
     _require_run(step, params, record=recorder)
     params = _check_start(params)
     recorder = as_partial(recorder)
-    solution, cause = _scan(step, params, count, recorder)
-    return _finish(solution, cause, throw)
+    return _finish(_scan(step, params, count, recorder), throw)
 
 
 def run_until(
@@ -313,7 +240,7 @@ def run_until(
     tol = _require_real("tol", tol)
     validation.require_scalar("tol", tol, 0, float("inf"), open_low=False)
     params = _check_start(params)
-    solution, cause = _while(step, params, as_partial(measure), tol, count)
+    solution = _while(step, params, as_partial(measure), tol, count)
     differentiable = jax.tree.map(_forward_only.bind, (solution.params, solution.value))
     solution = solution._replace(params=differentiable[0], value=differentiable[1])
-    return _finish(solution, cause, throw)
+    return _finish(solution, throw)

@@ -12,8 +12,10 @@ References:
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -23,8 +25,8 @@ from nyscaled import validation
 from nyscaled.lapack import svd
 from nyscaled.linalg import full_precision
 from nyscaled.problems import Asymmetric, Sensing
-from nyscaled.solvers.steps import GradientState, GradientStep, Params, gradient_step
-from nyscaled.typing import Factors, pytree_dataclass
+from nyscaled.solvers.steps import GradientState, GradientStep, gradient_step
+from nyscaled.typing import Factors, Params, pytree_dataclass
 
 
 @full_precision
@@ -59,11 +61,6 @@ class ModifiedState(NamedTuple):
     step: Int[Array, ""]
     inner: GradientState
 
-    @property
-    def limit(self) -> Array:
-        """The norm of the factors beyond which the run has diverged."""
-        return self.inner.limit
-
 
 @pytree_dataclass
 class ModifiedStep:
@@ -77,6 +74,7 @@ class ModifiedStep:
         """The start and the transformation's state; ValueError unless `params` are Factors."""
         return ModifiedState(jnp.zeros((), jnp.int32), self.descent.init(params))
 
+    @functools.partial(jax.jit, inline=True)
     def update(self, state: ModifiedState) -> ModifiedState:
         """One step of descent; before the one with number `at`, the refactoring."""
 
@@ -90,6 +88,10 @@ class ModifiedStep:
     def params(self, state: ModifiedState) -> Params:
         """The factors."""
         return state.inner.factors
+
+    def status(self, state: ModifiedState) -> Array:
+        """That of the descent."""
+        return self.descent.status(state.inner)
 
 
 def modified_step(

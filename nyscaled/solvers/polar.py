@@ -17,8 +17,10 @@ References:
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -28,6 +30,7 @@ from nyscaled.lapack import eigh, svd
 from nyscaled.numerics import clipped, norm
 from nyscaled.problems import Symmetric
 from nyscaled.solvers.rank import cut_rank
+from nyscaled.solvers.status import Status
 from nyscaled.typing import Scalar, pytree_dataclass, static_field
 
 Scaling = Literal["byers_xu", "optimal", "frobenius"]
@@ -102,6 +105,10 @@ class _PolarStep:
         """X in the caller's coordinates."""
         return state.factors @ state.rotation.T
 
+    def status(self, state: PolarState) -> Array:
+        """INDEFINITE if the start has seen that A is not positive semidefinite."""
+        return jnp.where(state.indefinite, Status.INDEFINITE, Status.MAX_STEPS)
+
 
 @pytree_dataclass
 class ScaledNewtonStep(_PolarStep):
@@ -110,6 +117,7 @@ class ScaledNewtonStep(_PolarStep):
     problem: Any
     scaling: Scaling = static_field(default="byers_xu")
 
+    @functools.partial(jax.jit, inline=True)
     @linalg.full_precision
     def update(self, state: PolarState) -> PolarState:
         """One step; A is met only in A @ thin."""
@@ -139,6 +147,7 @@ class QDWHStep(_PolarStep):
 
     problem: Any
 
+    @functools.partial(jax.jit, inline=True)
     @linalg.full_precision
     def update(self, state: PolarState) -> PolarState:
         """One step; A is met only in A @ thin."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,10 +16,9 @@ from nyscaled.matrices import transpose_times
 from nyscaled.numerics import tree_norm
 from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.solvers.rank import cut_rank
+from nyscaled.solvers.status import Status
 from nyscaled.transforms.gram import require_step_size
-from nyscaled.typing import Factors, as_partial, pytree_dataclass, static_field
-
-Params = Any
+from nyscaled.typing import Factors, Params, as_partial, pytree_dataclass, static_field
 
 
 class ScaledState(NamedTuple):
@@ -44,6 +44,7 @@ class ScaledStep:
         cut = cut_rank(self.problem, params, undamped)
         return ScaledState(jnp.zeros((), jnp.int32), cut.factors, cut.rotation, cut.indefinite)
 
+    @functools.partial(jax.jit, inline=True)
     @linalg.full_precision
     def update(self, state: ScaledState) -> ScaledState:
         """One step; A is met only in A @ thin (and Aᵀ @ thin)."""
@@ -59,6 +60,10 @@ class ScaledStep:
     def params(self, state: ScaledState) -> Params:
         """The factors in the caller's coordinates."""
         return jax.tree.map(lambda f: f @ state.rotation.T, state.factors)
+
+    def status(self, state: ScaledState) -> Array:
+        """INDEFINITE if the start has seen that a symmetric A is not positive semidefinite."""
+        return jnp.where(state.indefinite, Status.INDEFINITE, Status.MAX_STEPS)
 
 
 def _symmetric(a: Any, x: Array, eta: Array, damping: Any) -> Array:
@@ -160,6 +165,7 @@ class GradientStep:
         limit = jnp.maximum(limit, jnp.asarray(size, limit.dtype) / jnp.finfo(limit.dtype).eps)
         return GradientState(params, self.tx.init(params), jnp.zeros((), jnp.int32), limit)
 
+    @functools.partial(jax.jit, inline=True)
     def update(self, state: GradientState) -> GradientState:
         """One step, or one sweep over both factors if alternating."""
         params, opt_state, step, limit = state
@@ -185,6 +191,11 @@ class GradientStep:
     def params(self, state: GradientState) -> Params:
         """The factors."""
         return state.factors
+
+    def status(self, state: GradientState) -> Array:
+        """DIVERGED if the norm of the factors is beyond the state's limit."""
+        grown = tree_norm(state.factors) > state.limit
+        return jnp.where(grown, Status.DIVERGED, Status.MAX_STEPS)
 
 
 def _limit(params: Params) -> Array:
