@@ -51,7 +51,7 @@ for _ in range(8):
     adapters, state, value = language_step(adapters, state, base, tokens, mask)
 print(float(value))
 nnx.update(model, adapters)
-nys.lora.save_peft(model, "adapter", base_model="SmolLM2", names="llama", task_type="CAUSAL_LM")
+nys.lora.save_peft(model, "adapter", base_model="SmolLM2", task_type="CAUSAL_LM")
 nys.lora.merge(model)
 nys.lora.remove(model)
 nys.models.save(model, "merged", tokenizer)  # transformers loads this folder

@@ -170,11 +170,12 @@ def bytes_of(tree: Any) -> int:
     )
 
 
-def compile_step(graphdef: Any, params: Any, rest: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def compile_step(
+    graphdef: Any, params: Any, rest: Any, base: Any, mesh: Mesh
+) -> tuple[Any, tuple[Any, ...]]:
     """The training step, ahead of time, and its arguments."""
     tx = optax.adamw(1e-4)
     whole = NamedSharding(mesh, PartitionSpec())
-    base = nys.models.shardings(rest, mesh)
     factors = beside_kernels(params, base)
     moments = optax.tree_map_params(
         tx, lambda _, s: s, jax.eval_shape(tx.init, params), factors,
@@ -204,9 +205,9 @@ def compile_step(graphdef: Any, params: Any, rest: Any, mesh: Mesh) -> tuple[Any
     return jitted.lower(*arguments, tokens, mask).compile(), arguments
 
 
-def compile_start(rest: Any, rank: int, mesh: Mesh) -> Any:
+def compile_start(rest: Any, base: Any, rank: int) -> Any:
     """NoRA's start of one layer of the largest kernel, as `nys.lora.apply` computes it."""
-    values = jax.tree.leaves(placed(rest, nys.models.shardings(rest, mesh)))
+    values = jax.tree.leaves(placed(rest, base))
     kernel = max((x for x in values if x.ndim == 3), key=lambda x: x.size)
 
     def start(key: Any, kernel: Any, index: Any) -> Any:
@@ -223,8 +224,9 @@ def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int
     devices = jax.devices()[: math.prod(sizes)]
     mesh = Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(axes))
     graphdef, params, rest = abstract(make, config, rank, targets)
+    layout = nys.models.shardings(rest, mesh, family=make.family)
     with jax.set_mesh(mesh):
-        compiled, (adapters, state, base) = compile_step(graphdef, params, rest, mesh)
+        compiled, (adapters, state, base) = compile_step(graphdef, params, rest, layout, mesh)
     memory = compiled.memory_analysis()
     held = {"base": base, "adapters": adapters, "optimizer": state}
     taken = {key: bytes_of(tree) for key, tree in held.items()}
@@ -240,7 +242,7 @@ def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int
         " × ".join(f"{k} {v}" for k, v in axes.items()),
         **taken,
         temporaries=memory.temp_size_in_bytes,
-        start=compile_start(rest, rank, mesh).memory_analysis().temp_size_in_bytes,
+        start=compile_start(rest, layout, rank).memory_analysis().temp_size_in_bytes,
     )
 
 

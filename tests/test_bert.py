@@ -76,7 +76,7 @@ def test_saved_and_loaded_again(name, tmp_path):
     assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architectures"] == [NAMES[name].architecture]
+    assert config["architectures"] == [NAMES[name].family.architecture]
     if name == "bert":
         assert config["id2label"] == {"0": "no", "1": "perhaps", "2": "yes"}
         assert config["label2id"] == {"no": 0, "perhaps": 1, "yes": 2}
@@ -199,7 +199,7 @@ def trained(tmp_path_factory):
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=TRAINED)
     losses = [float(step(model, optimizer, inputs, jnp.array([0, 1, 0]))) for _ in range(10)]
     assert losses[-1] < 0.9 * losses[0]
-    saving = {"base_model": "tiny", "names": "bert", "task_type": "SEQ_CLS"}
+    saving = {"base_model": "tiny", "task_type": "SEQ_CLS"}
     with pytest.raises(
         ValueError, match="the head from the adapter's folder; expected it in modules"
     ):
@@ -215,7 +215,7 @@ def test_a_trained_head_goes_with_its_adapter(trained):
     inputs, _ = expected("bert_encoder")
     again = fresh(1)
     assert (again.classifier.kernel[...] != model.classifier.kernel[...]).all()
-    nys.lora.load_peft(again, folder, names="bert")
+    nys.lora.load_peft(again, folder)
     wanted = call(model, *inputs)
     np.testing.assert_allclose(call(again, *inputs), wanted, atol=2e-5)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -238,7 +238,7 @@ def test_heads_that_do_not_fit(labels, lost, message, trained, tmp_path):
     model = fresh(1, labels)
     before = arrays(model)
     with pytest.raises(ValueError, match=message):
-        nys.lora.load_peft(model, folder, names="bert")
+        nys.lora.load_peft(model, folder)
     jax.tree.map(np.testing.assert_array_equal, arrays(model), before)
 
 
@@ -254,9 +254,7 @@ def test_heads_that_do_not_fit(labels, lost, message, trained, tmp_path):
 )
 def test_what_cannot_be_saved_whole(path, message, trained, tmp_path):
     with pytest.raises(ValueError, match=message):
-        nys.lora.save_peft(
-            trained[0], tmp_path, base_model="tiny", names="bert", modules_to_save=[path]
-        )
+        nys.lora.save_peft(trained[0], tmp_path, base_model="tiny", modules_to_save=[path])
     assert not list(tmp_path.iterdir())
 
 

@@ -16,10 +16,11 @@ from flax import nnx
 from gguf import GGMLQuantizationType as Kind
 
 import nyscaled as nys
+from nyscaled.checkpoints import gguf as gguf_files
 from nyscaled.checkpoints import gguf_layout
 from nyscaled.checkpoints.folder import open_folder
-from nyscaled.checkpoints.gguf import open_gguf
 from nyscaled.models import LinearScaling, YarnScaling
+from nyscaled.models.family import gguf_maps
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 NAMES = {
@@ -113,6 +114,10 @@ def write(path, name, kind=Kind.F32, metadata=(), tensors=(), order=gguf.GGUFEnd
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def open_gguf(path):
+    return gguf_files.open_gguf(path, gguf_maps())
 
 
 def arrays(model):
@@ -340,7 +345,7 @@ ROPE = np.array([1, 8], np.float32)
 @pytest.mark.parametrize(
     ("metadata", "tensors", "message"),
     [
-        ({"general.architecture": "qwen2"}, {}, "'qwen2'; expected one of gemma, llama"),
+        ({"general.architecture": "mamba"}, {}, "'mamba'; expected one of gemma, llama"),
         ({"split.count": 3}, {}, "one of 3 parts; expected them merged"),
         ({"split.count": "x"}, {}, "one of x parts; expected them merged"),
         (

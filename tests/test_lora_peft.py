@@ -13,7 +13,6 @@ from flax import nnx
 
 import nyscaled as nys
 from nyscaled.checkpoints import files
-from nyscaled.lora.names import family
 
 KEY = jax.random.key(0)
 NAMES = {
@@ -257,29 +256,6 @@ def test_saved_over_another(folder):
     save(model, folder)
     assert sorted(os.listdir(folder)) == ["README.md", CONFIG, TENSORS]
     assert set(nys.lora.load_peft(Model(), folder, names=NAMES)) == {"items.0", "items.1"}
-
-
-def test_families():
-    assert family("opt")("m.decoder.layers.3.fc1", ()) == "model.decoder.layers.3.fc1"
-    assert family("gemma")("layers.mlp.gate_proj", (2,)) == "model.layers.2.mlp.gate_proj"
-    assert family("llama")("norm", ()) == "model.norm"
-    assert (
-        family("opt")("layers.final_layer_norm", (0,)) == "model.decoder.layers.0.final_layer_norm"
-    )
-    assert {family(name)("lm_head", ()) for name in ("opt", "llama", "gemma")} == {"lm_head"}
-    bert = family("bert")
-    assert bert("layer.output.dense", (1,)) == "bert.encoder.layer.1.output.dense"
-    for path, index in [
-        ("layers.3.self_attn.out_proj", ()),
-        ("layers.self_attn.q_proj", ()),
-        ("layers.3.self_attn.q_proj", (1,)),
-        ("layers.self_attn.q_proj", (1, 2)),
-        ("score", ()),
-        ("layers.0.norm", ()),
-        ("layers.0.my_self_attn.q_proj", ()),
-    ]:
-        with pytest.raises(ValueError, match="no layer of the family 'llama'"):
-            family("llama")(path, index)
 
 
 def test_names_by_a_function(tmp_path):

@@ -295,7 +295,7 @@ def test_targeted_layer_without_tensors_refused(folder):
 
 def test_tensors_without_a_layer_refused(folder):
     refused(folder, r"layers\.0\.(up|down).*no layer", names=None)
-    refused(folder, "no layer", names="llama")
+    refused(folder, "no layer", names=nys.models.Llama.family.layer_name)
     refused(folder, "no layer", model=nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0))))
 
 
@@ -390,8 +390,7 @@ def test_save_refused(tmp_path):
         ({}, "names has None"),
         (NAMES | {"layers.up": "layers.up"}, "expected a name with 1"),
         (NAMES | {"out": "heads"}, "another layer's"),
-        ("gpt", "names is 'gpt'"),
-        ("llama", "no layer of the family"),
+        (nys.models.Llama.family.layer_name, "no layer of the family 'llama'"),
     ]:
         with pytest.raises(ValueError, match=match):
             nys.lora.save_peft(model, tmp_path, base_model="mine", names=names)

@@ -28,18 +28,14 @@ def moved(model, *kinds):
     return model
 
 
-def names_of(name):
-    return "llama" if name == "llama3" else name
-
-
-def save(model, folder, name, **options):
-    nys.lora.save_peft(model, folder, base_model="mine", names=names_of(name), **options)
+def save(model, folder, **options):
+    nys.lora.save_peft(model, folder, base_model="mine", **options)
     return safetensors.numpy.load_file(folder / TENSORS)
 
 
 def again(folder, name):
     model = load(name)
-    nys.lora.load_peft(model, folder, names=names_of(name))
+    nys.lora.load_peft(model, folder)
     return model
 
 
@@ -68,7 +64,7 @@ def test_heads_and_embeddings_are_adapted(name, init, tmp_path):
     if init == "lora":
         rows = embed.embedding[...] + 1.5 * a @ b
         np.testing.assert_allclose(embed(tokens), rows[tokens], atol=1e-5)
-    tensors = save(model, tmp_path, name)
+    tensors = save(model, tmp_path)
     embedding = next(k for k in tensors if k.endswith("embed_tokens.lora_embedding_A"))
     assert tensors[embedding].shape[1] == model.config.vocab_size
     assert "base_model.model.lm_head.lora_B.weight" in tensors
@@ -83,7 +79,7 @@ def test_an_adapted_embedding_leaves_the_tied_head_and_is_not_merged(name, tmp_p
     model, (tokens, mask, _) = load(name), expected(name)
     nys.lora.apply(model, 2, targets="embed_tokens", key=KEY, embeddings=True)
     moved(model)
-    save(model, tmp_path, name)
+    save(model, tmp_path)
     loaded = again(tmp_path, name)
     assert loaded.config.tie_word_embeddings
     wanted = call(model, tokens, mask)
@@ -105,7 +101,7 @@ def test_layers_of_any_kind_are_saved_whole(name, tmp_path):
     paths += [] if name in TIED else ["lm_head"]
     nys.lora.apply(model, 2, targets=r".*q_proj", key=KEY)
     moved(model, *(path.split(".")[-1] for path in paths))
-    tensors = save(model, tmp_path, name, modules_to_save=paths)
+    tensors = save(model, tmp_path, modules_to_save=paths)
     assert sum(f".layers.1.{inside[0]}.weight" in key for key in tensors) == 1
     # PEFT would tear a tied head from its embedding, which are therefore written both.
     assert "base_model.model.lm_head.weight" in tensors
@@ -120,7 +116,7 @@ def test_a_tied_head_that_peft_tore_off_gets_weights_of_its_own(name, tmp_path):
     model.untie()
     nys.lora.apply(model, 2, targets=r".*q_proj", key=KEY)
     moved(model, "lm_head")
-    save(model, tmp_path, name, modules_to_save=["lm_head"])
+    save(model, tmp_path, modules_to_save=["lm_head"])
     loaded = again(tmp_path, name)
     assert not loaded.config.tie_word_embeddings
     np.testing.assert_array_equal(call(loaded, tokens, mask), call(model, tokens, mask))
@@ -134,7 +130,7 @@ def test_a_tied_head_that_peft_tore_off_gets_weights_of_its_own(name, tmp_path):
         json.dumps(config | {"modules_to_save": ["lm_head", "embed_tokens"]})
     )
     with pytest.raises(ValueError, match=r"only one of them has .*embed_tokens\.weight"):
-        nys.lora.load_peft(tied, tmp_path, names=name)
+        nys.lora.load_peft(tied, tmp_path)
     assert tied.config.tie_word_embeddings
     assert not hasattr(tied, "lm_head")
 
@@ -238,7 +234,7 @@ def test_whole_tensors_refused(value, match, tmp_path):
     written(tmp_path, None, extra={"lm_head.weight": value(table())}, modules_to_save=["lm_head"])
     model = load("llama")
     with pytest.raises(ValueError, match=match):
-        nys.lora.load_peft(model, tmp_path, names="llama")
+        nys.lora.load_peft(model, tmp_path)
     assert not nys.lora.adapted_layers(model)
 
 
@@ -251,7 +247,7 @@ def test_modules_to_save_refused(tmp_path):
         ("layers.self_attn", "expected a layer without adapters"),
     ]:
         with pytest.raises(ValueError, match=match):
-            save(model, tmp_path, "gemma", modules_to_save=[path])
+            save(model, tmp_path, modules_to_save=[path])
 
 
 def test_a_norm_is_meant_by_the_end_of_its_name(tmp_path):
@@ -260,7 +256,7 @@ def test_a_norm_is_meant_by_the_end_of_its_name(tmp_path):
     nys.lora.apply(model, 2, targets=".*q_proj", key=KEY)
     moved(model, "norm", "input_layernorm")
     paths = ["norm", "layers.input_layernorm", "layers.post_attention_layernorm"]
-    save(model, tmp_path, "llama", modules_to_save=paths)
+    save(model, tmp_path, modules_to_save=paths)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {"modules_to_save": ["norm"]}))
     tokens, mask, _ = expected("llama")

@@ -45,7 +45,6 @@ def test_adapters_leave_the_output_and_go_through_files(name, init, tmp_path):
     tokens, mask, _ = expected(name)
     model = load(name)
     before = call(model, tokens, mask)
-    family = model.config.model_type
     targets = r".*(q_proj|v_proj|down_proj|fc2)"
     touched = nys.lora.apply(model, 2, targets=targets, init=init, key=KEY)
     assert len(touched) == 3
@@ -54,9 +53,9 @@ def test_adapters_leave_the_output_and_go_through_files(name, init, tmp_path):
         layer.adapters["default"].lora_b[...] += 0.1
     after = call(model, tokens, mask)
     assert jnp.max(jnp.abs(after - before)) > 1e-2
-    nys.lora.save_peft(model, tmp_path, base_model=name, names=family)
+    nys.lora.save_peft(model, tmp_path, base_model=name)
     again = load(name)
-    nys.lora.load_peft(again, tmp_path, names=family)
+    nys.lora.load_peft(again, tmp_path)
     np.testing.assert_allclose(call(again, tokens, mask), after, atol=2e-5)
 
 
@@ -70,7 +69,9 @@ def test_merged_adapters_are_saved_and_others_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has layers\.self_attn.*adapters.*nys\.lora\.merge"):
         nys.models.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="model is a Linear; expected one of Bert, Gemma"):
+    with pytest.raises(
+        ValueError, match="model is a Linear; expected one of Bert, BertClassifier, Gemma"
+    ):
         nys.models.save(model.lm_head, tmp_path)
     nys.lora.merge(model)
     nys.lora.remove(model)

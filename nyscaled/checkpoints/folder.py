@@ -9,15 +9,15 @@ from __future__ import annotations
 import functools
 import numbers
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nyscaled.checkpoints import files, swap
+from nyscaled.checkpoints.source import CONFIG, blocks_of
 
-CONFIG = "config.json"
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_SIZE = 2**30  # bytes
@@ -27,10 +27,10 @@ _WEIGHTS = TENSORS, INDEX, f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
 
 
 class Folder:
-    """An open model folder, see `open_folder`.
+    """An open model folder, a `WeightSource`; see `open_folder`.
 
     Attributes:
-        path: where it is.
+        path: path of the folder.
         config: what `config.json` holds.
     """
 
@@ -43,7 +43,7 @@ class Folder:
 
     @property
     def config_path(self) -> Path:
-        """The file that `config` is from."""
+        """The file that `config` comes from."""
         return self.path / CONFIG
 
     @property
@@ -52,49 +52,45 @@ class Folder:
         return tuple(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it.
+        """Return the shape of a tensor, without reading it.
+
+        Args:
+            name: name of the tensor.
 
         Raises:
-            ValueError: if there is none of this name.
+            ValueError: if no tensor has this name.
         """
         _, file = self._place(name)
         return tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, in the dtype of the file (`ml_dtypes.bfloat16`, say).
+        """Return a tensor in the dtype of the file (for example `ml_dtypes.bfloat16`).
+
+        Args:
+            name: name of the tensor.
 
         Raises:
-            ValueError: if there is none of this name, or its dtype is none of NumPy's.
+            ValueError: if no tensor has this name, or NumPy lacks its dtype.
         """
         path, file = self._place(name)
         return files.read_tensor(file, path, name)
 
     def blocks(self, name: str, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """A tensor in blocks of rows, each with the number of its first row.
+        """Yield a tensor in blocks of rows, each with the number of its first row.
 
-        A block is read from the mapped file as it is asked for, so that a large tensor is never
-        whole in memory. A scalar is one block.
+        A block is read from the mapped file when it is asked for, so that a large tensor is never
+        whole in memory.
 
         Args:
-            name: of the tensor.
-            size: bytes of a block at the most, but a block has one row at the least.
+            name: name of the tensor.
+            size: most bytes in a block, which has at least one row.
 
         Raises:
             ValueError: as `read` does.
         """
-        shape = self.shape(name)
-        if not shape or 0 in shape:  # without rows, or without bytes in them
-            yield 0, self.read(name)
-            return
-        rows = self._rows(name)
-        count = max(1, size // rows(slice(0, 1)).nbytes)
-        for first in range(0, shape[0], count):
-            yield first, rows(slice(first, min(first + count, shape[0])))
-
-    def _rows(self, name: str) -> Callable[[slice], np.ndarray]:
-        """What gives rows of a tensor."""
         path, file = self._place(name)
-        return functools.partial(files.read_tensor, file, path, name)
+        rows = functools.partial(files.read_tensor, file, path, name)
+        return blocks_of(self.shape(name), lambda: self.read(name), rows, size)
 
     def _place(self, name: str) -> tuple[Path, Any]:
         if name not in self._places:

@@ -45,10 +45,12 @@ def save_peft(
         folder: made if missing. Its two files are replaced, each at once.
         base_model: hub id or path of the base, which PEFT's `AutoPeftModel` looks up.
         name: of the set.
-        names: what PEFT's model calls the layers: None for our own dotted paths; "opt", "llama",
-            "gemma" or "bert" for transformers' models with a head; a mapping from our paths,
-            with `{}` for the place in a stack; or a function `(path, index) -> name`, which raises
-            ValueError on a path that it does not know. `index` is () outside of stacks.
+        names: what PEFT's model calls the layers. None asks the model (its method `layer_name`,
+            which those of `nys.models` have), and stands for the model's own dotted paths where
+            it has none. Otherwise a mapping from those paths, with `{}` for the position in a
+            stack, or a function `(path, index) -> name`, which raises ValueError on a path that it
+            does not know, such as `nys.models.Llama.family.layer_name`. `index` is `()` outside
+            of stacks.
         modules_to_save: paths of layers that were trained themselves (a new head, an embedding,
             norms), or of modules that hold such, to be saved whole.
         task_type: PEFT's, such as "CAUSAL_LM", or None. With "SEQ_CLS", "TOKEN_CLS" and
@@ -83,7 +85,7 @@ def save_peft(
     stabilized = not others and all(
         a.rank_stabilized and a.start is None for a in adapters.values()
     )
-    to_name = resolve(names)
+    to_name = resolve(names, model)
     updates: dict[str, peft.Update] = {}
     owners: dict[str, Adapter] = {}
     for path, adapter in adapters.items():
@@ -167,7 +169,7 @@ def load_peft(
     inject.require_new_name(name)
     dtype = inject.floating(dtype)
     saved = peft.read(folder)
-    to_name = resolve(names)
+    to_name = resolve(names, model)
     head = whole.own_head(model, saved, to_name)
     layers, modules = _modules(model, to_name, head)
     owners = {module: path for path, of_path in modules.items() for module in of_path}

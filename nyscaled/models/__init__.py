@@ -4,6 +4,7 @@ from nyscaled.models.bert import Bert, BertConfig
 from nyscaled.models.blocks import Numerics
 from nyscaled.models.classify import BertClassifier, sentence_vectors
 from nyscaled.models.embeddings import resize_token_embeddings
+from nyscaled.models.family import Family, register
 from nyscaled.models.gated import GatedConfig
 from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.generate import generate
@@ -19,6 +20,7 @@ __all__ = [
     "BertClassifier",
     "BertConfig",
     "DynamicScaling",
+    "Family",
     "GatedConfig",
     "Gemma",
     "GemmaConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "YarnScaling",
     "generate",
     "load",
+    "register",
     "resize_token_embeddings",
     "save",
     "sentence_vectors",

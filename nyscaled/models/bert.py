@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -16,6 +16,7 @@ from nyscaled.linalg import full_precision
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.config import Config, TokenId
+from nyscaled.models.family import Family, LanguageModel, register
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -53,14 +54,6 @@ class BertConfig(Config):
     """
 
     model_type = "bert"
-    generates = False
-    root = "bert."
-    # Its constants; the heads that it was trained with, of masked words and of the next sentence.
-    left_out = (
-        r"(bert\.)?embeddings\.(position_ids|token_type_ids)|cls\.seq_relationship\.(weight|bias)|"
-        r"cls\.predictions\.(bias|decoder\.(weight|bias)"
-        r"|transform\.(dense\.(weight|bias)|LayerNorm\.(weight|bias|gamma|beta)))"
-    )
     fixed: ClassVar = {
         "position_embedding_type": ("absolute", None),
         "is_decoder": (False,),
@@ -242,7 +235,8 @@ class Encoder(nnx.Module):
         )
 
 
-class Bert(nnx.Module):
+@register
+class Bert(LanguageModel):
     """The encoder of Devlin et al., 2019.
 
     Module paths are those of transformers, with the layers stacked:
@@ -265,8 +259,35 @@ class Bert(nnx.Module):
         (2, 5, 8)
     """
 
-    architecture: ClassVar[str] = "BertModel"
-    prefix: ClassVar[str] = ""
+    family = Family(
+        config=BertConfig,
+        architecture="BertModel",
+        root="bert.",
+        stack="encoder.layer",
+        outside=("embeddings", "pooler"),
+        head=None,
+        split_inputs=("output.dense",),  # of attention and of the MLP
+        # Its constants; the heads that it was trained with, of masked words and of the next sentence.
+        ignored=(
+            r"(bert\.)?embeddings\.(position_ids|token_type_ids)"
+            r"|cls\.seq_relationship\.(weight|bias)|cls\.predictions\.(bias"
+            r"|decoder\.(weight|bias)"
+            r"|transform\.(dense\.(weight|bias)|LayerNorm\.(weight|bias|gamma|beta)))"
+        ),
+        generates=False,
+    )
+
+    @classmethod
+    def build(cls, config: BertConfig, tensors: Sequence[str], **options: Any) -> Bert:
+        """Return the model of a file, with a pooler if the file has one.
+
+        Args:
+            config: the configuration in the file.
+            tensors: names of the tensors in the file.
+            **options: `numerics` and `rngs`.
+        """
+        pooler = any(name.endswith("pooler.dense.weight") for name in tensors)
+        return cls(config, pooler=pooler, **options)
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models.sharding import split_batch
@@ -35,8 +36,8 @@ class Numerics:
         ValueError: on a dtype that is not floating, or float64 without JAX's 64-bit mode.
     """
 
-    dtype: Any = jnp.float32
-    compute_dtype: Any = None
+    dtype: DTypeLike = jnp.float32
+    compute_dtype: DTypeLike | None = None
     remat: bool = False
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models import blocks
@@ -47,7 +48,7 @@ class Cache:
     length: Int[Array, ""]
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> Cache:
+    def empty(cls, shape: tuple[int, int, int, int, int], dtype: DTypeLike) -> Cache:
         """With (layers, batch, capacity, kv_heads, head_dim) zeros."""
         zeros = jnp.zeros(shape, dtype)
         return cls(zeros, zeros, jnp.zeros(shape[1:3], bool), jnp.zeros((), jnp.int32))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nyscaled.linalg import full_precision
-from nyscaled.models.bert import Bert, head_options, new_pooler
+from nyscaled.models.bert import Bert, BertConfig, head_options, new_pooler
 from nyscaled.models.blocks import Mask, Tokens
+from nyscaled.models.family import LanguageModel, register
 
 
 def sentence_vectors(
@@ -41,7 +41,8 @@ def sentence_vectors(
     return total * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
 
 
-class BertClassifier(nnx.Module):
+@register
+class BertClassifier(LanguageModel):
     """A linear head on the pooler's output: transformers' `BertForSequenceClassification`.
 
     The head is new: normal weights of deviation 0.02 (the original's) and zero biases. An encoder
@@ -67,8 +68,20 @@ class BertClassifier(nnx.Module):
         ((8, 2), ('negative', 'positive'))
     """
 
-    architecture: ClassVar[str] = "BertForSequenceClassification"
-    prefix: ClassVar[str] = ""
+    family = dataclasses.replace(
+        Bert.family, architecture="BertForSequenceClassification", head="classifier"
+    )
+
+    @classmethod
+    def build(cls, config: BertConfig, tensors: Sequence[str], **options: Any) -> BertClassifier:
+        """Return the model of a file.
+
+        Args:
+            config: the configuration in the file.
+            tensors: names of the tensors in the file.
+            **options: `numerics` and `rngs`.
+        """
+        return cls(Bert(config, **options), config.labels, rngs=options["rngs"])
 
     def __init__(self, encoder: Bert, labels: Sequence[str], *, rngs: nnx.Rngs) -> None:
         if not isinstance(encoder, Bert):
@@ -101,18 +114,3 @@ class BertClassifier(nnx.Module):
         Arguments and errors as in `Bert.__call__`.
         """
         return self.classifier(self.bert.pool(self.bert(tokens, mask, types), mask))
-
-
-def of_file(architectures: Sequence[str], names: Sequence[str]) -> Callable[..., Any]:
-    """What makes the model of a file, from its config, numerics and rngs.
-
-    Args:
-        architectures: of `config.json`, which tell a classifier from an encoder.
-        names: of the tensors, which tell whether an encoder has a pooler.
-    """
-    if BertClassifier.architecture in architectures:
-        return lambda config, *, numerics, rngs: BertClassifier(
-            Bert(config, numerics=numerics, rngs=rngs), config.labels, rngs=rngs
-        )
-    pooler = any(name.endswith("pooler.dense.weight") for name in names)
-    return functools.partial(Bert, pooler=pooler)

@@ -35,12 +35,6 @@ class Config:
     """
 
     model_type: ClassVar[str]
-    generates: ClassVar[bool] = True  # whether it is a causal language model's
-    # Begins the names of all tensors but the head's; files of a model without its head lack it.
-    root: ClassVar[str] = "model."
-    # Tensors that files may have and models do not, as an expression for the whole name: here
-    # constants of early LLaMA files, which follow from the configuration.
-    left_out: ClassVar[str] = r"(.*\.)?rotary_emb\.\w+"
     # Settings with one supported meaning: the values that stand for it, what is written first.
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
 

@@ -1,4 +1,4 @@
-"""The table of tokens and the head: made to share weights no more, and given other sizes."""
+"""Other numbers of tokens for a model: in its embedding and its head."""
 
 from __future__ import annotations
 
@@ -8,49 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float
 
 from nyscaled.models.config import LARGEST
-
-
-class WithHead(nnx.Module):
-    """What models have whose head may be their embedding.
-
-    Attributes:
-        config: says whether the two are tied.
-        embed_tokens: the embedding.
-        lm_head: the head, unless they are.
-    """
-
-    config: Any
-    embed_tokens: nnx.Embed
-    lm_head: nnx.Linear
-
-    def untie(self, head: nnx.Linear | None = None) -> None:
-        """Give the head weights of its own, equal to the embedding's; nothing if it has.
-
-        Adapters can then be put on `lm_head`, and the embedding be trained without it.
-
-        Args:
-            head: to be taken instead of a new one.
-        """
-        if self.config.tie_word_embeddings:
-            self.lm_head = self.new_head() if head is None else head
-            self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
-
-    def new_head(self) -> nnx.Linear:
-        """Return a linear layer that computes what `embed_tokens.attend` does."""
-        embed = self.embed_tokens
-        head = nnx.eval_shape(
-            lambda: nnx.Linear(
-                embed.features, embed.num_embeddings, use_bias=False, dtype=embed.dtype,
-                param_dtype=embed.param_dtype, rngs=nnx.Rngs(0),
-            )
-        )  # fmt: skip
-        head.kernel = nnx.Param(jnp.array(embed.embedding[...].T))
-        return head
 
 
 def resize_token_embeddings(
@@ -76,6 +37,7 @@ def resize_token_embeddings(
             tokens, head_rows where the head is the embedding or there is none, and on adapters.
 
     Examples:
+        >>> from flax import nnx
         >>> from nyscaled.models import Llama, LlamaConfig
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)

@@ -10,13 +10,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nyscaled.checkpoints.gguf import GgufMap
 from nyscaled.linalg import full_precision
 from nyscaled.models import blocks, rope
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
+from nyscaled.models.causal import CausalLM
 from nyscaled.models.config import Config, TokenId
-from nyscaled.models.embeddings import WithHead
 from nyscaled.models.rope import Rotation
+
+# llama.cpp's names.
+GGUF = GgufMap(
+    {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "output": "lm_head",
+        "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
+        "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
+        "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
+        "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
+        "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
+        "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+        "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
+        "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
+        "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +172,7 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
 
-class GatedDecoder(WithHead):
+class GatedDecoder(CausalLM):
     """A causal language model; subclasses say what sets their family apart.
 
     Module paths are those of transformers, with the layers stacked: `layers.self_attn.q_proj`
@@ -165,9 +184,6 @@ class GatedDecoder(WithHead):
         rngs: for random parameters; `nys.models.load` reads them instead.
     """
 
-    architecture: ClassVar[str]
-    prefix: ClassVar[str] = "model."
-    max_length: ClassVar[None] = None  # rotations have no end
     norm_offset: ClassVar[float]
     scaled_embedding: ClassVar[bool]
     activation: ClassVar[Callable[[Array], Array]]  # f of the MLP
@@ -187,23 +203,6 @@ class GatedDecoder(WithHead):
                 width, config.vocab_size, use_bias=False, rngs=rngs, **numerics.dtypes
             )
 
-    def __call__(
-        self,
-        tokens: Tokens,
-        mask: Mask | None = None,
-    ) -> Float[Array, "batch length vocab"]:
-        """Logits of the next token at each position, in the compute dtype.
-
-        Args:
-            tokens: ids, below `vocab_size` (others give NaN, at padding any will do).
-            mask: True (or 1) where there is a token and False where there is padding, on either
-                side; None for no padding. Logits at padding have no meaning.
-
-        Raises:
-            ValueError: unless tokens are integers (batch, length), and the mask of their shape.
-        """
-        return self.logits(self.hidden(tokens, mask)[0])
-
     @full_precision
     def hidden(
         self,
@@ -211,14 +210,6 @@ class GatedDecoder(WithHead):
         mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch length width"], Cache | None]:
-        """What the head reads, and the cache with these tokens.
-
-        Args:
-            tokens: as in a call; with a cache, those that follow the ones in it.
-            mask: as in a call.
-            cache: of `new_cache` or an earlier call, with room for the tokens (which is not
-                checked where its length is traced).
-        """
         config = self.config
         tokens, mask = blocks.prepare(tokens, mask, self.config.vocab_size)
         x = self.embed_tokens(tokens)
@@ -245,15 +236,6 @@ class GatedDecoder(WithHead):
         frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta, scaling, length)
         return rope.rotation(positions, frequencies, scaling.attention_factor if scaling else 1.0)
 
-    @full_precision
-    def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
-        """The head."""
-        tied = self.config.tie_word_embeddings
-        return self.embed_tokens.attend(x) if tied else self.lm_head(x)
-
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache with room for `capacity` tokens in each row, in the compute dtype."""
-        config = self.config
-        heads = config.num_key_value_heads, config.head_dim
-        shape = (config.num_hidden_layers, batch, capacity, *heads)
-        return Cache.empty(shape, self.numerics.dtypes["dtype"])
+    @property
+    def _cached_heads(self) -> tuple[int, int]:
+        return self.config.num_key_value_heads, self.config.head_dim

@@ -9,7 +9,8 @@ import jax
 from jaxtyping import Array
 
 from nyscaled.models.config import TokenId
-from nyscaled.models.gated import GatedConfig, GatedDecoder
+from nyscaled.models.family import Family, register
+from nyscaled.models.gated import GGUF, GatedConfig, GatedDecoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class GemmaConfig(GatedConfig):
     tie_word_embeddings: bool = True
 
 
+@register
 class Gemma(GatedDecoder):
     """Decoder with norms scaled by 1 + w, GeGLU, and embeddings times √width (Mesnard et al., 2024).
 
@@ -47,7 +49,11 @@ class Gemma(GatedDecoder):
         (3, 8, 12)
     """
 
-    architecture = "GemmaForCausalLM"
+    family = Family(
+        config=GemmaConfig,
+        architecture="GemmaForCausalLM",
+        gguf=GGUF._replace(norm_offset=1.0),  # files have 1 + w
+    )
     norm_offset = 1.0
     scaled_embedding = True
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nyscaled.checkpoints import files
-from nyscaled.checkpoints.folder import CONFIG
+from nyscaled.checkpoints.source import CONFIG
 from nyscaled.models.config import Config, sound
 
 FILE = "generation_config.json"

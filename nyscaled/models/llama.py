@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import Array
 
-from nyscaled.models.gated import GatedConfig, GatedDecoder
+from nyscaled.models.family import Family, register
+from nyscaled.models.gated import GGUF, GatedConfig, GatedDecoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class LlamaConfig(GatedConfig):
         return settings
 
 
+@register
 class Llama(GatedDecoder):
     """Pre-norm decoder with rotary positions, SwiGLU and grouped queries (Touvron et al., 2023).
 
@@ -71,7 +73,11 @@ class Llama(GatedDecoder):
         (2, 5, 16)
     """
 
-    architecture = "LlamaForCausalLM"
+    family = Family(
+        config=LlamaConfig,
+        architecture="LlamaForCausalLM",
+        gguf=GGUF._replace(interleaved=True),
+    )
     norm_offset = 0.0
     scaled_embedding = False
 

@@ -11,44 +11,34 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from nyscaled.checkpoints import files, hub, swap
 from nyscaled.checkpoints.folder import SHARD_SIZE, Folder, open_folder, write
 from nyscaled.checkpoints.gguf import SUFFIX, Gguf, open_gguf
-from nyscaled.models.bert import Bert, BertConfig
+from nyscaled.checkpoints.source import WeightSource
 from nyscaled.models.blocks import Numerics
-from nyscaled.models.classify import BertClassifier, of_file
-from nyscaled.models.config import Config
-from nyscaled.models.gemma import Gemma, GemmaConfig
+from nyscaled.models.family import MODELS, LanguageModel, gguf_maps
 from nyscaled.models.generation_config import FILE as GENERATION
 from nyscaled.models.generation_config import generation_config, with_generation
-from nyscaled.models.llama import Llama, LlamaConfig
 from nyscaled.models.matching import matched, tied_as_in_the_file
 from nyscaled.models.names import places
-from nyscaled.models.opt import Opt, OptConfig
 from nyscaled.models.sharding import require_mesh, shardings
 from nyscaled.models.tensors import read, tensors
 from nyscaled.models.tokenizer import Tokenizer
 from nyscaled.models.tokenizer_files import open_tokenizer
 from nyscaled.models.vocabulary import gguf_tokenizer
 
-FAMILIES: dict[str, tuple[type[Config], Any]] = {
-    "bert": (BertConfig, Bert),
-    "gemma": (GemmaConfig, Gemma),
-    "llama": (LlamaConfig, Llama),
-    "opt": (OptConfig, Opt),
-}
-
 
 def load(
     folder: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    dtype: Any = jnp.float32,
-    compute_dtype: Any = None,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
     remat: bool = False,
     mesh: Mesh | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Tokenizer | None]:
     """Reads a language model (LLaMA, Gemma 1, OPT, BERT) and its tokenizer.
 
     BERT is read as `BertClassifier` where `architectures` says `BertForSequenceClassification`,
@@ -103,8 +93,9 @@ def load(
     if mesh is not None:
         require_mesh(mesh)
     path = _located(folder, revision)
-    source, make, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
-    if tokenizer is not None and not config.generates:
+    source, model, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
+    family = model.family
+    if tokenizer is not None and not family.generates:
         tokenizer.settings["padding_side"] = tokenizer.settings.get("padding_side") or "right"
     tokens = 0 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
     if tokens > config.vocab_size:  # by the largest id, as ids may leave some out
@@ -115,14 +106,17 @@ def load(
         )
     numerics = Numerics(dtype, compute_dtype, remat)
     try:
-        abstract = nnx.eval_shape(lambda: make(config, numerics=numerics, rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(
+            lambda: model.build(config, source.names, numerics=numerics, rngs=nnx.Rngs(0))
+        )
     except (TypeError, OverflowError) as error:  # JAX's, on products of sizes
         raise ValueError(f"{source.config_path} has sizes that no array has: {error}") from error
     graphdef, state = nnx.split(abstract)
-    table = matched(source, places(state, abstract.prefix), config)
+    tied = config.tie_word_embeddings
+    table = matched(source, places(state, family), family, tied=tied)
     layout = dict.fromkeys(table)
     if mesh is not None:
-        layout = {p: v.get_value() for p, v in nnx.to_flat_state(shardings(state, mesh))}
+        layout = {p: v.get_value() for p, v in nnx.to_flat_state(shardings(abstract, mesh))}
     flat = [
         (path, variable.replace(read(source, table[path], variable, layout[path])))
         for path, variable in nnx.to_flat_state(state)
@@ -161,24 +155,24 @@ def save(
         OSError: if a file cannot be written, and nothing has changed; or if the swap fails, and
             the message says how it is ended.
     """
-    known = [*(model_class for _, model_class in FAMILIES.values()), BertClassifier]
+    known = [known for models in MODELS.values() for known in models]
     if type(model) not in known:
-        names = ", ".join(k.__name__ for k in known)
+        names = ", ".join(sorted(known.__name__ for known in known))
         raise ValueError(f"model is a {type(model).__name__}; expected one of {names}")
     if not isinstance(tokenizer, Tokenizer | None):
         raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; expected a Tokenizer or None")
     state = nnx.state(model)
-    table = places(state, model.prefix)
+    table = places(state, model.family)
     named = (
         pair
         for path, variable in nnx.to_flat_state(state)
         for pair in tensors(variable[...], table[path])
     )
     dtype = next(variable.dtype.name for _, variable in nnx.to_flat_state(state))
-    config = {"architectures": [model.architecture], **model.config.to_json()}
+    config = {"architectures": [model.family.architecture], **model.config.to_json()}
     config["torch_dtype"] = dtype
     texts: dict[str, str | None] = {} if tokenizer is None else tokenizer.files()
-    texts[GENERATION] = generation_config(model.config) if model.config.generates else None
+    texts[GENERATION] = generation_config(model.config) if model.family.generates else None
     write(folder, config, named, max_shard_size=max_shard_size, texts=texts)
 
 
@@ -193,23 +187,26 @@ def _located(folder: str | os.PathLike[str], revision: str | None) -> Path:
     return path
 
 
-def _read_all(path: Path) -> tuple[Folder, Any, Any, Tokenizer | None]:
-    """All but the values of the tensors: the open folder, its class, configuration and tokenizer."""
+def _read_all(
+    path: Path,
+) -> tuple[WeightSource, type[LanguageModel], Any, Tokenizer | None]:
+    """Open a file, and return it with its model's class, configuration and tokenizer."""
     is_file = path.is_file() or path.suffix == SUFFIX
-    source = open_gguf(path) if is_file else open_folder(path)
-    kind = source.config.get("model_type")
-    if kind not in list(FAMILIES):  # a list has == for what cannot be hashed
+    source = open_gguf(path, gguf_maps()) if is_file else open_folder(path)
+    model_type = source.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODELS:
         raise ValueError(
-            f"{source.config_path} has model_type {kind!r}; expected one of {', '.join(FAMILIES)}"
+            f"{source.config_path} has model_type {model_type!r}; expected one of "
+            f"{', '.join(sorted(MODELS))}"
         )
     if source.config.get("quantization_config"):
         raise ValueError(f"{source.path} is quantized; expected floating weights")
-    config_class, make = FAMILIES[kind]
-    if make is Bert:
-        architectures = source.config.get("architectures")
-        make = of_file(architectures if isinstance(architectures, list) else [], source.names)
+    architectures = source.config.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    models = MODELS[model_type]
+    model = next((m for m in models if m.family.architecture in named), models[0])
     try:
-        config = config_class.from_json(source.config)
+        config = model.family.config.from_json(source.config)
     except ValueError as error:
         raise ValueError(f"{source.config_path}: {files.brief(error)}") from None
     if config.num_hidden_layers > len(source.names):  # before anything is counted to
@@ -217,14 +214,14 @@ def _read_all(path: Path) -> tuple[Folder, Any, Any, Tokenizer | None]:
             f"{source.config_path} has {config.num_hidden_layers} layers, and {source.path} "
             f"{len(source.names)} tensors; expected some for each layer"
         )
-    if config.generates:
+    if model.family.generates:
         config = tied_as_in_the_file(source, config)
-    if config.generates and not isinstance(source, Gguf):
+    if model.family.generates and isinstance(source, Folder):
         config = with_generation(config, source.path, source.config)
-    return source, make, config, _tokenizer(source)
+    return source, model, config, _tokenizer(source)
 
 
-def _tokenizer(source: Folder) -> Tokenizer | None:
+def _tokenizer(source: WeightSource) -> Tokenizer | None:
     if not isinstance(source, Gguf):
         return open_tokenizer(source.path)
     try:

@@ -1,4 +1,4 @@
-"""Which tensor of a folder is which parameter's, in the forms that transformers reads."""
+"""Which tensor of a file is which parameter's, in the forms that transformers reads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import dataclasses
 import itertools
 import re
 import warnings
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from nyscaled.checkpoints import files
-from nyscaled.checkpoints.folder import CONFIG, Folder
+from nyscaled.checkpoints.source import CONFIG, WeightSource
 from nyscaled.models.config import Config
-from nyscaled.models.names import HEADS, Place
+from nyscaled.models.family import Family
+from nyscaled.models.names import Path, Place
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 BLOCK = 2**26  # bytes that are compared at a time
@@ -21,16 +22,20 @@ BLOCK = 2**26  # bytes that are compared at a time
 C = TypeVar("C", bound=Config)
 
 
-def tied_as_in_the_file(source: Folder, config: C) -> C:
+def tied_as_in_the_file(source: WeightSource, config: C) -> C:
     """Return the configuration, whose head is one of its own where the file has another.
 
     Where `tie_word_embeddings` is true and the file has a head that is not the embedding, the
     model has both, as in transformers, and there is a warning.
 
+    Args:
+        source: the open file.
+        config: what its configuration says.
+
     Raises:
         ValueError: in that case, for a family whose head is always the embedding.
     """
-    embedding = _embedding(source)
+    embedding = next((name for name in source.names if name.endswith(EMBEDDING)), None)
     if not config.tie_word_embeddings or embedding is None or HEAD not in source.names:
         return config
     if _equal(source, HEAD, embedding):
@@ -48,54 +53,60 @@ def tied_as_in_the_file(source: Folder, config: C) -> C:
 
 
 def matched(
-    source: Folder, table: dict[tuple[Any, ...], Place], config: Config
-) -> dict[tuple[Any, ...], Place]:
-    """Return the table with the names of this folder, in which each tensor has its parameter.
+    source: WeightSource, table: dict[Path, Place], family: Family, *, tied: bool
+) -> dict[Path, Place]:
+    """Return the table with the names of this file, in which each tensor has its parameter.
+
+    Args:
+        source: the open file.
+        table: place of each parameter, with the names that this package writes.
+        family: the model's family.
+        tied: whether the head is the embedding.
 
     Raises:
         ValueError: on a parameter without its tensor or with one of another shape, and on a
             tensor that belongs to no parameter.
     """
     names = set(source.names)
-    root = config.root if any(name.startswith(config.root) for name in names) else ""
+    root = family.root if any(name.startswith(family.root) for name in names) else ""
 
-    def there(name: str) -> str:
-        if name.partition(".")[0] not in HEADS:
-            name = root + name.removeprefix(config.root)
+    def name_in_file(name: str) -> str:
+        if name.partition(".")[0] != family.head:
+            name = root + name.removeprefix(family.root)
         older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         older = older.replace("LayerNorm.bias", "LayerNorm.beta")
         if older in names:
             return older
-        tied = config.tie_word_embeddings and name.endswith(EMBEDDING) and name not in names
-        return HEAD if tied and HEAD in names else name
+        is_head = tied and name.endswith(EMBEDDING) and name not in names and HEAD in names
+        return HEAD if is_head else name
 
-    found = {p: place._replace(names=tuple(map(there, place.names))) for p, place in table.items()}
-    wanted = {name: place.shape for place in found.values() for name in place.names}
-    _require_none("has no tensor for", source, wanted.keys() - names)
-    left = {n for n in names - wanted.keys() if not re.fullmatch(config.left_out, n)}
-    if config.tie_word_embeddings:
-        left.discard(HEAD)  # which is the embedding, see `tied_as_in_the_file`
-    _require_none(f"has tensors that a {config.model_type} has no parameter for:", source, left)
-    for name, shape in wanted.items():
+    places = {
+        path: place._replace(names=tuple(map(name_in_file, place.names)))
+        for path, place in table.items()
+    }
+    shapes = {name: place.shape for place in places.values() for name in place.names}
+    _require_none("has no tensor for", source, shapes.keys() - names)
+    unknown = {n for n in names - shapes.keys() if not re.fullmatch(family.ignored, n)}
+    if tied:
+        unknown.discard(HEAD)  # which is the embedding, see `tied_as_in_the_file`
+    _require_none(f"has tensors that a {family.model_type} has no parameter for:", source, unknown)
+    for name, shape in shapes.items():
         if source.shape(name) != shape:
             raise ValueError(
-                f"{source.path} has {name} of shape {source.shape(name)}; expected {shape}, by {CONFIG}"
+                f"{source.path} has {name} of shape {source.shape(name)}; expected {shape}, by "
+                f"{CONFIG}"
             )
-    return found
+    return places
 
 
-def _embedding(source: Folder) -> str | None:
-    return next((name for name in source.names if name.endswith(EMBEDDING)), None)
-
-
-def _equal(source: Folder, first: str, second: str) -> bool:
+def _equal(source: WeightSource, first: str, second: str) -> bool:
     if source.shape(first) != source.shape(second):
         return False
     blocks = (source.blocks(name, BLOCK) for name in (first, second))
     return all(i == j and np.array_equal(a, b) for (i, a), (j, b) in itertools.zip_longest(*blocks))
 
 
-def _require_none(what: str, source: Folder, names: set[str]) -> None:
+def _require_none(what: str, source: WeightSource, names: set[str]) -> None:
     if names:
         first = files.brief(", ".join(sorted(names)[:8]))
         raise ValueError(f"{source.path} {what} {first}{' …' if len(names) > 8 else ''}")

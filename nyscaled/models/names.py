@@ -6,12 +6,9 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from nyscaled.models.family import Family
+
 Path = tuple[Any, ...]
-
-# What is not under the root that the other names have.
-HEADS = "lm_head", "classifier"
-
-STACKS = "layers", "layer"
 
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
 
@@ -20,10 +17,10 @@ class Place(NamedTuple):
     """The tensors of one parameter.
 
     Attributes:
-        names: of one tensor, or of one a layer where the parameter is a stack.
-        stacked: whether its first axis is that of the layers.
+        names: names of the tensors: one per layer where the parameter is a stack, else one.
+        stacked: whether the parameter's first axis is that of the layers.
         transposed: whether the file has (out, in) where the parameter has (in, out).
-        shape: of each tensor in the file.
+        shape: shape of each tensor in the file.
     """
 
     names: tuple[str, ...]
@@ -32,38 +29,36 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def places(state: Any, prefix: str) -> dict[Path, Place]:
-    """The place of each parameter of a model.
+def places(state: Any, family: Family) -> dict[Path, Place]:
+    """Return the place of each parameter of a model.
 
-    The models' paths are transformers' names already, so that only the ends differ:
-    `layers.mlp.up_proj.kernel` holds `<prefix>layers.<i>.mlp.up_proj.weight` of each layer.
+    `layers.mlp.up_proj.kernel` holds `<root>layers.<i>.mlp.up_proj.weight` of each layer.
 
     Args:
-        state: the model's, which may be abstract.
-        prefix: of everything but heads.
+        state: the model's state, which may be abstract.
+        family: the model's family.
 
     Raises:
         ValueError: on a variable that is not the model's own, such as an adapter's.
     """
-    found = {}
+    table = {}
     for path, variable in nnx.to_flat_state(state):
         *modules, leaf = map(str, path)
-        if type(variable) is not nnx.Param or leaf not in _LEAVES:
+        layer, shape = ".".join(modules), tuple(variable.shape)
+        stacked = family.stack_module in modules
+        indices = [(i,) for i in range(shape[0])] if stacked and shape else [()]
+        try:
+            if type(variable) is not nnx.Param:
+                raise ValueError("it is not a parameter")
+            ending = _LEAVES[leaf]
+            names = tuple(f"{family.layer_name(layer, index)}.{ending}" for index in indices)
+        except (ValueError, KeyError):
             raise ValueError(
-                f"the model has {'.'.join(map(str, path))} ({type(variable).__name__}), which its "
-                "files have no place for; expected its own parameters alone (`nys.lora.merge` and "
+                f"the model has {'.'.join(map(str, path))} ({type(variable).__name__}), for which "
+                "its files have no place; expected only its own parameters (`nys.lora.merge` and "
                 "`nys.lora.remove` take care of adapters)"
-            )
-        shape = tuple(variable.shape)
-        parts = [*modules, _LEAVES[leaf]]
-        if modules[0] not in HEADS:
-            parts[0] = prefix + parts[0]
-        names = (".".join(parts),)
-        stack = next((i for i, module in enumerate(modules, 1) if module in STACKS), 0)
-        if stack:
-            before, after = ".".join(parts[:stack]), ".".join(parts[stack:])
-            names = tuple(f"{before}.{i}.{after}" for i in range(shape[0]))
-            shape = shape[1:]
+            ) from None
+        shape = shape[1:] if stacked else shape
         transposed = leaf == "kernel"
-        found[path] = Place(names, stack > 0, transposed, shape[::-1] if transposed else shape)
-    return found
+        table[path] = Place(names, stacked, transposed, shape[::-1] if transposed else shape)
+    return table

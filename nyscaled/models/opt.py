@@ -15,8 +15,9 @@ from nyscaled.linalg import full_precision
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
+from nyscaled.models.causal import CausalLM
 from nyscaled.models.config import Config, TokenId
-from nyscaled.models.embeddings import WithHead
+from nyscaled.models.family import Family, register
 
 EPS = 1e-5
 # The first rows of the table of positions belong to padding.
@@ -39,7 +40,6 @@ class OptConfig(Config):
     """
 
     model_type = "opt"
-    left_out = r"(model\.)?decoder\.version"  # of fairseq's files
     fixed: ClassVar = {
         "activation_function": ("relu",),
         "enable_bias": (True,),
@@ -130,7 +130,8 @@ class Layer(nnx.Module):
         return self.fc2(jax.nn.relu(self.fc1(x)))
 
 
-class Opt(WithHead):
+@register
+class Opt(CausalLM):
     """The causal language model of Zhang et al., 2022; its head is the embedding, if tied.
 
     Module paths are those of transformers, with the layers stacked: `layers.fc1` has a kernel
@@ -149,8 +150,20 @@ class Opt(WithHead):
         ((6, 8), (3, 8, 12))
     """
 
-    architecture: ClassVar[str] = "OPTForCausalLM"
-    prefix: ClassVar[str] = "model.decoder."
+    family = Family(
+        config=OptConfig,
+        architecture="OPTForCausalLM",
+        stack="decoder.layers",
+        outside=tuple(
+            f"decoder.{name}"
+            for name in (
+                *("embed_tokens", "embed_positions", "project_in", "project_out"),
+                "final_layer_norm",
+            )
+        ),
+        split_inputs=("out_proj", "fc2"),
+        ignored=r"(model\.)?decoder\.version",  # of fairseq's files
+    )
 
     def __init__(self, config: OptConfig, *, numerics: Numerics = FLOAT32, rngs: nnx.Rngs) -> None:
         self.config, self.numerics = config, numerics
@@ -171,25 +184,6 @@ class Opt(WithHead):
                 narrow, config.vocab_size, use_bias=False, rngs=rngs, **dtypes
             )
 
-    def __call__(
-        self,
-        tokens: Tokens,
-        mask: Mask | None = None,
-    ) -> Float[Array, "batch length vocab"]:
-        """Logits of the next token at each position, in the compute dtype.
-
-        Args:
-            tokens: ids, below `vocab_size` (others give NaN, at padding any will do).
-            mask: True (or 1) where there is a token and False where there is padding, on either
-                side; None for no padding. Tokens are counted without the padding. Logits at
-                padding have no meaning.
-
-        Raises:
-            ValueError: unless tokens are integers (batch, length), no longer than the table of
-                positions, and the mask of their shape.
-        """
-        return self.logits(self.hidden(tokens, mask)[0])
-
     @full_precision
     def hidden(
         self,
@@ -197,14 +191,12 @@ class Opt(WithHead):
         mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch length width"], Cache | None]:
-        """What the head reads, and the cache with these tokens.
+        """See `CausalLM.hidden`. Tokens beyond the table of positions give NaN with a cache.
 
         Args:
-            tokens: as in a call; with a cache, those that follow the ones in it, and give NaN
-                beyond the table of positions.
-            mask: as in a call.
-            cache: of `new_cache` or an earlier call, with room for the tokens (which is not
-                checked where its length is traced).
+            tokens: as in `CausalLM.hidden`.
+            mask: as in `CausalLM.hidden`.
+            cache: as in `CausalLM.hidden`.
         """
         config = self.config
         longest = self.max_length if cache is None else None
@@ -224,20 +216,21 @@ class Opt(WithHead):
 
     @full_precision
     def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
-        """The head."""
-        x = self.project_out(x) if self._projected else x
-        tied = self.config.tie_word_embeddings
-        return self.embed_tokens.attend(x) if tied else self.lm_head(x)
+        """Return the logits of hidden states.
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache with room for `capacity` tokens in each row, in the compute dtype."""
-        config, heads = self.config, self.config.num_attention_heads
-        shape = (config.num_hidden_layers, batch, capacity, heads, config.hidden_size // heads)
-        return Cache.empty(shape, self.numerics.dtypes["dtype"])
+        Args:
+            x: hidden states.
+        """
+        return super().logits(self.project_out(x) if self._projected else x)
+
+    @property
+    def _cached_heads(self) -> tuple[int, int]:
+        heads = self.config.num_attention_heads
+        return heads, self.config.hidden_size // heads
 
     @property
     def max_length(self) -> int:
-        """Tokens that a row may have."""
+        """Most tokens in a row."""
         return self.config.max_position_embeddings
 
     @property

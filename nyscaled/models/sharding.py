@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
@@ -10,19 +9,17 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from nyscaled.models.family import Family, LanguageModel
+
 FSDP, TENSOR = "fsdp", "tensor"
 
-# Kernels (in, out) whose input an earlier layer left split by "tensor". BERT calls both of them
-# `output.dense`.
-_ROWS = re.compile(r"(.*\.)?(o_proj|out_proj|down_proj|fc2|output\.dense)\.kernel")
 
-
-def shardings(model: Any, mesh: Mesh) -> Any:
-    """The sharding of each parameter, by the names of its modules.
+def shardings(model: Any, mesh: Mesh, *, family: Family | None = None) -> Any:
+    """Return the sharding of each parameter, by the names of its modules.
 
     "tensor" splits the heads and the insides of MLPs (Shoeybi et al., 2019): the outputs of
-    `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`, `fc1` and whatever else comes first, the
-    inputs of `o_proj`, `out_proj`, `down_proj`, `fc2`, and the tokens of embeddings and the head.
+    the first layers of both, the inputs of the second (the family's `split_inputs`, such as
+    `o_proj` and `down_proj`), and the tokens of embeddings and the head.
     "fsdp" splits the other side, and the batch, so that each layer is gathered when it is its turn
     (Rajbhandari et al., 2020): compile what calls the model under `jax.set_mesh(mesh)`, where it
     holds its activations to that. The axis of stacked layers is never split. An
@@ -32,14 +29,16 @@ def shardings(model: Any, mesh: Mesh) -> Any:
 
     Args:
         model: a model of this package, or its state; either may be abstract.
-        mesh: with one or both of the axes; others are not used.
+        mesh: mesh with one or both of the axes; others are not used.
+        family: the model's `family`, required with a state.
 
     Returns:
         The model's state with a `NamedSharding` for each value, as `jax.device_put` and `jax.jit`
         take it.
 
     Raises:
-        ValueError: if the mesh has neither axis, or axes that are not of type Auto.
+        ValueError: if the mesh has neither axis, or axes that are not of type Auto; on a state
+            without its family.
 
     Examples:
         >>> from nyscaled.models import Llama, LlamaConfig
@@ -55,8 +54,16 @@ def shardings(model: Any, mesh: Mesh) -> Any:
     """
     require_mesh(mesh)
     state = model if isinstance(model, nnx.State) else nnx.state(model)
+    if isinstance(model, LanguageModel):
+        family = model.family
+    if family is None:
+        raise ValueError(
+            f"model is a {type(model).__name__}; expected a model of this package, or the state "
+            "of one with its `family`"
+        )
+    ends = tuple(f".{name}.kernel" for name in family.split_inputs)
     flat = [
-        (path, variable.replace(NamedSharding(mesh, _spec(path, variable.shape, mesh))))
+        (path, variable.replace(NamedSharding(mesh, _spec(path, variable.shape, mesh, ends))))
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.from_flat_state(flat)
@@ -89,10 +96,12 @@ def require_mesh(mesh: Mesh) -> None:
         )
 
 
-def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(
+    path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh, split_inputs: tuple[str, ...]
+) -> PartitionSpec:
     """The axes of the mesh for the last two of a parameter's."""
-    name = ".".join(map(str, path))
-    if path[-1] == "embedding" or _ROWS.fullmatch(name):
+    name = ".".join(("", *map(str, path)))
+    if path[-1] == "embedding" or name.endswith(split_inputs):
         wanted = TENSOR, FSDP
     elif path[-1] == "kernel":
         wanted = FSDP, TENSOR

@@ -10,15 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from nyscaled.checkpoints.folder import Folder
+from nyscaled.checkpoints.source import WeightSource
 from nyscaled.models.names import Place
 
 BLOCK = 2**26  # bytes of a tensor that are in the host's memory at a time
 
 
-def read(source: Folder, place: Place, variable: Any, sharding: NamedSharding | None) -> Array:
+def read(
+    source: WeightSource, place: Place, variable: Any, sharding: NamedSharding | None
+) -> Array:
     """The parameter: each tensor goes into its layer's place on the device before the next is read.
 
     Beside the parameter itself, memory holds a block of a tensor's rows on the host and on the
@@ -49,7 +52,7 @@ def read(source: Folder, place: Place, variable: Any, sharding: NamedSharding | 
     return value
 
 
-def _require_held(what: str, piece: np.ndarray, dtype: Any) -> None:
+def _require_held(what: str, piece: np.ndarray, dtype: DTypeLike) -> None:
     """Require floating entries that are finite in a dtype if they are finite."""
     if not jnp.issubdtype(piece.dtype, jnp.floating):
         raise ValueError(f"{what} in {piece.dtype}; expected floating weights")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nyscaled.checkpoints.gguf import token_id
+from nyscaled.checkpoints.gguf_config import token_id
 from nyscaled.models import soundness
 from nyscaled.models.tokenizer import Tokenizer
 

@@ -262,13 +262,14 @@ def _make_gguf(folder: Path) -> None:
 def _read_gguf(folder: Path, full: bool) -> Any:
     import nyscaled as nys
     from nyscaled.checkpoints.gguf import open_gguf
+    from nyscaled.models.family import gguf_maps
     from nyscaled.models.vocabulary import gguf_tokenizer
 
     path = folder / "model.gguf"
     if full:
         model, tokenizer = nys.models.load(path)
         return repr(model.config), tokenizer and tokenizer.encode("ab cd").ids
-    opened = open_gguf(path)
+    opened = open_gguf(path, gguf_maps())
     tokenizer = gguf_tokenizer(opened.metadata)
     return opened.config, _arrays(opened), tokenizer and tokenizer.encode("ab cd").ids
 

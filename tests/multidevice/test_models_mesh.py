@@ -145,11 +145,11 @@ def test_new_tokens_and_adapters_of_the_embedding_lie_as_the_model_does(name, tm
             adapter.lora_b[...] = 2 * adapter.lora_b[...]
         folder = tmp_path / where
         whole = ["norm", "layers.mlp"]
-        nys.lora.save_peft(model, folder, base_model="x", names="llama", modules_to_save=whole)
+        nys.lora.save_peft(model, folder, base_model="x", modules_to_save=whole)
         again = nnx.clone(loaded(name, axes))
         again.untie()
         nys.models.resize_token_embeddings(again, size + 8)
-        nys.lora.load_peft(again, folder, names="llama")
+        nys.lora.load_peft(again, folder)
         for path, value in state(again).items():
             if path[-1] in ("kernel", "embedding"):
                 parts = 8 if axes else 1

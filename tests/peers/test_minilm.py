@@ -19,7 +19,6 @@ transformers = pytest.importorskip("transformers")
 from flax import nnx  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
-from nyscaled.lora.names import family  # noqa: E402
 
 MINILM = Path(__file__).parents[2] / "build" / "weights" / "all-MiniLM-L6-v2"
 pytestmark = pytest.mark.skipif(
@@ -44,11 +43,6 @@ def their_vectors(model, tokens, mask):
     return torch.nn.functional.normalize(means, dim=1).numpy()
 
 
-def bare(path, index):
-    """What an encoder without a task calls its layers."""
-    return family("bert")(path, index).removeprefix("bert.")
-
-
 def test_cosine_similarities(tmp_path):
     model, tokenizer = nys.models.load(MINILM)
     tokens, mask = tokenizer(SENTENCES)
@@ -64,9 +58,7 @@ def test_cosine_similarities(tmp_path):
     nys.lora.apply(model, 4, targets=".*(query|value)", init="nora", key=jax.random.key(0))
     for layer in nys.lora.adapted_layers(model).values():
         layer.adapters["default"].lora_b[...] += 0.01
-    nys.lora.save_peft(
-        model, tmp_path, base_model=str(MINILM), names=bare, task_type="FEATURE_EXTRACTION"
-    )
+    nys.lora.save_peft(model, tmp_path, base_model=str(MINILM), task_type="FEATURE_EXTRACTION")
     adapted = peft.PeftModel.from_pretrained(theirs, tmp_path)
     our, their = np.asarray(vectors(model, tokens, mask)), their_vectors(adapted, tokens, mask)
     assert np.abs(our @ our.T - cosines).max() > 1e-2

@@ -22,7 +22,7 @@ import safetensors.numpy  # noqa: E402
 from flax import nnx  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
-from nyscaled.models.load import FAMILIES  # noqa: E402
+from nyscaled.models.family import MODELS as MODELS_OF  # noqa: E402
 
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"
 NAMES = sorted(path.name for path in MODELS.iterdir())
@@ -262,7 +262,6 @@ def test_trained_adapters_load_in_peft(name, tmp_path):
             tmp_path / init,
             base_model=name,
             name=init,
-            names=model.config.model_type,
             modules_to_save=["classifier"] if name == "bert" else [],
             task_type=TASKS.get(name, "CAUSAL_LM"),
         )
@@ -298,7 +297,7 @@ def test_adapters_trained_in_peft_load_here(name, tmp_path):
         optimizer.step()
     their.save_pretrained(tmp_path)
     model, _ = nys.models.load(MODELS / name)
-    nys.lora.load_peft(model, tmp_path, names=model.config.model_type)
+    nys.lora.load_peft(model, tmp_path)
     adapted = theirs(their, name)
     assert np.abs(adapted - plain).max() > 1e-2
     got = ours(model, *map(jnp.asarray, inputs(name)))
@@ -325,8 +324,8 @@ def test_adapters_trained_in_peft_load_here(name, tmp_path):
 )
 def test_real_sizes_have_as_many_parameters_as_in_transformers(config, count):
     """Without values; `experiments/fits.py` claims these counts."""
-    settings, make = FAMILIES[config.model_type]
-    sizes = settings.from_json(config.to_dict())
+    make = MODELS_OF[config.model_type][0]
+    sizes = make.family.config.from_json(config.to_dict())
     ours = nnx.state(nnx.eval_shape(lambda: make(sizes, rngs=nnx.Rngs(0))))
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)

@@ -20,6 +20,7 @@ import safetensors.numpy  # noqa: E402
 from flax import nnx  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
+from nyscaled.models.family import MODELS  # noqa: E402
 
 KEY = jax.random.key(0)
 TENSORS = "adapter_model.safetensors"
@@ -365,10 +366,11 @@ def test_names_are_those_of_transformers(name, stacked, tmp_path):
         if isinstance(module, torch.nn.Linear) and path.startswith(prefix)
     }
     model = skeleton(modules, stacked)
+    names = MODELS[name][-1].family.layer_name
     assert len(wanted) == 2 * len(modules)
 
     nys.lora.apply(model, 2, 3.0, targets=".*", key=KEY, name="ours")
-    nys.lora.save_peft(model, tmp_path / "ours", base_model="tiny", name="ours", names=name)
+    nys.lora.save_peft(model, tmp_path / "ours", base_model="tiny", name="ours", names=names)
     got = safetensors.numpy.load_file(tmp_path / "ours" / TENSORS)
     assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in wanted.items()}
     loaded = strictly(peft.PeftModel.from_pretrained, make(), tmp_path / "ours")
@@ -377,7 +379,7 @@ def test_names_are_those_of_transformers(name, stacked, tmp_path):
     for key, value in state.items():
         np.testing.assert_array_equal(value.numpy(), got[key])
 
-    nys.lora.load_peft(model, tmp_path / "theirs", name="theirs", names=name)
-    nys.lora.save_peft(model, tmp_path / "again", base_model="tiny", name="theirs", names=name)
+    nys.lora.load_peft(model, tmp_path / "theirs", name="theirs", names=names)
+    nys.lora.save_peft(model, tmp_path / "again", base_model="tiny", name="theirs", names=names)
     again = safetensors.numpy.load_file(tmp_path / "again" / TENSORS)
     jax.tree.map(np.testing.assert_array_equal, again, wanted)

@@ -39,7 +39,7 @@ NORMS = {"opt": ["final_layer_norm"], "llama": ["norm"], "gemma": ["model.norm"]
 
 @pytest.fixture(scope="module", params=MAKE)
 def base(request, tmp_path_factory):
-    """A folder with a model, and the names of its family."""
+    """A folder with a model, and its family."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     net = MAKE[request.param]()
@@ -134,21 +134,21 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_peft_saved_is_computed_here_and_saved_again(case, base, tmp_path):
-    folder, names = base
-    options = CASES[case] | ({"modules_to_save": NORMS[names]} if case == "norms" else {})
+    folder, family = base
+    options = CASES[case] | ({"modules_to_save": NORMS[family]} if case == "norms" else {})
     their = trained(theirs(folder), **options)
     wanted = logits(their)
     quietly(their.save_pretrained, tmp_path / "theirs")
     model, _ = quietly(nys.models.load, folder)
     before = call(model)
-    nys.lora.load_peft(model, tmp_path / "theirs", names=names)
+    nys.lora.load_peft(model, tmp_path / "theirs")
     got = call(model)
     close(got, wanted)
     assert np.abs(got - before).max() > 1e-4
     if case.startswith(("tokens", "biases")):
         return  # these changed the base, and are no part of the adapter here
     saved = list(_saved_paths(model, options.get("modules_to_save") or ()))
-    nys.lora.save_peft(model, tmp_path / "ours", base_model="b", names=names, modules_to_save=saved)
+    nys.lora.save_peft(model, tmp_path / "ours", base_model="b", modules_to_save=saved)
     again = quietly(peft.PeftModel.from_pretrained, theirs(folder), tmp_path / "ours")
     close(logits(again), wanted)
 
@@ -166,7 +166,7 @@ def _saved_paths(model, modules):
 @pytest.mark.parametrize("save_embeddings", [True, "auto"])
 def test_new_tokens(save_embeddings, base, tmp_path):
     """Both sides resize, PEFT's trains and saves the new rows, and they come back the same."""
-    folder, names = base
+    folder, _ = base
     their = theirs(folder)
     quietly(their.resize_token_embeddings, 35, mean_resizing=False)
     new = {"modules_to_save": ["embed_tokens", "lm_head"]} if save_embeddings == "auto" else {}
@@ -174,9 +174,9 @@ def test_new_tokens(save_embeddings, base, tmp_path):
     quietly(their.save_pretrained, tmp_path, save_embedding_layers=save_embeddings)
     model, _ = quietly(nys.models.load, folder)
     with pytest.raises(ValueError, match="resize_token_embeddings first"):
-        nys.lora.load_peft(model, tmp_path, names=names)
+        nys.lora.load_peft(model, tmp_path)
     nys.models.resize_token_embeddings(model, 35)
-    nys.lora.load_peft(model, tmp_path, names=names)
+    nys.lora.load_peft(model, tmp_path)
     tokens = np.array([[3, 33, 34, 1]])
     with torch.no_grad():
         wanted = their.eval()(torch.tensor(tokens)).logits.numpy()
@@ -187,7 +187,7 @@ def test_new_tokens(save_embeddings, base, tmp_path):
 @pytest.mark.parametrize("init", ["nora", "pissa"])
 def test_peft_computes_what_was_trained_here(init, base, tmp_path):
     """LoRA on the head and the embedding, and norms saved whole."""
-    folder, names = base
+    folder, family = base
     model, _ = quietly(nys.models.load, folder)
     if model.config.tie_word_embeddings:
         with pytest.raises(ValueError, match="untie"):
@@ -198,7 +198,7 @@ def test_peft_computes_what_was_trained_here(init, base, tmp_path):
     nys.lora.apply(
         model, 2, 3.0, targets=targets, key=jax.random.key(0), embeddings=True, init=init
     )
-    norm = "final_layer_norm" if names == "opt" else "norm"
+    norm = "final_layer_norm" if family == "opt" else "norm"
     rng = np.random.default_rng(0)
     for path, value in nnx.to_flat_state(nnx.state(model)):
         if isinstance(value, nnx.LoRAParam) or path[0] == norm or "input_layernorm" in path:
@@ -206,7 +206,7 @@ def test_peft_computes_what_was_trained_here(init, base, tmp_path):
     model = nnx.merge(nnx.graphdef(model), nnx.state(model))
     wanted = call(model)
     whole = [p for p in (norm, "layers.input_layernorm") if p in _paths(model)]
-    nys.lora.save_peft(model, tmp_path, base_model="b", names=names, modules_to_save=whole)
+    nys.lora.save_peft(model, tmp_path, base_model="b", modules_to_save=whole)
     loaded = quietly(peft.PeftModel.from_pretrained, theirs(folder), tmp_path)
     close(logits(loaded), wanted)
     nys.lora.merge(model)
@@ -250,13 +250,13 @@ def test_classifiers(case, tmp_path):
     wanted = logits(their)
     quietly(their.save_pretrained, tmp_path / "theirs")
     model, _ = quietly(nys.models.load, tmp_path / "base")
-    nys.lora.load_peft(model, tmp_path / "theirs", names="bert")
+    nys.lora.load_peft(model, tmp_path / "theirs")
     close(call(model), wanted)
     if case == "biases":
         return
     ends = ("classifier", "LayerNorm") if case == "norms" else ("classifier",)
     saved = [path for path in _paths(model) if path.endswith(ends)]
-    options = {"names": "bert", "task_type": "SEQ_CLS", "modules_to_save": saved}
+    options = {"task_type": "SEQ_CLS", "modules_to_save": saved}
     nys.lora.save_peft(model, tmp_path / "ours", base_model="b", **options)
     again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
     close(logits(quietly(peft.PeftModel.from_pretrained, again, tmp_path / "ours")), wanted)
