@@ -7,8 +7,9 @@ WEIGHTS := build/weights
 # Of `make fuzz`: how long, and which changes of files.
 SECONDS := 120
 SEED := 0
+FAST := -m "not long and not everywhere"
 
-.PHONY: fuzz fig1 figures report weights test test-all test-everywhere test-peers lint docs bench bench-peers clean
+.PHONY: fuzz fig1 figures report weights test test-all test-everywhere test-peers test-oldest test-newest lint docs package bench bench-peers clean
 
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
@@ -34,7 +35,7 @@ report: $(VENV)/.experiments
 weights: $(WEIGHTS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not everywhere" --ignore=tests/peers tests nyscaled
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST) --ignore=tests/peers tests nyscaled
 	$(BIN)/python -m pytest paper_checks
 
 # What a newcomer need not run: after `test`, all that is marked long.
@@ -47,6 +48,29 @@ test-everywhere: $(VENV)/.test
 test-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/peers
 
+# The oldest versions that pyproject.toml allows: of the base dependencies, which the tests in CORE need,
+# and of all. `uv` is a resolver that can choose the oldest.
+CORE := $(wildcard $(addprefix tests/test_,$(addsuffix .py,completion contracts_problems contracts_steps \
+	dynamics initializers lapack linalg loops onebit optimality phase polar problems robust scale sensing \
+	solvers spectra status transforms_balance transforms_gram transforms_residual typing x64)))
+
+test-oldest:
+	rm -rf build/oldest && $(PYTHON) -m venv build/oldest/core && $(PYTHON) -m venv build/oldest/all
+	build/oldest/all/bin/python -m pip install --quiet uv
+	build/oldest/all/bin/uv pip install --quiet --resolution lowest-direct \
+		--python build/oldest/core/bin/python --editable '.[test-core]'
+	build/oldest/all/bin/uv pip install --quiet --resolution lowest-direct \
+		--python build/oldest/all/bin/python --editable '.[test]'
+	build/oldest/core/bin/python -m pytest -n 2 --dist loadfile $(FAST) $(CORE)
+	build/oldest/all/bin/python -m pytest -n 2 --dist loadfile $(FAST) --ignore=tests/peers tests nyscaled
+
+# The newest versions of all, on another Python: make test-newest PYTHON=python3.13
+test-newest:
+	rm -rf build/newest && $(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	build/newest/bin/python -m pytest -n 2 --dist loadfile $(FAST) --ignore=tests/peers tests nyscaled
+	build/newest/bin/python -m pytest paper_checks
+
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz $(SECONDS) $(SEED)
 
@@ -58,6 +82,15 @@ lint: $(VENV)/.dev
 # The site, into build/site; a warning or a link to nothing is an error.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f docs/mkdocs.yml -d ../build/site
+
+# The wheel, built from the sdist and installed with the base dependencies alone, runs README's first snippet.
+package: $(VENV)/.dev
+	rm -rf build/dist build/wheel
+	$(BIN)/python -m build --outdir build/dist
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet build/dist/*.whl
+	awk '/^```python/ {inside = 1; next} /^```/ && inside {exit} inside' README.md > build/wheel/snippet.py
+	cd build/wheel && bin/python -I snippet.py
 
 bench: $(VENV)/.experiments
 	$(BIN)/python benchmarks/step.py
