@@ -29,7 +29,7 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 
 
 def floors(m: int) -> None:
-    """‖XXᵀ − A‖_F/‖A‖_F after 60 steps; the bound is the one of the claim E4."""
+    """‖XXᵀ − A‖_F/‖A‖_F after 60 steps; the bound is the one of the claim float32-dual."""
     print("| κ | ScaledGD | scaled Newton | QDWH | bound |\n|---|---|---|---|---|")
     makers = {
         "scaled": functools.partial(nys.solvers.scaled_step, learning_rate=0.5),

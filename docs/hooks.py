@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-ENTRY = re.compile(r"^### (\S+)\n\n\*\*(.*?)\*\*$(.*?)(?=^### |\Z)", re.DOTALL | re.MULTILINE)
+ENTRY = re.compile(r"^### (\S+)\n\n\*\*", re.MULTILINE)
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -29,7 +29,10 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the report of the claims, the changes, the guide for contributors, and the pictures."""
     report = (ROOT / "paper_checks" / "REPORT.md").read_text(encoding="utf-8")
     # Code has no page of its own here: its place is given in words.
-    report = re.sub(r"\[(`\w+`)\]\((\w+\.py)#L(\d+)\)", r"\1 in `paper_checks/\2`, line \3", report)
+    report = re.sub(
+        r"\[(`\w+`)\]\((claims/\w+\.py)#L(\d+)\)", r"\1 in `paper_checks/\2`, line \3", report
+    )
+    report = report.replace("../docs/pages/findings.md", "findings.md")
     pages = {
         "report.md": report,
         "changes.md": (ROOT / "CHANGELOG.md")
@@ -46,23 +49,25 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Link the names of claims, `{lem-1}`, to the report; make lists of claims by their prefix."""
-    if page.file.src_uri != "mathematics.md":
-        return markdown
+    """Link the ids of claims, `{claims: lem-1, lem-2i}`, to the report.
+
+    Raises:
+        ValueError: if an id names no claim, or the page of mathematics misses a claim.
+    """
     report = (ROOT / "paper_checks" / "REPORT.md").read_text(encoding="utf-8")
-    statements = {match[1]: match[2] for match in ENTRY.finditer(report)}
+    claims = {match[1] for match in ENTRY.finditer(report)}
     used: set[str] = set()
 
     def linked(match: re.Match[str]) -> str:
         names = [name.strip() for name in match[1].split(",")]
-        missing = [name for name in names if name not in statements]
+        missing = [name for name in names if name not in claims]
         if missing:
-            raise ValueError(f"mathematics.md names claims that do not exist: {missing}")
+            raise ValueError(f"{page.file.src_uri} names claims that do not exist: {missing}")
         used.update(names)
         return ", ".join(f"[{name}](report.md#{name.lower()})" for name in names)
 
     markdown = re.sub(r"\{claims: ([^}]*)\}", linked, markdown)
-    left_out = [name for name in statements if name not in used]
-    if left_out:
-        raise ValueError(f"mathematics.md does not name these claims: {left_out}")
+    left_out = claims - used
+    if page.file.src_uri == "mathematics.md" and left_out:
+        raise ValueError(f"mathematics.md does not name these claims: {sorted(left_out)}")
     return markdown

@@ -15,31 +15,36 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from paper_checks import report
-from paper_checks.claim import Outcome, registry, select
-from paper_checks.runner import run_all
+from paper_checks.framework import Claim, Outcome, report
+from paper_checks.framework.registry import registry, select
+from paper_checks.framework.runner import run_all
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Run the paper's statements as claims; end with status 1 if one fails."""
+    """Run the paper's statements as claims; exit with status 1 if one fails."""
 
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Ids to run; "thm-1" is all of Theorem 1. May be repeated; all claims if absent."""
+    """Ids to run; "thm-1" selects all of Theorem 1. May be repeated; by default all claims run."""
     list: bool = False
-    """Print ids and statements, and run nothing."""
+    """Print ids and statements; run nothing."""
     json: Path | None = None
-    """Write the outcomes here."""
+    """Write the outcomes to this file."""
     report: Path | None = None
-    """Write the report here, as Markdown."""
+    """Write the report to this file, as Markdown."""
     check: bool = False
-    """Also fail where the committed report is not what the code gives, and print those lines."""
+    """Also fail if the committed report differs from what the code gives, and print the lines."""
     workers: int = 2
-    """How many processes share the work."""
+    """The number of processes."""
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes beside `path`, then renames: a reader never sees half a file."""
+    """Write a text beside `path` and rename it, so that a reader never sees half a file.
+
+    Args:
+        path: the file to write or replace.
+        text: its content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -53,11 +58,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _number(value: float) -> float | str:
+    """Return a number that JSON can hold."""
     return value if math.isfinite(value) else str(value)  # JSON has no inf and no nan
 
 
 def as_record(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as --json writes it."""
+    """Return an outcome as --json writes it."""
     return {
         "id": outcome.claim.id,
         "source": outcome.claim.source,
@@ -70,13 +76,38 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
 
 
 def line(outcome: Outcome) -> str:
-    """An outcome as one line."""
+    """Return an outcome as one line."""
     check, control = outcome.check, outcome.control
     verdict = "pass" if outcome.passed else "FAIL"
     return (
-        f"{verdict}  {outcome.claim.id:<22} measured {check.measured:<9.3g} {check.sense} "
+        f"{verdict}  {outcome.claim.id:<27} measured {check.measured:<9.3g} {check.sense} "
         f"{check.bound:<7.3g} margin {report.margin(check):<7} control {control.measured:.3g}"
     )
+
+
+def print_failures(outcomes: list[Outcome]) -> None:
+    """Print why each outcome fails, to the standard error."""
+    for outcome in outcomes:
+        reason = "the control holds too" if outcome.check.satisfied else "the bound is violated"
+        print(f"{outcome.claim.id}: {reason}. check: {outcome.check.detail}", file=sys.stderr)
+        print(f"    control: {outcome.control.detail}", file=sys.stderr)
+
+
+def run(claims: dict[str, Claim], workers: int) -> list[Outcome]:
+    """Return the outcomes of claims in their order, and print each as soon as it is known.
+
+    Args:
+        claims: the claims by id.
+        workers: the number of processes.
+    """
+    outcomes: dict[str, Outcome] = {}
+    results = run_all(tuple(claims.values()), workers)
+    with tqdm(results, total=len(claims), unit="claim", file=sys.stderr, dynamic_ncols=True) as bar:
+        for outcome in bar:
+            outcomes[outcome.claim.id] = outcome
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(line(outcome), flush=True)
+    return [outcomes[id] for id in claims]  # noqa: A001
 
 
 def main(config: Config) -> int:
@@ -84,24 +115,14 @@ def main(config: Config) -> int:
     claims = select(registry(), config.only)
     if config.list:
         for claim in claims.values():
-            print(f"{claim.id:<22} {claim.source:<10} {claim.statement}")
+            print(f"{claim.id:<27} {claim.source:<10} {claim.statement}")
         return 0
     if (config.report or config.check) and config.only:
         raise ValueError("--only is set; expected all claims with --report and --check")
-    found: dict[str, Outcome] = {}
     begin = time.monotonic()
-    results = run_all(tuple(claims.values()), config.workers)
-    with tqdm(results, total=len(claims), unit="claim", file=sys.stderr, dynamic_ncols=True) as bar:
-        for outcome in bar:
-            found[outcome.claim.id] = outcome
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(line(outcome), flush=True)
-    outcomes = [found[id] for id in claims]  # noqa: A001
-    failed = [o for o in outcomes if not o.passed]
-    for outcome in failed:
-        why = "the control holds too" if outcome.check.satisfied else "the bound is violated"
-        print(f"{outcome.claim.id}: {why}. check: {outcome.check.detail}", file=sys.stderr)
-        print(f"    control: {outcome.control.detail}", file=sys.stderr)
+    outcomes = run(claims, config.workers)
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    print_failures(failed)
     seconds = time.monotonic() - begin
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} claims pass, {seconds:.0f} s")
     if config.json:
@@ -109,13 +130,13 @@ def main(config: Config) -> int:
         write_atomically(config.json, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     if config.report:
         write_atomically(config.report, report.render(outcomes))
-    changed = (
+    changes = (
         report.differences(report.committed(), report.render(outcomes)) if config.check else []
     )
-    if changed:
+    if changes:
         print(f"paper_checks/REPORT.md is not what the code gives ({report.COMMAND} writes it):")
-        print("\n".join(changed))
-    return 1 if failed or changed else 0
+        print("\n".join(changes))
+    return 1 if failed or changes else 0
 
 
 if __name__ == "__main__":

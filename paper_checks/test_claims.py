@@ -1,24 +1,27 @@
-"""Each claim as a test, the framework's own tests, and the report held against the code."""
+"""Each claim as a test, the tests of the framework, and the report compared with the code."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
-from paper_checks import report
 from paper_checks.__main__ import Config, as_record, main
-from paper_checks.claim import Claim, Limit, Measured, Outcome, registry, run, select, worst
-from paper_checks.runner import run_all
+from paper_checks.framework import Claim, Limit, Measured, Outcome, claim, report, worst
+from paper_checks.framework.common import per_dtype
+from paper_checks.framework.registry import registry, select
+from paper_checks.framework.runner import run_all
 
 CLAIMS = registry()
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
-    """The outcomes of the claims that this run selects, each made once."""
+    """The outcomes of the claims that this run selects; each claim runs once."""
     items = request.session.items
     cases = [
         item.callspec.params
@@ -45,18 +48,19 @@ def test_report_is_what_the_code_generates(outcomes: dict[str, Outcome]) -> None
 
 
 def make(check: float, control: float) -> Outcome:
+    results = Measured(check, 1.0), Measured(control, 1.0)
     claim = Claim(
         "made-up",
         "ours",
         "x ≤ 1",
         "none",
-        check=lambda: Measured(check, 1.0),
-        control=lambda: Measured(control, 1.0),
+        check=lambda: results[0],
+        control=lambda: results[1],
         removes="anything",
         instead="nothing",
-        section="ours",
+        section="exact_dynamics",
     )
-    return run(claim)
+    return Outcome(claim, *results)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def make(check: float, control: float) -> Outcome:
         (0.5, 0.9, False),  # a control that holds
         (2.0, 3.0, False),  # a check that fails
         (math.nan, 2.0, False),
-        (0.5, math.nan, False),  # a control that is no number shows nothing
+        (0.5, math.nan, False),  # a control that is NaN shows nothing
         (0.5, math.inf, True),
     ],
 )
@@ -96,20 +100,53 @@ def test_worst_shows_formulas_as_they_are() -> None:
 
 def test_only_selects_a_group_by_its_prefix() -> None:
     ids = ("thm-1-phase1", "thm-1", "thm-10", "lem-1", "lem-11")
-    made = dict.fromkeys(ids, CLAIMS["lem-1"])
-    assert set(select(made, ("thm-1",))) == {"thm-1-phase1", "thm-1"}
-    assert set(select(made, ("LEM-1",))) == {"lem-1"}
+    claims = dict.fromkeys(ids, CLAIMS["lem-1"])
+    assert set(select(claims, ("thm-1",))) == {"thm-1-phase1", "thm-1"}
+    assert set(select(claims, ("LEM-1",))) == {"lem-1"}
     with pytest.raises(ValueError, match="thm-7"):
-        select(made, ("thm-7",))
+        select(claims, ("thm-7",))
 
 
-def test_there_are_enough_claims_and_each_has_all_its_parts() -> None:
-    assert len(CLAIMS) >= 45
-    for claim in CLAIMS.values():
-        assert claim.statement
-        assert claim.hypotheses
-        assert claim.removes
-        assert claim.instead
+def test_each_claim_has_all_its_parts() -> None:
+    assert len(CLAIMS) >= 120
+    for each in CLAIMS.values():
+        assert each.statement
+        assert each.hypotheses
+        assert each.removes
+        assert each.instead
+
+
+def test_each_derivation_is_an_anchor_of_the_findings() -> None:
+    findings = (ROOT / "docs" / "pages" / "findings.md").read_text(encoding="utf-8")
+    anchors = set(re.findall(r"\{ *#([\w-]+) *\}", findings))
+    derivations = {claim.derivation for claim in CLAIMS.values() if claim.source == "ours"}
+    assert derivations <= anchors
+    assert "" not in derivations
+
+
+def test_a_claim_of_ours_without_a_derivation_is_refused() -> None:
+    words = {"hypotheses": "none", "removes": "x", "instead": "y", "step": 1}
+    with pytest.raises(ValueError, match="expected an anchor"):
+        claim("made-up", "x ≤ 1", source="ours", **words)
+    with pytest.raises(ValueError, match="expected an anchor"):
+        claim("made-up", "x ≤ 1", derivation="accuracy", **words)
+
+
+def test_per_dtype_measures_in_each_dtype() -> None:
+    parts = per_dtype(lambda dtype: {"float64": 1.0, "float32": 3.0}[dtype], 2.0, "X")
+    assert parts == {"X float64": (1.0, 2.0), "X float32": (3.0, 2.0)}
+    assert set(per_dtype(lambda dtype: 0, 1.0)) == {"float64", "float32"}
+
+
+def test_fields_of_the_template_are_filled_by_claim_fact_and_control() -> None:
+    outcome = Outcome(
+        CLAIMS["lem-1"], Measured(0.25, 1.0, facts={"C₁, {x}": 7.0}), Measured(math.inf, 1.0)
+    )
+    text = "{{lem-1}} {{lem-1 | C₁, {x}}} {{lem-1.control}} {{passed}}"
+    assert report.filled(text, {"lem-1": outcome}, {"passed": "3"}) == "0.25 7 inf 3"
+    for field in ("{{lem-2}}", "{{lem-1 | C₂}}", "{{lem-1.check}}"):
+        with pytest.raises(ValueError, match="expected"):
+            report.filled(field, {"lem-1": outcome}, {})
 
 
 def test_command_line_writes_records_and_returns_the_status(
@@ -142,7 +179,7 @@ def test_a_fact_that_breaks_its_limit_fails_the_check() -> None:
         (Measured(20.0, 10.0, "≥", rounding=True), "≥ 10"),
     ],
 )
-def test_what_rounding_decides_is_shown_as_a_bound(measured: Measured, text: str) -> None:
+def test_a_number_that_rounding_decides_is_shown_as_a_bound(measured: Measured, text: str) -> None:
     assert report.shown(measured) == text
 
 

@@ -87,7 +87,7 @@ def test_library_leaves_global_configuration_alone():
 
 def test_scripts_use_public_names_only():
     for folder in ("experiments", "paper_checks", "benchmarks"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nyscaled"):
                     private = [a.name for a in node.names if a.name.startswith("_")]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paper_checks.claim import registry
+from paper_checks.framework.registry import registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -248,7 +248,7 @@ def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> op
     """η = initial, initial·factor, …, a level every `every` steps, as the paper advises after Theorem 2.
 
     The step sizes have a finite sum: with few steps per level the iteration stops short of a weak
-    optimum, which a constant η reaches (claim E3-staircase).
+    optimum, which a constant η reaches (claim staircase-stops).
 
     Args:
         initial: the step size of the first level.
