@@ -287,7 +287,7 @@ def times(case, power):
 sgd = optax.sgd(0.5)
 TRANSFORMS = {
     "scale_by_gram": times(update(lambda: nys.scale_by_gram()), 2),
-    "pseudo_inverse": times(update(lambda: nys.scale_by_gram(pseudo_inverse=True)), 2),
+    "pseudo_inverse": times(update(lambda: nys.scale_by_gram_pinv()), 2),
     "scaled_gd_damped": times(update(lambda c: nys.scaled_gd(0.5, 0.1 * c), True), 2),
     "lora_p": times(update(lambda c: nys.lora_p(sgd, 0.1 * c), True), 2),
     "nora_plus": update(lambda c: nys.nora_plus(sgd, 0.1 * c), True),

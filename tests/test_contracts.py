@@ -14,7 +14,7 @@ import nyscaled as nys
 
 TRANSFORMS = {
     "exact": lambda spec=None: nys.scale_by_gram(spec=spec),
-    "pseudo_inverse": lambda spec=None: nys.scale_by_gram(pseudo_inverse=True, spec=spec),
+    "pinv": lambda spec=None: nys.scale_by_gram_pinv(spec=spec),
     "damped_alias": lambda spec=None: nys.scaled_gd(0.5, damping=0.1, spec=spec),
     "nora_plus": lambda spec=None: nys.nora_plus(optax.sgd(0.5), spec=spec),
     "lora_p": lambda spec=None: nys.lora_p(optax.sgd(0.5), spec=spec),
@@ -36,7 +36,7 @@ PARAMS = {
 # One list of pairs for each wrapper: what compiles is most of the time of this file.
 KINDS = {
     "exact": ("factors", "single", "lora", "stacked", "bf16", "qwix", "gemma"),
-    "pseudo_inverse": ("stacked", "single", "factors", "lora", "bf16"),
+    "pinv": ("stacked", "single", "factors", "lora", "bf16"),
     "damped_alias": ("single", "factors", "lora", "stacked", "bf16"),
     "nora_plus": ("lora", "bf16"),
     "lora_p": ("qwix",),

@@ -54,7 +54,7 @@ def test_pseudo_inverse_form_is_the_pseudo_inverse_of_a_deficient_factor():
     g = normal(3, (M, R)) @ normal(2, (R, R + 3))
     wide = np.asarray(x, np.float64)
     wanted = g @ np.linalg.pinv(wide.T @ wide, rcond=1e-8)
-    found = updates(nys.scale_by_gram(pseudo_inverse=True), g, x)
+    found = updates(nys.scale_by_gram_pinv(), g, x)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 

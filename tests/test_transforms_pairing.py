@@ -16,7 +16,7 @@ from flax.core import FrozenDict
 
 import nyscaled as nys
 from nyscaled import FactorSpec
-from nyscaled.transforms.pairing import map_gradients
+from nyscaled.transforms._pairwise import map_gradients
 
 
 @pytest.mark.parametrize(

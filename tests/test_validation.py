@@ -365,7 +365,7 @@ def test_optimum_wants_a_dense_matrix(form):
 
 
 def test_leaf_of_one_axis_is_named():
-    with raises(r"leaf \['bias'\] has shape \(3,\)", "a factor wants"):
+    with raises(r"leaf \['bias'\] has shape \(3,\)", "expected a factor"):
         nys.scale_by_gram().init({"bias": jnp.ones(3), "w": jnp.ones((4, 2))})
 
 

@@ -1,7 +1,8 @@
 """Optax transforms over low-rank factors and pairs of factors, and which leaves form a pair.
 
-Each `scale_by_…` transform replaces gradients by preconditioned ones. The others are chained from them:
-`scaled_gd`, `precgd`, `lora_p`, `nora_plus`, `reflora`, `reflora_s`. All of them are in `nyscaled` too.
+Each `scale_by_…` transform replaces gradients by preconditioned ones. The aliases are chained from
+these: `scaled_gd`, `precgd`, `lora_p`, `nora_plus`, `reflora`, `reflora_s`. All transforms are also
+in `nyscaled`.
 """
 
 from nyscaled.transforms.balance import (
@@ -10,22 +11,20 @@ from nyscaled.transforms.balance import (
     reflora_s,
     scale_by_balance,
 )
-from nyscaled.transforms.gram import (
-    ScaleByGramState,
+from nyscaled.transforms.gram import lora_p, scale_by_gram, scaled_gd
+from nyscaled.transforms.normalized import (
     ScaleByNormalizedGramState,
-    lora_p,
     nora_plus,
-    scale_by_gram,
     scale_by_normalized_gram,
-    scaled_gd,
 )
 from nyscaled.transforms.pairing import FactorSpec, default_spec, pair_spec
+from nyscaled.transforms.pinv import ScaleByGramPinvState, scale_by_gram_pinv
 from nyscaled.transforms.residual import precgd, scale_by_residual_gram
 
 __all__ = [
     "FactorSpec",
     "ScaleByBalanceState",
-    "ScaleByGramState",
+    "ScaleByGramPinvState",
     "ScaleByNormalizedGramState",
     "default_spec",
     "lora_p",
@@ -36,6 +35,7 @@ __all__ = [
     "reflora_s",
     "scale_by_balance",
     "scale_by_gram",
+    "scale_by_gram_pinv",
     "scale_by_normalized_gram",
     "scale_by_residual_gram",
     "scaled_gd",

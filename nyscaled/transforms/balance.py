@@ -3,8 +3,8 @@
     G_X ← G_X S⁻¹,   G_Y ← G_Y S,   S = (XᵀX)⁻¹ # YᵀY, the S > 0 with S XᵀX S = YᵀY
 
 A # B is the geometric mean. With S = P Pᵀ the factors XP and YP⁻ᵀ have the same product and equal
-Gram matrices; a step of plain descent on them moves X Yᵀ as these gradients do, whatever the
-factors it was given as. The scalar form has S = ‖Y‖_F/‖X‖_F · I.
+Gram matrices. A step of plain descent on them moves X Yᵀ as these gradients do, so that the step
+depends on X Yᵀ only and not on its factors. The scalar form has S = ‖Y‖_F/‖X‖_F · I.
 
 References:
     Zhang, Li, Giannakis, RefLoRA: Refactored low-rank adaptation for efficient fine-tuning of large
@@ -22,29 +22,34 @@ from jaxtyping import Array, Float
 from nyscaled import linalg, validation
 from nyscaled.lapack import svd
 from nyscaled.numerics import norm, normalized, shift
-from nyscaled.transforms.pairing import Spec, groups, map_gradients, pair_spec, require_params
+from nyscaled.transforms._pairwise import Rule, before, pairwise
+from nyscaled.transforms.pairing import Spec, pair_spec
 from nyscaled.typing import Scalar
 
 
 class ScaleByBalanceState(NamedTuple):
-    """The number of updates that were made."""
+    """How far the transform is.
+
+    Attributes:
+        count: the number of updates that were made.
+    """
 
     count: Any
 
 
 def scale_by_balance(
-    warmup_steps: Any = 100, *, scalar: bool = False, spec: Spec = None
+    warmup_steps: int | Array = 100, *, scalar: bool = False, spec: Spec = None
 ) -> optax.GradientTransformationExtraArgs:
-    """G_X ← G_X S⁻¹ and G_Y ← G_Y S for every pair, with the S of the factors before the step.
+    """Balance gradients of pairs: G_X ← G_X S⁻¹, G_Y ← G_Y S with S of the factors before the step.
 
-    S is not formed: S⁻¹ = XᵀP Σ⁻¹ PᵀX, where X Yᵀ = P Σ Qᵀ is a thin SVD, taken of an r×r matrix.
-    It does not exist where a factor is deficient. A pair of which the numerical rank of X Yᵀ is
-    below r, at √max(m, n)·eps of the largest singular value, has the scalar form in that update;
-    and where a factor is zero, as one is at the start, S = I. So results are finite always.
+    S is not formed: S⁻¹ = XᵀP Σ⁻¹ PᵀX, where X Yᵀ = P Σ Qᵀ is a thin SVD, computed from an r×r
+    matrix. S does not exist if a factor is deficient. If the numerical rank of X Yᵀ is below r, at
+    √max(m, n)·eps of the largest singular value, the update has the scalar form. If a factor is
+    zero, as at the start, S = I. So results are always finite.
 
     Args:
         warmup_steps: how many updates pass gradients through before the first that is scaled.
-        scalar: S = ‖Y‖_F/‖X‖_F · I, which costs two norms.
+        scalar: whether S = ‖Y‖_F/‖X‖_F · I, which costs only two norms.
         spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
 
     Raises:
@@ -59,19 +64,9 @@ def scale_by_balance(
         (Array([3.], dtype=float32), Array([0.3333], dtype=float32))
     """
     validation.require_scalar("warmup_steps", warmup_steps, 0, float("inf"), open_low=False)
-    spec = pair_spec if spec is None else spec
 
-    def init(params: optax.Params) -> ScaleByBalanceState:
-        groups(spec, params)
-        return ScaleByBalanceState(jnp.zeros((), jnp.int32))
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        require_params(params)
-
-        @linalg.full_precision
-        def balance(_: int, g: Array, factor: Array, partner: Array) -> Array:
+    def rule_of(state: ScaleByBalanceState, **extra_args: object) -> Rule:
+        def rule(_: int, g: Array, factor: Array, partner: Array) -> Array:
             # The S of (Y, X) is the inverse of the S of (X, Y): both positions read alike.
             scaled = g * _ratio(factor, partner)
             if not scalar:
@@ -82,10 +77,13 @@ def scale_by_balance(
                 scaled = jnp.where(exists, balanced, scaled)
             return jnp.where(state.count < warmup_steps, g, scaled)
 
-        new = map_gradients(balance, spec, updates, params)
-        return new, ScaleByBalanceState(optax.safe_increment(state.count))
+        return rule
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return pairwise(
+        rule_of,
+        pair_spec if spec is None else spec,
+        lambda params: ScaleByBalanceState(jnp.zeros((), jnp.int32)),
+    )
 
 
 def _ratio(x: Float[Array, "m r"], y: Float[Array, "n r"]) -> Scalar:
@@ -105,14 +103,14 @@ def _root(x: Float[Array, "m r"], y: Float[Array, "n r"]) -> tuple[Float[Array, 
 
 
 def reflora(
-    inner: optax.GradientTransformation, warmup_steps: Any = 100, *, spec: Spec = None
+    inner: optax.GradientTransformation, warmup_steps: int | Array = 100, *, spec: Spec = None
 ) -> optax.GradientTransformationExtraArgs:
     """RefLoRA: `scale_by_balance` before any optimizer.
 
     Args:
         inner: the optimizer, `optax.adamw(1e-4)` say.
-        warmup_steps: how many updates are the optimizer's own; at Y_0 = 0 there is nothing to balance.
-        spec: see `scale_by_balance`.
+        warmup_steps: how many first updates are not balanced. At Y_0 = 0 nothing can be.
+        spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
 
     Examples:
         >>> tx = reflora(optax.adamw(1e-4))
@@ -121,20 +119,18 @@ def reflora(
         >>> updates["lora_b"].shape
         (2, 4)
     """
-    return optax.with_extra_args_support(
-        optax.chain(scale_by_balance(warmup_steps, spec=spec), inner)
-    )
+    return before(scale_by_balance(warmup_steps, spec=spec), inner)
 
 
 def reflora_s(
-    inner: optax.GradientTransformation, warmup_steps: Any = 100, *, spec: Spec = None
+    inner: optax.GradientTransformation, warmup_steps: int | Array = 100, *, spec: Spec = None
 ) -> optax.GradientTransformationExtraArgs:
     """RefLoRA-S, the scalar form: as `reflora` with S = ‖Y‖_F/‖X‖_F · I.
 
     Args:
-        inner: the optimizer, or any transform.
-        warmup_steps: the number of first steps without balancing.
-        spec: which leaves form a pair, as in `scale_by_gram`.
+        inner: the optimizer, `optax.adamw(1e-4)` say.
+        warmup_steps: how many first updates are not balanced.
+        spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
 
     Examples:
         >>> tx = reflora_s(optax.sgd(1.0), warmup_steps=0)
@@ -143,6 +139,4 @@ def reflora_s(
         >>> updates["lora_a"][0], updates["lora_b"][0]
         (Array([-0.5], dtype=float32), Array([-4., -4.], dtype=float32))
     """
-    return optax.with_extra_args_support(
-        optax.chain(scale_by_balance(warmup_steps, scalar=True, spec=spec), inner)
-    )
+    return before(scale_by_balance(warmup_steps, scalar=True, spec=spec), inner)

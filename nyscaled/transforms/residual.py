@@ -3,9 +3,9 @@
     single factor X           G  ←  G (XᵀX + λ_t I)⁻¹,      λ_t = c √|f(X_t) − f_noise|
     pair X Yᵀ                 G_X ← G_X (YᵀY + λ_t I)⁻¹,    G_Y ← G_Y (XᵀX + λ_t I)⁻¹
 
-With more columns than the rank of the solution XᵀX becomes singular on the way: without damping
-the step is unstable there, and with a constant one it is slow once XᵀX falls below it. √f is of the
-size of ‖XXᵀ − M‖_F, which is the damping that keeps the rate linear.
+If X has more columns than the rank of the solution, XᵀX becomes singular on the way. Without
+damping the step is then unstable; with a constant damping it is slow once XᵀX falls below it. √f is
+of the size of ‖XXᵀ − M‖_F, which is the damping that keeps the rate linear.
 
 References:
     Zhang, Fattahi, Zhang, Preconditioned gradient descent for over-parameterized nonconvex matrix
@@ -14,36 +14,35 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from nyscaled import linalg, validation
 from nyscaled.numerics import root
-from nyscaled.transforms.pairing import Spec, groups, map_gradients, require_params
+from nyscaled.transforms._pairwise import Rule, pairwise
+from nyscaled.transforms.pairing import Spec
+from nyscaled.typing import Scalar
 
 
 def scale_by_residual_gram(
-    damping_scale: Any = 1.0, noise_level: Any = 0.0, *, spec: Spec = None
+    damping_scale: float | Scalar = 1.0, noise_level: float | Scalar = 0.0, *, spec: Spec = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditions gradients of factors by (XᵀX + λI)⁻¹ with λ = damping_scale·√|f − noise_level|.
+    """Precondition gradients of factors by (XᵀX + λI)⁻¹ with λ = damping_scale·√|f − noise_level|.
 
-    `update` reads f from `value=`, as optax's line searches do, or √f from `root_value=`, which fits
-    where f overflows or underflows. Where f is the least value that
-    the noise allows, λ is zero: give the noise level only as far as it is known, and too low rather
-    than too high.
+    `update` reads f from `value=`, as optax's line searches do, or √f from `root_value=`, which is
+    finite where f overflows and positive where f underflows. At f = noise_level λ is zero: pass a
+    noise level that is rather too low than too high.
 
     Args:
-        damping_scale: c > 0. For the losses ¼‖𝒜(XXᵀ) − b‖² of this package √f = ½‖·‖; c = 1 is the
-            value of the references up to that constant, and results depend on it little.
+        damping_scale: c > 0. Results depend on it little. For the losses ¼‖𝒜(XXᵀ) − b‖² of this
+            package √f = ½‖·‖, and c = 1 is the value of the references up to that constant.
         noise_level: f_noise ≥ 0, the loss at the truth: σ²/4 on problems of
             `problems.sensing.gaussian`.
-        spec: which leaves are factors; `default_spec` if None. All share the one loss.
+        spec: which leaves are factors; `default_spec` if None. They share one loss.
 
     Returns:
-        A transformation without state whose `update` wants `params` and `value`.
+        A transformation without state. Its `update` requires `params` and `value`.
 
     Raises:
         ValueError: by `init`, as `scale_by_gram`; by `update`, without params or value; on
@@ -60,20 +59,13 @@ def scale_by_residual_gram(
     validation.require_scalar("damping_scale", damping_scale, 0, float("inf"), open_low=True)
     validation.require_scalar("noise_level", noise_level, 0, float("inf"), open_low=False)
 
-    def init(params: optax.Params) -> optax.EmptyState:
-        groups(spec, params)
-        return optax.EmptyState()
-
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
+    def rule_of(
+        state: optax.EmptyState,
         *,
-        value: Any = None,
-        root_value: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        require_params(params)
+        value: float | Array | None = None,
+        root_value: float | Array | None = None,
+        **extra_args: object,
+    ) -> Rule:
         if root_value is None:
             if value is None or jnp.ndim(value) != 0:
                 got = "None" if value is None else f"of shape {jnp.shape(value)}"
@@ -86,31 +78,30 @@ def scale_by_residual_gram(
         product = root(jnp.abs(root_value - level)) * root(root_value + level)
         damping = damping_scale * product
 
-        @linalg.full_precision
-        def precondition(_: int, g: Array, factor: Array, partner: Array) -> Array:
+        def rule(_: int, g: Array, factor: Array, partner: Array) -> Array:
             return linalg.gram_solve(partner, g, damping.astype(partner.dtype))
 
-        return map_gradients(precondition, spec, updates, params), state
+        return rule
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return pairwise(rule_of, spec)
 
 
 def precgd(
     learning_rate: optax.ScalarOrSchedule,
-    damping_scale: Any = 1.0,
-    noise_level: Any = 0.0,
+    damping_scale: float | Scalar = 1.0,
+    noise_level: float | Scalar = 0.0,
     *,
     spec: Spec = None,
 ) -> optax.GradientTransformationExtraArgs:
     """PrecGD: X⁺ = X − η ∇f(X)(XᵀX + λ_t I)⁻¹ with λ_t = damping_scale·√|f(X_t) − noise_level|.
 
-    `solvers.gradient_step(problem, precgd(0.5))` passes the loss by itself.
+    `solvers.gradient_step(problem, precgd(0.5))` passes the loss to `update`.
 
     Args:
         learning_rate: η > 0, or an optax schedule. 0.5 suits ¼‖𝒜(XXᵀ) − b‖².
-        damping_scale: see `scale_by_residual_gram`.
-        noise_level: see `scale_by_residual_gram`.
-        spec: see `scale_by_residual_gram`.
+        damping_scale: c > 0, the damping in units of √|f − noise_level|.
+        noise_level: f_noise ≥ 0, the loss at the truth; rather too low than too high.
+        spec: which leaves are factors; `default_spec` if None.
 
     Raises:
         ValueError: on η ≤ 0, and as `scale_by_residual_gram`.
