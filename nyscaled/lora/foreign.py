@@ -92,13 +92,13 @@ def find(model: nnx.Module, alpha: float | None) -> list[Foreign]:
     return [
         _of_pair(pair, known, modules, alpha)
         for pair in pairs.find(known)
-        if "adapters" not in pair.a
+        if pair.library != "nyscaled"
     ]
 
 
 def _of_pair(pair: pairs.Pair, known: Any, modules: Any, alpha: float | None) -> Foreign:
     alpha = known[pair.a].get_metadata(ALPHA, None) if alpha is None else alpha
-    if pair.a[-1].endswith("_lora_a") and alpha is None:
+    if pair.library == "qwix" and alpha is None:
         raise ValueError(
             f"alpha is None, and the adapter of {pair.layer} is qwix's, which does not know its "
             "own; expected that of its provider, here or in `initialize`"
@@ -112,7 +112,7 @@ def _of_pair(pair: pairs.Pair, known: Any, modules: Any, alpha: float | None) ->
             "filled alone; expected a layer of one matrix"
         )
     if kernel is None:
-        depth = pairs.leading(a.shape, b.shape, pair.layer)
+        depth = pairs.num_shared(a.shape, b.shape, pair.layer)
         layout = pairs.Layout(depth, Split((), (0,), (1,)))
     else:
         shape = jax.eval_shape(lambda: kernels.dense(kernel, pair.layer)).shape

@@ -20,8 +20,9 @@ from nyscaled.initializers import Sketch, random_sketch
 from nyscaled.lapack import svd
 from nyscaled.linalg import full_precision, orthonormalize
 from nyscaled.lora.kernels import path_key
-from nyscaled.lora.pairs import Pair, Path, leading
+from nyscaled.lora.pairs import Pair, num_shared
 from nyscaled.numerics import norm
+from nyscaled.transforms.leaf_names import Path
 
 
 class Matrices(NamedTuple):
@@ -154,7 +155,7 @@ def start(
         out = {}
         for pair in found:
             a, b = values[pair.a], values[pair.b]
-            count = math.prod(a.shape[: leading(a.shape, b.shape, pair.layer)])
+            count = math.prod(a.shape[: num_shared(a.shape, b.shape, pair.layer)])
             out[pair.layer] = Matrices(
                 _wide(a).reshape((count, -1, a.shape[-1])),
                 _wide(b).reshape((count, a.shape[-1], -1)),

@@ -15,6 +15,7 @@ from nyscaled.lora import foreign, gradients, kernels, pairs
 from nyscaled.lora.inits import Init
 from nyscaled.lora.inject import adapted_layers, draw_for
 from nyscaled.lora.trees import fill
+from nyscaled.transforms.leaf_names import Path
 
 
 def initialize(
@@ -58,10 +59,10 @@ def initialize(
     """
     mine = {p: m for p, m in adapted_layers(model).items() if name in m.adapters}
     nodes = foreign.nodes(model)
-    found = [p for p in pairs.find(nodes) if "adapters" not in p.a or p.a[-2] == name]
+    found = [p for p in pairs.find(nodes) if p.library != "nyscaled" or p.set_name == name]
     if not found:
         raise ValueError(f"the model has no adapter named {name!r}, nor any of flax or qwix")
-    others = [p for p in found if "adapters" not in p.a]
+    others = [p for p in found if p.library != "nyscaled"]
     if init in gradients.GRADIENT_INITS:
         new = _from_gradients(
             model, str(init), key, name, loss, list(batches), found, nodes, options
@@ -116,7 +117,7 @@ def _from_gradients(
             factors
         )
 
-    def of_leaves(values: dict[pairs.Path, Array]) -> dict[pairs.Path, Array]:
+    def of_leaves(values: dict[Path, Array]) -> dict[Path, Array]:
         new = {paths[p]: flat[paths[p]].replace(value) for p, value in values.items()}
         state = nnx.from_flat_state(flat | new)
         total = functools.reduce(

@@ -1,10 +1,7 @@
 """Adapters that others have put in: where they are, and how they lie over their kernels.
 
-Found by name, in a tree of parameters or among the variables of an NNX model:
-
-    lora_a, lora_b              with `kernel` beside them (flax nnx.LoRA, nnx.LoRALinear)
-    <w>_lora_a, <w>_lora_b      with <w> beside them (qwix)
-    lora/a, lora/b              with `w` or `kernel` beside `lora` (gemma)
+They are found by name, in a tree of parameters or among the variables of an NNX model;
+`nyscaled.transforms.leaf_names` has the conventions.
 """
 
 from __future__ import annotations
@@ -15,17 +12,30 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from nyscaled.lora.axes import Split
-
-Path = tuple[str, ...]
+from nyscaled.transforms.leaf_names import Path, Shape, num_leading_axes, parse
 
 
 class Pair(NamedTuple):
-    """An adapter: its layer's path, those of its factors, and that of the kernel if there is one."""
+    """An adapter by the paths of its arrays.
 
+    Attributes:
+        library: whose adapter it is; "nyscaled" for those of `apply`.
+        layer: path of the layer, with dots.
+        a: path of the factor (…, in…, r).
+        b: path of the factor (…, r, out…).
+        kernel: path of the kernel, if there is one.
+    """
+
+    library: str
     layer: str
     a: Path
     b: Path
     kernel: Path | None
+
+    @property
+    def set_name(self) -> str:
+        """The name of the set that an adapter of `apply` belongs to."""
+        return self.a[-2]
 
 
 class Layout(NamedTuple):
@@ -36,87 +46,78 @@ class Layout(NamedTuple):
 
 
 def find(paths: Iterable[Path]) -> list[Pair]:
-    """The pairs among the leaves of a tree.
+    """Return the pairs among the leaves of a tree.
 
     Raises:
         ValueError: on a factor without its partner; it names the leaf.
     """
     known = set(paths)
-    found = []
+    pairs = []
     for path in sorted(known):
-        if (relatives := _relatives(path)) is None:
+        name = parse(path)
+        if name is None or name.convention.library == "Factors":
             continue
-        partner, layer, kernels = relatives
-        if partner not in known:
+        if name.partner not in known:
             raise ValueError(
-                f"{'.'.join(path)} has no {partner[-1]} beside it; expected both factors"
+                f"{'.'.join(path)} has no {name.partner[-1]} beside it; expected both factors"
             )
-        if path[-1].endswith("a"):
-            kernel = next((k for k in kernels if k in known), None)
-            found.append(Pair(".".join(layer) or "model", path, partner, kernel))
-    return found
+        if name.position == 0:
+            kernel = next((k for k in name.kernels if k in known), None)
+            layer = ".".join(name.layer) or "model"
+            pairs.append(Pair(name.convention.library, layer, path, name.partner, kernel))
+    return pairs
 
 
-def _relatives(path: Path) -> tuple[Path, Path, list[Path]] | None:
-    """A factor's partner, its layer, and where the kernel may be; None for other leaves."""
-    parent, last = path[:-1], path[-1]
-    other = last[:-1] + {"a": "b", "b": "a"}.get(last[-1:], "")
-    if last in ("lora_a", "lora_b"):
-        if parent[-2:-1] == ("adapters",):  # of `apply`, named
-            return (*parent, other), parent[:-2], []
-        layer = parent[:-1] if parent[-1:] == ("lora",) else parent
-        return (*parent, other), layer, [(*layer, "kernel"), (*layer, "base_module", "kernel")]
-    if last.endswith(("_lora_a", "_lora_b")):
-        weight = last[: -len("_lora_a")]
-        layer = parent if weight == "kernel" else (*parent, weight)
-        return (*parent, other), layer, [(*parent, weight)]
-    if last in ("a", "b") and parent[-1:] == ("lora",):
-        return (*parent, other), parent[:-1], [(*parent[:-1], "w"), (*parent[:-1], "kernel")]
-    return None
+def num_shared(a: Shape, b: Shape, layer: str) -> int:
+    """Return how many leading axes factors of these shapes share; `layer` is for messages."""
+    return num_leading_axes(a, b, (f"{layer}: a", "b"))
 
 
-def leading(a: tuple[int, ...], b: tuple[int, ...], name: str) -> int:
-    """How many leading axes a (…, in…, r) and b (…, r, out…) share: the most that fit.
+def layout(kernel: Shape, a: Shape, b: Shape, layer: str) -> Layout:
+    """Return how factors lie over their kernel.
 
-    Raises:
-        ValueError: if the two do not go together.
-    """
-    fits = [p for p in range(min(len(a), len(b)) - 1) if a[:p] == b[:p] and b[p] == a[-1]]
-    if not fits:
-        raise ValueError(
-            f"{name}: factors {a} and {b} do not go together; expected (…, in, r), (…, r, out)"
-        )
-    return fits[-1]
+    The first axes of the kernel are its inputs where that fits (as in `Dense`). Otherwise its
+    inputs are the axes whose lengths are those of a (as in the einsum `BTD,NDH->BTNH`).
 
-
-def layout(kernel: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], name: str) -> Layout:
-    """How factors of these shapes lie over a kernel.
-
-    The kernel's first axes are taken as inputs where that fits (as in `Dense`), else the axes whose
-    lengths are those of a (as in the einsum `BTD,NDH->BTNH`).
+    Args:
+        kernel: shape of the kernel.
+        a: shape of the first factor.
+        b: shape of the second factor.
+        layer: path of the layer, for messages.
 
     Raises:
         ValueError: if nothing fits, or more than one choice of axes does.
     """
-    depth = leading(a, b, name)
-    rows, columns, rest = a[depth:-1], b[depth + 1 :], kernel[depth:]
-    axes = tuple(range(len(rest)))
-    splits: list[Split] = []
+    depth = num_shared(a, b, layer)
+    splits = []
     if kernel[:depth] == a[:depth]:
-        sizes = math.prod(rows), math.prod(columns)
-        splits = [
-            Split((), axes[:k], axes[k:])
-            for k in range(1, len(rest))
-            if (math.prod(rest[:k]), math.prod(rest[k:])) == sizes
-        ][:1] or [
-            Split((), chosen, others)
-            for chosen in itertools.combinations(axes, len(rows))
-            if (others := tuple(i for i in axes if i not in chosen)) is not None
-            and tuple(rest[i] for i in chosen) == rows
-            and tuple(rest[i] for i in others) == columns
-        ]
+        rows, columns, lengths = a[depth:-1], b[depth + 1 :], kernel[depth:]
+        splits = _first_axes(lengths, rows, columns) or _equal_axes(lengths, rows, columns)
     if len(splits) != 1:
         raise ValueError(
-            f"{name}: factors {a} and {b} lie over the kernel {kernel} in {len(splits)} ways; expected one"
+            f"{layer}: factors {a} and {b} lie over the kernel {kernel} in {len(splits)} ways; "
+            "expected one"
         )
     return Layout(depth, splits[0])
+
+
+def _first_axes(lengths: Shape, rows: Shape, columns: Shape) -> list[Split]:
+    """The least number of first axes that have as many rows as a, if there is one."""
+    axes, sizes = tuple(range(len(lengths))), (math.prod(rows), math.prod(columns))
+    for count in range(1, len(lengths)):
+        if (math.prod(lengths[:count]), math.prod(lengths[count:])) == sizes:
+            return [Split((), axes[:count], axes[count:])]
+    return []
+
+
+def _equal_axes(lengths: Shape, rows: Shape, columns: Shape) -> list[Split]:
+    """All choices of axes, in order, that have just the lengths of a's and b's."""
+    splits = []
+    for inputs in itertools.combinations(range(len(lengths)), len(rows)):
+        outputs = tuple(i for i in range(len(lengths)) if i not in inputs)
+        if (tuple(lengths[i] for i in inputs), tuple(lengths[i] for i in outputs)) == (
+            rows,
+            columns,
+        ):
+            splits.append(Split((), inputs, outputs))
+    return splits

@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 from nyscaled.lora import gradients, kernels, pairs
 from nyscaled.lora.axes import from_matrices
 from nyscaled.lora.inits import Init
+from nyscaled.transforms.leaf_names import Path, names_of
 
 
 class Filled(NamedTuple):
@@ -104,7 +105,7 @@ def initialize_params(
         False
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=kernels.is_quantized)
-    leaves = {_names(path): leaf for path, leaf in flat}
+    leaves = {names_of(path): leaf for path, leaf in flat}
     found = pairs.find(leaves)
     if not found:
         raise ValueError("the tree has no adapters; expected leaves lora_a, *_lora_a or lora/a")
@@ -115,7 +116,7 @@ def initialize_params(
                 f"init is {init!r}; expected `gradient`, from params to their gradient"
             )
 
-        def of_leaves(values: dict[pairs.Path, Array]) -> dict[pairs.Path, Array]:
+        def of_leaves(values: dict[Path, Array]) -> dict[Path, Array]:
             grads = gradient(treedef.unflatten((leaves | values).values()))
             return dict(zip(leaves, treedef.flatten_up_to(grads), strict=True))
 
@@ -132,11 +133,3 @@ def initialize_params(
             if pair.kernel and filled.kernel is not None:
                 new[pair.kernel] = filled.kernel
     return treedef.unflatten(new.values())
-
-
-def _names(path: Any) -> pairs.Path:
-    """A leaf's path as strings, without the `.value` of a box (`nn.Partitioned`)."""
-    names = [
-        str(next(getattr(e, k) for k in ("key", "name", "idx") if hasattr(e, k))) for e in path
-    ]
-    return tuple(names[:-1] if names[-1:] == ["value"] else names)
