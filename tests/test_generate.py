@@ -63,7 +63,7 @@ def test_logits_with_a_cache_are_those_of_the_whole(name):
     np.testing.assert_array_equal(cache.mask[:, :12], mask)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt_post"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "opt_post"])
 def test_greedy_tokens_are_the_most_probable(name):
     model = load(name)
     tokens, mask = prompts()

@@ -35,6 +35,9 @@ def folder(tmp_path):
         ("gemma", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; for gemma only"),
         ("gemma", {"head_dim": "absent"}, "head_dim is missing; expected it for gemma"),
         ("gemma", {"head_dim": 7}, "head_dim 7; expected"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is .*; for mistral only"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0; expected a positive integer"),
+        ("mistral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; for mistral only 'silu'"),
         ("gemma", {"tie_word_embeddings": False}, r"has no tensor for lm_head\.weight"),
     ],
 )
@@ -53,7 +56,8 @@ def test_configurations_made_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("name", "ids"), [("llama", (1, 2, None)), ("gemma", (2, 1, 0)), ("opt", (2, 2, 1))]
+    ("name", "ids"),
+    [("llama", (1, 2, None)), ("mistral", (1, 2, None)), ("gemma", (2, 1, 0)), ("opt", (2, 2, 1))],
 )
 def test_token_ids_that_are_missing_are_those_of_transformers(name, ids, tmp_path):
     folder = shutil.copytree(MODELS / name, tmp_path / "copy")
@@ -96,7 +100,10 @@ def test_inputs_longer_than_the_positions_are_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'; expected one of bert, gemma, llama, opt"),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba'; expected one of bert, gemma, llama, mistral, opt",
+        ),
         ({"model_type": "absent"}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]; expected one of"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; for llama only 'silu' is supported"),

@@ -10,6 +10,7 @@ from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.generate import generate
 from nyscaled.models.llama import Llama, LlamaConfig
 from nyscaled.models.load import load, save
+from nyscaled.models.mistral import Mistral, MistralConfig
 from nyscaled.models.opt import Opt, OptConfig
 from nyscaled.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling
 from nyscaled.models.sharding import shardings
@@ -27,6 +28,8 @@ __all__ = [
     "LinearScaling",
     "Llama",
     "LlamaConfig",
+    "Mistral",
+    "MistralConfig",
     "Numerics",
     "Opt",
     "OptConfig",

@@ -31,6 +31,20 @@ class Past(NamedTuple):
     length: Int[Array, ""]
 
 
+class Context(NamedTuple):
+    """What the tokens of a layer may see.
+
+    Attributes:
+        mask: which tokens, or with a past which slots of the cache, hold tokens; None for all.
+        past: the layer's part of a cache, None without one.
+        window: number of tokens that a token sees, itself and the ones before it; None for all.
+    """
+
+    mask: Bool[Array, "batch slots"] | None
+    past: Past | None
+    window: Int[Array, ""] | None
+
+
 @pytree_dataclass
 class Cache:
     """One slot a token or a padding, filled in the same order in all rows.
@@ -76,29 +90,40 @@ def attend_causally(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
-    mask: Bool[Array, "batch slots"] | None,
-    past: Past | None,
+    context: Context,
 ) -> tuple[Float[Array, "batch length width"], Kept | None]:
-    """Causal attention over the past and the new tokens, and what is to be kept of these.
+    """Attend to the past and the new tokens, and return what is to be kept of these.
 
     Args:
-        query: of the new tokens, as key and value.
-        key: of the new tokens.
-        value: of the new tokens.
-        mask: which tokens, or with a past which slots of the cache, may be seen.
-        past: of this layer, or None: then nothing is kept.
+        query: queries of the new tokens.
+        key: keys of the new tokens.
+        value: values of the new tokens.
+        context: what the tokens may see. Without a past nothing is kept.
     """
+    mask, past, window = context
+    tokens = None if mask is None else mask[:, None, None, :]
     if past is None:
-        tokens = None if mask is None else mask[:, None, None, :]
+        if window is not None:
+            near = _recent(jnp.arange(key.shape[1]), jnp.arange(query.shape[1]), window)
+            tokens = near if tokens is None else near & tokens
         return blocks.attend(query, key, value, tokens, causal=True), None
     # The layer's slots with the new ones in place; the cache itself is written once, after the
     # last layer: as an output of the scan, all of it would be copied.
     keys, values = _put(past.keys, key, past.length, 1), _put(past.values, value, past.length, 1)
-    own = past.length + jnp.arange(query.shape[1])
-    visible = jnp.arange(keys.shape[1]) <= own[:, None]
-    if mask is not None:
-        visible = visible & mask[:, None, None, :]
+    slots, own = jnp.arange(keys.shape[1]), past.length + jnp.arange(query.shape[1])
+    visible = slots <= own[:, None]
+    if window is not None:
+        visible = visible & _recent(slots, own, window)
+    if tokens is not None:
+        visible = visible & tokens
     return blocks.attend(query, keys, values, visible, causal=False), Kept(key, value)
+
+
+def _recent(
+    slots: Int[Array, " slots"], own: Int[Array, " length"], window: Int[Array, ""]
+) -> Bool[Array, "length slots"]:
+    """Whether a slot is in the window that ends with a token's own; later slots are too."""
+    return slots > own[:, None] - window
 
 
 def run_causal(
@@ -107,19 +132,31 @@ def run_causal(
     mask: Bool[Array, "batch length"] | None,
     cache: Cache | None,
     *shared: Any,
+    windows: Int[Array, " layers"] | None = None,
     remat: bool,
 ) -> tuple[Float[Array, "batch length width"], Cache | None]:
-    """`x, kept = layer(x, mask, past, *shared)` through a stack, and the cache with what was kept."""
+    """Run `x, kept = layer(x, context, *shared)` through a stack, and put what was kept in the cache.
 
+    Args:
+        layers: the stack.
+        x: input of the first layer.
+        mask: which new tokens are not padding, None for all.
+        cache: the cache with the tokens before, or None.
+        *shared: what all layers get.
+        windows: number of tokens that a token sees in each layer, None for all.
+        remat: whether the backward pass computes each layer again.
+    """
     if cache is None:
-        x, _ = blocks.scan(_step, x, layers, None, mask, *shared, remat=remat)
+        x, _ = blocks.scan(_step, x, layers, (None, windows), mask, *shared, remat=remat)
         return x, None
     cache = cache.marked(jnp.ones(x.shape[:2], bool) if mask is None else mask)
     lengths = jnp.full(cache.keys.shape[0], cache.length)
     past = Past(cache.keys, cache.values, lengths)
-    x, kept = blocks.scan(_step, x, layers, past, cache.mask, *shared, remat=remat)
+    x, kept = blocks.scan(_step, x, layers, (past, windows), cache.mask, *shared, remat=remat)
     return x, cache.filled(kept)
 
 
-def _step(x: Array, layer: Any, past: Past | None, mask: Any, *shared: Any) -> Any:
-    return layer(x, mask, past, *shared)
+def _step(
+    x: Array, layer: Any, inputs: tuple[Past | None, Array | None], mask: Any, *shared: Any
+) -> tuple[Array, Kept | None]:
+    return layer(x, Context(mask, *inputs), *shared)

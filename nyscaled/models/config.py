@@ -104,7 +104,9 @@ def sound(field: dataclasses.Field, value: Any) -> Any:
         if type(value) is bool:
             return value
         wanted = "true or false"
-    elif field.type == "int":
+    elif field.type == "int | None" and value is None:
+        return value
+    elif field.type in ("int", "int | None"):
         if type(value) is int and 0 < value <= LARGEST:
             return value
         wanted = f"a positive integer up to {LARGEST}"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -14,7 +15,7 @@ from nyscaled.checkpoints.gguf import GgufMap
 from nyscaled.linalg import full_precision
 from nyscaled.models import blocks, rope
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
-from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
+from nyscaled.models.cache import Cache, Context, Kept, attend_causally, run_causal
 from nyscaled.models.causal import CausalLM
 from nyscaled.models.config import Config, TokenId
 from nyscaled.models.rope import Rotation
@@ -55,7 +56,6 @@ class GatedConfig(Config):
             begins there.
         rope_theta: base of the rotations' frequencies.
         rope_scaling: how rotations are changed for longer texts, or None.
-        attention_bias: whether the four layers of attention have biases.
     """
 
     vocab_size: int
@@ -71,8 +71,8 @@ class GatedConfig(Config):
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     rope_scaling: rope.Scaling | None = None
-    attention_bias: bool = False
 
+    attention_bias: ClassVar[bool] = False
     mlp_bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -90,15 +90,33 @@ class GatedConfig(Config):
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Also the rotations, in either of transformers' forms."""
         settings = {k: v for k, v in super().settings(config).items() if k != "rope_scaling"}
-        if settings.get("attention_bias") is None:
-            settings["attention_bias"] = False
+        if settings.get("attention_bias", False) is None:
+            del settings["attention_bias"]
         longest = settings.get("max_position_embeddings") or cls.max_position_embeddings
         settings["rope_theta"], settings["rope_scaling"] = rope.read_rope(config, longest)
         return settings
 
+    @property
+    def windows(self) -> tuple[int, ...] | None:
+        """Number of tokens that a token sees in each layer, None for all of the ones before."""
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """With the rotations in the form that every version of transformers reads."""
         return super().to_json() | {"rope_scaling": rope.write_rope(self.rope_scaling)}
+
+
+def with_heads(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with sizes of heads, where they are None, that follow from the others.
+
+    Args:
+        settings: fields of a `GatedConfig`.
+    """
+    heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
+    if type(heads) is not int or type(width) is not int or heads <= 0:
+        return settings
+    sizes = {"num_key_value_heads": heads, "head_dim": width // heads}
+    return settings | {k: v for k, v in sizes.items() if settings.get(k, v) is None}
 
 
 class Attention(nnx.Module):
@@ -117,14 +135,13 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
-        mask: Bool[Array, "batch slots"] | None,
-        past: Past | None,
-        by: Rotation,
+        context: Context,
+        rotation: Rotation,
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
-        query, key = rope.rotate(query, by), rope.rotate(key, by)
-        out, kept = attend_causally(query, key, value, mask, past)
+        query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
+        out, kept = attend_causally(query, key, value, context)
         return self.o_proj(out), kept
 
 
@@ -163,11 +180,10 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
-        mask: Bool[Array, "batch slots"] | None,
-        past: Past | None,
-        by: Rotation,
+        context: Context,
+        rotation: Rotation,
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
-        attended, kept = self.self_attn(self.input_layernorm(x), mask, past, by)
+        attended, kept = self.self_attn(self.input_layernorm(x), context, rotation)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
@@ -184,9 +200,13 @@ class GatedDecoder(CausalLM):
         rngs: for random parameters; `nys.models.load` reads them instead.
     """
 
-    norm_offset: ClassVar[float]
-    scaled_embedding: ClassVar[bool]
-    activation: ClassVar[Callable[[Array], Array]]  # f of the MLP
+    norm_offset: ClassVar[float] = 0.0
+    scaled_embedding: ClassVar[bool] = False
+
+    @staticmethod
+    def activation(x: Array) -> Array:
+        """Return f(x) of the MLP, by default x·σ(x)."""
+        return jax.nn.silu(x)
 
     def __init__(
         self, config: GatedConfig, *, numerics: Numerics = FLOAT32, rngs: nnx.Rngs
@@ -215,8 +235,11 @@ class GatedDecoder(CausalLM):
         x = self.embed_tokens(tokens)
         if self.scaled_embedding:
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
-        by = self._rotation(tokens.shape[1], mask, cache)
-        x, cache = run_causal(self.layers, x, mask, cache, by, remat=self.numerics.remat)
+        rotation = self._rotation(tokens.shape[1], mask, cache)
+        windows = None if config.windows is None else jnp.asarray(config.windows, jnp.int32)
+        x, cache = run_causal(
+            self.layers, x, mask, cache, rotation, windows=windows, remat=self.numerics.remat
+        )
         return self.norm(x), cache
 
     def _rotation(

@@ -15,7 +15,11 @@ from nyscaled.models.gated import GGUF, GatedConfig, GatedDecoder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaConfig(GatedConfig):
-    """See `GatedConfig`; the width of a head is given, and the head is the embedding."""
+    """See `GatedConfig`; the width of a head is given, and the head is the embedding.
+
+    Attributes:
+        attention_bias: whether the four layers of attention have biases.
+    """
 
     model_type = "gemma"
     # The first releases say "gelu" and mean its approximation by tanh.
@@ -31,6 +35,7 @@ class GemmaConfig(GatedConfig):
     eos_token_id: TokenId = 1
     pad_token_id: TokenId = 0
     tie_word_embeddings: bool = True
+    attention_bias: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @register

@@ -6,11 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
-from jaxtyping import Array
-
 from nyscaled.models.family import Family, register
-from nyscaled.models.gated import GGUF, GatedConfig, GatedDecoder
+from nyscaled.models.gated import GGUF, GatedConfig, GatedDecoder, with_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +15,7 @@ class LlamaConfig(GatedConfig):
     """See `GatedConfig`.
 
     Attributes:
+        attention_bias: whether the four layers of attention have biases.
         mlp_bias: whether the three layers of the MLP have biases.
 
     Examples:
@@ -40,18 +38,15 @@ class LlamaConfig(GatedConfig):
         "is_causal": (True,),
     }
 
+    attention_bias: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]
     mlp_bias: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Also what follows from the number of heads, where it is not given."""
-        given = super().settings(config).items()
-        settings = {k: v for k, v in given if v is not None or k.endswith("_token_id")}
-        heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
-        if type(heads) is int and type(width) is int and heads > 0:
-            settings.setdefault("num_key_value_heads", heads)
-            settings.setdefault("head_dim", width // heads)
-        return settings
+        """Return the fields, where null stands for the default, as in transformers."""
+        settings = super().settings(config)
+        fields = {k: v for k, v in settings.items() if v is not None or k.endswith("_token_id")}
+        return with_heads(dict.fromkeys(("num_key_value_heads", "head_dim")) | fields)
 
 
 @register
@@ -61,6 +56,7 @@ class Llama(GatedDecoder):
     Built and called as `GatedDecoder` is.
 
     Examples:
+        >>> import jax
         >>> from flax import nnx
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
         >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
@@ -78,10 +74,3 @@ class Llama(GatedDecoder):
         architecture="LlamaForCausalLM",
         gguf=GGUF._replace(interleaved=True),
     )
-    norm_offset = 0.0
-    scaled_embedding = False
-
-    @staticmethod
-    def activation(x: Array) -> Array:
-        """x·σ(x)."""
-        return jax.nn.silu(x)

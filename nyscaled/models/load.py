@@ -39,7 +39,7 @@ def load(
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Any, Tokenizer | None]:
-    """Reads a language model (LLaMA, Gemma 1, OPT, BERT) and its tokenizer.
+    """Read a language model and its tokenizer.
 
     BERT is read as `BertClassifier` where `architectures` says `BertForSequenceClassification`,
     and as `Bert` otherwise. Left out are then the heads it was trained with (`cls.predictions.*`,
@@ -55,7 +55,7 @@ def load(
 
     Args:
         folder: with `config.json` and `model.safetensors`, or shards with their index; a GGUF
-            file of a LLaMA or a Gemma, which is dequantized; or, as a string that is no path here,
+            file, which is dequantized; or, as a string that is no path here,
             the `owner/name` of a repository on the Hugging Face hub, of which the configuration,
             the safetensors and the tokenizer are fetched into its cache.
         revision: branch, tag or commit on the hub.

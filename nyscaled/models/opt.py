@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from nyscaled.linalg import full_precision
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
-from nyscaled.models.cache import Cache, Kept, Past, attend_causally, run_causal
+from nyscaled.models.cache import Cache, Context, Kept, attend_causally, run_causal
 from nyscaled.models.causal import CausalLM
 from nyscaled.models.config import Config, TokenId
 from nyscaled.models.family import Family, register
@@ -92,12 +92,11 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
-        mask: Bool[Array, "batch slots"] | None,
-        past: Past | None,
+        context: Context,
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
-        out, kept = attend_causally(query, key, value, mask, past)
+        out, kept = attend_causally(query, key, value, context)
         return self.out_proj(out), kept
 
 
@@ -115,11 +114,10 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
-        mask: Bool[Array, "batch slots"] | None,
-        past: Past | None,
+        context: Context,
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         before = self.self_attn_layer_norm(x) if self.norm_first else x
-        attended, kept = self.self_attn(before, mask, past)
+        attended, kept = self.self_attn(before, context)
         x = x + attended
         if self.norm_first:
             return x + self._mlp(self.final_layer_norm(x)), kept

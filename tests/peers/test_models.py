@@ -269,7 +269,7 @@ def test_trained_adapters_load_in_peft(name, tmp_path):
         got = meant(name, ours(model, *batch))
         adapted = theirs(peft.PeftModel.from_pretrained(reference(name), tmp_path / init), name)
         assert np.abs(adapted - plain).max() > 1e-2
-        np.testing.assert_allclose(got, adapted, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(got, adapted, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -301,7 +301,7 @@ def test_adapters_trained_in_peft_load_here(name, tmp_path):
     adapted = theirs(their, name)
     assert np.abs(adapted - plain).max() > 1e-2
     got = ours(model, *map(jnp.asarray, inputs(name)))
-    np.testing.assert_allclose(meant(name, got), adapted, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(meant(name, got), adapted, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
