@@ -132,12 +132,12 @@ def _gd(setting: Setting, case: Case, _: Any) -> Any:
 
 
 def _alternating(setting: Setting, case: Case, _: Any) -> Any:
-    rate = case.rate * nys.initializers.altgd_learning_rate(1.0)
+    rate = case.rate * nys.solvers.altgd_learning_rate(1.0)
     return nys.solvers.alternating_step(setting.problem(case), optax.sgd(rate))
 
 
 def _nesterov(setting: Setting, case: Case, start: Any) -> Any:
-    rate, momentum = nys.initializers.nesterov_parameters(start.left)
+    rate, momentum = nys.solvers.nesterov_parameters(start.left)
     tx = optax.sgd(case.rate * rate, momentum, nesterov=True)
     return nys.solvers.gradient_step(setting.problem(case), tx)
 

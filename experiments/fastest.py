@@ -82,7 +82,7 @@ def direct_textbook(problem: Any, key: Any, x0: Any) -> Any:
     omega = nys.initializers.random_sketch(
         key, x0.shape[0], x0.shape[1], SCALE, "gaussian", x0.dtype
     )
-    return constant(x0, x0 @ nys.linalg.inverse_cholesky(omega.T @ x0))
+    return constant(x0, x0 @ nys.lapack.inverse_cholesky(omega.T @ x0))
 
 
 def scaled_textbook(problem: Any, key: Any, x0: Any) -> Any:

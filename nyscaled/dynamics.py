@@ -19,9 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from nyscaled import lapack, linalg
-from nyscaled.linalg import full_precision
-from nyscaled.numerics import norm
-from nyscaled.typing import Factors
+from nyscaled.numerics import full_precision, norm
+from nyscaled.typing import Factors, Number
 
 __all__ = [
     "asymmetric_scale",
@@ -40,7 +39,7 @@ __all__ = [
 
 @full_precision
 def phi_step(
-    phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Any
+    phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Number
 ) -> Float[Array, "k r"]:
     """Φ⁺ = (1−η)Φ + ηΣΦ(ΦᵀΦ)⁻¹: (11) if r = r_A, (15) if r < r_A. Φ has full column rank.
 
@@ -59,7 +58,7 @@ def phi_step(
 
 @full_precision
 def phi_step_over(
-    phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Any
+    phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Number
 ) -> Float[Array, "k r"]:
     """Φ⁺ = (1−η)Φ + ηΣ(Φ†)ᵀ, (27), over-parametrized: r > r_A and Φ has full row rank.
 
@@ -74,7 +73,7 @@ def phi_step_over(
 
 @full_precision
 def core_step(
-    core: Float[Array, "k k"], spectrum: Float[Array, " k"], learning_rate: Any
+    core: Float[Array, "k k"], spectrum: Float[Array, " k"], learning_rate: Number
 ) -> Float[Array, "k k"]:
     """B⁺ = (1−η)²B + 2η(1−η)Σ + η²ΣB⁻¹Σ with B = ΦΦᵀ (or ΦΨᵀ): (12), (28), (32).
 
@@ -90,7 +89,7 @@ def core_step(
 
 
 @full_precision
-def relative_core_step(c: Float[Array, "k k"], learning_rate: Any) -> Float[Array, "k k"]:
+def relative_core_step(c: Float[Array, "k k"], learning_rate: Number) -> Float[Array, "k k"]:
     """C⁺ = (1−η)²C + 2η(1−η)I + η²C⁻¹ for C = Σ⁻¹B (Lemma 8), free of A.
 
     Args:
@@ -119,7 +118,7 @@ def weak_gram_step(
     gram: Float[Array, "r r"],
     phi: Float[Array, "k r"],
     spectrum: Float[Array, " k"],
-    learning_rate: Any,
+    learning_rate: Number,
 ) -> Float[Array, "r r"]:
     """B⁺ = (1−η)²B + 2η(1−η)I + η²ΘᵀΣΘ with B = ΦᵀΣ⁻¹Φ and Θ = Φ(ΦᵀΦ)⁻¹: (16).
 
@@ -137,7 +136,7 @@ def weak_gram_step(
 
 
 @full_precision
-def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Any) -> Factors:
+def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Number) -> Factors:
     """(30): Φ⁺ = (1−η)Φ + ηΣΨ^{−T}, Ψ⁺ = (1−η)Ψ + ηΣΦ^{−T}, for t ≥ 1; `Factors(Φ, Ψ)`, r = r_A.
 
     The product ΦΨᵀ then obeys (31) = (32), which is `core_step`.
@@ -155,7 +154,7 @@ def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Any
     )
 
 
-def scalar_step(d: Any, learning_rate: Any) -> Any:
+def scalar_step(d: Any, learning_rate: Number) -> Any:
     """d⁺ = (1−η)d + η/d: each singular value of Σ^{-1/2}Φ, on its own. At η = 1/2, Heron's rule.
 
     The fixed point is 1 and the multiplier 1 − 2η: linear but for η = 1/2, where it is quadratic.
@@ -170,7 +169,10 @@ def scalar_step(d: Any, learning_rate: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="num_steps")
 @full_precision
 def symmetric_errors(
-    phi0: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Any, num_steps: int
+    phi0: Float[Array, "k r"],
+    spectrum: Float[Array, " k"],
+    learning_rate: Number,
+    num_steps: int,
 ) -> Float[Array, " t"]:
     """The whole curve ‖X_tX_tᵀ − A‖_F, t = 0 … num_steps, of (2) or (26) from Φ_0 alone. r ≥ r_A.
 
@@ -214,7 +216,7 @@ def symmetric_errors(
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
-def asymmetric_scale(learning_rate: Any, num_steps: int) -> Float[Array, " t"]:
+def asymmetric_scale(learning_rate: Number, num_steps: int) -> Float[Array, " t"]:
     """c_t − 1 for t = 1 … num_steps, where X_tY_tᵀ = c_t A exactly under (5), (6). r ≥ r_A.
 
     This is a result of this project, not of the paper: c_1 = η and c⁺ = (1−η)²c + 2η(1−η) + η²/c,
@@ -237,7 +239,7 @@ def asymmetric_scale(learning_rate: Any, num_steps: int) -> Float[Array, " t"]:
     return lax.scan(body, eta - 1, length=num_steps)[1]
 
 
-def subspace_rate(spectrum: Float[Array, " k"], rank: int, learning_rate: Any) -> Any:
+def subspace_rate(spectrum: Float[Array, " k"], rank: int, learning_rate: Number) -> Any:
     """ρ = 1 − η(1 − σ_{r+1}/σ_r), the rate per step of the under-parametrized iteration. r < r_A.
 
     This is a result of this project, not of the paper: (2) is a damped subspace iteration, whose

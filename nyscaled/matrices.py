@@ -31,7 +31,8 @@ from jax import lax
 from jax.experimental import sparse
 from jaxtyping import Array
 
-from nyscaled.typing import Factors, LinearMap, as_partial, build, pytree_dataclass, static_field
+from nyscaled._pytree import as_partial, build, field, pytree_dataclass
+from nyscaled.typing import Factors, LinearMap
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -300,8 +301,8 @@ class Operator:
 
     matmat: Any
     rmatmat: Any
-    shape: tuple[int, ...] = static_field()
-    dtype: Any = static_field(default=None)
+    shape: tuple[int, ...] = field(static=True)
+    dtype: Any = field(static=True, default=None)
 
     def __post_init__(self) -> None:
         shape = tuple(map(int, self.shape))

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled.lapack import svd
-from nyscaled.linalg import full_precision, orthonormalize
+from nyscaled.linalg import orthonormalize
 from nyscaled.matrices import as_array, as_dense, as_factors, reads
-from nyscaled.numerics import clipped, exponent, norm, shift
+from nyscaled.numerics import clipped, exponent, full_precision, norm, shift
 from nyscaled.typing import Factors, Scalar
 
 __all__ = [

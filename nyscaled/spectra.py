@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from nyscaled.lapack import orthogonal
-from nyscaled.linalg import full_precision
+from nyscaled.numerics import full_precision
+from nyscaled.typing import Values
 from nyscaled.validation import is_concrete
 
 __all__ = [
@@ -25,7 +25,7 @@ _UNDER = (*(1.0 - 0.01 * i for i in range(37)), 0.05, 0.025, 0.01)
 _PAPER = {"fig1ab": _EXACT, "fig1c": _UNDER, "fig4a": _EXACT, "fig4b": _EXACT}
 
 
-def _spectrum(values: Any, limit: int, dtype: Any) -> Float[Array, " k"]:
+def _spectrum(values: Values, limit: int, dtype: DTypeLike | None) -> Float[Array, " k"]:
     spectrum = jnp.asarray(values, dtype or jnp.result_type(float))
     if spectrum.ndim != 1 or not 1 <= spectrum.size <= limit:
         raise ValueError(
@@ -38,9 +38,26 @@ def _spectrum(values: Any, limit: int, dtype: Any) -> Float[Array, " k"]:
     return spectrum
 
 
+def random_factor(key: Key[Array, ""], m: int, spectrum: Values, limit: int) -> Float[Array, "m k"]:
+    """Return U diag(spectrum)^½ (m, k), U uniform on the Stiefel manifold.
+
+    Args:
+        key: a PRNG key.
+        m: the number of rows.
+        spectrum: the k positive singular values of UUᵀ diag(spectrum).
+        limit: the largest k that is allowed.
+
+    Examples:
+        >>> random_factor(jax.random.key(0), 5, [2.0, 1.0], limit=5).shape
+        (5, 2)
+    """
+    values = _spectrum(spectrum, limit, None)
+    return orthogonal(key, m, values.size, values.dtype) * jnp.sqrt(values)
+
+
 @full_precision
 def psd(
-    key: Key[Array, ""], m: int, spectrum: Any, dtype: Any = None
+    key: Key[Array, ""], m: int, spectrum: Values, dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, "m m"], Float[Array, "m k"]]:
     """A random positive semidefinite matrix A = Q diag(spectrum) Qᵀ, Q uniform on the Stiefel manifold.
 
@@ -69,7 +86,7 @@ def psd(
 
 @full_precision
 def rectangular(
-    key: Key[Array, ""], m: int, n: int, spectrum: Any, dtype: Any = None
+    key: Key[Array, ""], m: int, n: int, spectrum: Values, dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, "m n"], Float[Array, "m k"], Float[Array, "n k"]]:
     """A random A = U diag(spectrum) Vᵀ (m, n), with its singular vectors U and V.
 
@@ -109,7 +126,7 @@ def paper_spectrum(name: str) -> np.ndarray:
 
 
 def paper(
-    name: str, key: Key[Array, ""], m: int = 1000, dtype: Any = None
+    name: str, key: Key[Array, ""], m: int = 1000, dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, "m m"], Float[Array, "m k"]]:
     """One of the paper's test matrices, as `psd` returns it; see `paper_spectrum` for the names.
 

@@ -1,18 +1,23 @@
-"""Types shared by every room: array aliases, `Factors`, and dataclasses as pytrees."""
+"""Protocols and aliases that every room shares, and `Factors`."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-import jax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Num
 
 Matrix = Float[Array, "m n"]
 Scalar = Float[Array, ""]
 
-T = TypeVar("T")
+Number = float | Num[Array, ""]
+"""A Python number, or an array of no axes, which may be traced."""
+
+Values = ArrayLike | Sequence[Number]
+"""A vector (k,): an array, or a sequence of numbers."""
+
+Sketch = Literal["gaussian", "stiefel"]
+"""How Ω is drawn: Gaussian entries, or a uniform orthonormal frame."""
 
 
 class Factors(NamedTuple):
@@ -69,56 +74,3 @@ class Step(Protocol):
     def status(self, state: Any) -> ArrayLike:
         """Return `Status.MAX_STEPS`, or with which `Status` a run has to end here."""
         ...
-
-
-def static_field(**kwargs: Any) -> Any:
-    """A dataclass field that is part of the structure (hashable), not a leaf."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(static_field,))
-def pytree_dataclass(cls: type[T]) -> type[T]:
-    """Makes `cls` a frozen dataclass that is a pytree; fields with metadata `static` are not leaves.
-
-    Unlike `jax.tree_util.register_dataclass`, rebuilding one from its leaves does not call the
-    constructor, so that a constructor may validate what a user gives it: inside jax
-    transformations the leaves are tracers or placeholders, already validated.
-    """
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    data = tuple(f.name for f in fields if not f.metadata.get("static"))
-    static = tuple(f.name for f in fields if f.metadata.get("static"))
-
-    def flatten_with_keys(node: T):
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in data)
-        return children, tuple(getattr(node, name) for name in static)
-
-    def flatten(node: T):
-        return tuple(getattr(node, name) for name in data), tuple(getattr(node, s) for s in static)
-
-    def unflatten(meta: tuple[Any, ...], leaves: Any) -> T:
-        return build(cls, **dict(zip((*data, *static), (*leaves, *meta), strict=True)))
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
-
-
-def build(cls: type[T], **fields: Any) -> T:
-    """A frozen dataclass of these fields, without a call of its constructor, which would check them."""
-    node = object.__new__(cls)
-    for name, value in fields.items():
-        object.__setattr__(node, name, value)
-    return node
-
-
-def as_partial(fn: Any) -> jax.tree_util.Partial:
-    """`fn` as a pytree: arrays bound in it are traced arguments, so that equal shapes share a compilation.
-
-    A method of a pytree (`problem.loss`) is split into function and object; a plain function
-    becomes a node without leaves, compared by identity.
-    """
-    if isinstance(fn, jax.tree_util.Partial):
-        return fn
-    if inspect.ismethod(fn) and not jax.tree_util.all_leaves([fn.__self__]):
-        return jax.tree_util.Partial(fn.__func__, fn.__self__)
-    return jax.tree_util.Partial(fn)

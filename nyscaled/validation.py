@@ -7,7 +7,8 @@ not under `jit`, `vmap` or `grad`, where an array is a tracer.
 from __future__ import annotations
 
 import math
-from typing import Any
+import operator
+from typing import Any, SupportsIndex, cast
 
 import jax
 import jax.core
@@ -30,6 +31,23 @@ def is_concrete(tree: Any) -> bool:
         return False
     scalars = all(getattr(leaf, "ndim", 0) == 0 for leaf in leaves)
     return scalars or not isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def require_count(name: str, value: object, low: int = 0) -> int:
+    """Return `value` as an integer; ValueError unless it is one from `low` to 2³¹ − 1.
+
+    Args:
+        name: what errors call the value.
+        value: a Python or NumPy integer.
+        low: the least value that is allowed.
+    """
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(cast(SupportsIndex, value))
+    except TypeError:  # of a tracer too
+        count = -1
+    if not low <= count < 2**31:
+        raise ValueError(f"{name} is {value!r}; expected an integer ≥ {low}, below 2³¹")
+    return count
 
 
 def require_rank(rank: Any, shape: tuple[int, ...]) -> None:
@@ -57,6 +75,21 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
         bracket = "(" if open_low else "["
         interval = f"{bracket}{low:g}, {high:g}" + (")" if math.isinf(high) else "]")
         raise ValueError(f"{name} is {number:g}; expected a number in {interval}")
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raise ValueError if the value of `value` is known and is not positive."""
+    require_scalar(name, value, 0, math.inf, open_low=True)
+
+
+def require_nonnegative(name: str, value: Any) -> None:
+    """Raise ValueError if the value of `value` is known and is negative."""
+    require_scalar(name, value, 0, math.inf, open_low=False)
+
+
+def require_at_least(name: str, value: Any, low: float) -> None:
+    """Raise ValueError if the value of `value` is known and is less than `low`."""
+    require_scalar(name, value, low, math.inf, open_low=False)
 
 
 def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:

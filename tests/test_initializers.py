@@ -157,7 +157,7 @@ def test_derivatives_of_the_spectral_start_by_products_are_those_of_the_factoriz
 def test_start_of_altgd_has_the_sizes_of_ward_and_kolda():
     a = 3.0 * jnp.eye(400)
     norm, c, nu = 3.0, 8.0, 0.5
-    eta = initializers.altgd_learning_rate(norm)
+    eta = nys.solvers.altgd_learning_rate(norm)
     np.testing.assert_allclose(eta, 9 / (4 * c * nu * norm))
     x, y = initializers.altgd(KEY, a, 50, norm)
     np.testing.assert_allclose(jnp.std(x), 3 / 50**0.5 / (eta**0.5 * c * norm), rtol=0.02)

@@ -12,13 +12,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nyscaled"
 FLOORS = {
     "typing": 0,
+    "_pytree": 0,
     "matrices": 0,
     "numerics": 0,
     "lapack": 0,
     "linalg": 0,
     "validation": 0,
-    "subspace": 0,
-    "spectra": 1,
+    "spectra": 0,
     "problems": 1,
     "initializers": 1,
     "transforms": 1,
@@ -30,7 +30,7 @@ FLOORS = {
     "checkpoints": 2,
 }
 # Rooms that may be used from their own floor: starts belong to problems.
-SHARED = {"typing", "matrices", "numerics", "lapack", "linalg", "validation", "problems"}
+SHARED = {name for name, floor in FLOORS.items() if floor == 0} | {"problems"}
 MODULES = sorted(
     p for p in PACKAGE.rglob("*.py") if p.name != "conftest.py" and p != PACKAGE / "__init__.py"
 )

@@ -18,10 +18,9 @@ from jax.experimental import sparse
 from jax.tree_util import Partial
 
 import nyscaled as nys
-import nyscaled.subspace
+from nyscaled._pytree import pytree_dataclass
+from nyscaled.linalg import leading_factors
 from nyscaled.matrices import as_matrix, transpose_times
-from nyscaled.subspace import leading_factors
-from nyscaled.typing import pytree_dataclass
 
 M, N, R = 12, 8, 2
 KEY = jax.random.key(0)
@@ -255,7 +254,7 @@ DENSE_ONLY = {
     "factor": lambda a: nys.linalg.factor(a).z,
     "check": nys.problems.Symmetric(PSD).check,
     "check of a pair": lambda a: nys.problems.Asymmetric(PSD).check(nys.Factors(a, Y)),
-    "nesterov_parameters": start.nesterov_parameters,
+    "nesterov_parameters": nys.solvers.nesterov_parameters,
     **{
         name: functools.partial(getattr(nys.optimality, name), basis=Y, spectrum=jnp.ones(R))
         for name in ("residual_in_basis", "weak_gram", "weak_optimality")
@@ -316,7 +315,6 @@ def test_no_function_that_takes_a_matrix_is_left_out():
         nys.optimality,
         nys.solvers,
         nys.problems,
-        nyscaled.subspace,
     ]
     rooms += [m for m in vars(nys.problems).values() if inspect.ismodule(m)]
     doors = {

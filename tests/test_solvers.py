@@ -254,7 +254,7 @@ def test_alternating_gradient_descent_converges_from_its_own_start():
     a, _, _ = rectangular()
     problem = nys.problems.Asymmetric(a)
     start = nys.initializers.altgd(jax.random.key(0), a, 2 * R, norm=1.0)
-    rate = nys.initializers.altgd_learning_rate(1.0)
+    rate = nys.solvers.altgd_learning_rate(1.0)
     step = nys.solvers.alternating_step(problem, optax.sgd(rate))
     errors = np.asarray(nys.solvers.run(step, start, 400, problem.residual).history)
     assert errors[-1] < 0.02 * errors[0]

@@ -10,8 +10,8 @@ import pytest
 from cases import M, N, R, exact_residual, normal, psd, rectangular
 
 import nyscaled as nys
+from nyscaled._pytree import pytree_dataclass
 from nyscaled.solvers import Status
-from nyscaled.typing import pytree_dataclass
 
 SIZES = (1e-30, 1e-19, 1e-17, 1e-15, 1e10, 1e18, 1e30)
 

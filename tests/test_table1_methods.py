@@ -122,7 +122,7 @@ def numpy_nesterov(a, x, y, rate, momentum, steps):
 def test_optax_sgd_is_nesterovs_method_at_its_extrapolated_points():
     a = rectangular()[0]
     start = nys.initializers.nystrom_factors(jax.random.key(2), a, R, 2.0)
-    rate, momentum = nys.initializers.nesterov_parameters(start.left)
+    rate, momentum = nys.solvers.nesterov_parameters(start.left)
     tx = optax.sgd(rate, momentum, nesterov=True)
     step = nys.solvers.gradient_step(nys.problems.Asymmetric(a), tx)
     found = nys.solvers.run(step, start, 30).params
@@ -137,12 +137,10 @@ def test_optax_sgd_is_nesterovs_method_at_its_extrapolated_points():
 
 def test_nesterov_parameters_are_those_of_the_singular_values_that_are_not_zero():
     x0 = np.diag([4.0, 2.0, 1.0]).astype(np.float32)
-    rate, momentum = nys.initializers.nesterov_parameters(jnp.asarray(x0))
+    rate, momentum = nys.solvers.nesterov_parameters(jnp.asarray(x0))
     np.testing.assert_allclose((rate, momentum), (1 / 16, (4 - 1) / (4 + 1)), rtol=1e-5)
     mixed = x0 @ np.asarray(normal(1, (3, 6)))  # rank 3 in six columns
-    rate, momentum = nys.initializers.nesterov_parameters(
-        jnp.asarray(np.pad(mixed, ((0, 9), (0, 0))))
-    )
+    rate, momentum = nys.solvers.nesterov_parameters(jnp.asarray(np.pad(mixed, ((0, 9), (0, 0)))))
     large, *_, least = np.linalg.svd(mixed, compute_uv=False)
     np.testing.assert_allclose(
         (rate, momentum), (1 / large**2, (large - least) / (large + least)), rtol=1e-4
@@ -157,7 +155,7 @@ def steps_to_1e_3(kappas, accelerated):
         a = nys.spectra.rectangular(jax.random.key(0), M, N, kappa ** -jnp.linspace(0.0, 1.0, R))[0]
         problem = nys.problems.Asymmetric(a)
         start = nys.initializers.nystrom_factors(jax.random.key(1), a, 3 * R, 20.0)
-        rate, momentum = nys.initializers.nesterov_parameters(start.left)
+        rate, momentum = nys.solvers.nesterov_parameters(start.left)
         tx = optax.sgd(rate, momentum if accelerated else None, nesterov=accelerated)
         step = nys.solvers.gradient_step(problem, tx)
         return nys.solvers.run_until(step, start, problem.residual, 1e-3, 30_000).num_steps

@@ -9,13 +9,14 @@ import pytest
 from cases import FORMS, N, R, normal, psd
 
 import nyscaled as nys
-from nyscaled.typing import LinearMap, as_partial, pytree_dataclass, static_field
+from nyscaled._pytree import as_partial, field, pytree_dataclass
+from nyscaled.typing import LinearMap
 
 
 @pytree_dataclass
 class Thing:
     array: object
-    name: str = static_field(default="a")
+    name: str = field(static=True, default="a")
 
     def __post_init__(self):
         if self.array is None:

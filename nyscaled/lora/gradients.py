@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
-from nyscaled.initializers import Sketch, random_sketch
+from nyscaled.initializers import random_sketch
 from nyscaled.lapack import svd
-from nyscaled.linalg import full_precision, orthonormalize
+from nyscaled.linalg import orthonormalize
 from nyscaled.lora.kernels import path_key
 from nyscaled.lora.pairs import Pair, num_shared
-from nyscaled.numerics import norm
+from nyscaled.numerics import full_precision, norm
 from nyscaled.transforms.leaf_names import Path
+from nyscaled.typing import Sketch
 
 
 class Matrices(NamedTuple):

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from nyscaled import lapack
-from nyscaled.initializers import Sketch, random_sketch
-from nyscaled.linalg import full_precision, orthonormalize
+from nyscaled.initializers import random_sketch
+from nyscaled.linalg import orthonormalize
+from nyscaled.numerics import full_precision
+from nyscaled.typing import Sketch
 
 
 class Start(NamedTuple):

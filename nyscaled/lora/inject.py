@@ -142,7 +142,7 @@ def apply(
     if dropout == 1:
         raise ValueError("dropout is 1, with which nothing is left; expected a rate in [0, 1)")
     if alpha is not None:
-        validation.require_scalar("alpha", alpha, 0, float("inf"), open_low=True)
+        validation.require_positive("alpha", alpha)
     require_new_name(name)
     dtype = floating(dtype)
     found, draw = _find(model, ranks, embeddings), kernels.resolve(init)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from nyscaled._pytree import pytree_dataclass
 from nyscaled.models import blocks
-from nyscaled.typing import pytree_dataclass
 
 _put = jax.lax.dynamic_update_slice_in_dim
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from nyscaled.linalg import full_precision
 from nyscaled.models.blocks import Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache
 from nyscaled.models.family import LanguageModel
+from nyscaled.numerics import full_precision
 
 
 class CausalLM(LanguageModel):

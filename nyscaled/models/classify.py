@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from nyscaled.linalg import full_precision
 from nyscaled.models.bert import Bert, BertConfig, head_options, new_pooler
 from nyscaled.models.blocks import Mask, Tokens
 from nyscaled.models.family import LanguageModel, register
+from nyscaled.numerics import full_precision
 
 
 def sentence_vectors(

@@ -12,13 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from nyscaled.checkpoints.gguf import GgufMap
-from nyscaled.linalg import full_precision
 from nyscaled.models import blocks, rope
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Context, Kept, attend_causally, run_causal
 from nyscaled.models.causal import CausalLM
 from nyscaled.models.config import Config, TokenId
 from nyscaled.models.rope import Rotation
+from nyscaled.numerics import full_precision
 
 # llama.cpp's names.
 GGUF = GgufMap(

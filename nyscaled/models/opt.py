@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from nyscaled.linalg import full_precision
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Context, Kept, attend_causally, run_causal
 from nyscaled.models.causal import CausalLM
 from nyscaled.models.config import Config, TokenId
 from nyscaled.models.family import Family, register
+from nyscaled.numerics import full_precision
 
 EPS = 1e-5
 # The first rows of the table of positions belong to padding.

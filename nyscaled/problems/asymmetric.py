@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from nyscaled import linalg, validation
+from nyscaled._pytree import pytree_dataclass
 from nyscaled.lapack import svd
 from nyscaled.matrices import as_factors, as_matrix, transpose_times
-from nyscaled.typing import Factors, Scalar, pytree_dataclass
+from nyscaled.numerics import full_precision
+from nyscaled.typing import Factors, Scalar
 
 
 @pytree_dataclass
@@ -66,7 +68,7 @@ class Asymmetric:
         """About √‖A‖_F, the size of factors of A."""
         return jnp.sqrt(linalg.probed_norm(self.a))
 
-    @linalg.full_precision
+    @full_precision
     def gradient(self, factors: Factors) -> Factors:
         """(X(YᵀY) − AY, Y(XᵀX) − AᵀX), with no m×n intermediate."""
         x, y = as_factors(factors)

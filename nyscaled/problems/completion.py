@@ -24,11 +24,12 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float, Key
 
-from nyscaled import linalg, validation
+from nyscaled import validation
+from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.matrices import as_array
-from nyscaled.numerics import clipped, normalized, root, shift
+from nyscaled.numerics import clipped, full_precision, normalized, root, shift
 from nyscaled.problems.sensing import Sensing
-from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
+from nyscaled.typing import Factors, Scalar
 
 __all__ = [
     "Entries",
@@ -54,8 +55,8 @@ class Entries:
 
     rows: Any
     columns: Any
-    shape: tuple[int, int] = static_field()
-    dtype: Any = static_field(default=jnp.dtype("float32"))
+    shape: tuple[int, int] = field(static=True)
+    dtype: Any = field(static=True, default=jnp.dtype("float32"))
 
     def __post_init__(self) -> None:
         rows, columns = as_array("rows", self.rows), as_array("columns", self.columns)
@@ -153,7 +154,7 @@ def bernoulli(
     return observed(rows, columns, values, (len(left), len(right)))
 
 
-@linalg.full_precision
+@full_precision
 def project_incoherent(
     factors: Factors | Float[Array, "m r"], bound: float | Scalar
 ) -> Factors | Float[Array, "m r"]:
@@ -175,7 +176,7 @@ def project_incoherent(
         >>> bool(jnp.abs(x[1, 0] - 0.1) < 1e-6), bool(x[0, 0] < 0.3)
         (True, True)
     """
-    validation.require_scalar("bound", bound, 0, float("inf"), open_low=True)
+    validation.require_positive("bound", bound)
 
     def shorten(x: Array, y: Array) -> Array:
         # ‖xᵢYᵀ‖² = xᵢ(YᵀY)xᵢᵀ, without the m×n product.

@@ -7,17 +7,16 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr, logit
 from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
+from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.numerics import clipped
 from nyscaled.problems import sensing
-from nyscaled.typing import Factors, Scalar, pytree_dataclass, static_field
+from nyscaled.typing import Factors, Number, Scalar, Values
 
 __all__ = [
     "OneBit",
@@ -49,11 +48,11 @@ class OneBit(sensing.Sensing):
         (True, True)
     """
 
-    noise_scale: float = static_field(default=1.0)
+    noise_scale: float = field(static=True, default=1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validation.require_scalar("noise_scale", self.noise_scale, 0, float("inf"), open_low=True)
+        validation.require_positive("noise_scale", self.noise_scale)
         if validation.is_concrete(self.b):
             low, high = float(jnp.min(self.b)), float(jnp.max(self.b))
             if low < 0 or high > 1:
@@ -79,7 +78,11 @@ class OneBit(sensing.Sensing):
 
 
 def gaussian(
-    key: Key[Array, ""], m: int, spectrum: Any, num_measurements: int, trials: Any = None
+    key: Key[Array, ""],
+    m: int,
+    spectrum: Values,
+    num_measurements: int,
+    trials: Number | None = None,
 ) -> tuple[OneBit, Float[Array, "m k"]]:
     """A symmetric problem with Gaussian measurements of a random M of given spectrum.
 
@@ -110,7 +113,12 @@ def gaussian(
 
 
 def gaussian_factors(
-    key: Key[Array, ""], m: int, n: int, spectrum: Any, num_measurements: int, trials: Any = None
+    key: Key[Array, ""],
+    m: int,
+    n: int,
+    spectrum: Values,
+    num_measurements: int,
+    trials: Number | None = None,
 ) -> tuple[OneBit, Factors]:
     """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
 
@@ -132,10 +140,10 @@ def gaussian_factors(
     return _seen(coin_key, exact, trials), truth
 
 
-def _seen(key: Array, exact: sensing.Sensing, trials: Any) -> OneBit:
+def _seen(key: Array, exact: sensing.Sensing, trials: Number | None) -> OneBit:
     noise_scale = exact.a.count**-0.5
     b = jax.nn.sigmoid(exact.b / noise_scale)
     if trials is not None:
-        validation.require_scalar("trials", trials, 1, float("inf"), open_low=False)
+        validation.require_at_least("trials", trials, 1)
         b = jax.random.binomial(key, trials, b) / trials
     return OneBit(exact.a, b.astype(exact.dtype), noise_scale)

@@ -17,9 +17,12 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
+from nyscaled._pytree import pytree_dataclass
 from nyscaled.matrices import as_array, transpose_times
+from nyscaled.numerics import full_precision
 from nyscaled.problems import sensing
-from nyscaled.typing import pytree_dataclass
+from nyscaled.spectra import random_factor
+from nyscaled.typing import Number, Values
 
 __all__ = [
     "RankOne",
@@ -71,7 +74,7 @@ class RankOne:
         """float32 or float64."""
         return self.vectors.dtype
 
-    @linalg.full_precision
+    @full_precision
     def forward(self, left: Float[Array, "m r"], right: Float[Array, "m r"]) -> Float[Array, " p"]:
         """𝒜(LRᵀ)."""
         return jnp.sum((self.vectors @ left) * (self.vectors @ right), axis=1)
@@ -82,13 +85,13 @@ class RankOne:
         return linalg.Operator(product, product, self.shape, self.dtype)
 
 
-@linalg.full_precision
+@full_precision
 def _weighted_gram(vectors: Array, weights: Array, x: Array) -> Array:
     return transpose_times(vectors, weights[:, None] * (vectors @ x))
 
 
 def gaussian(
-    key: Key[Array, ""], m: int, spectrum: Any, num_measurements: int, noise: Any = 0.0
+    key: Key[Array, ""], m: int, spectrum: Values, num_measurements: int, noise: Number = 0.0
 ) -> tuple[sensing.Sensing, Float[Array, "m k"]]:
     """Quadratic measurements of a random M of given spectrum; phase retrieval with one eigenvalue.
 
@@ -114,7 +117,7 @@ def gaussian(
         ((10, 1), True)
     """
     truth_key, vector_key, noise_key = jax.random.split(key, 3)
-    truth = sensing.random_factor(truth_key, m, spectrum, m)
+    truth = random_factor(truth_key, m, spectrum, m)
     vectors = sensing.random_array(vector_key, (num_measurements, m), truth.dtype)
     a = RankOne(vectors / num_measurements**0.25)
     return sensing.measured(noise_key, a, truth, truth, noise), truth

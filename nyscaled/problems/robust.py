@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from nyscaled import linalg, validation
+from nyscaled import validation
+from nyscaled._pytree import pytree_dataclass
 from nyscaled.matrices import as_dense, as_factors, reads, transpose_times
-from nyscaled.numerics import norm, normalized, shift
+from nyscaled.numerics import full_precision, norm, normalized, shift
 from nyscaled.problems.asymmetric import Asymmetric
-from nyscaled.problems.sensing import random_factor
-from nyscaled.typing import Factors, Scalar, pytree_dataclass
+from nyscaled.spectra import random_factor
+from nyscaled.typing import Factors, Number, Scalar, Values
 
 __all__ = [
     "RobustPCA",
@@ -54,7 +55,7 @@ def _order_statistics(rows: Int[Array, "m n"], count: Any) -> Int[Array, " m"]:
 
 
 @jax.jit
-def _largest(a: Float[Array, "m n"], fraction: Any) -> Bool[Array, "m n"]:
+def _largest(a: Float[Array, "m n"], fraction: Number) -> Bool[Array, "m n"]:
     """Where T keeps entries."""
     integer = jnp.int32 if a.dtype == jnp.float32 else jnp.int64
     bits = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(a)), integer)
@@ -65,7 +66,7 @@ def _largest(a: Float[Array, "m n"], fraction: Any) -> Bool[Array, "m n"]:
 
 
 @reads(a=as_dense)
-def threshold(a: Float[Array, "m n"], fraction: Any) -> Float[Array, "m n"]:
+def threshold(a: Float[Array, "m n"], fraction: Number) -> Float[Array, "m n"]:
     """T_α[A]: the entries among the largest of their row and of their column, zero elsewhere.
 
     Args:
@@ -121,7 +122,7 @@ class RobustPCA:
         observed = as_dense("Y", self.observed)
         validation.require_sound_matrix("Y", observed, symmetric=False)
         validation.require_scalar("fraction", self.fraction, 0, 1, open_low=True)
-        validation.require_scalar("slack", self.slack, 1, float("inf"), open_low=False)
+        validation.require_at_least("slack", self.slack, 1)
         removed = self.fraction * self.slack
         if validation.is_concrete(removed) and float(removed) >= 1:
             got = f"fraction · slack is {float(removed):g}"
@@ -138,18 +139,18 @@ class RobustPCA:
         """float32 or float64."""
         return self.observed.dtype
 
-    @linalg.full_precision
+    @full_precision
     def sparse(self, factors: Factors) -> Float[Array, "m n"]:
         """S = T_γα[Y − LRᵀ]."""
         return threshold(-self._residual(factors), self._removed())
 
-    @linalg.full_precision
+    @full_precision
     def loss(self, factors: Factors) -> Scalar:
         """f(L, R), the entries that T leaves to the factors."""
         kept, e = normalized(self._kept(factors))
         return shift(shift(jnp.sum(kept**2) / 2, e), e)
 
-    @linalg.full_precision
+    @full_precision
     def root_loss(self, factors: Factors) -> Scalar:
         """√f, of which f may overflow or underflow."""
         return norm(self._kept(factors)) / 2**0.5
@@ -158,7 +159,7 @@ class RobustPCA:
         """√‖Y‖_F, at least about the size of factors of what is sought."""
         return jnp.sqrt(norm(self.observed))
 
-    @linalg.full_precision
+    @full_precision
     def gradient(self, factors: Factors) -> Factors:
         """(GR, GᵀL) with G = LRᵀ + S − Y."""
         kept = self._kept(factors)
@@ -191,9 +192,9 @@ class RobustPCA:
         return jnp.where(_largest(residual, self._removed()), 0, residual)
 
 
-@linalg.full_precision
+@full_precision
 def corrupted(
-    key: Key[Array, ""], m: int, n: int, spectrum: Any, fraction: Any, size: Any = 10.0
+    key: Key[Array, ""], m: int, n: int, spectrum: Values, fraction: Number, size: Number = 10.0
 ) -> tuple[RobustPCA, Factors]:
     """A random M of given singular values, of which a fraction of the entries is grossly wrong.
 
@@ -219,7 +220,7 @@ def corrupted(
         >>> bool(problem.loss(truth) < 1e-10), int(jnp.max(jnp.sum(wrong, axis=0)))
         (True, 2)
     """
-    validation.require_scalar("size", size, 0, float("inf"), open_low=True)
+    validation.require_positive("size", size)
     left_key, right_key, sparse_key = jax.random.split(key, 3)
     limit = min(m, n)
     left = random_factor(left_key, m, spectrum, limit)

@@ -23,12 +23,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
-from nyscaled.lapack import orthogonal
+from nyscaled._pytree import pytree_dataclass
 from nyscaled.matrices import as_array, as_factors, require_traced, transpose_times
-from nyscaled.numerics import norm, normalized, shift
+from nyscaled.numerics import full_precision, norm, normalized, shift
 from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.problems.symmetric import Symmetric
-from nyscaled.typing import Factors, LinearMap, Scalar, pytree_dataclass
+from nyscaled.spectra import random_factor
+from nyscaled.typing import Factors, LinearMap, Number, Scalar, Values
 
 __all__ = [
     "Matrices",
@@ -104,12 +105,12 @@ class Matrices:
         """float32 or float64."""
         return self.matrices.dtype
 
-    @linalg.full_precision
+    @full_precision
     def forward(self, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Float[Array, " p"]:
         """𝒜(LRᵀ)."""
         return self.matrices.reshape(self.count, -1) @ (left @ right.T).reshape(-1)
 
-    @linalg.full_precision
+    @full_precision
     def adjoint(self, weights: Float[Array, " p"]) -> Float[Array, "m n"]:
         """𝒜*(w)."""
         return (weights @ self.matrices.reshape(self.count, -1)).reshape(self.shape)
@@ -182,7 +183,7 @@ class Sensing:
         root = self.root_misfit(self.a.forward(*_both(point)))
         return root if isinstance(point, Factors) else root / 2**0.5
 
-    @linalg.full_precision
+    @full_precision
     def factor_size(self) -> Scalar:
         """About √‖M‖_F, the size of factors of what is sought: ‖b‖²/‖𝒜*(b)‖_F is ‖M‖_F at most."""
         seen = self.slope(jnp.zeros_like(self.b))
@@ -190,7 +191,7 @@ class Sensing:
         back = linalg.probed_norm(self.a.adjoint(seen))
         return jnp.sqrt(size * (size / jnp.where(back > 0, back, 1)))
 
-    @linalg.full_precision
+    @full_precision
     def gradient(self, point: Any) -> Any:
         """½(G + Gᵀ)X at X, (GY, GᵀX) at `Factors`, where G = 𝒜*(𝒜(·) − b)."""
         x, y = _both(point)
@@ -252,7 +253,7 @@ def _times_adjoint(a: Any, weights: Array, y: Array) -> Array:
     return transpose_times(a.adjoint(weights), y)
 
 
-@linalg.full_precision
+@full_precision
 def _symmetric_part(a: Any, x: Array) -> Array:
     return (a @ x + transpose_times(a, x)) / 2
 
@@ -262,7 +263,7 @@ def _both(point: Any) -> tuple[Array, Array]:
 
 
 def gaussian(
-    key: Key[Array, ""], m: int, spectrum: Any, num_measurements: int, noise: Any = 0.0
+    key: Key[Array, ""], m: int, spectrum: Values, num_measurements: int, noise: Number = 0.0
 ) -> tuple[Sensing, Float[Array, "m k"]]:
     """A symmetric problem with Gaussian measurements of a random M of given spectrum.
 
@@ -289,7 +290,12 @@ def gaussian(
 
 
 def gaussian_factors(
-    key: Key[Array, ""], m: int, n: int, spectrum: Any, num_measurements: int, noise: Any = 0.0
+    key: Key[Array, ""],
+    m: int,
+    n: int,
+    spectrum: Values,
+    num_measurements: int,
+    noise: Number = 0.0,
 ) -> tuple[Sensing, Factors]:
     """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
 
@@ -315,32 +321,20 @@ def gaussian_factors(
     return _gaussian(measurement_key, *truth, num_measurements, noise), truth
 
 
-def random_factor(key: Array, m: int, spectrum: Any, limit: int) -> Array:
-    """U diag(spectrum)^½ (m, k), k ≤ limit, U uniform on the Stiefel manifold."""
-    values = jnp.asarray(spectrum, jnp.result_type(float))
-    if values.ndim != 1 or not 1 <= values.size <= limit:
-        raise ValueError(f"spectrum has shape {values.shape}; expected 1 to {limit} values, (k,)")
-    if validation.is_concrete(values) and not bool(jnp.all((values > 0) & jnp.isfinite(values))):
-        raise ValueError(f"spectrum is {values}; expected positive finite values")
-    return orthogonal(key, m, values.size, values.dtype) * jnp.sqrt(values)
-
-
 def random_array(key: Array, shape: tuple[Any, ...], dtype: Any) -> Array:
     """N(0, 1) of shape (p, …), where p is the caller's num_measurements."""
-    p = shape[0]
-    if isinstance(p, bool) or not hasattr(p, "__index__") or p < 1:
-        raise ValueError(f"num_measurements is {p!r}; expected an integer ≥ 1")
+    validation.require_count("num_measurements", shape[0], 1)
     return jax.random.normal(key, shape, dtype)
 
 
-def measured(key: Array, a: MeasurementMap, left: Array, right: Array, noise: Any) -> Sensing:
+def measured(key: Array, a: MeasurementMap, left: Array, right: Array, noise: Number) -> Sensing:
     """The problem of LRᵀ seen through 𝒜 with errors N(0, noise²/p)."""
-    validation.require_scalar("noise", noise, 0, float("inf"), open_low=False)
+    validation.require_nonnegative("noise", noise)
     errors = jax.random.normal(key, (a.count,), left.dtype) * (noise / a.count**0.5)
     return Sensing(a, a.forward(left, right) + errors)
 
 
-def _gaussian(key: Array, left: Array, right: Array, p: int, noise: Any) -> Sensing:
+def _gaussian(key: Array, left: Array, right: Array, p: int, noise: Number) -> Sensing:
     key_a, key_b = jax.random.split(key)
     matrices = random_array(key_a, (p, len(left), len(right)), left.dtype) / p**0.5
     return measured(key_b, Matrices(matrices), left, right, noise)

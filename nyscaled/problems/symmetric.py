@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
+from nyscaled._pytree import pytree_dataclass
 from nyscaled.lapack import eigh
 from nyscaled.matrices import as_array, as_matrix, reads
-from nyscaled.typing import Scalar, pytree_dataclass
+from nyscaled.numerics import full_precision
+from nyscaled.typing import Scalar
 
 
 @pytree_dataclass
@@ -73,7 +75,7 @@ class Symmetric:
         return jnp.sqrt(linalg.probed_norm(self.a))
 
     @reads(x=as_array)
-    @linalg.full_precision
+    @full_precision
     def gradient(self, x: Float[Array, "m r"]) -> Float[Array, "m r"]:
         """∇f(X) = X(XᵀX) − AX, with no m×m intermediate."""
         return x @ (x.T @ x) - self.a @ x

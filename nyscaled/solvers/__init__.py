@@ -15,6 +15,7 @@ from nyscaled.solvers.polar import (
     qdwh_step,
     scaled_newton_step,
 )
+from nyscaled.solvers.rates import altgd_learning_rate, nesterov_parameters, staircase
 from nyscaled.solvers.status import Status
 from nyscaled.solvers.steps import (
     GradientState,
@@ -24,7 +25,6 @@ from nyscaled.solvers.steps import (
     alternating_step,
     gradient_step,
     scaled_step,
-    staircase,
 )
 from nyscaled.typing import Step
 
@@ -42,8 +42,10 @@ __all__ = [
     "Status",
     "Step",
     "alternating_step",
+    "altgd_learning_rate",
     "gradient_step",
     "modified_step",
+    "nesterov_parameters",
     "qdwh_step",
     "run",
     "run_until",

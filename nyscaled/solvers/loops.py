@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -15,9 +14,10 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from nyscaled import validation
+from nyscaled._pytree import as_partial
 from nyscaled.matrices import as_array
 from nyscaled.solvers.status import Status
-from nyscaled.typing import Params, Step, as_partial
+from nyscaled.typing import Params, Step
 
 
 class Solution(NamedTuple):
@@ -106,17 +106,6 @@ def _no_record(params: Params) -> None:
     return None
 
 
-def _count(name: str, value: Any) -> int:
-    """`value` as an integer; ValueError unless it is one from 0 to 2³¹ − 1."""
-    try:
-        count = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:  # of a tracer too
-        count = -1
-    if not 0 <= count < 2**31:
-        raise ValueError(f"{name} is {value!r}; expected an integer ≥ 0, below 2³¹")
-    return count
-
-
 def _require_real(name: str, value: Any) -> Array:
     """`value` as an array; ValueError unless it is one real number. A truth value is none."""
     value = as_array(name, value, "expected a real number")
@@ -192,7 +181,7 @@ def run(
     Raises:
         ValueError: on a start that does not fit, is not finite or is zero, and on failed runs.
     """
-    count = _count("num_steps", num_steps)
+    count = validation.require_count("num_steps", num_steps)
     recorder = _no_record if record is None else record
     _require_run(step, params, record=recorder)
     params = _check_start(params)
@@ -235,10 +224,10 @@ def run_until(
         >>> solution.status.name
         'CONVERGED'
     """
-    count = _count("max_steps", max_steps)
+    count = validation.require_count("max_steps", max_steps)
     _require_run(step, params, measure=measure)
     tol = _require_real("tol", tol)
-    validation.require_scalar("tol", tol, 0, float("inf"), open_low=False)
+    validation.require_nonnegative("tol", tol)
     params = _check_start(params)
     solution = _while(step, params, as_partial(measure), tol, count)
     differentiable = jax.tree.map(_forward_only.bind, (solution.params, solution.value))

@@ -22,11 +22,12 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from nyscaled import validation
+from nyscaled._pytree import pytree_dataclass
 from nyscaled.lapack import svd
-from nyscaled.linalg import full_precision
+from nyscaled.numerics import full_precision
 from nyscaled.problems import Asymmetric, Sensing
 from nyscaled.solvers.steps import GradientState, GradientStep, gradient_step
-from nyscaled.typing import Factors, Params, pytree_dataclass
+from nyscaled.typing import Factors, Params
 
 
 @full_precision
@@ -49,7 +50,7 @@ def unbalance(factors: Factors, beta: Any) -> Factors:
         >>> round(float(jnp.linalg.norm(x)), 4)
         0.5
     """
-    validation.require_scalar("beta", beta, 0, float("inf"), open_low=True)
+    validation.require_positive("beta", beta)
     p, sigma, qt = svd(factors.left)
     beta = jnp.asarray(beta, factors.left.dtype)
     return Factors(beta * p, (factors.right @ qt.T) * (sigma / beta))
@@ -126,5 +127,5 @@ def modified_step(
     """
     if not isinstance(problem, Asymmetric | Sensing):
         raise ValueError(f"problem is {type(problem).__name__}; modified GD wants Asymmetric")
-    validation.require_scalar("beta", beta, 0, float("inf"), open_low=True)
+    validation.require_positive("beta", beta)
     return ModifiedStep(gradient_step(problem, tx), at, beta)

@@ -26,12 +26,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from nyscaled import linalg
-from nyscaled.lapack import eigh, svd
-from nyscaled.numerics import clipped, norm
+from nyscaled._pytree import field, pytree_dataclass
+from nyscaled.lapack import eigh, inverse_cholesky, svd
+from nyscaled.numerics import clipped, full_precision, norm
 from nyscaled.problems import Symmetric
 from nyscaled.solvers.rank import cut_rank
 from nyscaled.solvers.status import Status
-from nyscaled.typing import Scalar, pytree_dataclass, static_field
+from nyscaled.typing import Scalar
 
 Scaling = Literal["byers_xu", "optimal", "frobenius"]
 
@@ -91,7 +92,7 @@ class _PolarStep:
 
     problem: Any
 
-    @linalg.full_precision
+    @full_precision
     def init(self, params: Any) -> PolarState:
         """The start, its numerical rank cut (see `rank.cut_rank`), and the extremes of σ(S)."""
         cut = cut_rank(self.problem, params)
@@ -100,7 +101,7 @@ class _PolarStep:
         low, high = 1 / _size(s_dual, 2), _size(s, 2)
         return PolarState(cut.factors, cut.rotation, cut.indefinite, low, high)
 
-    @linalg.full_precision
+    @full_precision
     def params(self, state: PolarState) -> Float[Array, "m r"]:
         """X in the caller's coordinates."""
         return state.factors @ state.rotation.T
@@ -115,10 +116,10 @@ class ScaledNewtonStep(_PolarStep):
     """Newton's iteration with scaling; see `scaled_newton_step`."""
 
     problem: Any
-    scaling: Scaling = static_field(default="byers_xu")
+    scaling: Scaling = field(static=True, default="byers_xu")
 
     @functools.partial(jax.jit, inline=True)
-    @linalg.full_precision
+    @full_precision
     def update(self, state: PolarState) -> PolarState:
         """One step; A is met only in A @ thin."""
         x, low, high = state.factors, state.low, state.high
@@ -148,7 +149,7 @@ class QDWHStep(_PolarStep):
     problem: Any
 
     @functools.partial(jax.jit, inline=True)
-    @linalg.full_precision
+    @full_precision
     def update(self, state: PolarState) -> PolarState:
         """One step; A is met only in A @ thin."""
         x = state.factors / state.high
@@ -160,7 +161,7 @@ class QDWHStep(_PolarStep):
         form = f.z.T @ image
         gram = f.dual_of(f.dual_of((form + form.T) / 2).T)  # C, eigenvalues 1/s² ≥ 1
         # C carries an error of eps/low², which c, about low^(-4/3), exceeds.
-        t = linalg.inverse_cholesky((gram + gram.T) / 2 + c * jnp.eye(len(gram), dtype=x.dtype))
+        t = inverse_cholesky((gram + gram.T) / 2 + c * jnp.eye(len(gram), dtype=x.dtype))
         new = (b / c) * x + (a - b / c) * (f.dual_of(image) @ (t @ t.T))
         bound = low * (a + b * low**2) / (1 + c * low**2)
         return state._replace(factors=new, low=clipped(bound, 0, 1), high=jnp.ones_like(state.high))

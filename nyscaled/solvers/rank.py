@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from nyscaled import linalg
 from nyscaled.lapack import eigh, qr, svd
 from nyscaled.matrices import transpose_times
-from nyscaled.numerics import norm
+from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import Factors
 
 
@@ -30,7 +30,7 @@ class Cut(NamedTuple):
     indefinite: Bool[Array, ""]
 
 
-@linalg.full_precision
+@full_precision
 def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
     """Checks the factors and, if `enabled`, cuts their numerical rank, once and for all.
 

@@ -12,13 +12,14 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled import linalg, validation
+from nyscaled._pytree import as_partial, field, pytree_dataclass
 from nyscaled.matrices import transpose_times
-from nyscaled.numerics import tree_norm
+from nyscaled.numerics import full_precision, tree_norm
 from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
 from nyscaled.solvers.rank import cut_rank
 from nyscaled.solvers.status import Status
 from nyscaled.transforms.gram import require_step_size
-from nyscaled.typing import Factors, Params, as_partial, pytree_dataclass, static_field
+from nyscaled.typing import Factors, Params
 
 
 class ScaledState(NamedTuple):
@@ -45,7 +46,7 @@ class ScaledStep:
         return ScaledState(jnp.zeros((), jnp.int32), cut.factors, cut.rotation, cut.indefinite)
 
     @functools.partial(jax.jit, inline=True)
-    @linalg.full_precision
+    @full_precision
     def update(self, state: ScaledState) -> ScaledState:
         """One step; A is met only in A @ thin (and Aᵀ @ thin)."""
         eta = self.learning_rate
@@ -56,7 +57,7 @@ class ScaledStep:
         factors = advance(self.problem.a, state.factors, eta, damping)
         return state._replace(step=state.step + 1, factors=factors)
 
-    @linalg.full_precision
+    @full_precision
     def params(self, state: ScaledState) -> Params:
         """The factors in the caller's coordinates."""
         return jax.tree.map(lambda f: f @ state.rotation.T, state.factors)
@@ -115,7 +116,7 @@ def scaled_step(
         True
     """
     require_step_size(learning_rate)
-    validation.require_scalar("damping", damping, 0, float("inf"), open_low=False)
+    validation.require_nonnegative("damping", damping)
     if callable(learning_rate):
         learning_rate = as_partial(learning_rate)
     if not isinstance(problem, Symmetric | Asymmetric):
@@ -150,9 +151,9 @@ class GradientStep:
     """A step by the problem's gradient; see `gradient_step`."""
 
     problem: Any
-    tx: Any = static_field()
+    tx: Any = field(static=True)
     project: Any = None
-    alternating: bool = static_field(default=False)
+    alternating: bool = field(static=True, default=False)
 
     def init(self, params: Params) -> GradientState:
         """The start and the transformation's state."""
@@ -242,21 +243,3 @@ def alternating_step(
     if not isinstance(problem, Asymmetric | RobustPCA | Sensing):
         raise ValueError(f"problem is {type(problem).__name__}; alternating wants Asymmetric")
     return GradientStep(problem, tx, alternating=True)
-
-
-def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> optax.Schedule:
-    """η = initial, initial·factor, …, a level every `every` steps, as the paper advises after Theorem 2.
-
-    The step sizes have a finite sum: with few steps per level the iteration stops short of a weak
-    optimum, which a constant η reaches (claim staircase-stops).
-
-    Args:
-        initial: the step size of the first level.
-        every: the number of steps per level, ≥ 1.
-        factor: what the step size is multiplied by from level to level.
-
-    Examples:
-        >>> [round(float(staircase(0.1, every=10)(t)), 4) for t in (0, 9, 10, 20)]
-        [0.1, 0.1, 0.01, 0.001]
-    """
-    return optax.exponential_decay(initial, every, factor, staircase=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from nyscaled import linalg
+from nyscaled.numerics import full_precision
 from nyscaled.transforms.pairing import FactorSpec, KeyPath, Spec, default_spec, show
 
 Rule = Callable[..., Array]
@@ -48,7 +48,7 @@ def pairwise(
             raise ValueError(
                 "params is None; expected the current parameters: update(grads, state, params)"
             )
-        rule = linalg.full_precision(rule_of(state, **extra_args))
+        rule = full_precision(rule_of(state, **extra_args))
         arrays = () if per_factor is None else (per_factor(state, params),)
         updates = map_gradients(rule, spec, updates, params, *arrays)
         if "count" in state._fields:

@@ -63,7 +63,7 @@ def scale_by_balance(
         >>> jnp.round(updates.left[0], 4), jnp.round(updates.right[0], 4)
         (Array([3.], dtype=float32), Array([0.3333], dtype=float32))
     """
-    validation.require_scalar("warmup_steps", warmup_steps, 0, float("inf"), open_low=False)
+    validation.require_nonnegative("warmup_steps", warmup_steps)
 
     def rule_of(state: ScaleByBalanceState, **extra_args: object) -> Rule:
         def rule(_: int, g: Array, factor: Array, partner: Array) -> Array:

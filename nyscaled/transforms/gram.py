@@ -54,7 +54,7 @@ def scale_by_gram(
         Array([[-0.125],
                [-0.125]], dtype=float32)
     """
-    validation.require_scalar("damping", damping, 0, float("inf"), open_low=False)
+    validation.require_nonnegative("damping", damping)
 
     def rule(_: int, g: Array, factor: Array, partner: Array) -> Array:
         return linalg.gram_solve(partner, g, damping)
@@ -100,7 +100,7 @@ def scaled_gd(
         True
     """
     require_step_size(learning_rate)
-    validation.require_scalar("damping", damping, 0, float("inf"), open_low=False)
+    validation.require_nonnegative("damping", damping)
     if pseudo_inverse and validation.is_concrete(damping) and float(damping) != 0:
         raise ValueError(
             f"damping is {damping} with pseudo_inverse=True; expected one or the other"

@@ -49,7 +49,7 @@ def scale_by_normalized_gram(
         >>> updates.left[0]
         Array([1.], dtype=float32)
     """
-    validation.require_scalar("damping", damping, 0, float("inf"), open_low=True)
+    validation.require_positive("damping", damping)
 
     def rule_of(state: ScaleByNormalizedGramState, **extra_args: object) -> Rule:
         def rule(position: int, g: Array, factor: Array, partner: Array) -> Array:

@@ -56,8 +56,8 @@ def scale_by_residual_gram(
         Array([[0.25],
                [0.25]], dtype=float32)
     """
-    validation.require_scalar("damping_scale", damping_scale, 0, float("inf"), open_low=True)
-    validation.require_scalar("noise_level", noise_level, 0, float("inf"), open_low=False)
+    validation.require_positive("damping_scale", damping_scale)
+    validation.require_nonnegative("noise_level", noise_level)
 
     def rule_of(
         state: optax.EmptyState,
@@ -115,7 +115,7 @@ def precgd(
         >>> bool(solution.history[-1] < 1e-9)
         True
     """
-    validation.require_scalar("learning_rate", learning_rate, 0, float("inf"), open_low=True)
+    validation.require_positive("learning_rate", learning_rate)
     return optax.with_extra_args_support(
         optax.chain(
             scale_by_residual_gram(damping_scale, noise_level, spec=spec),

@@ -137,7 +137,7 @@ def _altgd(rank: int) -> Callable[..., Any]:
     def count(kappa: Any, tol: Any, divided: Any, instance: Instance) -> Any:
         problem = nys.problems.Asymmetric((instance.left * spectrum(kappa)) @ instance.right.T)
         start = nys.initializers.altgd(instance.key, problem.a, rank, 1.0)
-        rate = nys.initializers.altgd_learning_rate(1.0) / kappa**divided
+        rate = nys.solvers.altgd_learning_rate(1.0) / kappa**divided
         step = nys.solvers.alternating_step(problem, optax.sgd(rate))
         return steps_of(step, start, problem.residual, tol, 200_000)
 
@@ -321,7 +321,7 @@ def nesterov(momentum: bool = True) -> Measured:
         a = (instance.left * spectrum(kappa)) @ instance.right.T
         problem = nys.problems.Asymmetric(a)
         start = nys.initializers.nystrom_factors(instance.key, a, 3 * RANK, 20.0)
-        rate, beta = nys.initializers.nesterov_parameters(start.left)
+        rate, beta = nys.solvers.nesterov_parameters(start.left)
         tx = optax.sgd(rate, beta if momentum else None, nesterov=momentum)
         return steps_of(
             nys.solvers.gradient_step(problem, tx), start, problem.residual, 1e-4, 50_000

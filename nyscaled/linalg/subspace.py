@@ -12,9 +12,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from nyscaled.lapack import eigh, qr, reciprocal, svd
-from nyscaled.linalg import full_precision
 from nyscaled.matrices import as_matrix, reads, transpose_times
-from nyscaled.numerics import normalized, shift
+from nyscaled.numerics import full_precision, normalized, shift
 from nyscaled.typing import Factors
 
 _EXTRA = 8  # columns over 2r, where the spectrum decays slowly after σ_r

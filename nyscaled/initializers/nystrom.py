@@ -1,49 +1,29 @@
-"""Starting points: Nyström (3), (5), from gradients (A.4), perturbed, rescaled, small, spectral, AltGD's.
+"""Nyström starts: (3), (5), from gradients (A.4), perturbed, rescaled, and the approximation of A.
 
-Standard deviations follow the paper: `scale` is ξ for a sketch Ω and ζ for a small start,
-`noise` is ξ_n.
+`scale` is ξ, the standard deviation of the entries of the sketch Ω, as in the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
-from nyscaled.lapack import eigh, orthogonal, qr, svd
-from nyscaled.linalg import default_rcond, full_precision
-from nyscaled.matrices import as_array, as_dense, reads
-from nyscaled.numerics import norm
-from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
-from nyscaled.subspace import leading_factors
-from nyscaled.typing import Factors, Scalar
-
-__all__ = [
-    "altgd",
-    "altgd_learning_rate",
-    "nesterov_parameters",
-    "nystrom",
-    "nystrom_approximation",
-    "nystrom_factors",
-    "nystrom_factors_from_gradient",
-    "nystrom_from_gradient",
-    "perturbed",
-    "random_sketch",
-    "rescaled",
-    "small",
-    "small_factors",
-    "spectral",
-]
-
-Sketch = Literal["gaussian", "stiefel"]
+from nyscaled.lapack import eigh, orthogonal, qr
+from nyscaled.linalg import default_rcond
+from nyscaled.matrices import as_array
+from nyscaled.numerics import full_precision, norm
+from nyscaled.problems import Asymmetric, Sensing, Symmetric
+from nyscaled.typing import Factors, Number, Sketch
 
 
 def random_sketch(
-    key: Key[Array, ""], n: int, rank: int, scale: Any, sketch: Sketch, dtype: Any
+    key: Key[Array, ""], n: int, rank: int, scale: Number, sketch: Sketch, dtype: DTypeLike
 ) -> Float[Array, "n r"]:
     """Ω (n, rank): N(0, scale²) entries, or `scale` times a uniform orthonormal frame.
 
@@ -56,7 +36,7 @@ def random_sketch(
         sketch: "gaussian", or "stiefel" for a uniform orthonormal frame.
         dtype: float32 or float64, the dtype of the result.
     """
-    validation.require_scalar("scale", scale, 0, float("inf"), open_low=True)
+    validation.require_positive("scale", scale)
     if sketch == "gaussian":
         return scale * jax.random.normal(key, (n, rank), dtype)
     if sketch == "stiefel":
@@ -66,7 +46,7 @@ def random_sketch(
 
 @full_precision
 def nystrom(
-    key: Key[Array, ""], a: Any, rank: int, scale: Any = 1.0, *, sketch: Sketch = "gaussian"
+    key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, *, sketch: Sketch = "gaussian"
 ) -> Float[Array, "m r"]:
     """Nyström initialization (3) of a symmetric problem: X_0 = AΩ.
 
@@ -101,7 +81,7 @@ def nystrom(
 
 @full_precision
 def nystrom_factors(
-    key: Key[Array, ""], a: Any, rank: int, scale: Any = 1.0, *, sketch: Sketch = "gaussian"
+    key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, *, sketch: Sketch = "gaussian"
 ) -> Factors:
     """Nyström initialization (5) of an asymmetric problem: X_0 = AΩ, Y_0 = 0.
 
@@ -135,10 +115,10 @@ def nystrom_from_gradient(
     gradient: Callable[[Float[Array, "m r"]], Float[Array, "m r"]],
     m: int,
     rank: int,
-    scale: Any = 1.0,
+    scale: Number = 1.0,
     *,
     sketch: Sketch = "gaussian",
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "m r"]:
     """(3) from a gradient oracle of (1), without A (A.4): X_0 = AΩ by one gradient.
 
@@ -178,10 +158,10 @@ def nystrom_factors_from_gradient(
     gradient: Callable[[Factors], Factors],
     shape: tuple[int, int],
     rank: int,
-    scale: Any = 1.0,
+    scale: Number = 1.0,
     *,
     sketch: Sketch = "gaussian",
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Factors:
     """(5) from a gradient oracle of (4), without A (A.4): X_0 = −∇_X f(0, Ω) = AΩ, Y_0 = 0.
 
@@ -218,7 +198,7 @@ def _gradient(value: Any, shape: tuple[int, ...]) -> Array:
 
 @full_precision
 def perturbed(
-    key: Key[Array, ""], a: Any, rank: int, scale: Any = 1.0, noise: Any = 1e-4
+    key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, noise: Number = 1e-4
 ) -> Float[Array, "m r"]:
     """Perturbed Nyström, Fig. 1 (b) and 4 (b): X_0 = AΩ + N, N_ij ~ N(0, noise²).
 
@@ -232,52 +212,9 @@ def perturbed(
         scale: ξ, the standard deviation of the entries of Ω.
         noise: ξ_n ≥ 0, the standard deviation of the entries of N.
     """
-    validation.require_scalar("noise", noise, 0, float("inf"), open_low=False)
+    validation.require_nonnegative("noise", noise)
     x0 = nystrom(key, a, rank, scale)
     return x0 + noise * jax.random.normal(jax.random.fold_in(key, 1), x0.shape, x0.dtype)
-
-
-def small(
-    key: Key[Array, ""], m: int, rank: int, scale: Any = 1e-3, dtype: Any = None
-) -> Float[Array, "m r"]:
-    """Small random initialization: [X_0]_ij ~ N(0, scale²), scale = ζ.
-
-    Args:
-        key: a PRNG key.
-        m: the number of rows.
-        rank: the number of columns r ≥ 1.
-        scale: ζ, the standard deviation of the entries.
-        dtype: float32 or float64, the dtype of the result.
-
-    Examples:
-        >>> small(jax.random.key(0), m=5, rank=2).shape
-        (5, 2)
-    """
-    validation.require_rank(rank, (m, m))
-    return random_sketch(key, m, rank, scale, "gaussian", dtype or jnp.result_type(float))
-
-
-def small_factors(
-    key: Key[Array, ""], shape: tuple[int, int], rank: int, scale: Any = 1e-3, dtype: Any = None
-) -> Factors:
-    """Small random initialization of both factors of (4).
-
-    Args:
-        key: a PRNG key.
-        shape: the shape (m, n) of A.
-        rank: the number of columns r ≥ 1.
-        scale: ζ, the standard deviation of the entries.
-        dtype: float32 or float64, the dtype of the result.
-    """
-    validation.require_rank(rank, shape)
-    keys = jax.random.split(key)
-    dtype = dtype or jnp.result_type(float)
-    return Factors(
-        *(
-            random_sketch(k, s, rank, scale, "gaussian", dtype)
-            for k, s in zip(keys, shape, strict=True)
-        )
-    )
 
 
 @full_precision
@@ -363,127 +300,3 @@ def nystrom_approximation(
     live = values > default_rcond(a.shape[0], values.dtype) * values[-1]
     root = jnp.where(live, 1 / jnp.sqrt(jnp.where(live, values, 1)), 0)
     return (image @ (vectors * root))[:, ::-1]
-
-
-@full_precision
-def spectral(
-    problem: Symmetric | Asymmetric | Sensing | RobustPCA,
-    rank: int,
-    *,
-    symmetric: bool = False,
-    key: Key[Array, ""] | None = None,
-) -> Array | Factors:
-    """Spectral initialization: the best rank-r approximation of A, balanced.
-
-    For (1) and (4) it is the solution. For sensing A is 𝒜*(b), for robust PCA the trimmed Y; it is
-    the start that ScaledGD's local theory asks for. A dense A goes to LAPACK. Otherwise subspace
-    iteration (`subspace.leading_factors`) gives it in a few digits with 21 products with A or Aᵀ,
-    and to rounding if rank(A) ≤ 2r + 8: no m×n matrix is formed.
-
-    Args:
-        problem: `Symmetric`, `Asymmetric`, `Sensing` (with it completion, one-bit, phase) or
-            `RobustPCA`. Where 𝒜 does not keep norms on average, as `phase.RankOne`, the start has
-            the right directions and another size: `rescaled(start, problem)` mends that.
-        rank: 1 ≤ r ≤ min(m, n).
-        symmetric: of a square `Sensing`, X for XXᵀ (negative eigenvalues taken as 0) in place of
-            Factors.
-        key: for the sketch that the iteration begins with; `jax.random.key(0)` by default.
-
-    Raises:
-        ValueError: on a bad rank, `symmetric` of a rectangular problem, and as the problems do.
-
-    Examples:
-        >>> from nyscaled.problems import completion
-        >>> problem = completion.bernoulli(jax.random.key(0), jnp.ones((30, 1)), probability=0.9)
-        >>> x0 = spectral(problem, rank=1, symmetric=True)
-        >>> bool(jnp.linalg.norm(x0 @ x0.T - 1) < 0.2 * 30)
-        True
-    """
-    if isinstance(problem, Sensing):
-        a = problem.backprojection(symmetric)
-        problem = Symmetric(a) if symmetric else Asymmetric(a)
-    elif isinstance(problem, RobustPCA):
-        problem = Asymmetric(problem.trimmed())
-    if not isinstance(problem, Symmetric | Asymmetric):
-        raise ValueError(
-            f"problem is a {type(problem).__name__}; expected one of nyscaled.problems, such as "
-            "Symmetric(a)"
-        )
-    if isinstance(problem.a, jax.Array):
-        return problem.optimum(rank)
-    validation.require_rank(rank, problem.shape)
-    key = jax.random.key(0) if key is None else key
-    left, right = leading_factors(key, problem.a, rank, isinstance(problem, Symmetric))
-    return left if isinstance(problem, Symmetric) else Factors(left, right)
-
-
-# Ward and Kolda's constants: C, ν and D = Cν/9.
-_ALTGD_C = 8.0
-_ALTGD_NU = 0.5
-_ALTGD_D = _ALTGD_C * _ALTGD_NU / 9
-
-
-def altgd_learning_rate(norm: Any) -> Any:
-    """η = 9 / (4 C ν ‖A‖), the step size that goes with `altgd`; `norm` is ‖A‖."""
-    return 9 / (4 * _ALTGD_C * _ALTGD_NU * norm)
-
-
-@full_precision
-def altgd(key: Key[Array, ""], a: Any, rank: int, norm: float | Scalar) -> Factors:
-    """The special start of alternating gradient descent: X_0 = AΦ₁/(√η C ‖A‖), Y_0 = √η D ‖A‖ Φ₂.
-
-    Args:
-        key: PRNG key for Φ₁ (n, r), entries N(0, 1/r), and Φ₂ (n, r), entries N(0, 1/n). So
-            σ_min(VᵀΦ₁) ≈ 1 − √(r_A/r): the count of the reference, κ² log 1/ε times
-            r/(√r − √(r_A−1))², holds the inverse square of it.
-        a: A (m, n).
-        rank: columns of the factors.
-        norm: ‖A‖, the largest singular value (`linalg.spectral_norm` estimates it).
-
-    References:
-        Ward and Kolda, Convergence of alternating gradient descent for matrix factorization,
-        NeurIPS 2023.
-    """
-    a = Asymmetric(a).a
-    validation.require_rank(rank, a.shape)
-    validation.require_scalar("norm", norm, 0, float("inf"), open_low=True)
-    n = a.shape[1]
-    first, second = jax.random.split(key)
-    root = jnp.sqrt(altgd_learning_rate(norm))
-    phi1 = jax.random.normal(first, (n, rank), a.dtype) / rank**0.5
-    phi2 = jax.random.normal(second, (n, rank), a.dtype) / n**0.5
-    x0 = (a @ phi1) / (root * _ALTGD_C * norm)
-    return Factors(x0.astype(a.dtype), (root * _ALTGD_D * norm * phi2).astype(a.dtype))
-
-
-@reads(x0=as_dense)
-@full_precision
-def nesterov_parameters(x0: Float[Array, "m r"]) -> tuple[Scalar, Scalar]:
-    """Step size and momentum of Nesterov's method from X_0 = AΩ, Y_0 = 0 (`nystrom_factors`).
-
-    If X_0 is large it hardly moves, and descent in Y is least squares with smoothness L = σ_1(X_0)²
-    and, on what it changes, strong convexity μ = σ_min(X_0)², the least singular value that is not
-    zero: η = 1/L, momentum (√L − √μ)/(√L + √μ). The rate is 1 − √(μ/L), linear in κ(A).
-
-    `optax.sgd(η, momentum, nesterov=True)` is the method: its parameters are the points where
-    gradients are taken.
-
-    Args:
-        x0: X_0 (m, r), of any rank but 0.
-
-    Returns:
-        η and the momentum, in the dtype of X_0.
-
-    References:
-        Xu, Wang, Zhao, Ward, Tao, Provable acceleration of Nesterov's accelerated gradient for
-        rectangular matrix factorization and linear neural networks, NeurIPS 2024.
-
-    Examples:
-        >>> rate, momentum = nesterov_parameters(jnp.diag(jnp.array([2.0, 1.0, 0.0])))
-        >>> round(float(rate), 4), round(float(momentum), 4)
-        (0.25, 0.3333)
-    """
-    _, singular, _ = svd(x0)
-    live = singular > default_rcond(x0.shape[0], x0.dtype) * singular[0]
-    ratio = jnp.min(jnp.where(live, singular, singular[0])) / singular[0]  # √(μ/L)
-    return 1 / singular[0] / singular[0], (1 - ratio) / (1 + ratio)

@@ -1,0 +1,147 @@
+"""Starts beside the Nyström ones: small, spectral, and that of alternating gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from nyscaled import validation
+from nyscaled.initializers.nystrom import random_sketch
+from nyscaled.linalg import leading_factors
+from nyscaled.numerics import full_precision
+from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
+from nyscaled.typing import Factors, Number, Scalar
+
+
+def small(
+    key: Key[Array, ""], m: int, rank: int, scale: Number = 1e-3, dtype: DTypeLike | None = None
+) -> Float[Array, "m r"]:
+    """Small random initialization: [X_0]_ij ~ N(0, scale²), scale = ζ.
+
+    Args:
+        key: a PRNG key.
+        m: the number of rows.
+        rank: the number of columns r ≥ 1.
+        scale: ζ, the standard deviation of the entries.
+        dtype: float32 or float64, the dtype of the result.
+
+    Examples:
+        >>> small(jax.random.key(0), m=5, rank=2).shape
+        (5, 2)
+    """
+    validation.require_rank(rank, (m, m))
+    return random_sketch(key, m, rank, scale, "gaussian", dtype or jnp.result_type(float))
+
+
+def small_factors(
+    key: Key[Array, ""],
+    shape: tuple[int, int],
+    rank: int,
+    scale: Number = 1e-3,
+    dtype: DTypeLike | None = None,
+) -> Factors:
+    """Small random initialization of both factors of (4).
+
+    Args:
+        key: a PRNG key.
+        shape: the shape (m, n) of A.
+        rank: the number of columns r ≥ 1.
+        scale: ζ, the standard deviation of the entries.
+        dtype: float32 or float64, the dtype of the result.
+    """
+    validation.require_rank(rank, shape)
+    keys = jax.random.split(key)
+    dtype = dtype or jnp.result_type(float)
+    return Factors(
+        *(
+            random_sketch(k, s, rank, scale, "gaussian", dtype)
+            for k, s in zip(keys, shape, strict=True)
+        )
+    )
+
+
+@full_precision
+def spectral(
+    problem: Symmetric | Asymmetric | Sensing | RobustPCA,
+    rank: int,
+    *,
+    symmetric: bool = False,
+    key: Key[Array, ""] | None = None,
+) -> Array | Factors:
+    """Spectral initialization: the best rank-r approximation of A, balanced.
+
+    For (1) and (4) it is the solution. For sensing A is 𝒜*(b), for robust PCA the trimmed Y; it is
+    the start that ScaledGD's local theory asks for. A dense A goes to LAPACK. Otherwise subspace
+    iteration (`subspace.leading_factors`) gives it in a few digits with 21 products with A or Aᵀ,
+    and to rounding if rank(A) ≤ 2r + 8: no m×n matrix is formed.
+
+    Args:
+        problem: `Symmetric`, `Asymmetric`, `Sensing` (with it completion, one-bit, phase) or
+            `RobustPCA`. Where 𝒜 does not keep norms on average, as `phase.RankOne`, the start has
+            the right directions and another size: `rescaled(start, problem)` mends that.
+        rank: 1 ≤ r ≤ min(m, n).
+        symmetric: of a square `Sensing`, X for XXᵀ (negative eigenvalues taken as 0) in place of
+            Factors.
+        key: for the sketch that the iteration begins with; `jax.random.key(0)` by default.
+
+    Raises:
+        ValueError: on a bad rank, `symmetric` of a rectangular problem, and as the problems do.
+
+    Examples:
+        >>> from nyscaled.problems import completion
+        >>> problem = completion.bernoulli(jax.random.key(0), jnp.ones((30, 1)), probability=0.9)
+        >>> x0 = spectral(problem, rank=1, symmetric=True)
+        >>> bool(jnp.linalg.norm(x0 @ x0.T - 1) < 0.2 * 30)
+        True
+    """
+    if isinstance(problem, Sensing):
+        a = problem.backprojection(symmetric)
+        problem = Symmetric(a) if symmetric else Asymmetric(a)
+    elif isinstance(problem, RobustPCA):
+        problem = Asymmetric(problem.trimmed())
+    if not isinstance(problem, Symmetric | Asymmetric):
+        raise ValueError(
+            f"problem is a {type(problem).__name__}; expected one of nyscaled.problems, such as "
+            "Symmetric(a)"
+        )
+    if isinstance(problem.a, jax.Array):
+        return problem.optimum(rank)
+    validation.require_rank(rank, problem.shape)
+    key = jax.random.key(0) if key is None else key
+    left, right = leading_factors(key, problem.a, rank, isinstance(problem, Symmetric))
+    return left if isinstance(problem, Symmetric) else Factors(left, right)
+
+
+@full_precision
+def altgd(key: Key[Array, ""], a: Any, rank: int, norm: float | Scalar) -> Factors:
+    """Return the start of alternating gradient descent: X_0 = AΦ₁/(6 √‖A‖), Y_0 = √‖A‖ Φ₂/3.
+
+    In the reference X_0 = AΦ₁/(√η C ‖A‖) and Y_0 = √η D ‖A‖ Φ₂ with D = Cν/9. Here C = 8, ν = ½ and
+    η is `solvers.altgd_learning_rate(norm)`.
+
+    Args:
+        key: PRNG key for Φ₁ (n, r), entries N(0, 1/r), and Φ₂ (n, r), entries N(0, 1/n). So
+            σ_min(VᵀΦ₁) ≈ 1 − √(r_A/r): the count of the reference, κ² log 1/ε times
+            r/(√r − √(r_A−1))², holds the inverse square of it.
+        a: A (m, n).
+        rank: columns of the factors.
+        norm: ‖A‖, the largest singular value (`linalg.spectral_norm` estimates it).
+
+    References:
+        Ward and Kolda, Convergence of alternating gradient descent for matrix factorization,
+        NeurIPS 2023.
+    """
+    a = Asymmetric(a).a
+    validation.require_rank(rank, a.shape)
+    validation.require_positive("norm", norm)
+    n = a.shape[1]
+    first, second = jax.random.split(key)
+    root = jnp.sqrt(norm)
+    phi1 = jax.random.normal(first, (n, rank), a.dtype) / rank**0.5
+    phi2 = jax.random.normal(second, (n, rank), a.dtype) / n**0.5
+    x0 = (a @ phi1) / (6 * root)
+    return Factors(x0.astype(a.dtype), (root / 3 * phi2).astype(a.dtype))

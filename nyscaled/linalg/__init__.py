@@ -1,0 +1,36 @@
+"""Linear algebra of thin factors, and of matrices that are known by their products."""
+
+from nyscaled.linalg.maps import probed_norm, residual, spectral_norm, squared_residual
+from nyscaled.linalg.subspace import leading_factors
+from nyscaled.linalg.thin import (
+    Compressed,
+    ThinFactorization,
+    compress,
+    default_rcond,
+    dual,
+    factor,
+    gram_solve,
+    moving_frame,
+    orthonormalize,
+    pinv,
+)
+from nyscaled.matrices import Operator
+
+__all__ = [
+    "Compressed",
+    "Operator",
+    "ThinFactorization",
+    "compress",
+    "default_rcond",
+    "dual",
+    "factor",
+    "gram_solve",
+    "leading_factors",
+    "moving_frame",
+    "orthonormalize",
+    "pinv",
+    "probed_norm",
+    "residual",
+    "spectral_norm",
+    "squared_residual",
+]
