@@ -17,6 +17,7 @@ import safetensors.numpy
 MAX_TEXT = 2**28  # bytes of a text or JSON file; the largest tokenizers have a tenth of it
 MAX_DEPTH = 64  # of objects and lists in JSON
 
+JsonObject = dict[str, Any]
 Signature = tuple[int, int, int, int] | None
 
 # What the reading that is going on has looked at, and how it was then; see `swap.consistent`.

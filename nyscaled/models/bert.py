@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from nyscaled.checkpoints.files import JsonObject
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.config import Config, TokenId
@@ -86,7 +87,7 @@ class BertConfig(Config):
             )
 
     @classmethod
-    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(cls, config: JsonObject) -> JsonObject:
         """Also the labels."""
         settings = {k: v for k, v in super().settings(config).items() if k != "labels"}
         if config.get("id2label") is not None:
@@ -95,7 +96,7 @@ class BertConfig(Config):
             settings["labels"] = _unnamed(config["num_labels"])
         return settings
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """With the labels as transformers has them."""
         config = super().to_json()
         labels = config.pop("labels")

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from nyscaled.checkpoints.files import JsonObject
+
 TokenId = int | tuple[int, ...] | None
 
 LARGEST = 2**31 - 1  # of a size, and of a token's id
@@ -49,7 +51,7 @@ class Config:
             object.__setattr__(self, field.name, sound(field, getattr(self, field.name)))
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> Any:
+    def from_json(cls, config: JsonObject) -> Any:
         """Reads what `config.json` holds; what may be missing has transformers' defaults.
 
         Raises:
@@ -70,12 +72,12 @@ class Config:
         return cls(**settings)
 
     @classmethod
-    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(cls, config: JsonObject) -> JsonObject:
         """The fields that `config` has; families add what follows from other settings."""
         names = {f.name for f in dataclasses.fields(cls)} - ELSEWHERE
         return {name: config[name] for name in names if name in config}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """What `config.json` is to hold, for transformers too."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ELSEWHERE]
         fields = {name: getattr(self, name) for name in names}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nyscaled.checkpoints.files import JsonObject
 from nyscaled.checkpoints.gguf import GgufMap
 from nyscaled.models import blocks, rope
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
@@ -87,7 +88,7 @@ class GatedConfig(Config):
             raise ValueError(f"head_dim is {self.head_dim}; dynamic scaling needs at least 4")
 
     @classmethod
-    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(cls, config: JsonObject) -> JsonObject:
         """Also the rotations, in either of transformers' forms."""
         settings = {k: v for k, v in super().settings(config).items() if k != "rope_scaling"}
         if settings.get("attention_bias", False) is None:
@@ -101,12 +102,12 @@ class GatedConfig(Config):
         """Number of tokens that a token sees in each layer, None for all of the ones before."""
         return None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """With the rotations in the form that every version of transformers reads."""
         return super().to_json() | {"rope_scaling": rope.write_rope(self.rope_scaling)}
 
 
-def with_heads(settings: dict[str, Any]) -> dict[str, Any]:
+def with_heads(settings: JsonObject) -> JsonObject:
     """Return the settings with sizes of heads, where they are None, that follow from the others.
 
     Args:

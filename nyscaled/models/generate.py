@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from nyscaled.models.blocks import Mask, Tokens
+from nyscaled.models.cache import Cache
 from nyscaled.models.config import LARGEST
 
 # Lengths are rounded up to powers of two from here on, so that few programs are compiled.
@@ -141,7 +142,9 @@ def _generate(
 ) -> Int[Array, "batch room"]:
     batch, length = tokens.shape
 
-    def after(tokens: Tokens, mask: Mask | None, cache: Any, i: Any) -> tuple[Array, Any]:
+    def after(
+        tokens: Tokens, mask: Mask | None, cache: Cache, i: Array | int
+    ) -> tuple[Array, Cache]:
         """The token that follows, and the cache with these."""
         # Modules belong to the trace they are made in: each has its own.
         model = nnx.merge(graphdef, state)
@@ -149,11 +152,11 @@ def _generate(
         logits = model.logits(x[:, -1]).astype(jnp.float32)
         return choose(logits, sampling, i), cache
 
-    def more(carry: Any) -> Array:
+    def more(carry: tuple) -> Array:
         i, done, *_ = carry
         return (i < limit) & ~jnp.all(done)
 
-    def step(carry: Any) -> Any:
+    def step(carry: tuple) -> tuple:
         i, done, last, cache, new = carry
         token, cache = after(last[:, None], None, cache, i)
         token = jnp.where(done, pad, token)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from nyscaled.checkpoints.files import JsonObject
 from nyscaled.models.family import Family, register
 from nyscaled.models.gated import GGUF, GatedConfig, GatedDecoder, with_heads
 
@@ -42,7 +42,7 @@ class LlamaConfig(GatedConfig):
     mlp_bias: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
-    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(cls, config: JsonObject) -> JsonObject:
         """Return the fields, where null stands for the default, as in transformers."""
         settings = super().settings(config)
         fields = {k: v for k, v in settings.items() if v is not None or k.endswith("_token_id")}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from nyscaled.checkpoints.files import JsonObject
 from nyscaled.models.family import Family, register
 from nyscaled.models.gated import GatedConfig, GatedDecoder, with_heads
 
@@ -30,7 +30,7 @@ class MistralConfig(GatedConfig):
     sliding_window: int | None = 4096
 
     @classmethod
-    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(cls, config: JsonObject) -> JsonObject:
         """Return the fields, and the sizes of heads that follow from others."""
         if config.get("layer_types") is not None:
             raise ValueError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from nyscaled.checkpoints.files import JsonObject
 from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Context, Kept, attend_causally, run_causal
@@ -70,7 +70,7 @@ class OptConfig(Config):
             )
 
     @classmethod
-    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(cls, config: JsonObject) -> JsonObject:
         """Also the width of the embedding, which is the model's unless given."""
         settings = super().settings(config)
         if settings.get("word_embed_proj_dim") is None and "hidden_size" in settings:
