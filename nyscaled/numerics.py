@@ -33,6 +33,11 @@ def full_precision(fn: Callable[_P, _R]) -> Callable[_P, _R]:
     return wrapped
 
 
+def at_least_float32(x: Array) -> Array:
+    """Return x in float32, or as it is if its dtype is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def exponent(
     x: Float[Array, "*n"], axis: int | tuple[int, ...] | None = None, keepdims: bool = False
 ) -> Int[Array, "*k"]:

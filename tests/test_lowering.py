@@ -19,7 +19,7 @@ from lora_cases import KERNEL_INITS, apply, inputs, net
 from model_cases import DECODERS, load, saved
 
 import nyscaled as nys
-from nyscaled.lora import gradients
+from nyscaled.lora import gradient_inits
 
 PLATFORMS = ["cuda", "rocm", "tpu"]
 _PRODUCT = re.compile(r"stablehlo\.(dot_general|dot|convolution)\b.*")
@@ -128,10 +128,10 @@ def test_starts_of_adapters(name, dtype):
     assert_full_precision(fn, KEY, kernel, some=False)
 
 
-@pytest.mark.parametrize("name", gradients.GRADIENT_INITS)
+@pytest.mark.parametrize("name", gradient_inits.GRADIENT_INITS)
 def test_starts_of_adapters_from_gradients(name):
-    init = gradients.GRADIENT_INITS[name]
-    starts = {"layer": gradients.Matrices(normal(0, (1, M, R)), normal(1, (1, R, N)))}
+    init = gradient_inits.GRADIENT_INITS[name]
+    starts = {"layer": gradient_inits.FactorStacks(normal(0, (1, M, R)), normal(1, (1, R, N)))}
     gradient = functools.partial(jax.tree.map, jnp.sin)
     assert_full_precision(lambda key: init(gradient, starts, key), KEY, some=name == "lora_one")
 

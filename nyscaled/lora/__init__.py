@@ -1,14 +1,13 @@
 """LoRA for Flax: adapters of any NNX model, their starts (NoRA and its peers), PEFT's files."""
 
-from nyscaled.lora.gradients import GRADIENT_INITS
-from nyscaled.lora.initialize import initialize
+from nyscaled.lora.adapter import Adapted, Adapter
+from nyscaled.lora.fill import initialize, initialize_params
+from nyscaled.lora.gradient_inits import GRADIENT_INITS
 from nyscaled.lora.inits import KERNEL_INITS, Start
 from nyscaled.lora.inject import adapted_layers, apply, remove
-from nyscaled.lora.kernels import path_key
-from nyscaled.lora.layer import Adapted, Adapter
-from nyscaled.lora.manage import activate, merge, unmerge
 from nyscaled.lora.peft import load_peft, save_peft
-from nyscaled.lora.trees import initialize_params
+from nyscaled.lora.recipe import path_key
+from nyscaled.lora.serve import activate, merge, unmerge
 
 __all__ = [
     "GRADIENT_INITS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from nyscaled.lora import kernels, pairs
-from nyscaled.lora.axes import LINEAR, Split, from_matrices, split
+from nyscaled.lora import pairs
+from nyscaled.lora.view import (
+    LINEAR,
+    AxisRoles,
+    KernelView,
+    is_quantized,
+    roles_of,
+    values_of,
+)
+from nyscaled.numerics import at_least_float32
+from nyscaled.transforms.leaf_names import Path
 
 ALPHA = "lora_alpha"  # of a factor's metadata, where `initialize` was told α
 
@@ -24,7 +34,7 @@ class Foreign(NamedTuple):
         a: the variable with the factor (stack…, in…, r).
         b: the variable with the factor (stack…, r, out…).
         kernel: what holds W_0: a variable, what qwix made of it, or None.
-        layout: how the factors lie over it.
+        view: how the kernel is read.
         scaling: s.
     """
 
@@ -32,13 +42,13 @@ class Foreign(NamedTuple):
     a: Any
     b: Any
     kernel: Any
-    layout: pairs.Layout
+    view: KernelView
     scaling: float
 
     def matrices(self) -> tuple[np.ndarray, np.ndarray]:
         """The factors, (stack…, in, r) and (stack…, r, out)."""
         a, b = (np.asarray(factor[...]) for factor in (self.a, self.b))
-        stack, rank = a.shape[: self.layout.depth], a.shape[-1]
+        stack, rank = self.view.stack, a.shape[-1]
         return a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1)
 
     def merged(self) -> Array:
@@ -51,28 +61,26 @@ class Foreign(NamedTuple):
             raise ValueError(
                 f"{self.path} has no kernel beside its adapter; expected one to merge into"
             )
-        if kernels.is_quantized(self.kernel):
+        if is_quantized(self.kernel):
             raise ValueError(
-                f"the kernel of {self.path} was quantized by qwix, which has no form for the sum with "
-                "an update; expected a floating kernel, or the adapter left beside it"
+                f"the kernel of {self.path} was quantized by qwix, which has no form for the sum "
+                "with an update; expected a floating kernel, or the adapter left beside it"
             )
-        kernel = kernels.dense(self.kernel, self.path)
-        wide = jnp.promote_types(kernel.dtype, jnp.float32)
-        a, b = (jnp.asarray(x, wide) for x in self.matrices())
+        kernel = values_of(self.kernel, self.path)
+        wide = at_least_float32(kernel)
+        a, b = (jnp.asarray(x, wide.dtype) for x in self.matrices())
         with jax.default_matmul_precision("highest"):
-            change = from_matrices(
-                self.scaling * (a @ b), self.layout.parts, self.layout.depth, kernel.shape
-            )
-        return (kernel.astype(wide) + change).astype(kernel.dtype)
+            change = self.view.from_matrices(self.scaling * (a @ b))
+        return (wide + change).astype(kernel.dtype)
 
 
-def nodes(model: nnx.Module) -> dict[Any, Any]:
-    """Variables of the model's layers by path, and what qwix made of quantized ones."""
+def nodes(model: nnx.Module) -> dict[Path, Any]:
+    """Return the variables of the model's layers by path, and what qwix made of quantized ones."""
     return {
         (*map(str, path), attribute): node
         for path, module in nnx.iter_modules(model)
         for attribute, node in vars(module).items()
-        if isinstance(node, nnx.Variable) or kernels.is_quantized(node)
+        if isinstance(node, nnx.Variable) or is_quantized(node)
     }
 
 
@@ -96,7 +104,12 @@ def find(model: nnx.Module, alpha: float | None) -> list[Foreign]:
     ]
 
 
-def _of_pair(pair: pairs.Pair, known: Any, modules: Any, alpha: float | None) -> Foreign:
+def _of_pair(
+    pair: pairs.Pair,
+    known: dict[Path, Any],
+    modules: dict[Path, nnx.Module],
+    alpha: float | None,
+) -> Foreign:
     alpha = known[pair.a].get_metadata(ALPHA, None) if alpha is None else alpha
     if pair.library == "qwix" and alpha is None:
         raise ValueError(
@@ -104,18 +117,19 @@ def _of_pair(pair: pairs.Pair, known: Any, modules: Any, alpha: float | None) ->
             "own; expected that of its provider, here or in `initialize`"
         )
     a, b = known[pair.a], known[pair.b]
-    kernel = known.get(pair.kernel)
-    layer = modules.get(pair.kernel[:-1]) if pair.kernel else None
-    if isinstance(layer, LINEAR) and split(layer).batch:
+    kernel = None if pair.kernel is None else known[pair.kernel]
+    layer = None if pair.kernel is None else modules.get(pair.kernel[:-1])
+    if isinstance(layer, LINEAR) and roles_of(layer).batch:
         raise ValueError(
-            f"{pair.layer} has batch axes (experts, say), for which adapters of flax and qwix can be "
-            "filled alone; expected a layer of one matrix"
+            f"{pair.layer} has batch axes (experts, say), for which adapters of flax and qwix can "
+            "only be filled; expected a layer of one matrix"
         )
     if kernel is None:
         depth = pairs.num_shared(a.shape, b.shape, pair.layer)
-        layout = pairs.Layout(depth, Split((), (0,), (1,)))
+        sides = math.prod(a.shape[depth:-1]), math.prod(b.shape[depth + 1 :])
+        view = KernelView(sides, AxisRoles((), (0,), (1,)), a.shape[:depth])
     else:
-        shape = jax.eval_shape(lambda: kernels.dense(kernel, pair.layer)).shape
-        layout = pairs.layout(shape, a.shape, b.shape, pair.layer)
+        shape = jax.eval_shape(lambda: values_of(kernel, pair.layer)).shape
+        view = pairs.view_over(shape, a.shape, b.shape, pair.layer)
     rank = a.shape[-1]
-    return Foreign(pair.layer, a, b, kernel, layout, 1.0 if alpha is None else alpha / rank)
+    return Foreign(pair.layer, a, b, kernel, view, 1.0 if alpha is None else alpha / rank)

@@ -12,18 +12,26 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from nyscaled import validation
-from nyscaled.lora import kernels
-from nyscaled.lora.axes import (
-    KINDS,
-    LINEAR,
-    declared_shape,
-    kernel_of,
-    split,
-    stack_of,
-    to_matrices,
-)
+from nyscaled.lora.adapter import Adapted, Adapter, adapted_class
 from nyscaled.lora.inits import Init
-from nyscaled.lora.layer import Adapted, Adapter, adapted_class, scaling_of
+from nyscaled.lora.recipe import (
+    Origin,
+    Recipe,
+    Weights,
+    kernel_init,
+    origin_of,
+    path_key,
+    require_finite,
+)
+from nyscaled.lora.view import (
+    ADAPTABLE,
+    LINEAR,
+    is_quantized,
+    kernel_of,
+    unstacked_view,
+    view_of,
+)
+from nyscaled.transforms.leaf_names import Shape, parse
 
 
 def dotted(path: tuple[Any, ...]) -> str:
@@ -49,37 +57,39 @@ def is_tied(model: Any) -> bool:
     return hasattr(model, "untie") and model.config.tie_word_embeddings
 
 
-def _find(
+def _matching(
     model: nnx.Module, ranks: Mapping[str, int], embeddings: bool
 ) -> dict[str, tuple[Any, int]]:
     """The layers that the patterns match, each with the rank of the first that does."""
-    kinds = KINDS if embeddings else LINEAR
+    types = ADAPTABLE if embeddings else LINEAR
     modules = {dotted(p): m for p, m in nnx.iter_modules(model) if p}
-    layers = {p: m for p, m in modules.items() if isinstance(m, kinds)}
-    found: dict[str, tuple[Any, int]] = {}
+    layers = {p: m for p, m in modules.items() if isinstance(m, types)}
+    matching: dict[str, tuple[Any, int]] = {}
     for pattern, rank in ranks.items():
         try:
-            hits = [path for path in layers if re.fullmatch(pattern, path)]
+            paths = [path for path in layers if re.fullmatch(pattern, path)]
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        if not hits:
-            others = [p for p in modules if re.fullmatch(pattern, p)]
-            named = (
-                f"only {others[0]}, a {type(modules[others[0]]).__name__}"
-                if others
-                else "no module"
-            )
-            if others and isinstance(modules[others[0]], nnx.Embed):
-                named += " (pass embeddings=True to adapt it)"
-            if pattern == "lm_head" and is_tied(model):
-                named += ": the head is the embedding (model.untie() gives it weights of its own)"
+        if not paths:
             raise ValueError(
-                f"the pattern {pattern!r} matches {named}; expected (as a whole) a path of an "
-                f"nnx.Linear, LinearGeneral or Einsum, such as {', '.join(list(layers)[:8]) or 'none here'}"
+                f"the pattern {pattern!r} matches {_what_matches(model, modules, pattern)}; "
+                "expected (as a whole) a path of an nnx.Linear, LinearGeneral or Einsum, such as "
+                f"{', '.join(list(layers)[:8]) or 'none here'}"
             )
-        for path in hits:
-            found.setdefault(path, (layers[path], rank))
-    return found
+        for path in paths:
+            matching.setdefault(path, (layers[path], rank))
+    return matching
+
+
+def _what_matches(model: nnx.Module, modules: Mapping[str, Any], pattern: str) -> str:
+    """What a pattern that matches no layer matches, for a message."""
+    path = next((path for path in modules if re.fullmatch(pattern, path)), None)
+    text = "no module" if path is None else f"only {path}, a {type(modules[path]).__name__}"
+    if path is not None and isinstance(modules[path], nnx.Embed):
+        text += " (pass embeddings=True to adapt it)"
+    if pattern == "lm_head" and is_tied(model):
+        text += ": the head is the embedding (model.untie() gives it weights of its own)"
+    return text
 
 
 def apply(
@@ -145,66 +155,112 @@ def apply(
         validation.require_positive("alpha", alpha)
     require_new_name(name)
     dtype = floating(dtype)
-    found, draw = _find(model, ranks, embeddings), kernels.resolve(init)
-    for path, (layer, r) in found.items():
+    layers = _matching(model, ranks, embeddings)
+    draw, origin = kernel_init(init), origin_of(init, options, key)
+    for path, (layer, r) in layers.items():
         require_room(path, layer, r, name)
-    drawn = {
-        path: draw_for(
-            layer, path, r, scaling_of(alpha or r, r, rank_stabilized), dtype, key, draw, options
-        )
-        for path, (layer, r) in found.items()
+    recipes = {
+        path: Recipe(draw, origin.init[1], r, float(alpha or r), rank_stabilized, dtype)
+        for path, (_, r) in layers.items()
     }
-    kernels.require_finite(drawn)
-    adapters = {}
-    for path, (layer, r) in found.items():
-        adapters[path] = new_adapter(
-            layer,
+    weights = {
+        path: recipes[path].draw_for(layer, path, key) for path, (layer, _) in layers.items()
+    }
+    require_finite(weights)
+    adapters = {
+        path: make_adapter(
             path,
-            drawn[path].a,
-            drawn[path].b,
-            alpha=alpha or r,
+            layer,
+            weights[path],
+            origin,
+            alpha=recipes[path].alpha,
             rank_stabilized=rank_stabilized,
-            dropout=dropout,
-            key=key,
+            dropout=dropout_of(dropout, key, path, view_of(layer).stack),
         )
-        adapters[path].restart(drawn[path], key, init, options)
-    return attach({path: layer for path, (layer, _) in found.items()}, adapters, name)
+        for path, (layer, _) in layers.items()
+    }
+    return attach({path: layer for path, (layer, _) in layers.items()}, adapters, name)
 
 
-def new_adapter(
-    layer: Any,
+def make_adapter(
     path: str,
-    a: Array,
-    b: Array,
+    layer: Any,
+    weights: Weights,
+    origin: Origin,
     *,
     alpha: float,
     rank_stabilized: bool,
-    dropout: float,
-    key: Key[Array, ""] | None,
+    dropout: nnx.Dropout | None,
 ) -> Adapter:
-    """An adapter with these factors for a layer; without dropout if there is no key for it."""
-    scaling = scaling_of(alpha, a.shape[-1], rank_stabilized)
-    narrow = jnp.dtype(layer.dtype or a.dtype)
-    if abs(scaling) > float(jnp.finfo(narrow).max):
-        raise ValueError(
-            f"{path}: the scaling is {scaling:g} (α is {alpha:g}); expected one that {narrow} holds, in "
-            "which the layer computes"
-        )
-    stack = stack_of(layer)
-    rate = dropout if key is not None else 0.0
-    return Adapter(
-        a,
-        b,
-        stack=stack,
+    """Return an adapter for a layer.
+
+    Args:
+        path: path of the layer, for messages.
+        layer: the layer.
+        weights: the adapter's arrays.
+        origin: where these came from.
+        alpha: α.
+        rank_stabilized: whether the scaling is α/√r.
+        dropout: dropout of the input, or None.
+
+    Raises:
+        ValueError: on a scaling that the dtype of the layer's products cannot hold.
+    """
+    view, kernel = view_of(layer), kernel_of(layer)
+    # The kernel's own metadata: factors of a kernel without such are placed, and not annotated.
+    annotated = isinstance(kernel, nnx.Variable) and kernel.get_metadata().get("out_sharding")
+    adapter = Adapter(
+        weights,
+        origin,
+        stack=view.stack,
         alpha=alpha,
         rank_stabilized=rank_stabilized,
-        dropout=_dropout(rate, key, path, stack),
-        names=_declared_names(layer, len(stack)),
+        dropout=dropout,
+        names=view.factor_names(kernel) if annotated else None,
     )
+    narrow = jnp.dtype(layer.dtype or weights.a.dtype)
+    if abs(adapter.scaling) > float(jnp.finfo(narrow).max):
+        raise ValueError(
+            f"{path}: the scaling is {adapter.scaling:g} (α is {alpha:g}); expected one that "
+            f"{narrow} holds, in which the layer computes"
+        )
+    return adapter
+
+
+def dropout_of(
+    rate: float, key: Key[Array, ""] | None, path: str, stack: Shape
+) -> nnx.Dropout | None:
+    """Return the dropout of a layer's adapter; each layer of a stack has its own stream.
+
+    Args:
+        rate: rate of the dropout; None is returned for 0.
+        key: PRNG key, from which that of the layer is folded; None is returned for None.
+        path: path of the layer.
+        stack: lengths of the axes of the layer's stack.
+    """
+    if not rate or key is None:
+        return None
+    key = path_key(key, f"{path}.dropout")
+
+    def make(key: Key[Array, ""]) -> nnx.Dropout:
+        return nnx.Dropout(rate, rngs=nnx.Rngs(dropout=key))
+
+    for _ in stack:
+        make = nnx.vmap(make)
+    return make(jax.random.split(key, stack) if stack else key)
 
 
 def attach(layers: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str) -> dict[str, Any]:
-    """Gives each layer its adapter, and the class that uses it."""
+    """Give each layer its adapter, and the class that uses it.
+
+    Args:
+        layers: layers by path.
+        adapters: their adapters, by the same paths.
+        name: name of the set.
+
+    Returns:
+        The layers that have new adapters, by path.
+    """
     for path, adapter in adapters.items():
         layer = layers[path]
         if not isinstance(layer, Adapted):
@@ -221,26 +277,35 @@ def require_new_name(name: str) -> None:
 
 
 def floating(dtype: Any) -> Any:
-    """The dtype that factors are asked to have, by any of its names.
+    """Return the dtype that factors are asked to have, from any of its names.
 
     Raises:
         ValueError: if it is not a floating one, or float64 without JAX's 64-bit mode.
     """
     try:
-        kind = jnp.dtype(dtype) if dtype is not None else None
+        known = jnp.dtype(dtype) if dtype is not None else None
     except TypeError:
-        kind = None
-    sound = kind is not None and jnp.issubdtype(kind, jnp.floating)
-    if not sound or jax.dtypes.canonicalize_dtype(kind) != kind:
+        known = None
+    sound = known is not None and jnp.issubdtype(known, jnp.floating)
+    if not sound or jax.dtypes.canonicalize_dtype(known) != known:
         raise ValueError(
             f"dtype is {dtype!r}; expected a floating one, float64 only with jax_enable_x64"
         )
-    return kind
+    return known
 
 
 def require_room(path: str, layer: Any, rank: int, name: str) -> None:
-    """Raises ValueError unless the layer can take an adapter of this rank and name."""
-    if isinstance(layer, nnx.LoRALinear) or any(k.endswith("_lora_a") for k in vars(layer)):
+    """Raise ValueError unless the layer can have an adapter of this rank and name.
+
+    Args:
+        path: path of the layer, for messages.
+        layer: the layer.
+        rank: r.
+        name: name of the set of adapters.
+    """
+    names = [parse((attribute,)) for attribute in vars(layer)]
+    of_qwix = any(n is not None and n.convention.library == "qwix" for n in names)
+    if isinstance(layer, nnx.LoRALinear) or of_qwix:
         raise ValueError(
             f"{path} has adapters of flax or qwix; expected a plain layer (`initialize` fills those)"
         )
@@ -248,58 +313,17 @@ def require_room(path: str, layer: Any, rank: int, name: str) -> None:
         raise ValueError(
             f"{path} has an adapter named {name!r}; expected another name, or `remove`"
         )
-    if kernels.is_quantized(kernel_of(layer)):
+    if is_quantized(kernel_of(layer)):
         raise ValueError(
-            f"{path} was quantized by qwix, which reads every product of the model; expected a plain "
-            "layer: let qwix.LoraProvider put the adapters in, and fill them with `initialize`"
+            f"{path} was quantized by qwix, which reads every product of the model; expected a "
+            "plain layer: let qwix.LoraProvider put the adapters in, and fill them with "
+            "`initialize`"
         )
-    stack_of(layer)
-    sides = jax.eval_shape(
-        lambda: to_matrices(jnp.zeros(declared_shape(layer)), split(layer), 0)
-    ).shape[-2:]
+    view_of(layer)
     try:
-        validation.require_rank(rank, sides)
+        validation.require_rank(rank, unstacked_view(layer).sides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def draw_for(
-    layer: Any, path: str, rank: int, scaling: float, dtype: Any, key: Any, init: Init,
-    options: Mapping[str, Any],
-) -> kernels.Drawn:  # fmt: skip
-    """What an init draws from a layer's kernel, placed as the kernel is."""
-    depth, parts = len(stack_of(layer)), split(layer)
-    drawn = kernels.draw(
-        kernels.path_key(key, path),
-        kernels.dense(kernel_of(layer), path),
-        init=init,
-        rank=rank,
-        scaling=scaling,
-        parts=parts,
-        depth=depth,
-        options=tuple(sorted(options.items())),
-        dtype=jnp.dtype(dtype),
-    )
-    return kernels.place(drawn, kernel_of(layer), parts, depth)
-
-
-def _declared_names(layer: Any, depth: int) -> Any:
-    """Axis names for the factors, if the kernel carries such metadata itself."""
-    kernel = kernel_of(layer)
-    if not isinstance(kernel, nnx.Variable) or not kernel.get_metadata().get("out_sharding"):
-        return None
-    return kernels.names_like(kernel, split(layer), depth)
-
-
-def _dropout(rate: float, key: Any, path: str, stack: tuple[int, ...]) -> nnx.Dropout | None:
-    """A dropout with a stream of its own for each layer of a stack."""
-    if not rate:
-        return None
-    key = kernels.path_key(key, f"{path}.dropout")
-    make = lambda key: nnx.Dropout(rate, rngs=nnx.Rngs(dropout=key))  # noqa: E731
-    for _ in stack:
-        make = nnx.vmap(make)
-    return make(jax.random.split(key, stack) if stack else key)
 
 
 def remove(model: nnx.Module, name: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Adapters that others have put in: where they are, and how they lie over their kernels.
+"""Pairs of factors in a tree or a model: where they are, and how they read their kernels.
 
 They are found by name, in a tree of parameters or among the variables of an NNX model;
 `nyscaled.transforms.leaf_names` has the conventions.
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from nyscaled.lora.axes import Split
+from nyscaled.lora.view import AxisRoles, KernelView
 from nyscaled.transforms.leaf_names import Path, Shape, num_leading_axes, parse
 
 
@@ -36,13 +36,6 @@ class Pair(NamedTuple):
     def set_name(self) -> str:
         """The name of the set that an adapter of `apply` belongs to."""
         return self.a[-2]
-
-
-class Layout(NamedTuple):
-    """A pair over its kernel: leading axes in common, the kernel's split behind them."""
-
-    depth: int
-    parts: Split
 
 
 def find(paths: Iterable[Path]) -> list[Pair]:
@@ -73,8 +66,8 @@ def num_shared(a: Shape, b: Shape, layer: str) -> int:
     return num_leading_axes(a, b, (f"{layer}: a", "b"))
 
 
-def layout(kernel: Shape, a: Shape, b: Shape, layer: str) -> Layout:
-    """Return how factors lie over their kernel.
+def view_over(kernel: Shape, a: Shape, b: Shape, layer: str) -> KernelView:
+    """Return how a kernel is read by factors of these shapes.
 
     The first axes of the kernel are its inputs where that fits (as in `Dense`). Otherwise its
     inputs are the axes whose lengths are those of a (as in the einsum `BTD,NDH->BTNH`).
@@ -89,35 +82,33 @@ def layout(kernel: Shape, a: Shape, b: Shape, layer: str) -> Layout:
         ValueError: if nothing fits, or more than one choice of axes does.
     """
     depth = num_shared(a, b, layer)
-    splits = []
+    roles = []
     if kernel[:depth] == a[:depth]:
         rows, columns, lengths = a[depth:-1], b[depth + 1 :], kernel[depth:]
-        splits = _first_axes(lengths, rows, columns) or _equal_axes(lengths, rows, columns)
-    if len(splits) != 1:
+        roles = _first_axes(lengths, rows, columns) or _equal_axes(lengths, rows, columns)
+    if len(roles) != 1:
         raise ValueError(
-            f"{layer}: factors {a} and {b} lie over the kernel {kernel} in {len(splits)} ways; "
+            f"{layer}: factors {a} and {b} lie over the kernel {kernel} in {len(roles)} ways; "
             "expected one"
         )
-    return Layout(depth, splits[0])
+    return KernelView(kernel[depth:], roles[0], kernel[:depth])
 
 
-def _first_axes(lengths: Shape, rows: Shape, columns: Shape) -> list[Split]:
+def _first_axes(lengths: Shape, rows: Shape, columns: Shape) -> list[AxisRoles]:
     """The least number of first axes that have as many rows as a, if there is one."""
     axes, sizes = tuple(range(len(lengths))), (math.prod(rows), math.prod(columns))
     for count in range(1, len(lengths)):
         if (math.prod(lengths[:count]), math.prod(lengths[count:])) == sizes:
-            return [Split((), axes[:count], axes[count:])]
+            return [AxisRoles((), axes[:count], axes[count:])]
     return []
 
 
-def _equal_axes(lengths: Shape, rows: Shape, columns: Shape) -> list[Split]:
+def _equal_axes(lengths: Shape, rows: Shape, columns: Shape) -> list[AxisRoles]:
     """All choices of axes, in order, that have just the lengths of a's and b's."""
-    splits = []
-    for inputs in itertools.combinations(range(len(lengths)), len(rows)):
-        outputs = tuple(i for i in range(len(lengths)) if i not in inputs)
-        if (tuple(lengths[i] for i in inputs), tuple(lengths[i] for i in outputs)) == (
-            rows,
-            columns,
-        ):
-            splits.append(Split((), inputs, outputs))
-    return splits
+    axes, choices = tuple(range(len(lengths))), []
+    for inputs in itertools.combinations(axes, len(rows)):
+        outputs = tuple(i for i in axes if i not in inputs)
+        ordered = tuple(lengths[i] for i in (*inputs, *outputs))
+        if ordered == (*rows, *columns):
+            choices.append(AxisRoles((), inputs, outputs))
+    return choices

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 import nyscaled
 from nyscaled.checkpoints import peft
-from nyscaled.lora import factors, foreign, inject, records, whole
-from nyscaled.lora.axes import KINDS, stack_of
-from nyscaled.lora.layer import Adapter, AdapterState
+from nyscaled.lora import foreign, inject, records, updates, whole
+from nyscaled.lora.adapter import Adapter
 from nyscaled.lora.names import Namer, Names, resolve
+from nyscaled.lora.recipe import Origin
+from nyscaled.lora.view import ADAPTABLE, view_of
 
 
 def save_peft(
@@ -73,50 +74,63 @@ def save_peft(
         ...     sorted(os.listdir(folder))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    layers = {p: m for p, m in inject.adapted_layers(model).items() if name in m.adapters}
+    adapted = inject.adapted_layers(model)
+    layers = {p: m for p, m in adapted.items() if name in m.adapters}
     others = foreign.find(model, alpha)
-    if not others or inject.adapted_layers(model):
-        inject.require_name(inject.adapted_layers(model), name)
+    if not others or adapted:
+        inject.require_name(adapted, name)
     adapters = {path: layer.adapters[name] for path, layer in layers.items()}
     for path, adapter in adapters.items():
         if adapter.merged:
             raise ValueError(f"{path}: {name!r} is merged into the kernel; expected it unmerged")
-        factors.sides(path, layers[path])
+        updates.sides(path, layers[path])
     stabilized = not others and all(
         a.rank_stabilized and a.start is None for a in adapters.values()
     )
     to_name = resolve(names, model)
-    updates: dict[str, peft.Update] = {}
+    saved, owners = _own_updates(layers, adapters, to_name, stabilized)
+    for other in others:
+        _add_foreign(saved, other, to_name)
+    tensors = whole.tensors(model, modules_to_save, to_name)
+    if both := sorted({name.rpartition(".")[0] for name in tensors} & saved.keys()):
+        raise ValueError(f"{both[0]} of modules_to_save has an adapter; expected one of the two")
+    peft.write(
+        folder,
+        saved,
+        base_model=base_model,
+        whole=tensors,
+        rank_stabilized=stabilized,
+        # One field for all layers, which matters in training only.
+        dropout=max((a.dropout.rate for a in adapters.values() if a.dropout), default=0.0),
+        task_type=task_type,
+        metadata={"nyscaled": nyscaled.__version__, "starts": records.write(owners)},
+    )
+
+
+def _own_updates(
+    layers: Mapping[str, Any], adapters: Mapping[str, Adapter], to_name: Namer, stabilized: bool
+) -> tuple[dict[str, peft.Update], dict[str, Adapter]]:
+    """The updates of adapters of `apply`, and the adapter of each, by PEFT's names."""
+    saved: dict[str, peft.Update] = {}
     owners: dict[str, Adapter] = {}
     for path, adapter in adapters.items():
         modules = {to_name(path, index): index for index in np.ndindex(adapter.stack)}
         if len(modules) < math.prod(adapter.stack) or not owners.keys().isdisjoint(modules):
             raise ValueError(f"{path}: its name {next(iter(modules))!r} is another layer's already")
-        written = factors.to_updates(layers[path], adapter, modules, stabilized)
-        updates |= written
-        owners |= zip(written, itertools.repeat(adapter))
-    for other in others:
-        a, b = other.matrices()
-        for index in np.ndindex(a.shape[:-2]):
-            module = to_name(other.path, index)
-            if module in updates:
-                raise ValueError(f"{other.path}: its name {module!r} is another layer's already")
-            scaled = other.scaling * a.shape[-1]
-            updates[module] = peft.Update(a[index].T, b[index].T, scaled)
-    tensors = whole.tensors(model, modules_to_save, to_name)
-    if both := sorted({name.rpartition(".")[0] for name in tensors} & updates.keys()):
-        raise ValueError(f"{both[0]} of modules_to_save has an adapter; expected one of the two")
-    peft.write(
-        folder,
-        updates,
-        base_model=base_model,
-        whole=tensors,
-        rank_stabilized=stabilized,
-        # One field for all layers, and of use in training alone.
-        dropout=max((a.dropout.rate for a in adapters.values() if a.dropout), default=0.0),
-        task_type=task_type,
-        metadata={"nyscaled": nyscaled.__version__, "starts": records.write(owners)},
-    )
+        of_path = updates.to_updates(layers[path], adapter, modules, stabilized)
+        saved |= of_path
+        owners |= dict.fromkeys(of_path, adapter)
+    return saved, owners
+
+
+def _add_foreign(saved: dict[str, peft.Update], other: foreign.Foreign, to_name: Namer) -> None:
+    """Add the updates of an adapter of flax or qwix."""
+    a, b = other.matrices()
+    for index in np.ndindex(a.shape[:-2]):
+        module = to_name(other.path, index)
+        if module in saved:
+            raise ValueError(f"{other.path}: its name {module!r} is another layer's already")
+        saved[module] = peft.Update(a[index].T, b[index].T, other.scaling * a.shape[-1])
 
 
 def load_peft(
@@ -172,41 +186,16 @@ def load_peft(
     to_name = resolve(names, model)
     head = whole.own_head(model, saved, to_name)
     layers, modules = _modules(model, to_name, head)
-    owners = {module: path for path, of_path in modules.items() for module in of_path}
-    if strangers := [module for module in saved.updates if module not in owners]:
-        raise ValueError(
-            f"{folder} has tensors of {', '.join(strangers[:4])}, which no layer of the model is "
-            f"called; it has {', '.join(list(owners)[:4]) or 'none with names'} (see `names`)"
-        )
-    wanted = [p for p, of_path in modules.items() if not saved.updates.keys().isdisjoint(of_path)]
-    for module, path in owners.items():
-        targeted = saved.rules.is_targeted(module)
-        expected = path in wanted if targeted is None else targeted
-        if expected and module not in saved.updates:
-            raise ValueError(f"{folder} has no tensors of {module}, the layer {path}")
+    paths = _require_match(folder, saved, modules)
     replaced = whole.replaced(folder, model, saved, to_name, head)
     origins = records.read(saved.metadata.get("starts", "[]"))
-    adapters = {}
-    for path in wanted:
-        layer = layers[path]
+    for path in paths:
         # Twice the rank may exceed the layer's sides, so the rank is not checked here.
-        inject.require_room(path, layer, 1, name)
-        updates = [saved.updates.get(module) for module in modules[path]]
-        placed, alpha = factors.from_updates(path, layer, updates, saved.rank_stabilized, dtype)
-        adapters[path] = adapter = inject.new_adapter(
-            layer,
-            path,
-            placed.a,
-            placed.b,
-            alpha=alpha,
-            rank_stabilized=saved.rank_stabilized,
-            dropout=saved.dropout,
-            key=key,
-        )
-        known = (origins[module] for module in modules[path] if module in origins)
-        adapter.init, words = next(known, records.UNKNOWN)
-        key_data = jnp.asarray(words, jnp.uint32)
-        adapter.key = AdapterState(jnp.broadcast_to(key_data, (*adapter.stack, *key_data.shape)))
+        inject.require_room(path, layers[path], 1, name)
+    adapters = {
+        path: _to_adapter(path, layers[path], modules[path], saved, origins, key, dtype)
+        for path in paths
+    }
     for variable, value in replaced:
         variable[...] = value
     for layer in head.values():
@@ -214,21 +203,68 @@ def load_peft(
     return inject.attach(layers, adapters, name)
 
 
+def _require_match(
+    folder: str | os.PathLike[str], saved: peft.Saved, modules: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The paths of the layers that have tensors in a folder.
+
+    Raises:
+        ValueError: on tensors without a layer, and on layers that should have tensors.
+    """
+    owners = {module: path for path, of_path in modules.items() for module in of_path}
+    if strangers := [module for module in saved.updates if module not in owners]:
+        raise ValueError(
+            f"{folder} has tensors of {', '.join(strangers[:4])}, which no layer of the model is "
+            f"called; it has {', '.join(list(owners)[:4]) or 'none with names'} (see `names`)"
+        )
+    paths = [p for p, of_path in modules.items() if not saved.updates.keys().isdisjoint(of_path)]
+    for module, path in owners.items():
+        targeted = saved.rules.is_targeted(module)
+        expected = path in paths if targeted is None else targeted
+        if expected and module not in saved.updates:
+            raise ValueError(f"{folder} has no tensors of {module}, the layer {path}")
+    return paths
+
+
+def _to_adapter(
+    path: str,
+    layer: Any,
+    modules: Sequence[str],
+    saved: peft.Saved,
+    origins: Mapping[str, Origin],
+    key: Key[Array, ""] | None,
+    dtype: DTypeLike,
+) -> Adapter:
+    """The adapter of a layer, whose matrices PEFT calls `modules`."""
+    of_layer = [saved.updates.get(module) for module in modules]
+    stabilized = saved.rank_stabilized
+    weights, alpha = updates.from_updates(path, layer, of_layer, stabilized, dtype)
+    return inject.make_adapter(
+        path,
+        layer,
+        weights,
+        next((origins[module] for module in modules if module in origins), records.UNKNOWN),
+        alpha=alpha,
+        rank_stabilized=stabilized,
+        dropout=inject.dropout_of(saved.dropout, key, path, view_of(layer).stack),
+    )
+
+
 def _modules(
-    model: nnx.Module, to_name: Namer, more: Mapping[str, Any]
+    model: nnx.Module, to_name: Namer, head: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The layers by path, and what PEFT calls each of their matrices; without the nameless."""
-    layers, modules, seen = {}, {}, {}
-    there = [(inject.dotted(parts), layer) for parts, layer in nnx.iter_modules(model)]
-    for path, layer in [*there, *more.items()]:
-        if not isinstance(layer, KINDS):
+    """The layers of a model and a new head that have names, and what PEFT calls their matrices."""
+    layers, modules, owners = {}, {}, {}
+    of_model = [(inject.dotted(parts), layer) for parts, layer in nnx.iter_modules(model)]
+    for path, layer in [*of_model, *head.items()]:
+        if not isinstance(layer, ADAPTABLE):
             continue
         try:
-            named = [to_name(path, index) for index in np.ndindex(stack_of(layer))]
+            names = [to_name(path, index) for index in np.ndindex(view_of(layer).stack)]
         except ValueError:
             continue
-        for module in named:
-            if seen.setdefault(module, path) != path:
-                raise ValueError(f"{path} and {seen[module]} have the same name, {module!r}")
-        layers[path], modules[path] = layer, named
+        for module in names:
+            if owners.setdefault(module, path) != path:
+                raise ValueError(f"{path} and {owners[module]} have the same name, {module!r}")
+        layers[path], modules[path] = layer, names
     return layers, modules

@@ -13,9 +13,9 @@ from jaxtyping import Array
 
 from nyscaled.checkpoints.peft import Saved
 from nyscaled.lora import inject
-from nyscaled.lora.axes import LINEAR, declared_shape, from_matrices, split, to_matrices
-from nyscaled.lora.layer import Adapted
+from nyscaled.lora.adapter import Adapted
 from nyscaled.lora.names import Namer
+from nyscaled.lora.view import LINEAR, declared_shape, roles_of, unstacked_view
 
 # Our parameters' names, torch's, and how many axes they have without a stack; None: the layer's.
 _ENDS = {
@@ -50,14 +50,13 @@ class Place(NamedTuple):
         """The tensor, in torch's layout."""
         value = np.asarray(self.variable[...][self.layers])
         if self.end == "kernel":
-            return np.asarray(to_matrices(jnp.asarray(value), split(self.layer), 0)).T
+            return np.asarray(unstacked_view(self.layer).to_matrices(jnp.asarray(value))).T
         return value.reshape(-1) if self.end == "bias" else value
 
     def write(self, parameter: np.ndarray, value: np.ndarray) -> None:
         """Put a tensor in torch's layout, of the right shape, into an array like the parameter."""
         if self.end == "kernel":
-            shape = declared_shape(self.layer)
-            value = np.asarray(from_matrices(jnp.asarray(value.T), split(self.layer), 0, shape))
+            value = np.asarray(unstacked_view(self.layer).from_matrices(jnp.asarray(value.T)))
         parameter[self.layers] = value.reshape(parameter.shape[len(self.layers) :])
 
     @property
@@ -68,7 +67,7 @@ class Place(NamedTuple):
 
 def _of_layer(path: str, layer: Any, to_name: Namer) -> Iterator[tuple[str, Place]]:
     linear = isinstance(layer, LINEAR)
-    if linear and split(layer).batch:
+    if linear and roles_of(layer).batch:
         return
     for end, (their, ndim) in _ENDS.items():
         variable = getattr(layer, end, None)

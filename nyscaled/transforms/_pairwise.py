@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from nyscaled.numerics import full_precision
+from nyscaled.numerics import at_least_float32, full_precision
 from nyscaled.transforms.pairing import FactorSpec, KeyPath, Spec, default_spec, show
 
 Rule = Callable[..., Array]
@@ -143,8 +143,7 @@ def canonical(leaf: Array, spec: FactorSpec) -> Array:
     """Return `leaf` as (batch…, long, rank), in float32 at least."""
     batch, long_axes, rank = _axes(leaf, spec)
     moved = jnp.transpose(leaf, (*batch, *long_axes, rank))
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    return moved.reshape(_shape(leaf, spec)).astype(wide)
+    return at_least_float32(moved.reshape(_shape(leaf, spec)))
 
 
 def _restore(value: Array, leaf: Array, spec: FactorSpec) -> Array:

@@ -1,18 +1,16 @@
 """The adapter of a layer, and layers that carry adapters.
 
 A layer is adapted in place: its class becomes one that adds s·x·a·b to what its own class
-computes, so that paths, names and types of the base stay what they were, and no copy of W_0 is
-made. The base is never written to: an init whose product a·b is not zero (PiSSA, OLoRA) leaves
-its start beside the trained factors, to be subtracted in the forward pass. This is what lets
-adapters of every kind serve together from one W_0 (Appendix A.3), and makes the output at step 0
-the base's to the last bit.
+computes. Paths, names and types of the base stay what they were, and no copy of W_0 is made. The
+base is never written to: an init whose product a·b is not zero (PiSSA, OLoRA) leaves its start
+beside the trained factors, to be subtracted in the forward pass. So adapters of every init serve
+together from one W_0 (Appendix A.3), and the output at step 0 is the base's to the last bit.
 """
 
 from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +18,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from nyscaled.lora.axes import Equations, declared_shape, equations, split
+from nyscaled.lora.recipe import Origin, Weights, scaling_of
+from nyscaled.lora.view import Equations, MeshNames, equations, unstacked_view
+from nyscaled.numerics import at_least_float32
+from nyscaled.transforms.leaf_names import Shape
 
 
 class Contraction(NamedTuple):
-    """What an adapter must know of its layer's call."""
+    """What an adapter must know of a call of its layer.
+
+    Attributes:
+        equations: the einsum equations of its two products.
+        batch: lengths of the kernel's batch axes.
+        inputs: lengths of the axes that are contracted.
+        outputs: lengths of the axes of the output.
+        dtype: dtype of the products; None for that of the factors.
+        precision: precision of the products, as in `jax.lax`.
+        out_sharding: sharding of the layer's output, or None.
+    """
 
     equations: Equations
-    batch: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    batch: Shape
+    inputs: Shape
+    outputs: Shape
     dtype: Any
     precision: Any
     out_sharding: Any
@@ -46,40 +57,38 @@ class Adapter(nnx.Module):
         lora_a: (stack…, batch…, in, r), trained.
         lora_b: (stack…, batch…, r, out), trained.
         start: `a` and `b`, shaped like these, whose product is subtracted; or None.
-        gate: 1 if active and 0 if not, (stack…); or one weight a row of the batch, (stack…, rows).
+        gate: 1 if active and 0 if not, (stack…); or a weight per row of the batch, (stack…, rows).
         key: data of the PRNG key that the start was drawn with, (stack…, words).
-        dropout: of the input, or None.
+        dropout: dropout of the input, or None.
         stack: lengths of the leading axes that `nnx.scan` consumes.
         scaling: s, α/r or α/√r.
         alpha: α.
         rank_stabilized: whether s is α/√r.
-        init: name of the init and its options, for the record that is saved with the adapter.
+        init: name of the init and its options; saved with the adapter.
         merged: whether the kernel holds the update already.
     """
 
     def __init__(
         self,
-        lora_a: Float[Array, "... m r"],
-        lora_b: Float[Array, "... r n"],
+        weights: Weights,
+        origin: Origin,
         *,
-        stack: tuple[int, ...] = (),
+        stack: Shape = (),
         alpha: float,
         rank_stabilized: bool = False,
         dropout: nnx.Dropout | None = None,
-        names: tuple[Any, Any] | None = None,
+        names: tuple[MeshNames, MeshNames] | None = None,
     ) -> None:
-        metadata = [{"out_sharding": n} if n else {} for n in names or (None, None)]
-        self.lora_a = nnx.LoRAParam(lora_a, **metadata[0])
-        self.lora_b = nnx.LoRAParam(lora_b, **metadata[1])
-        self.start: Any = nnx.data(None)
-        self.gate = AdapterState(jnp.ones(stack))
-        self.key = AdapterState(jnp.zeros((*stack, 2), jnp.uint32))
-        self.dropout = nnx.data(dropout)
+        metadata: list[dict[str, Any]] = [{"out_sharding": n} for n in names or ()] or [{}, {}]
+        self.lora_a = nnx.LoRAParam(weights.a, **metadata[0])
+        self.lora_b = nnx.LoRAParam(weights.b, **metadata[1])
         self.stack = stack
+        self._record(weights, origin)
+        self.gate = AdapterState(jnp.ones(stack))
+        self.dropout = nnx.data(dropout)
         self.alpha = float(alpha)
         self.rank_stabilized = rank_stabilized
-        self.scaling = scaling_of(self.alpha, lora_a.shape[-1], rank_stabilized)
-        self.init: tuple[str, tuple[tuple[str, Any], ...]] = ("zeros", ())
+        self.scaling = scaling_of(self.alpha, weights.a.shape[-1], rank_stabilized)
         self.merged = False
 
     @property
@@ -87,29 +96,32 @@ class Adapter(nnx.Module):
         """r."""
         return self.lora_a.shape[-1]
 
-    def restart(self, drawn: Any, key: Any, init: Any, options: Mapping[str, Any]) -> None:
-        """Writes a start into the factors, and the record of where it came from."""
-        self.lora_a[...], self.lora_b[...] = drawn.a, drawn.b
-        self.start = nnx.data(None)
-        if drawn.subtracted is not None:
-            a, b = (AdapterState(x) for x in drawn.subtracted)
+    def restart(self, weights: Weights, origin: Origin) -> None:
+        """Replace the factors, in place, and the record of where they came from."""
+        self.lora_a[...], self.lora_b[...] = weights.a, weights.b
+        self._record(weights, origin)
+
+    def _record(self, weights: Weights, origin: Origin) -> None:
+        self.start: Any = nnx.data(None)
+        if weights.start is not None:
+            a, b = (AdapterState(x) for x in weights.start)
             self.start = nnx.Dict(a=a, b=b)
-        words = jax.random.key_data(key)
+        words = jnp.asarray(origin.key, jnp.uint32)
         self.key = AdapterState(jnp.broadcast_to(words, (*self.stack, *words.shape)))
-        name = init if isinstance(init, str) else getattr(init, "__name__", repr(init))
-        self.init = (name, tuple(sorted(options.items())))
+        self.init = origin.init
 
     def product(self) -> Float[Array, "... m n"]:
-        """s·a·b, less its start: what is added to the kernel, in float32 at least."""
-        a, b = (_wide(v[...]) for v in (self.lora_a, self.lora_b))
+        """Return s·(a·b − its start): what `merge` adds to the kernel, in float32 at least."""
+        a, b = (at_least_float32(v[...]) for v in (self.lora_a, self.lora_b))
         with jax.default_matmul_precision("highest"):
             value = a @ b
             if self.start is not None:
-                value = value - _wide(self.start["a"][...]) @ _wide(self.start["b"][...])
+                first, second = (at_least_float32(self.start[side][...]) for side in "ab")
+                value = value - first @ second
         return self.scaling * value
 
     def __call__(self, x: Array, contraction: Contraction) -> Array:
-        """s·x·a·b for an input x of the layer, in the contraction's dtype."""
+        """Return s·x·a·b for an input x of the layer, in the contraction's dtype."""
         tokens = not contraction.equations.down  # without dropout, as in PEFT
         dropped = x if self.dropout is None or tokens else self.dropout(x)
         out = self._through(dropped, self.lora_a, self.lora_b, contraction)
@@ -133,17 +145,8 @@ class Adapter(nnx.Module):
         )
 
 
-def scaling_of(alpha: float, rank: int, rank_stabilized: bool) -> float:
-    """s = α/r, or α/√r."""
-    return float(alpha) / (rank**0.5 if rank_stabilized else rank)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 class Adapted(nnx.Module):
-    """What `apply` mixes into the class of a layer: the sum over its adapters."""
+    """The class that `apply` mixes into that of a layer: it adds the updates of its adapters."""
 
     adapters: nnx.Dict
     kernel: Any
@@ -153,10 +156,12 @@ class Adapted(nnx.Module):
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         base: Any = super()
         y = base.__call__(inputs, *args, **kwargs)
-        lengths, parts = declared_shape(self), split(self)
+        view = unstacked_view(self)
         contraction = Contraction(
             equations(self, inputs.ndim),
-            *(tuple(lengths[i] for i in axes) for axes in parts),
+            view.batch,
+            view.inputs,
+            view.outputs,
             dtype=self.dtype,
             # The layer's, if it names one: full float32 costs the thin products little.
             precision=getattr(self, "precision", None) or "highest",
@@ -170,10 +175,10 @@ class Adapted(nnx.Module):
 
 @functools.cache
 def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass of a layer's class that carries adapters; one object a class, as jit caches want.
+    """Return the subclass of a layer's class that carries adapters.
 
-    No module defines it: it is pickled as the call that makes it. The name in this module tells
-    cloudpickle that the class is not one to be copied.
+    It is one object per class, which the caches of jit require. No module defines it: it is pickled
+    as the call that makes it. Its name in this module keeps cloudpickle from copying the class.
     """
     name = f"LoRA{base.__name__}"
     unique = f"{name}_of_{base.__module__}.{base.__qualname__}".replace(".", "_")

@@ -1,4 +1,4 @@
-"""Starts from the gradient of the loss at W_0, through the adapters alone (Appendix A.4).
+"""Starts from the gradient of the loss at W_0, by gradients of the adapters only (Appendix A.4).
 
 With a = 0 the network is the base's, and the gradient in a is s·G·bᵀ, where G is the gradient in
 W_0; with b = 0 the gradient in b is s·aᵀG. So G is multiplied from either side, for all layers at
@@ -19,32 +19,32 @@ from nyscaled import validation
 from nyscaled.initializers import random_sketch
 from nyscaled.lapack import svd
 from nyscaled.linalg import orthonormalize
-from nyscaled.lora.kernels import path_key
 from nyscaled.lora.pairs import Pair, num_shared
-from nyscaled.numerics import full_precision, norm
+from nyscaled.lora.recipe import path_key
+from nyscaled.numerics import at_least_float32, full_precision, norm
 from nyscaled.transforms.leaf_names import Path
 from nyscaled.typing import Sketch
 
 
-class Matrices(NamedTuple):
+class FactorStacks(NamedTuple):
     """An adapter's factors, or their gradients, as stacks of matrices in float32 at least."""
 
     a: Float[Array, "k m r"]
     b: Float[Array, "k r n"]
 
 
-Factors = dict[str, Matrices]
-"""By the layer's path."""
+ByLayer = dict[str, FactorStacks]
+"""Factors by the paths of their layers."""
 
-Gradient = Callable[[Factors], Factors]
+Gradient = Callable[[ByLayer], ByLayer]
 
 
 def _zeros(
-    starts: Factors, a: Mapping[str, Array] | None, b: Mapping[str, Array] | None
-) -> Factors:
+    starts: ByLayer, a: Mapping[str, Array] | None, b: Mapping[str, Array] | None
+) -> ByLayer:
     """`starts` with a or b replaced and the other factor zero."""
     return {
-        path: Matrices(
+        path: FactorStacks(
             jnp.zeros_like(s.a) if a is None else a[path],
             jnp.zeros_like(s.b) if b is None else b[path],
         )
@@ -52,7 +52,7 @@ def _zeros(
     }
 
 
-def _sketches(key: Key[Array, ""], starts: Factors, sketch: Sketch) -> dict[str, Array]:
+def _sketches(key: Key[Array, ""], starts: ByLayer, sketch: Sketch) -> dict[str, Array]:
     """Ωᵀ (k, r, out) for each layer."""
 
     def draw(path: str, b: Array) -> Array:
@@ -79,12 +79,12 @@ def _require_gradient(images: Mapping[str, Array]) -> None:
 @full_precision
 def nora_grad(
     gradient: Gradient,
-    starts: Factors,
+    starts: ByLayer,
     key: Key[Array, ""],
     *,
     scale: float = 3**-0.5,
     sketch: Sketch = "gaussian",
-) -> Factors:
+) -> ByLayer:
     """A.4: a = −GΩ, the negative gradient in a at (0, Ωᵀ), and b = 0.
 
     The length of a gradient is in units of the loss and means nothing for a start, so each a is
@@ -103,12 +103,12 @@ def nora_grad(
 @full_precision
 def lora_one(
     gradient: Gradient,
-    starts: Factors,
+    starts: ByLayer,
     key: Key[Array, ""],
     *,
     gamma: float = 16.0,
     niter: int = 2,
-) -> Factors:
+) -> ByLayer:
     """LoRA-One: a = c·U√(S/S_1), b = c·√(S/S_1)Vᵀ of the leading r singular triples of −G.
 
     c² = √out/γ. The product is not subtracted: the model starts one rank-r gradient step ahead of
@@ -129,10 +129,10 @@ def lora_one(
         rows = {p: -g.b for p, g in gradient(_zeros(starts, bases, None)).items()}
         b = {p: _orthonormal(x.mT).mT for p, x in rows.items()}
 
-    def balanced(basis: Array, compressed: Array) -> Matrices:
+    def balanced(basis: Array, compressed: Array) -> FactorStacks:
         u, s, vt = svd(compressed)
         root = jnp.sqrt(s / s[0] * (vt.shape[1] ** 0.5 / gamma))
-        return Matrices(basis @ (u * root), root[:, None] * vt)
+        return FactorStacks(basis @ (u * root), root[:, None] * vt)
 
     return {p: jax.vmap(balanced)(bases[p], rows[p]) for p in starts}
 
@@ -145,35 +145,42 @@ GRADIENT_INITS: dict[str, Callable[..., Any]] = {"nora_grad": nora_grad, "lora_o
 def start(
     init: str,
     key: Key[Array, ""],
-    found: Sequence[Pair],
+    pairs: Sequence[Pair],
     leaves: Mapping[Path, Array],
     gradient: Callable[[dict[Path, Array]], Mapping[Path, Array]],
     options: Mapping[str, Any],
 ) -> dict[Path, Array]:
-    """New values for the factors of the pairs; `gradient` maps such values to their gradients."""
+    """Return new values for the factors of pairs.
 
-    def matrices(values: Mapping[Path, Array]) -> Factors:
+    Args:
+        init: a name in `GRADIENT_INITS`.
+        key: PRNG key.
+        pairs: the pairs.
+        leaves: arrays of the model or tree by path, the factors among them.
+        gradient: from values of the factors to the gradient of the loss in them.
+        options: options of the init.
+    """
+
+    def matrices(values: Mapping[Path, Array]) -> ByLayer:
         out = {}
-        for pair in found:
+        for pair in pairs:
             a, b = values[pair.a], values[pair.b]
             count = math.prod(a.shape[: num_shared(a.shape, b.shape, pair.layer)])
-            out[pair.layer] = Matrices(
-                _wide(a).reshape((count, -1, a.shape[-1])),
-                _wide(b).reshape((count, a.shape[-1], -1)),
+            out[pair.layer] = FactorStacks(
+                at_least_float32(a).reshape((count, -1, a.shape[-1])),
+                at_least_float32(b).reshape((count, a.shape[-1], -1)),
             )
         return out
 
-    def written(starts: Factors) -> dict[Path, Array]:
-        pairs = [
-            (path, x) for p in found for path, x in zip((p.a, p.b), starts[p.layer], strict=True)
+    def written(starts: ByLayer) -> dict[Path, Array]:
+        values = [
+            (path, x) for p in pairs for path, x in zip((p.a, p.b), starts[p.layer], strict=True)
         ]
-        return {path: x.reshape(leaves[path].shape).astype(leaves[path].dtype) for path, x in pairs}
+        return {
+            path: x.reshape(leaves[path].shape).astype(leaves[path].dtype) for path, x in values
+        }
 
     new = GRADIENT_INITS[init](
         lambda starts: matrices(gradient(written(starts))), matrices(leaves), key, **options
     )
     return written(new)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

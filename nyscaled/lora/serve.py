@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nyscaled.lora import foreign
-from nyscaled.lora.axes import from_matrices, kernel_of, split
+from nyscaled.lora.adapter import Adapter, AdapterState
 from nyscaled.lora.inject import adapted_layers, is_tied, require_name
-from nyscaled.lora.layer import Adapter, AdapterState
+from nyscaled.lora.view import kernel_of, roles_of, view_of
 
 
 def activate(
@@ -43,7 +43,7 @@ def activate(
     for name in {n for n in (*wanted, *(rows or ())) if n is not None}:
         require_name(layers, name)
     for path, layer in layers.items():
-        if rows is not None and split(layer).batch:
+        if rows is not None and roles_of(layer).batch:
             raise ValueError(
                 f"{path} has batch axes; expected layers whose input begins with the rows"
             )
@@ -119,5 +119,5 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
 def _add(layer: Any, adapter: Adapter, sign: int) -> None:
     variable = kernel_of(layer)
     kernel = variable[...]
-    change = from_matrices(adapter.product(), split(layer), len(adapter.stack), kernel.shape)
+    change = view_of(layer).from_matrices(adapter.product())
     variable[...] = (kernel.astype(change.dtype) + sign * change).astype(kernel.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from nyscaled.checkpoints import peft
-from nyscaled.lora import kernels
-from nyscaled.lora.axes import declared_shape, kernel_of, split, stack_of
-from nyscaled.lora.layer import Adapter, scaling_of
+from nyscaled.lora.adapter import Adapter
+from nyscaled.lora.recipe import Weights, place, scaling_of
+from nyscaled.lora.view import kernel_of, unstacked_view, view_of
 
 
 def sides(path: str, layer: Any) -> tuple[int, int]:
@@ -22,14 +21,13 @@ def sides(path: str, layer: Any) -> tuple[int, int]:
     Raises:
         ValueError: if the layer holds several (batch axes), which PEFT has no form for.
     """
-    shape, parts = declared_shape(layer), split(layer)
-    if parts.batch:
+    view = unstacked_view(layer)
+    if view.batch:
         raise ValueError(
-            f"{path} has batch axes of lengths {[shape[i] for i in parts.batch]} (experts, say), "
-            "for which PEFT's format has no form; expected a layer of one matrix"
+            f"{path} has batch axes of lengths {list(view.batch)} (experts, say), for which PEFT's "
+            "format has no form; expected a layer of one matrix"
         )
-    rows, columns = (math.prod(shape[i] for i in axes) for axes in (parts.inputs, parts.outputs))
-    return rows, columns
+    return view.sides
 
 
 def to_updates(
@@ -70,7 +68,7 @@ def from_updates(
     updates: Sequence[peft.Update | None],
     rank_stabilized: bool,
     dtype: Any,
-) -> tuple[kernels.Drawn, float]:
+) -> tuple[Weights, float]:
     """The layer's factors, placed as its kernel is, and their α.
 
     Args:
@@ -118,10 +116,9 @@ def from_updates(
         with np.errstate(over="ignore"):
             a[i, :, :r], b[i, :r] = update.down.T.astype(dtype), up.T.astype(dtype)
         _require_usable(path, layer, a[i], b[i], scaling)
-    stack = stack_of(layer)
-    first, second = (jnp.asarray(x.reshape(*stack, *x.shape[1:])) for x in (a, b))
-    drawn = kernels.Drawn(first, second, None)
-    return kernels.place(drawn, kernel_of(layer), split(layer), len(stack)), alpha
+    view = view_of(layer)
+    first, second = (jnp.asarray(x.reshape(*view.stack, *x.shape[1:])) for x in (a, b))
+    return place(Weights(first, second), kernel_of(layer), view), alpha
 
 
 def _scaling(update: peft.Update, rank_stabilized: bool) -> float:
