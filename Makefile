@@ -101,8 +101,8 @@ bench-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python benchmarks/lora_init.py
 	$(BIN)/python benchmarks/models.py
 
-$(DIGITS): $(VENV)/.experiments experiments/_matrix.py
-	$(BIN)/python experiments/_matrix.py $@
+$(DIGITS): $(VENV)/.experiments experiments/lib/matrix.py
+	$(BIN)/python -m experiments.lib.matrix $@
 
 $(WEIGHTS): tests/fixtures/weights.txt | $(BIN)/python
 	$(BIN)/python tests/fixtures/fetch_weights.py $@

@@ -25,8 +25,15 @@ def on_page_content(html: str, **_: Any) -> str:
     return FORMULA.sub(rendered, html)
 
 
+def results() -> str:
+    """Return the page of figures: its pictures are in the site, its data and records are not."""
+    text = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\[(data|record|table)\]\(([\w.]+)\)", r"\1 in `figures/\2`", text)
+    return re.sub(r"\]\((\w+\.png)\)", r"](figures/\1)", text)
+
+
 def on_files(files: Files, config: Any) -> Files:
-    """Add the report of the claims, the changes, the guide for contributors, and the pictures."""
+    """Add the pages that are made from files of the repository, and the pictures."""
     report = (ROOT / "paper_checks" / "REPORT.md").read_text(encoding="utf-8")
     # Code has no page of its own here: its place is given in words.
     report = re.sub(
@@ -39,6 +46,7 @@ def on_files(files: Files, config: Any) -> Files:
         .read_text(encoding="utf-8")
         .replace("[reproduction](docs/upstream/", "reproduction: `docs/upstream/")
         .replace("hang.py))", "hang.py`)"),
+        "results.md": results(),
         "extending.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
     }
     for name, text in pages.items():

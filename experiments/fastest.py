@@ -6,9 +6,8 @@
 Symmetric problems with r = r_A, eigenvalues geometric from 1 to 1/κ, Nyström starts AΩ. (a), (b):
 steps to ‖XXᵀ − A‖_F ≤ 1e-12 ‖A‖_F in float64, one product with A each, medians and ranges over the
 seeds. The direct factor is one product more than the start, so it counts as one step; rescaling
-costs one product too, which is not counted. (c): the same in float32, the error after all steps,
-with each method also as textbooks write it. The least-squares scale of the start takes ξ out of
-ScaledGD's count; it is not the best scale.
+costs one product too, which is not counted. (c): the error after all steps in float32, for each
+method also in its textbook form. The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
@@ -17,19 +16,21 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
-from _record import COLOURS, Curve, draw, save
 from jax import lax
 from tqdm import tqdm
 
 import nyscaled as nys
+from experiments.lib import sweep
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.curves import Curve
+from experiments.lib.record import save
+from experiments.lib.style import COLOURS, draw
 
 STEPS = 40
 TOLERANCE = 1e-12
@@ -40,25 +41,27 @@ KAPPAS_FLOAT32 = tuple(10.0 ** (k / 2) for k in range(2, 12))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Steps against κ and ξ, and float32's floor."""
+class Config(BaseConfig):
+    """Steps against κ and ξ, and the floor of float32.
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
-    seed: int = 0
-    """Seed of the matrices and the starts."""
+    --quick: m = 60, r = 6, every fourth κ and third ξ, fewer methods.
+    """
+
     trials: int = 5
-    """How many random problems for each point."""
+    """The number of random problems per point."""
     m: int = 300
     """Side of A."""
     rank: int = 20
     """Columns of X, and the rank of A."""
-    quick: bool = False
-    """m = 60, r = 6, every fourth κ and third ξ, fewer methods."""
 
 
 def steps_of(build: Callable[[Any], Any], rescale: bool = False) -> Callable[..., Any]:
-    """The iterates of a step, X_0 … X_STEPS."""
+    """Return a function to the iterates of a step, X_0 … X_STEPS.
+
+    Args:
+        build: makes the step of a problem.
+        rescale: whether the start is rescaled first.
+    """
 
     def iterates(problem: Any, key: Any, x0: Any) -> Any:
         start = nys.initializers.rescaled(x0, problem.a) if rescale else x0
@@ -68,17 +71,17 @@ def steps_of(build: Callable[[Any], Any], rescale: bool = False) -> Callable[...
 
 
 def constant(x0: Any, x: Any) -> Any:
-    """X_0, then X for ever."""
+    """Return X_0, then X in all further steps."""
     return jnp.concatenate([x0[None], jnp.broadcast_to(x, (STEPS, *x.shape))])
 
 
 def direct(problem: Any, key: Any, x0: Any) -> Any:
-    """The Nyström approximation, through an orthonormal basis of range(AΩ)."""
+    """Return the Nyström approximation, through an orthonormal basis of range(AΩ)."""
     return constant(x0, nys.initializers.nystrom_approximation(key, problem.a, x0.shape[1]))
 
 
 def direct_textbook(problem: Any, key: Any, x0: Any) -> Any:
-    """AΩ L⁻ᵀ with LLᵀ = ΩᵀAΩ, X_0 = AΩ."""
+    """Return AΩ L⁻ᵀ with LLᵀ = ΩᵀAΩ, X_0 = AΩ."""
     omega = nys.initializers.random_sketch(
         key, x0.shape[0], x0.shape[1], SCALE, "gaussian", x0.dtype
     )
@@ -86,7 +89,7 @@ def direct_textbook(problem: Any, key: Any, x0: Any) -> Any:
 
 
 def scaled_textbook(problem: Any, key: Any, x0: Any) -> Any:
-    """(2) at η = 1/2 with the inverse of the Gram matrix."""
+    """Return the iterates of (2) at η = 1/2 with the inverse of the Gram matrix."""
 
     def body(x: Any, _: None) -> tuple[Any, Any]:
         return (x + problem.a @ x @ nys.lapack.inverse(x.T @ x)) / 2, x
@@ -95,7 +98,7 @@ def scaled_textbook(problem: Any, key: Any, x0: Any) -> Any:
 
 
 def qdwh_textbook(problem: Any, key: Any, x0: Any) -> Any:
-    """X(aC + bI)(C + cI)⁻¹, on X alone and with inverses of Gram matrices."""
+    """Return the iterates of X(aC + bI)(C + cI)⁻¹, only on X and with inverses of Gram matrices."""
     bounds = nys.solvers.qdwh_step(problem).init(x0)
     eye = jnp.eye(x0.shape[1], dtype=x0.dtype)
 
@@ -137,7 +140,16 @@ TEXTBOOK: dict[str, Callable[..., Any]] = {
 def errors(
     iterates: Callable[..., Any], m: int, dtype: Any, keys: Any, spectra: Any, scales: Any
 ) -> Any:
-    """‖X_tX_tᵀ − A‖_F/‖A‖_F, (point, trial, t); one A and one Ω for each trial."""
+    """Return ‖X_tX_tᵀ − A‖_F/‖A‖_F, (point, trial, t); each trial has one A and one Ω.
+
+    Args:
+        iterates: the method.
+        m: the side of A.
+        dtype: of the iteration.
+        keys: one per trial.
+        spectra: diag(Σ) of each point.
+        scales: ξ of each point.
+    """
 
     def one(key: Any, spectrum: Any, scale: Any) -> Any:
         a, basis = nys.spectra.psd(key, m, spectrum)
@@ -151,31 +163,36 @@ def errors(
 
         return lax.map(error, xs) / jnp.linalg.norm(spectrum)
 
-    over_trials = jax.vmap(one, (0, None, None))
-    return jax.vmap(over_trials, (None, 0, 0))(keys, spectra, scales)
+    return sweep.over(one, (None, 0, 0), (0, None, None))(keys, spectra, scales)
 
 
 def steps_to_tolerance(values: Any) -> np.ndarray:
-    """The first t with an error below the tolerance, (point, trial); NaN if there is none."""
+    """Return the first t with an error below the tolerance, (point, trial); NaN for none."""
     reached = np.asarray(values) <= TOLERANCE
     return np.where(reached.any(axis=-1), np.argmax(reached, axis=-1), np.nan)
 
 
 def summaries(panel: str, x: Any, label: str, values: np.ndarray) -> dict[str, dict[str, Curve]]:
-    """Median, least and largest over the trials; a trial without a finite value is the worst."""
+    """Return median, least and largest over the trials, by panel and series.
+
+    Args:
+        panel: the name of the panel.
+        x: abscissas.
+        label: the name of the series.
+        values: (point, trial); a value that is not finite is the worst.
+    """
     values = np.nan_to_num(values, nan=np.inf, posinf=np.inf)
-    reductions = {"": np.median, " low": np.min, " high": np.max}
     return {
-        panel + name: {label: Curve(x, reduce(values, axis=-1))}
-        for name, reduce in reductions.items()
+        panel + suffix: {label: Curve(x, curve)}
+        for suffix, curve in sweep.spread(values, axis=-1).items()
     }
 
 
 def main(config: Config) -> None:
-    """Runs the three panels and draws them."""
+    """Run the three panels and draw them."""
     jax.config.update("jax_enable_x64", True)
-    m, rank, by = (60, 6, (4, 3)) if config.quick else (config.m, config.rank, (1, 1))
-    kappas, scales = KAPPAS[:: by[0]], SCALES[:: by[1]]
+    m, rank, strides = (60, 6, (4, 3)) if config.quick else (config.m, config.rank, (1, 1))
+    kappas, scales = KAPPAS[:: strides[0]], SCALES[:: strides[1]]
     keys = jax.random.split(jax.random.key(config.seed), config.trials)
 
     def spectra(values: Any) -> Any:
@@ -194,18 +211,18 @@ def main(config: Config) -> None:
     with tqdm(total=total, desc="fastest", unit="series", file=sys.stderr) as bar:
         for label, iterates in methods.items():
             same = np.full(len(kappas), SCALE)
-            found = errors(iterates, m, "float64", keys, spectra(kappas), same)
-            add("a", kappas, label, steps_to_tolerance(found))
+            curves = errors(iterates, m, "float64", keys, spectra(kappas), same)
+            add("a", kappas, label, steps_to_tolerance(curves))
             bar.update()
             same = spectra(np.full(len(scales), KAPPA))
-            found = errors(iterates, m, "float64", keys, same, np.asarray(scales))
-            add("b", scales, label, steps_to_tolerance(found))
+            curves = errors(iterates, m, "float64", keys, same, np.asarray(scales))
+            add("b", scales, label, steps_to_tolerance(curves))
             bar.update()
-        lows = KAPPAS_FLOAT32[:: by[0]]
+        lows = KAPPAS_FLOAT32[:: strides[0]]
         for label, iterates in floors.items():
             same = np.full(len(lows), SCALE)
-            found = errors(iterates, m, "float32", keys, spectra(lows), same)
-            add("c", lows, label, np.asarray(found)[..., -1])
+            curves = errors(iterates, m, "float32", keys, spectra(lows), same)
+            add("c", lows, label, np.asarray(curves)[..., -1])
             bar.update()
     axes = {"a": ["kappa", "steps"], "b": ["xi", "steps"], "c": ["kappa", "relative error"]}
     notes = {"axes": axes, "tolerance": TOLERANCE, "steps": STEPS, "xi": SCALE, "kappa": KAPPA}
@@ -214,7 +231,7 @@ def main(config: Config) -> None:
 
 
 def picture(panels: Any, rank: int) -> Any:
-    """Steps against κ and ξ on one scale, and the floors of float32."""
+    """Draw steps against κ and ξ on one scale, and the floors of float32."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
     for ax, panel in zip(axes, "abc", strict=True):
         for index, (label, curve) in enumerate(panels[panel].items()):
@@ -222,7 +239,7 @@ def picture(panels: Any, rank: int) -> Any:
             method = label.removesuffix(", textbook")
             index = list(METHODS).index(method)
             look: dict[str, Any] = {"ls": ":", "mfc": "white"} if textbook else {}
-            if "Byers" in method:  # may lie under the curve of the optimal scaling
+            if "Byers" in method:  # may be under the curve of the optimal scaling
                 look |= {"mfc": "white", "markersize": 8}
             low, high = panels[panel + " low"][label].y, panels[panel + " high"][label].y
             ax.fill_between(curve.x, low, high, color=COLOURS[index], alpha=0.12, lw=0)
@@ -241,4 +258,4 @@ def picture(panels: Any, rank: int) -> Any:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

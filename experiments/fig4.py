@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import matplotlib.pyplot as plt
-import tyro
-from _panels import draw_comparison, draw_sensitivity
-from _record import save
-from _series import Panels, comparison, compiled, residual, sensitivity
 from tqdm import tqdm
 
 import nyscaled as nys
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.panels import draw_comparison, draw_sensitivity
+from experiments.lib.record import save
+from experiments.lib.series import Panels, comparison, compiled, residual, sensitivity
 
 SCALE = 0.1
 STEPS = 60
@@ -32,21 +31,15 @@ RANK = 60
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Figure 4 of the paper."""
+class Config(BaseConfig):
+    """Figure 4 of the paper. --quick: m = 200 instead of 1000."""
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
-    seed: int = 0
-    """Seed of the matrix and the starts."""
     precision: Literal["float32", "float64"] = "float64"
     """Floating-point type of the whole computation."""
-    quick: bool = False
-    """m = 200 instead of 1000."""
 
 
 def main(config: Config) -> None:
-    """Runs the experiment in the asked precision."""
+    """Run the experiment in the precision of the options."""
     jax.config.update("jax_enable_x64", config.precision == "float64")
     m = 200 if config.quick else 1000
     key = jax.random.key(config.seed)
@@ -73,4 +66,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

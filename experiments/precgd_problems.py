@@ -3,23 +3,15 @@
     python experiments/precgd_problems.py                     # figures/precgd_problems.*
     python experiments/precgd_problems.py --quick --out /tmp  # GD and PrecGD, r = 2 r*
 
-As precgd.py: M (m, m) of rank r* = 2, ‖M‖ = 1, one small start for all, curves are medians over the
-trials of ‖XXᵀ − M‖_F/‖M‖_F. Each point of each panel has the step size of a grid that has the least
-last error. The last two columns show these errors; one at the upper edge is larger, or overflowed.
+As in precgd.py: M (m, m) of rank r* = 2, ‖M‖ = 1, one small start for all, medians over the trials
+of ‖XXᵀ − M‖_F/‖M‖_F. Each point of each panel has the step size of a grid with the least last
+error. The last two columns show these errors; one at the upper edge is larger, or overflowed.
 
     completion   m = 40, half of the entries, with the diagonal; entries + N(0, σ²/m²)
     1-bit        m = 24, p = 250 frequencies of 4/σ² coins each, exact ones without noise
     phase        m = 24, p = 250 Gaussian vectors of `problems.phase.gaussian`
 
-PrecGD is linear in all three with r > r*, whatever κ, where GD and constant damping become
-sublinear. In completion that needs the diagonal: of entries at random half of the diagonal is unseen,
-the loss goes to zero all the same, and M is missed by 1e-3 there (dotted), since the columns beyond
-r* are free to put anything there; at η = 0.7 that even diverges. ScaledGD (λ = 0) divides by the small
-start, and the error grows first, 20- to 5000-fold. Then it converges in completion, slower than
-PrecGD; in phase retrieval with r ≤ 2 r* if η is small, and with 4 r* it overflows at each η; in 1-bit
-sensing σ saturates at such a distance, and with r > r* it has hardly come back by the end. Under noise
-PrecGD ends at an error in proportion to σ, which GD slightly betters at the largest; to know σ does
-not lower it.
+The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
@@ -30,32 +22,31 @@ import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
-from _methods import (
+from tqdm import tqdm
+
+import nyscaled as nys
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.methods import (
     INFORMED,
     KAPPA,
     KAPPAS,
     NOISES,
     PEERS,
     RANK,
-    best,
-    curves,
     floor,
     instances,
     small_starts,
     spectrum,
+    tuned,
 )
-from _record import draw, save
-from tqdm import tqdm
-
-import nyscaled as nys
+from experiments.lib.record import save
+from experiments.lib.style import PREDICTION, draw
 
 UNSEEN = "PrecGD, half of the diagonal unseen"
 LOW, HIGH = 2e-17, 1e4
@@ -64,7 +55,7 @@ SIZES = {"completion": (40, 800), "1-bit": (24, 250), "phase": (24, 250)}
 
 
 class Grid(NamedTuple):
-    """What is run; κ and σ are varied at r = 2 r*."""
+    """The values of a run; κ and σ are varied at r = 2 r*."""
 
     multiples: tuple[int, ...] = (1, 2, 4)  # r/r*
     rates: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -77,23 +68,27 @@ FULL, QUICK = Grid(), Grid((2,), (0.1, 0.5), (KAPPA, 1e4), (1e-2, 1e-3), ("GD", 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """PrecGD against its peers on problems other than linear sensing."""
+class Config(BaseConfig):
+    """PrecGD against its peers on problems other than linear sensing.
 
-    out: Path = Path("figures")
-    """Folder for the picture and its record."""
-    seed: int = 0
-    """Seed of the matrices, the measurements and the starts."""
+    --quick: GD and PrecGD at r = 2 r*, 200 steps, two values each of η, κ and σ.
+    """
+
     trials: int = 3
     """How many random problems; curves are medians over them."""
     steps: int = 400
     """Iterations of each run."""
-    quick: bool = False
-    """GD and PrecGD at r = 2 r*, 200 steps, two values each of η, κ and σ."""
 
 
 def completion(key: jax.Array, kappa: Any, noise: Any, diagonal: bool = True) -> Any:
-    """800 entries of 1600: the diagonal and 760 others, or any 800."""
+    """Return a problem with 800 entries of 1600, and its M.
+
+    Args:
+        key: the PRNG key.
+        kappa: κ of M.
+        noise: σ; entries have the noise N(0, σ²/m²).
+        diagonal: whether the diagonal is among the entries.
+    """
     m, p = SIZES["completion"]
     truth_key, seen_key, noise_key = jax.random.split(key, 3)
     x = nys.problems.sensing.random_factor(truth_key, m, spectrum(kappa), m)
@@ -107,16 +102,24 @@ def completion(key: jax.Array, kappa: Any, noise: Any, diagonal: bool = True) ->
 
 
 def onebit(key: jax.Array, kappa: Any, noise: Any) -> Any:
-    """Frequencies of 4/σ² coins: as σ in sensing, their loss at the truth is σ²/4."""
+    """Return a problem with frequencies of 4/σ² coins, and its M.
+
+    The loss at the truth is σ²/4, as with noise σ in sensing.
+
+    Args:
+        key: the PRNG key.
+        kappa: κ of M.
+        noise: σ; 0 for exact frequencies.
+    """
     m, p = SIZES["1-bit"]
     exact, x = nys.problems.onebit.gaussian(key, m, spectrum(kappa), p)
     trials = 4 / jnp.where(noise > 0, noise, 1) ** 2
-    thrown, _ = nys.problems.onebit.gaussian(key, m, spectrum(kappa), p, trials)
-    return dataclasses.replace(exact, b=jnp.where(noise > 0, thrown.b, exact.b)), x @ x.T
+    noisy, _ = nys.problems.onebit.gaussian(key, m, spectrum(kappa), p, trials)
+    return dataclasses.replace(exact, b=jnp.where(noise > 0, noisy.b, exact.b)), x @ x.T
 
 
 def phase(key: jax.Array, kappa: Any, noise: Any) -> Any:
-    """Quadratic measurements."""
+    """Return a problem with quadratic measurements, and its M."""
     m, p = SIZES["phase"]
     problem, x = nys.problems.phase.gaussian(key, m, spectrum(kappa), p, noise)
     return problem, x @ x.T
@@ -130,7 +133,7 @@ PROBLEMS: dict[str, Callable[..., Any]] = {
 
 
 def main(config: Config) -> None:
-    """Runs all problems, r and methods, and draws them."""
+    """Run all problems, r and methods, and draw them."""
     jax.config.update("jax_enable_x64", True)
     grid = QUICK if config.quick else FULL
     keys = jax.random.split(jax.random.key(config.seed), config.trials)
@@ -142,44 +145,43 @@ def main(config: Config) -> None:
     with tqdm(total=total, desc="precgd_problems", unit="run", file=sys.stderr) as bar:
 
         def measure(name: str, cases: Any, starts: Any, noises: Any = None) -> Any:
-            """(case, iteration), each case at its best step size; and those."""
-            found = curves(name, cases, starts, steps, grid.rates, noises)
-            picks = [best(tried) for tried in found]
+            """Return (case, iteration) at the best step size of each case, and these step sizes."""
+            bests = tuned(name, cases, starts, steps, grid.rates, noises)
             bar.update()
-            return found[range(len(picks)), picks], [grid.rates[i] for i in picks]
+            return np.array([b.median for b in bests]), [grid.rates[b.point] for b in bests]
 
         for (problem, make), multiple in itertools.product(PROBLEMS.items(), grid.multiples):
-            middle = multiple == 2
-            kappas, noises = (grid.kappas, grid.noises) if middle else ((KAPPA,), ())
-            # Those of each κ without noise, then those of each σ.
+            varied = multiple == 2
+            kappas, noises = (grid.kappas, grid.noises) if varied else ((KAPPA,), ())
+            # Each κ without noise, then each σ.
             both = [*kappas, *[KAPPA] * len(noises)], [*[0.0] * len(kappas), *noises]
             cases = instances(make, keys, *both)
             starts = small_starts(keys, SIZES[problem][0], multiple * RANK)
             panel, split = f"{problem}, r = {multiple * RANK}", len(kappas)
             for name in grid.methods:
-                found, picks = measure(name, cases, starts)
-                panels[panel][name] = found[kappas.index(KAPPA)]
+                errors, picks = measure(name, cases, starts)
+                panels[panel][name] = errors[kappas.index(KAPPA)]
                 rates[panel][name] = picks[kappas.index(KAPPA)]
                 for symbol, part in ("κ", slice(split)), ("σ", slice(split, None)):
-                    if middle:
-                        lasts[f"{problem}, {symbol}"][name] = found[part, -1].tolist()
+                    if varied:
+                        lasts[f"{problem}, {symbol}"][name] = errors[part, -1].tolist()
                         rates[f"{problem}, {symbol}"][name] = picks[part]
-            if middle:
+            if varied:
                 noisy = jax.tree.map(lambda x, split=split: x[split:], cases)
-                found, picks = measure(INFORMED, noisy, starts, noises)
-                lasts[f"{problem}, σ"][INFORMED] = found[:, -1].tolist()
+                errors, picks = measure(INFORMED, noisy, starts, noises)
+                lasts[f"{problem}, σ"][INFORMED] = errors[:, -1].tolist()
                 rates[f"{problem}, σ"][INFORMED] = picks
             if problem == "completion":
                 cases = instances(functools.partial(make, diagonal=False), keys, (KAPPA,), (0.0,))
-                found, picks = measure("PrecGD", cases, starts)
-                panels[panel][UNSEEN], rates[panel][UNSEEN] = found[0], picks[0]
+                errors, picks = measure("PrecGD", cases, starts)
+                panels[panel][UNSEEN], rates[panel][UNSEEN] = errors[0], picks[0]
     record = {"grid": grid._asdict(), "learning_rates": rates, "last_errors": lasts}
     figure = picture(panels, lasts, grid)
     save(config.out, "precgd_problems", figure, panels, config, **record)
 
 
 def picture(panels: Any, lasts: Any, grid: Grid) -> Any:
-    """A row for each problem: curves for each r, then last errors over κ and over σ."""
+    """Draw a row per problem: curves for each r, then last errors over κ and over σ."""
     columns = len(grid.multiples) + 2
     figure, axes = plt.subplots(
         len(PROBLEMS), columns, figsize=(3.1 * columns, 8.2), layout="constrained", squeeze=False
@@ -202,9 +204,7 @@ def picture(panels: Any, lasts: Any, grid: Grid) -> Any:
             ax.set(title=f"{problem}, r = 2 r*, last error", xlabel=symbol)
             ax.set_ylim(*((LOW, HIGH) if symbol == "κ" else (1e-6, HIGH)))
         line = np.array(grid.noises) * floor(*SIZES[problem])
-        row[-1].plot(
-            grid.noises, line, color="0.1", lw=0.9, ls=(0, (4, 3)), label="σ√(d/p), rank r*"
-        )
+        row[-1].plot(grid.noises, line, label="σ√(d/p), rank r*", **PREDICTION)
         row[0].set_ylabel(r"$\|XX^\top - M\|_F\,/\,\|M\|_F$")
     for ax in axes.flat:
         ax.set_yscale("log")
@@ -214,4 +214,4 @@ def picture(panels: Any, lasts: Any, grid: Grid) -> Any:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

@@ -3,23 +3,18 @@
     python experiments/table1.py                      # figures/table1.*, figures/table1_accuracy.*
     python experiments/table1.py --quick --out /tmp   # four series, κ ≤ 32
 
-Problems (1), 30 × 30, and (4), 30 × 24, with ‖A‖ = 1; EP: r = r_A = 3; OP: r = 6, r_A = 3; UP: r = 3,
-r_A = 6. Singular values are geometric from 1 to 1/κ; in UP the first three go from 1 to 4/κ and the
-others from 2/κ to 1/κ, so that the gap σ_{r+1}/σ_r is 1/2 for every κ.
+Problems (1), 30 × 30, and (4), 30 × 24, with ‖A‖ = 1; EP: r = r_A = 3; OP: r = 6, r_A = 3; UP:
+r = 3, r_A = 6. Singular values are geometric from 1 to 1/κ. In UP the first three go from 1 to 4/κ
+and the others from 2/κ to 1/κ, so that the gap σ_{r+1}/σ_r is 1/2 for every κ.
 
-Counted are iterations to ‖XYᵀ − A‖_F ≤ ε‖A‖_F (EP, OP, ε = 1e-8), to ‖XYᵀ − A‖_F ≤ (1 + ε) times
-the best error of rank r (UP, ε = 1e-6), and, for the series "weak", to ‖YᵀA†X − I‖_F ≤ ε (UP, 1e-8).
-ε is so small that no direction may be left out, for any κ. Each method has the step size of its grid
-of four with the least median count, chosen anew for every κ; against ε it keeps that of κ = 10.
+Iterations are counted to ‖XYᵀ − A‖_F ≤ ε‖A‖_F (EP, OP, ε = 1e-8), to ‖XYᵀ − A‖_F ≤ (1 + ε) times
+the best error of rank r (UP, ε = 1e-6), and, for the series "weak", to ‖YᵀA†X − I‖_F ≤ ε (UP,
+1e-8). ε is so small that no direction may be left out, for any κ. Each method has the step size of
+its grid of four with the least median count, chosen per κ; against ε it keeps that of κ = 10.
 Counts are medians and ranges over the seeds (matrix and start). A method that reaches ε at no step
-size within its cap is shown hollow at the cap, left out of the fit, and not run at larger κ. Fits are
-least squares over all seeds, on those κ ≥ 10 that every seed has reached.
-
-The powers measured are those of this family of matrices and of these starts; a bound holds for all.
-GD has little to lose here: its small start, ζ = 1e-6, leaves less than ε in the idle columns of OP.
-Modified GD starts at α = 1e-3, where plain GD would be held up by them, and its step size,
-at β² = σ_r(A), makes the κ² of its bound. Without damping, ScaledGD from small starts of
-both factors of (4) fails for some seeds, in EP for most.
+size within its cap is shown hollow at the cap, left out of the fit, and not run at larger κ. Fits
+are least squares over all seeds, on those κ ≥ 10 that every seed has reached.
+The results are in `figures/README.md`.
 """
 
 from __future__ import annotations
@@ -27,20 +22,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
-from _record import Curve, save
-from _table1_methods import METHODS, Case, Setting
 from scipy import stats
 from tqdm import tqdm
 
 import nyscaled as nys
+from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.curves import Curve
+from experiments.lib.record import save
+from experiments.lib.sweep import best, spread
+from experiments.lib.table1_methods import METHODS, Case, Setting
 
 M, N = 30, 24
 KAPPAS = (1.0, 10**0.5, 10.0, 10**1.5, 1e2, 10**2.5, 1e3, 10**3.5, 1e4, 1e5, 1e6)
@@ -79,49 +75,46 @@ BOUNDS: dict[str, dict[str, str | None]] = {
     },
 }  # fmt: skip
 QUICK = {"symmetric, EP": (GD, OURS), "asymmetric, EP": (ALTGD, OURS)}
-LOOKS = dict(
-    zip(
-        METHODS,
-        [
-            ("#0072B2", "o"), ("#E69F00", "v"), ("#D55E00", "s"), ("#009E73", "^"),
-            ("#56B4E9", "D"), ("#CC79A7", "P"), ("#8C6D31", "X"), ("#000000", "o"), ("#777777", "*"),
-        ],
-        strict=True,
-    )
-)  # fmt: skip
+COLOURS = (
+    *("#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#CC79A7"),
+    *("#8C6D31", "#000000", "#777777"),
+)
+LOOKS = dict(zip(METHODS, zip(COLOURS, "ovs^DPXo*", strict=True), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The complexities of Table 1, as slopes."""
+class Config(BaseConfig):
+    """The complexities of Table 1, as slopes. --quick: four series, κ ≤ 32."""
 
-    out: Path = Path("figures")
-    """Folder for the pictures and their records."""
-    seed: int = 0
-    """Seed of the matrices and the starts."""
     trials: int = 3
     """How many matrices and starts for each κ."""
-    quick: bool = False
-    """Four series, κ ≤ 32."""
 
 
 def spectrum(setting: Setting, kappa: float) -> np.ndarray:
-    """Singular values of A, with ‖A‖ = 1 and condition number κ."""
+    """Return singular values of A, with ‖A‖ = 1 and condition number κ."""
     if setting.columns >= setting.rank:
         return kappa ** -np.linspace(0, 1, setting.rank)
-    rest = setting.rank - setting.columns
+    beyond = setting.rank - setting.columns
     top = (kappa / 4) ** -np.linspace(0, 1, setting.columns)
-    return np.concatenate([top, np.geomspace(2, 1, rest) / kappa])
+    return np.concatenate([top, np.geomspace(2, 1, beyond) / kappa])
 
 
 def accuracy(setting: Setting, name: str) -> float:
-    """ε of the counts against κ."""
+    """Return ε of the counts against κ."""
     return 1e-6 if setting.columns < setting.rank and name != WEAK else 1e-8
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def cases(setting: Setting, values: Any, keys: Any, rates: Any, tols: Any) -> Case:
-    """All pairs of (rate, tolerance) and key, the keys within."""
+    """Return the cases of all pairs of (rate, tolerance) and key; the keys vary fastest.
+
+    Args:
+        setting: the panel.
+        values: singular values of A.
+        keys: one per matrix and start.
+        rates: step sizes.
+        tols: the tolerance of each step size.
+    """
 
     def instance(key: Any) -> tuple[Any, ...]:
         if setting.symmetric:
@@ -130,76 +123,88 @@ def cases(setting: Setting, values: Any, keys: Any, rates: Any, tols: Any) -> Ca
         return (*nys.spectra.rectangular(key, M, N, values), jax.random.fold_in(key, 1))
 
     a, left, right, starts = jax.vmap(instance)(keys)
-    again = [jnp.concatenate([x] * len(rates)) for x in (a, left, right, starts)]
+    repeated = [jnp.concatenate([x] * len(rates)) for x in (a, left, right, starts)]
     values = jnp.broadcast_to(values, (len(rates) * len(keys), len(values)))
-    each = [jnp.repeat(x, len(keys)) for x in (rates, tols)]
-    return Case(again[0], again[1], again[2], values, again[3], each[0], each[1])
+    a, left, right, starts = repeated
+    rates, tols = (jnp.repeat(x, len(keys)) for x in (rates, tols))
+    return Case(a, left, right, values, starts, rates, tols)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def counted(setting: Setting, name: str, batch: Case) -> Any:
-    """Iterations of each case; infinite if it did not get there."""
+    """Return the iterations of each case; infinite for those that did not reach the tolerance."""
     method = METHODS[name]
     steps, reached = jax.vmap(lambda case: method.count(setting, case, method.cap))(batch)
     return jnp.where(reached, steps.astype(float), jnp.inf)
 
 
 def measure(setting: Setting, name: str, kappas: Any, keys: Any) -> dict[str, Any]:
-    """Counts (κ, seed) at the best step sizes, and (ε, seed) at that of κ = BASE."""
+    """Return counts (κ, seed) at the best step sizes, and (ε, seed) at that of κ = BASE.
+
+    Args:
+        setting: the panel.
+        name: the method.
+        kappas: condition numbers.
+        keys: one per matrix and start.
+    """
 
     def run(kappa: float, rates: Any, tols: Any) -> np.ndarray:
         batch = cases(setting, spectrum(setting, kappa), keys, jnp.array(rates), jnp.array(tols))
         return np.asarray(counted(setting, name, batch)).reshape(len(rates), len(keys))
 
     rates = METHODS[name].rates
-    found: dict[str, Any] = {"kappas": [], "counts": [], "rates": []}
-    for kappa in kappas:  # one κ a batch: a batch takes as long as its slowest run
+    result: dict[str, Any] = {"kappas": [], "counts": [], "rates": []}
+    for kappa in kappas:  # one κ per batch: a batch takes as long as its slowest run
         table = run(kappa, rates, [accuracy(setting, name)] * len(rates))
-        best = int(np.argmin(np.median(table, axis=1)))
-        found["kappas"].append(kappa)
-        found["counts"].append(table[best])
-        found["rates"].append(rates[best])
+        choice = best(table, np.median(table, axis=1))
+        result["kappas"].append(kappa)
+        result["counts"].append(choice.trials)
+        result["rates"].append(rates[choice.point])
         if kappa >= BASE and not np.isfinite(table).any():
             break
-    rate = found["rates"][found["kappas"].index(BASE)]
-    width = len(rates)  # of the batches above, so that nothing compiles anew
+    rate = result["rates"][result["kappas"].index(BASE)]
+    width = len(rates)  # as in the batches above, so that nothing is compiled again
     parts = np.split(TOLERANCES, len(TOLERANCES) // width)
-    found["by tolerance"] = np.concatenate([run(BASE, [rate] * width, part) for part in parts])
-    return found
+    result["by tolerance"] = np.concatenate([run(BASE, [rate] * width, part) for part in parts])
+    return result
 
 
 def fit(x: np.ndarray, counts: np.ndarray) -> dict[str, float] | None:
-    """Slope of counts (point, seed) in x by least squares over all seeds, and its 95 % half width."""
+    """Return the slope of counts (point, seed) in x with its 95 % half width, or None."""
     x, y = np.broadcast_to(x[:, None], counts.shape).ravel(), counts.ravel()
     if len(np.unique(x)) < 3:
         return None
     design = np.stack([x, np.ones_like(x)], axis=1)
     slope, intercept = np.linalg.lstsq(design, y)[0]
-    rest = y - slope * x - intercept
-    error = np.sqrt(np.sum(rest**2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
+    residuals = y - slope * x - intercept
+    error = np.sqrt(np.sum(residuals**2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
     half = stats.t.ppf(0.975, len(x) - 2) * error
     return {"slope": float(slope), "half_width": float(half), "intercept": float(intercept)}
 
 
-def fits(found: dict[str, Any], least: float) -> dict[str, Any]:
-    """log count against log κ, count against log2 κ, count against log10 1/ε.
+def fits(result: dict[str, Any], least: float) -> dict[str, Any]:
+    """Return fits of log count to log κ, of count to log2 κ, and of count to log10 1/ε.
 
-    Of κ ≥ `least`, and of points that all seeds have reached.
+    Points that a seed has not reached are left out.
+
+    Args:
+        result: what `measure` returns.
+        least: the least κ of the fits.
     """
-    kappas, counts = np.array(found["kappas"]), np.array(found["counts"])
+    kappas, counts = np.array(result["kappas"]), np.array(result["counts"])
     use = (kappas >= least) & np.isfinite(counts).all(axis=1)
     kappas, counts = kappas[use], counts[use]
-    tolerances, by_tol = -np.log10(TOLERANCES), found["by tolerance"]
-    there = np.isfinite(by_tol).all(axis=1)
+    tolerances, by_tol = -np.log10(TOLERANCES), result["by tolerance"]
+    reached = np.isfinite(by_tol).all(axis=1)
     return {
         "power of kappa": fit(np.log10(kappas), np.log10(counts)),
         "per doubling of kappa": fit(np.log2(kappas), counts),
-        "per digit": fit(tolerances[there], by_tol[there]),
+        "per digit": fit(tolerances[reached], by_tol[reached]),
     }
 
 
 def text(value: dict[str, float] | None) -> str:
-    """A slope with its half width."""
+    """Return a slope with its half width as text."""
     if value is None:
         return "too few points"
     digits = 2 if abs(value["slope"]) < 100 else 0
@@ -208,28 +213,35 @@ def text(value: dict[str, float] | None) -> str:
 
 
 def draw(axes: Any, x: Any, counts: Any, name: str, label: str) -> None:
-    """Medians and ranges over seeds; hollow at the cap where the median did not get there.
+    """Draw medians and ranges over seeds; hollow at the cap where the median is not finite.
 
-    A range ends at the cap if a seed did not get there; counts of 0 are off the logarithmic axis.
+    A range ends at the cap if a seed did not reach the tolerance. Counts of 0 are off the axis.
+
+    Args:
+        axes: where to draw.
+        x: abscissas.
+        counts: iterations, (x, seed).
+        name: the method.
+        label: the entry of the legend.
     """
     x, counts = np.asarray(x), np.asarray(counts)
     (colour, marker), cap = LOOKS[name], METHODS[name].cap
-    middle = np.median(counts, axis=1)
-    seen = np.isfinite(middle) & (middle >= 1)
-    low, high = np.maximum(counts.min(axis=1), 0.7)[seen], counts.max(axis=1)[seen]
-    high = np.where(np.isfinite(high), high, np.maximum(cap, middle[seen]))
-    spread = np.stack([middle[seen] - low, high - middle[seen]])
+    medians = np.median(counts, axis=1)
+    shown = np.isfinite(medians) & (medians >= 1)
+    low, high = np.maximum(counts.min(axis=1), 0.7)[shown], counts.max(axis=1)[shown]
+    high = np.where(np.isfinite(high), high, np.maximum(cap, medians[shown]))
+    bars = np.stack([medians[shown] - low, high - medians[shown]])
     axes.errorbar(
-        x[seen], middle[seen], spread, color=colour, marker=marker, ms=5, lw=1.3, capsize=2,
+        x[shown], medians[shown], bars, color=colour, marker=marker, ms=5, lw=1.3, capsize=2,
         label=label, zorder=4 if name in (OURS, WEAK) else 3,
     )  # fmt: skip
-    missed = x[~np.isfinite(middle)]
+    missed = x[~np.isfinite(medians)]
     if missed.size:
         axes.plot(missed, np.full(len(missed), cap), color=colour, marker=marker, mfc="w", ls="")
 
 
 def grid(results: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A figure and its axes by panel."""
+    """Return a figure and its axes by panel."""
     rows = 1 if len(results) < 4 else 2
     figure, axes = plt.subplots(rows, len(results) // rows, figsize=(14, 6.2 * rows), squeeze=False)
     figure.set_layout_engine("constrained", h_pad=0.15)
@@ -237,33 +249,42 @@ def grid(results: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def legend(axes: Any, title: str) -> None:
-    """Below the panel, where no curve can be under it."""
+    """Draw the legend below the panel, where it covers no curve."""
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=1, title=title, title_fontsize=7.5
     )
 
 
 def against_kappa(results: dict[str, Any], slopes: dict[str, Any]) -> Any:
-    """The first figure."""
+    """Draw the counts against κ.
+
+    Args:
+        results: what `measure` returns, by panel and method.
+        slopes: the fits, by panel and method.
+    """
     figure, panels = grid(results)
     for panel, methods in results.items():
         axes, under = panels[panel], "UP" in panel
-        for name, found in methods.items():
+        for name, result in methods.items():
             slope = text(slopes[panel][name]["power of kappa"])
             bound = BOUNDS[panel][name]
             label = f"{name}: {slope}" + (f" (bound: {bound})" if bound else "")
-            draw(axes, found["kappas"], found["counts"], name, label)
+            draw(axes, result["kappas"], result["counts"], name, label)
         if panel.startswith("symmetric") and not under:
-            found = methods[OURS]
-            x = np.array([k for k in found["kappas"] if k >= BASE])
-            start = np.median(found["counts"][found["kappas"].index(BASE)])
+            ours = methods[OURS]
+            x = np.array([k for k in ours["kappas"] if k >= BASE])
+            start = np.median(ours["counts"][ours["kappas"].index(BASE)])
             line = start + 0.5 * np.log2(x / BASE)
             axes.plot(
                 x, line, color="0.3", lw=1, ls=(0, (4, 3)), label="½ log₂ κ + const", zorder=5
             )
-        what = "1e-6 (weak: 1e-8)" if under else "1e-8"
+        accuracies = "1e-6 (weak: 1e-8)" if under else "1e-8"
         axes.set(
-            title=f"{panel}, to {what}", xscale="log", yscale="log", xlabel="κ", ylabel="iterations"
+            title=f"{panel}, to {accuracies}",
+            xscale="log",
+            yscale="log",
+            xlabel="κ",
+            ylabel="iterations",
         )
         axes.set_ylim(0.7, 2e5)
         legend(axes, "power of κ in the count, ± 95 %")
@@ -271,13 +292,18 @@ def against_kappa(results: dict[str, Any], slopes: dict[str, Any]) -> Any:
 
 
 def against_accuracy(results: dict[str, Any], slopes: dict[str, Any]) -> Any:
-    """The second figure."""
+    """Draw the counts against ε.
+
+    Args:
+        results: what `measure` returns, by panel and method.
+        slopes: the fits, by panel and method.
+    """
     figure, panels = grid(results)
     for panel, methods in results.items():
         axes = panels[panel]
-        for name, found in methods.items():
+        for name, result in methods.items():
             label = f"{name}: {text(slopes[panel][name]['per digit'])}"
-            draw(axes, TOLERANCES, found["by tolerance"], name, label)
+            draw(axes, TOLERANCES, result["by tolerance"], name, label)
         axes.set(
             title=f"{panel}, κ = {BASE:g}",
             xscale="log",
@@ -292,19 +318,25 @@ def against_accuracy(results: dict[str, Any], slopes: dict[str, Any]) -> Any:
 
 
 def curves(results: dict[str, Any], x: str, y: str) -> dict[str, dict[str, Curve]]:
-    """What is recorded: medians and extremes, infinite where ε was not reached."""
-    record: dict[str, dict[str, Curve]] = {}
-    for end, reduce in (("", np.median), (" low", np.min), (" high", np.max)):
-        for panel, methods in results.items():
-            record[panel + end] = {
-                name: Curve(found.get(x, TOLERANCES), reduce(found[y], axis=1))
-                for name, found in methods.items()
-            }
-    return record
+    """Return medians and extremes for the record, infinite where ε was not reached.
+
+    Args:
+        results: what `measure` returns, by panel and method.
+        x: the entry of the abscissas.
+        y: the entry of the counts.
+    """
+    return {
+        panel + suffix: {
+            name: Curve(result.get(x, TOLERANCES), spread(result[y], axis=1)[suffix])
+            for name, result in methods.items()
+        }
+        for suffix in ("", " low", " high")
+        for panel, methods in results.items()
+    }
 
 
 def main(config: Config) -> None:
-    """Counts, fits and draws."""
+    """Count, fit and draw."""
     jax.config.update("jax_enable_x64", True)
     keys = jax.random.split(jax.random.key(config.seed), config.trials)
     chosen = QUICK if config.quick else {panel: tuple(b) for panel, b in BOUNDS.items()}
@@ -337,4 +369,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line(main, Config)

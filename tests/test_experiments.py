@@ -1,55 +1,22 @@
-"""The figures' scripts in their quick form: they run from the command line, and show what they should."""
+"""The quick forms of the scripts of figures: they run from the command line and show the claims."""
 
-import csv
 import gzip
 import json
+import os
 import subprocess
 import sys
 import zipfile
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from experiment_cases import ROOT, read_errors, read_rows, record, run
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(script, *args, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "experiments" / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-
-
-def read_curves(path, columns):
-    """{panel: {series: array (2, n) of x and y}} from a record with these columns."""
-    curves = defaultdict(lambda: defaultdict(list))
-    with path.open() as file:
-        rows = csv.DictReader(file)
-        assert rows.fieldnames == ["panel", "series", *columns]
-        for row in rows:
-            curves[row["panel"]][row["series"]].append([float(row[c]) for c in columns])
-    return {p: {s: np.array(c).T for s, c in series.items()} for p, series in curves.items()}
-
-
-def read(path):
-    """{panel: {series: errors by iteration}} from a record; one that it left out is the last held."""
-    curves = {}
-    for panel, series in read_curves(path, ("iteration", "error")).items():
-        for label, (iterations, errors) in series.items():
-            assert len(errors) <= 301
-            every = np.arange(int(iterations[-1]) + 1)
-            last = np.searchsorted(iterations, every, side="right") - 1
-            curves.setdefault(panel, {})[label] = errors[last]
-    return curves
-
-
-def record(tmp_path_factory, name):
-    out = tmp_path_factory.mktemp(name)
-    result = run(f"{name}.py", "--quick", "--out", out)
-    assert result.returncode == 0, result.stderr
-    for suffix in ("png", "pdf", "csv", "json"):
-        assert (out / f"{name}.{suffix}").stat().st_size > 100
-    return out
+from experiments import fig1 as fig1_script
+from experiments.lib import matrix as matrices
+from experiments.lib import style
+from experiments.lib.curves import Curve
+from experiments.lib.record import save
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +45,12 @@ def assert_quadratic(errors):
 
 
 def test_fig1_nystrom_is_at_rounding_by_iteration_16(fig1):
-    errors = read(fig1 / "fig1.csv")["a"]["ScaledGD, Nyström"]
+    errors = read_errors(fig1 / "fig1.csv")["a"]["ScaledGD, Nyström"]
     assert errors[16:].max() <= 1e-12
 
 
 def test_fig1_nystrom_is_quadratic_and_small_start_halves(fig1):
-    curves = read(fig1 / "fig1.csv")["a"]
+    curves = read_errors(fig1 / "fig1.csv")["a"]
     assert_quadratic(curves["ScaledGD, Nyström"])
     tail = ratios(curves["ScaledGD, small start"], 1e-11, 1e-4)
     assert len(tail) > 10
@@ -91,23 +58,23 @@ def test_fig1_nystrom_is_quadratic_and_small_start_halves(fig1):
 
 
 def test_fig1_gd_is_far_from_converged_after_2000_steps(fig1):
-    errors = read(fig1 / "fig1.csv")["a"]["GD (η = 0.01), small start"]
+    errors = read_errors(fig1 / "fig1.csv")["a"]["GD (η = 0.01), small start"]
     assert len(errors) == 2001
     assert errors[-1] > 5e-3
 
 
 @pytest.mark.parametrize("noise", ["0.01", "0.0001", "1e-06"])
 def test_fig1_perturbed_curves_leave_and_then_halve(fig1, noise):
-    curves = read(fig1 / "fig1.csv")["b"]
+    curves = read_errors(fig1 / "fig1.csv")["b"]
     errors = curves[f"perturbed (ξ = 0.1), ξₙ = {noise}"]
-    left = np.argmax(errors > 10 * curves["Nyström, ξ = 0.1"])
-    tail = errors[max(left, 14) : 30]
+    departure = np.argmax(errors > 10 * curves["Nyström, ξ = 0.1"])
+    tail = errors[max(departure, 14) : 30]
     np.testing.assert_allclose(tail[1:] / tail[:-1], 0.5, atol=0.02)
 
 
 @pytest.mark.parametrize("figure", ["fig1", pytest.param("fig4", marks=pytest.mark.long)])
 def test_nystrom_curves_are_the_exact_predictions(figure, request):
-    curves = read(request.getfixturevalue(figure) / f"{figure}.csv")
+    curves = read_errors(request.getfixturevalue(figure) / f"{figure}.csv")
     assert len(curves["b exact"]) == 5
     for series, exact in curves["b exact"].items():
         above = exact > 1e-12
@@ -116,7 +83,7 @@ def test_nystrom_curves_are_the_exact_predictions(figure, request):
 
 
 def test_fig1_under_parametrized_decays_at_the_rate_of_the_gap(tmp_path_factory, fig1):
-    curves = read(fig1 / "fig1.csv")
+    curves = read_errors(fig1 / "fig1.csv")
     series = "ScaledGD, Nyström, η = 0.5"
     errors, decay = curves["c"][series], curves["c predicted decay"][series]
     assert errors[-1] < 1e-5
@@ -127,7 +94,7 @@ def test_fig1_under_parametrized_decays_at_the_rate_of_the_gap(tmp_path_factory,
 
 @pytest.mark.long
 def test_fig4_pseudo_inverse_is_quadratic_and_damping_is_not(fig4):
-    curves = read(fig4 / "fig4.csv")["a"]
+    curves = read_errors(fig4 / "fig4.csv")["a"]
     assert_quadratic(curves["ScaledGD (†), Nyström"])
     assert curves["ScaledGD (†), Nyström"][16:].max() <= 1e-12
     damped = curves["ScaledGD-λ (λ = 0.01), small start"]
@@ -137,7 +104,7 @@ def test_fig4_pseudo_inverse_is_quadratic_and_damping_is_not(fig4):
 
 @pytest.mark.long
 def test_order_shows_the_quadratic_phase_far_below_double_precision(tmp_path_factory):
-    curves = read(record(tmp_path_factory, "order") / "order.csv")["order"]
+    curves = read_errors(record(tmp_path_factory, "order") / "order.csv")["order"]
     errors = curves["Nyström"]
     assert 0 < errors[-1] < 1e-100
     # With 350 digits the last steps square the error; the perturbed ones halve it.
@@ -160,7 +127,7 @@ def test_committed_figures_belong_to_the_code():
     for name in ("fig1", "fig4", "fig1_digits_rbf", "order"):
         how = json.loads((ROOT / "figures" / f"{name}.json").read_text())
         assert not how["config"].get("quick")
-        curves = read(ROOT / "figures" / f"{name}.csv")
+        curves = read_errors(ROOT / "figures" / f"{name}.csv")
         panel = curves["order" if name == "order" else "a"]
         best = min(e.min() for s, e in panel.items() if "Nyström" in s)
         assert best < 1e-12
@@ -172,32 +139,24 @@ def decaying_matrix():
     return (basis * 0.6 ** np.arange(40)) @ basis.T
 
 
-def test_record_keeps_the_abscissas_of_a_curve(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import _record
-    import fig1
-
-    figure, axes = _record.plt.subplots()
-    curve = _record.Curve([10.0, 1e8], [4, 5])
-    _record.draw(axes, curve, 0, "steps")
+def test_record_keeps_the_abscissas_of_a_curve(tmp_path):
+    figure, axes = style.plt.subplots()
+    curve = Curve([10.0, 1e8], [4, 5])
+    style.draw(axes, curve, 0, "steps")
     np.testing.assert_array_equal(axes.lines[0].get_xdata(), curve.x)
     curves = {"a": {"steps": curve}, "b": {"by iteration": [1.0, 0.5]}}
-    _record.save(tmp_path, "x", figure, curves, fig1.Config(), columns=("kappa", "steps"))
-    found = read_curves(tmp_path / "x.csv", ("kappa", "steps"))
+    save(tmp_path, "x", figure, curves, fig1_script.Config(), columns=("kappa", "steps"))
+    found = read_rows(tmp_path / "x.csv", ("kappa", "steps"))
     np.testing.assert_array_equal(found["a"]["steps"], curve)
     np.testing.assert_array_equal(found["b"]["by iteration"], [[0, 1], [1, 0.5]])
 
 
-def test_a_long_series_is_kept_on_a_log_scale_in_six_digits(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import _record
-    import fig1
-
+def test_a_long_series_is_kept_on_a_log_scale_in_six_digits(tmp_path):
     errors = 1 / (3 + np.arange(5000.0))
-    curves = {"a": {"long": errors, "short": errors[:301], "table": _record.Curve(errors, errors)}}
+    curves = {"a": {"long": errors, "short": errors[:301], "table": Curve(errors, errors)}}
     notes = {"last": [errors[-1], {"a": errors[0]}], "steps": 123456789}
-    _record.save(tmp_path, "x", _record.plt.figure(), curves, fig1.Config(), **notes)
-    held = read_curves(tmp_path / "x.csv", ("iteration", "error"))["a"]
+    save(tmp_path, "x", style.plt.figure(), curves, fig1_script.Config(), **notes)
+    held = read_rows(tmp_path / "x.csv", ("iteration", "error"))["a"]
     iterations, kept = held["long"]
     assert len(iterations) <= 301
     assert iterations[0] == 0
@@ -214,11 +173,8 @@ def test_a_long_series_is_kept_on_a_log_scale_in_six_digits(tmp_path, monkeypatc
     assert how["steps"] == 123456789
 
 
-def test_matrix_files_of_each_format(tmp_path, monkeypatch):
+def test_matrix_files_of_each_format(tmp_path):
     import scipy.io
-
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import _matrix
 
     matrix = decaying_matrix()
     np.save(tmp_path / "a.npy", matrix)
@@ -232,23 +188,20 @@ def test_matrix_files_of_each_format(tmp_path, monkeypatch):
     text = (tmp_path / "even.mtx").read_text()
     assert "symmetric" in text
     (tmp_path / "again.mtx.gz").write_bytes(gzip.compress(text.encode()))
-    np.testing.assert_allclose(_matrix.load(tmp_path / "half.mtx"), np.tril(matrix), rtol=1e-12)
+    np.testing.assert_allclose(matrices.load(tmp_path / "half.mtx"), np.tril(matrix), rtol=1e-12)
     head = "%%MatrixMarket matrix coordinate pattern symmetric\n% a comment\n3 3 2\n"
     (tmp_path / "ones.mtx").write_text(head + "2 1\n3 3\n")
     ones = [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
-    np.testing.assert_array_equal(_matrix.load(tmp_path / "ones.mtx"), ones)
+    np.testing.assert_array_equal(matrices.load(tmp_path / "ones.mtx"), ones)
     head = "%%MatrixMarket matrix array integer general\r\n%by André\r\n  % indented\r\n\r\n2 2\r\n"
     for encoding in ("utf-8", "latin-1"):
         (tmp_path / "names.mtx").write_bytes((head + "1\r\n2\r\n3\r\n4\r\n").encode(encoding))
-        np.testing.assert_array_equal(_matrix.load(tmp_path / "names.mtx"), [[1, 3], [2, 4]])
+        np.testing.assert_array_equal(matrices.load(tmp_path / "names.mtx"), [[1, 3], [2, 4]])
     for name in ("a.npy", "a.npz", "named.npz", "a.mtx", "sparse.mtx", "again.mtx.gz"):
-        np.testing.assert_allclose(_matrix.load(tmp_path / name), matrix, rtol=1e-12)
+        np.testing.assert_allclose(matrices.load(tmp_path / name), matrix, rtol=1e-12)
 
 
 def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import _matrix
-
     large = {"descr": "<f8", "fortran_order": False, "shape": (30_000, 30_000)}
     with (tmp_path / "large.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, large)
@@ -278,7 +231,7 @@ def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monk
     for name, text in texts.items():
         (tmp_path / f"{name}.mtx").write_bytes(text)
         (tmp_path / f"{name}.mtx.gz").write_bytes(gzip.compress(text))
-    wanted = {
+    messages = {
         "large.npy": "holds 30000 rows; expected at least 1 and at most 20000",
         "bomb.npz": "holds 30000 rows",
         "other.npz": "cannot be read as a matrix",
@@ -299,13 +252,13 @@ def test_matrix_files_that_lie_are_refused_before_memory_is_taken(tmp_path, monk
         "nan.mtx": "outside of rows and columns 1 to 2",
         "dense.mtx": "holds 1 numbers; expected 400000000",
     }
-    for name, message in wanted.items():
+    for name, message in messages.items():
         with pytest.raises(ValueError, match=message):
-            _matrix.load(tmp_path / name)
-    monkeypatch.setattr(_matrix, "MAX_TEXT", 2**20)
+            matrices.load(tmp_path / name)
+    monkeypatch.setattr(matrices, "MAX_TEXT", 2**20)
     (tmp_path / "long.mtx.gz").write_bytes(gzip.compress(texts["twice"] + b"%" * 2**21))
     with pytest.raises(ValueError, match="more than 1048576 bytes"):
-        _matrix.load(tmp_path / "long.mtx.gz")
+        matrices.load(tmp_path / "long.mtx.gz")
 
 
 @pytest.mark.long
@@ -315,7 +268,7 @@ def test_own_matrix(tmp_path):
     np.save(path, decaying_matrix())
     result = run("fig1.py", "--quick", "--matrix", path, "--rank", 5, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    curves = read(tmp_path / r"fig1_$\q$.csv")["a"]
+    curves = read_errors(tmp_path / r"fig1_$\q$.csv")["a"]
     assert abs(curves["ScaledGD, Nyström"][-1]) < 1e-12
 
 
@@ -331,7 +284,7 @@ def bad_matrices(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "rank", "wanted"),
+    ("name", "rank", "message"),
     [
         ("wide.npy", 1, "square"),
         ("skew.npy", 1, "symmetric"),
@@ -345,15 +298,29 @@ def bad_matrices(folder):
         ("absent.npy", 1, "not a file"),
     ],
 )
-def test_bad_matrix_files_are_refused_with_a_reason(tmp_path, name, rank, wanted, monkeypatch):
+def test_bad_matrix_files_are_refused_with_a_reason(tmp_path, name, rank, message):
     bad_matrices(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import fig1
-
-    config = fig1.Config(out=tmp_path, matrix=tmp_path / name, rank=rank, precision="float32")
-    with pytest.raises(ValueError, match=wanted):
-        fig1.main(config)
+    config = fig1_script.Config(
+        out=tmp_path, matrix=tmp_path / name, rank=rank, precision="float32"
+    )
+    with pytest.raises(ValueError, match=message):
+        fig1_script.main(config)
     assert not list(tmp_path.glob("fig1*"))
+
+
+def test_a_script_runs_from_another_folder_by_path_and_by_module(tmp_path):
+    """With the editable install, which puts the root of the repository on the path."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in ([str(ROOT / "experiments" / "fig1.py")], ["-m", "experiments.fig1"]):
+        result = subprocess.run(
+            [sys.executable, *command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "--quick" in result.stdout
 
 
 def test_command_line_refusal_is_one_line(tmp_path):
@@ -367,5 +334,5 @@ def test_command_line_refusal_is_one_line(tmp_path):
 def test_float32(tmp_path):
     result = run("fig4.py", "--quick", "--precision", "float32", "--out", Path(tmp_path))
     assert result.returncode == 0, result.stderr
-    errors = read(tmp_path / "fig4.csv")["a"]["ScaledGD (†), Nyström"]
+    errors = read_errors(tmp_path / "fig4.csv")["a"]["ScaledGD (†), Nyström"]
     assert errors[-1] < 5e-6

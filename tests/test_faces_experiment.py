@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import ROOT, read_curves, record, run
+from experiment_cases import ROOT, read_rows, record, run
 
 SHOWN = "salt and pepper, 20 %"
 
 
 def panels_of(folder):
     """{panel: {series: (x, y)}}."""
-    return read_curves(folder / "faces.csv", ("x", "psnr"))
+    return read_rows(folder / "faces.csv", ("x", "psnr"))
 
 
 def assert_claims(panel):
@@ -44,5 +44,5 @@ def test_committed_record_shows_the_claims():
 def test_folder_without_images_is_refused(tmp_path):
     result = run("faces.py", "--images", tmp_path, "--out", tmp_path)
     assert result.returncode != 0
-    assert "ValueError" in result.stderr
+    assert result.stderr.startswith("error: ")
     assert str(tmp_path) in result.stderr

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import ROOT, read_curves, record
+from experiment_cases import ROOT, read_rows, record
 
 
 def panels_of(folder):
     """{panel: {series: (x, y)}}."""
-    return read_curves(folder / "fastest.csv", ("x", "y"))
+    return read_rows(folder / "fastest.csv", ("x", "y"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from test_experiments import ROOT, run
+from experiment_cases import ROOT, run
 
 # LLaMA and Gemma as on their cards on the hub, OPT as transformers counts it.
 PARAMETERS = {

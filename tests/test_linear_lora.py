@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from experiment_cases import ROOT, read_errors, record
 from flax import nnx
-from test_experiments import ROOT, read, record
 
 import nyscaled as nys
 
@@ -28,7 +28,7 @@ def steps(curve, target=1e-6):
 
 def assert_shown(folder, factor):
     """By GD, NoRA arrives first in (a) and does not in (b), in the median over the seeds."""
-    curves = read(folder / "linear_lora.csv")
+    curves = read_errors(folder / "linear_lora.csv")
     assert steps(curves["a"]["NoRA, GD"]) * factor <= steps(curves["a"]["LoRA, GD"])
     assert steps(curves["b"]["NoRA, GD"]) >= steps(curves["b"]["LoRA, GD"])
     # Adam is held up by its momentum, b1ᵗ = 0.9ᵗ, from either start.
@@ -45,7 +45,7 @@ def test_quick_figure_shows_it(quick):
 
 def test_committed_figure_shows_it():
     assert_shown(ROOT / "figures", 1.3)
-    curves = read(ROOT / "figures" / "linear_lora.csv")
+    curves = read_errors(ROOT / "figures" / "linear_lora.csv")
     # At every size of the start at which GD arrives from LoRA, it arrives sooner from NoRA.
     lora, nora = (curves["c, as a"][f"{start}, GD"] for start in ("LoRA", "NoRA"))
     both = np.isfinite(lora)
@@ -58,7 +58,7 @@ def test_committed_record_is_of_the_full_run_and_was_tuned_inside_the_grid():
     assert not how["config"]["quick"]
     assert how["config"]["seeds"] >= 5
     assert {"jax", "optax", "nyscaled"} <= set(how["versions"])
-    curves = read(ROOT / "figures" / "linear_lora.csv")
+    curves = read_errors(ROOT / "figures" / "linear_lora.csv")
     for panel in ("a", "b"):
         assert list(how["chosen"][panel]) == list(curves[panel])
         for chosen in how["chosen"][panel].values():

@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import ROOT, read_curves, record
+from experiment_cases import ROOT, read_rows, record
 
 BASELINE = "user and film offsets"
 
 
 def panel_of(folder):
     """{series: (ranks, errors on the test ratings)}."""
-    return read_curves(folder / "movielens.csv", ("x", "rmse"))["test by rank"]
+    return read_rows(folder / "movielens.csv", ("x", "rmse"))["test by rank"]
 
 
 @pytest.mark.long

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import ROOT, read_curves, record
+from experiment_cases import ROOT, read_rows, record
 
 SPECTRAL, NYSTROM, POWER, RANDOM, SMALL = (
     "spectral",
@@ -18,14 +18,14 @@ COLUMNS = ("x", "value")
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    return read_curves(record(tmp_path_factory, "oracle_starts") / "oracle_starts.csv", COLUMNS)
+    return read_rows(record(tmp_path_factory, "oracle_starts") / "oracle_starts.csv", COLUMNS)
 
 
 @pytest.fixture(scope="module")
 def committed():
     how = json.loads((ROOT / "figures" / "oracle_starts.json").read_text())
     assert not how["config"]["quick"]
-    return read_curves(ROOT / "figures" / "oracle_starts.csv", COLUMNS)
+    return read_rows(ROOT / "figures" / "oracle_starts.csv", COLUMNS)
 
 
 def assert_sensing_is_linear_from_every_start(panels, name):

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import ROOT, read, record
+from experiment_cases import ROOT, read_errors, record
 
 
 @pytest.fixture(scope="module")
 def panels(tmp_path_factory):
-    return read(record(tmp_path_factory, "precgd") / "precgd.csv")
+    return read_errors(record(tmp_path_factory, "precgd") / "precgd.csv")
 
 
 def method(panel, name):
@@ -53,4 +53,4 @@ def test_quick_run_shows_the_claims(panels):
 def test_committed_record_shows_the_claims():
     how = json.loads((ROOT / "figures" / "precgd.json").read_text())
     assert not how["config"]["quick"]
-    assert_claims(read(ROOT / "figures" / "precgd.csv"))
+    assert_claims(read_errors(ROOT / "figures" / "precgd.csv"))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import ROOT, read, record
+from experiment_cases import ROOT, read_errors, record
 
 PROBLEMS = ("completion", "1-bit", "phase")
 UNSEEN = "PrecGD, half of the diagonal unseen"
@@ -13,7 +13,7 @@ UNSEEN = "PrecGD, half of the diagonal unseen"
 def both(folder):
     """The curves and the record."""
     how = json.loads((folder / "precgd_problems.json").read_text())
-    return read(folder / "precgd_problems.csv"), how
+    return read_errors(folder / "precgd_problems.csv"), how
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from test_experiments import ROOT, record
+from experiment_cases import ROOT, record
 
 OURS, WEAK = "ScaledGD, Nyström", "ScaledGD, Nyström, weak"
 

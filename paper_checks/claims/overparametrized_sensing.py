@@ -6,7 +6,6 @@ The rates are theorems of the cited papers; starts, sizes and constants are this
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,71 +14,58 @@ import numpy as np
 import optax
 
 import nyscaled as nys
+from experiments.lib.methods import KAPPAS, METHODS, RANK, START, spectrum
 from paper_checks.framework import Limit, Measured, claim, common, worst
 
-M, RANK, MEASUREMENTS, TRIALS = 20, 2, 300, 3
-KAPPAS = (1.0, 10.0, 1e2, 1e3, 1e4)
+M, MEASUREMENTS, TRIALS = 20, 300, 3
 SETTING = (
     f"m = {M}, r* = {RANK}, ‖M‖ = 1, {MEASUREMENTS} Gaussian measurements, {TRIALS} problems each"
 )
 PRECGD = "(Zhang, Fattahi, Zhang, NeurIPS 2021)"
-
-Make = Callable[[Any], optax.GradientTransformation]
-"""A transform for a κ. Compiled calls distinguish methods by identity, so each is a function."""
+DAMPED = "ScaledGD(λ)"
 
 
-def gd(kappa: Any) -> optax.GradientTransformation:
-    """Return GD with η = 1/2."""
-    return optax.sgd(0.5)
+def transform(method: str, kappa: Any) -> optax.GradientTransformation:
+    """Return a method with η = 1/2.
 
-
-def scaled(kappa: Any) -> optax.GradientTransformation:
-    """Return ScaledGD with η = 1/2."""
-    return nys.scaled_gd(0.5)
-
-
-def scaled_damped(kappa: Any) -> optax.GradientTransformation:
-    """Return ScaledGD(λ) with η = 1/2, λ = 0.1 σ_min(M)."""
-    return nys.scaled_gd(0.5, 0.1 / kappa)
-
-
-def precgd(kappa: Any) -> optax.GradientTransformation:
-    """Return PrecGD with η = 1/2."""
-    return nys.precgd(0.5)
+    Args:
+        method: one of the experiments' `METHODS`, or `DAMPED`, which has λ = 0.1 σ_min(M).
+        kappa: κ of M.
+    """
+    return nys.scaled_gd(0.5, 0.1 / kappa) if method == DAMPED else METHODS[method](0.5, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 @functools.partial(jax.vmap, in_axes=(0, 0, 0, None, None))
 def _problems(key: Any, kappa: Any, noise: Any, columns: int, scale: Any) -> Any:
     """Return the problem, M and the start of each key."""
-    spectrum = kappa ** -jnp.linspace(0.0, 1.0, RANK)
-    problem, truth = nys.problems.sensing.gaussian(key, M, spectrum, MEASUREMENTS, noise)
+    problem, truth = nys.problems.sensing.gaussian(key, M, spectrum(kappa), MEASUREMENTS, noise)
     start = nys.initializers.small(jax.random.fold_in(key, 1), M, columns, scale)
     return problem, nys.problems.Symmetric(truth @ truth.T), start
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _errors(make: Make, kappa: Any, problem: Any, target: Any, start: Any, steps: int) -> Any:
+def _errors(method: str, kappa: Any, problem: Any, target: Any, start: Any, steps: int) -> Any:
     def one(kappa: Any, problem: Any, target: Any, start: Any) -> Any:
-        step = nys.solvers.gradient_step(problem, make(kappa))
+        step = nys.solvers.gradient_step(problem, transform(method, kappa))
         return nys.solvers.run(step, start, steps, target.residual).history
 
     return jax.vmap(one)(kappa, problem, target, start)
 
 
 def errors(
-    make: Make,
+    method: str,
     kappas: Any = (10.0,),
     noises: Any = (0.0,),
     *,
     columns: int = 2 * RANK,
     steps: int = 200,
-    scale: float = 1e-3,
+    scale: float = START,
 ) -> np.ndarray:
     """Return ‖X_tX_tᵀ − M‖_F, (κ × σ, problem, t), from small starts.
 
     Args:
-        make: the method.
+        method: see `transform`.
         kappas: condition numbers κ.
         noises: noise levels σ.
         columns: the columns of X.
@@ -91,7 +77,7 @@ def errors(
     # The problems differ only in κ and σ.
     keys = jnp.tile(common.keys(TRIALS, 110), len(cells))
     problems = _problems(keys, jnp.asarray(kappa), jnp.asarray(noise), columns, scale)
-    curves = _errors(make, jnp.asarray(kappa), *problems, steps)
+    curves = _errors(method, jnp.asarray(kappa), *problems, steps)
     return np.asarray(curves).reshape(len(cells), TRIALS, -1)
 
 
@@ -104,11 +90,11 @@ def errors(
     "1e-10",
     removes="damping",
     instead="λ = 0, which is ScaledGD; its first step divides by the small start",
-    make=scaled,
+    method="ScaledGD",
 )
-def linear_rate(make: Make = precgd) -> Measured:
+def linear_rate(method: str = "PrecGD") -> Measured:
     """Measure the rate of PrecGD."""
-    curves = errors(make, KAPPAS)
+    curves = errors(method, KAPPAS)
     envelope = 4 * 0.9 ** np.arange(curves.shape[-1]) * curves[..., :1] + 1e-10
     facts = {"last error": Limit(common.largest(curves[..., -1]), 1e-9)}
     return Measured(
@@ -123,12 +109,12 @@ def linear_rate(make: Make = precgd) -> Measured:
     hypotheses=f"{SETTING}; r = 2r*, κ = 10, σ = 1e-1 … 1e-6, η = 1/2, small start, X_200",
     removes="the preconditioner",
     instead="GD with the same η and steps",
-    make=gd,
+    method="GD",
 )
-def noise_floor(make: Make = precgd) -> Measured:
+def noise_floor(method: str = "PrecGD") -> Measured:
     """Compare the last error with σ√(mr/p), that of least squares with about mr free numbers."""
     noises = np.geomspace(1e-1, 1e-6, 6)
-    last = errors(make, noises=noises)[..., -1]
+    last = errors(method, noises=noises)[..., -1]
     ratios = last / (noises[:, None] * (M * 2 * RANK / MEASUREMENTS) ** 0.5)
     return worst(
         "last error over σ√(mr/p)",
@@ -146,11 +132,11 @@ def noise_floor(make: Make = precgd) -> Measured:
     hypotheses=f"{SETTING}; r = 2r*, κ = 1 … 1e4, λ = 0.1/κ, η = 1/2, start 1e-6",
     removes="the preconditioner",
     instead="GD with the same η (400 steps at most)",
-    make=gd,
+    method="GD",
 )
-def logarithmic_count(make: Make = scaled_damped) -> Measured:
+def logarithmic_count(method: str = DAMPED) -> Measured:
     """Count the steps to ‖XXᵀ − M‖_F ≤ 1/(10κ)."""
-    curves = errors(make, KAPPAS, steps=400, scale=1e-6)
+    curves = errors(method, KAPPAS, steps=400, scale=1e-6)
     reached = curves <= 0.1 / np.array(KAPPAS)[:, None, None]
     counts = np.where(reached.any(axis=-1), np.argmax(reached, axis=-1), curves.shape[-1])
     allowed = 20 + 10 * np.log2(KAPPAS)
@@ -172,7 +158,7 @@ def logarithmic_count(make: Make = scaled_damped) -> Measured:
 )
 def sublinear(columns: int = 2 * RANK) -> Measured:
     """Measure the 1/t of x⁺ = x − ηx³, which the columns beyond r* follow."""
-    curves = errors(gd, (2.0,), columns=columns, steps=1600, scale=0.1)
+    curves = errors("GD", (2.0,), columns=columns, steps=1600, scale=0.1)
     doubled = curves[..., 50 * 2 ** np.arange(6)]
     gains = doubled[..., :-1] / doubled[..., 1:]
     return worst(

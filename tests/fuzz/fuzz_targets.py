@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "experiments")]
+sys.path[:0] = [str(TESTS)]
 LLAMA = TESTS / "fixtures" / "models" / "llama"
 
 
@@ -320,9 +320,9 @@ def _make_matrices(folder: Path) -> None:
 
 
 def _read_matrices(folder: Path, full: bool) -> Any:
-    import _matrix
+    from experiments.lib import matrix
 
-    return [_array(_matrix.load(path)) for path in sorted(folder.iterdir())]
+    return [_array(matrix.load(path)) for path in sorted(folder.iterdir())]
 
 
 BESIDE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

@@ -1,4 +1,4 @@
-"""What the experiments on too many columns share: the methods, their runs, the choice of step sizes."""
+"""The methods on matrices with more columns than the rank, and their runs from small starts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 import optax
 
 import nyscaled as nys
+from experiments.lib import sweep
 
 RANK, DAMPING, START = 2, 0.01, 1e-3
 KAPPA, KAPPAS = 10.0, (1.0, 10.0, 1e2, 1e3, 1e4)
 NOISES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 Make = Callable[[Any, Any], optax.GradientTransformation]
-"""A transform of the step size and the loss at the truth."""
+"""A transform for a step size and the loss at the truth."""
 
 DAMPED, INFORMED = f"ScaledGD(λ = {DAMPING})", "PrecGD that knows σ"
 METHODS: dict[str, Make] = {
@@ -28,41 +29,48 @@ METHODS: dict[str, Make] = {
     INFORMED: lambda eta, level: nys.precgd(eta, noise_level=level),
 }
 PEERS = tuple(name for name in METHODS if name != INFORMED)
-"""The methods that know nothing of the noise; without any, `INFORMED` is PrecGD."""
+"""The methods that do not know the noise; without noise, `INFORMED` is PrecGD."""
 
 
 def spectrum(kappa: Any) -> jax.Array:
-    """Eigenvalues of M, from 1 to 1/κ."""
+    """Return the eigenvalues of M, from 1 to 1/κ."""
     return kappa ** -jnp.linspace(0.0, 1.0, RANK)
 
 
 def instances(make: Callable[..., Any], keys: jax.Array, kappas: Any, noises: Any) -> Any:
-    """`make(key, κ, σ)`, a problem and its M, for pairs of κ and σ: leading axes (case, trial)."""
-    trials = jax.vmap(make, (0, None, None))
-    batch = jax.jit(jax.vmap(trials, (None, 0, 0)))
+    """Return problems and their M for pairs of κ and σ, with leading axes (case, trial).
+
+    Args:
+        make: takes a key, κ and σ, and returns a problem and its M.
+        keys: one per trial.
+        kappas: κ of each case.
+        noises: σ of each case.
+    """
+    batch = sweep.over(make, (None, 0, 0), (0, None, None))
     return batch(keys, jnp.asarray(kappas), jnp.asarray(noises))
 
 
 def small_starts(keys: jax.Array, m: int, rank: int) -> jax.Array:
-    """A small start of each trial, (trial, m, rank)."""
+    """Return a small start of each trial, (trial, m, rank)."""
     starts = jax.vmap(lambda k: nys.initializers.small(jax.random.fold_in(k, 1), m, rank, START))
     return starts(keys)
 
 
-def curves(
+def tuned(
     name: str, cases: Any, starts: jax.Array, steps: int, rates: Any, noises: Any = None
-) -> np.ndarray:
-    """Medians over the trials of ‖XXᵀ − M‖_F/‖M‖_F, (case, step size, iteration).
+) -> list[sweep.Best]:
+    """Return ‖XXᵀ − M‖_F/‖M‖_F by iteration, (trial, iteration), at each case's best step size.
+
+    The best step size has the least median of the last errors. A run that overflowed counts as
+    infinitely far.
 
     Args:
-        name: of the method.
-        cases: from `instances`.
-        starts: (trial, m, r).
-        steps: how many iterations.
-        rates: step sizes, (k,).
-        noises: σ of each case, of which `INFORMED` is told the loss σ²/4; 0 if None.
-
-    A run that overflowed counts as infinitely far.
+        name: the method.
+        cases: the problems that `instances` returns.
+        starts: X_0, (trial, m, r).
+        steps: the number of iterations.
+        rates: the step sizes, (k,).
+        noises: σ of each case; `INFORMED` is given the loss σ²/4. None for 0.
     """
 
     def one(problem: Any, target: Any, noise: Any, start: jax.Array, eta: Any) -> jax.Array:
@@ -73,22 +81,23 @@ def curves(
 
         return nys.solvers.run(step, start, steps, error).history
 
-    batch = jax.vmap(one, (None, None, None, None, 0))
-    batch = jax.vmap(jax.vmap(batch, (0, 0, None, 0, None)), (0, 0, 0, None, None))
+    case, trial, rate = (0, 0, 0, None, None), (0, 0, None, 0, None), (None,) * 4 + (0,)
     problems, targets = cases
     noises = jnp.zeros(len(targets)) if noises is None else jnp.asarray(noises)
-    found = jax.jit(batch)(problems, targets, noises, starts, jnp.asarray(rates))
-    return np.median(np.nan_to_num(np.asarray(found), nan=np.inf), axis=1)
-
-
-def best(found: np.ndarray) -> int:
-    """The step size with the least last error, of curves (step size, iteration)."""
-    return int(np.argmin(found[:, -1]))
+    errors = sweep.over(one, case, trial, rate)(
+        problems, targets, noises, starts, jnp.asarray(rates)
+    )
+    errors = np.swapaxes(np.nan_to_num(np.asarray(errors), nan=np.inf), 1, 2)
+    return [sweep.best(of_case, np.median(of_case[..., -1], axis=1)) for of_case in errors]
 
 
 def floor(m: int, count: int) -> float:
-    """√(d/p), with d the dimension of the matrices of rank r*.
+    """Return √(d/p), with d the dimension of the matrices of rank r*.
 
     Times σ it is the error of least squares over their tangent space at M, where 𝒜 keeps norms.
+
+    Args:
+        m: the side of M.
+        count: the number p of measurements.
     """
     return float(np.sqrt((m * RANK - RANK * (RANK - 1) / 2) / count))

@@ -1,6 +1,6 @@
-"""Reading a user's own matrix, and the committed example: an RBF kernel of scikit-learn's digits.
+"""Read a matrix of the user; the example is an RBF kernel of scikit-learn's digits.
 
-python experiments/_matrix.py digits.npy     # writes the example
+python -m experiments.lib.matrix digits.npy     # writes the example
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _record import write_atomically
+
+from experiments.lib.record import write_atomically
 
 # A dense matrix of this side takes 3 GB, and its eigenvalues hours.
 MAX_SIDE = 20_000
@@ -26,7 +27,7 @@ _FIELDS = {"coordinate": (*_NUMBERS, "pattern"), "array": _NUMBERS}  # of Matrix
 def load(path: Path) -> np.ndarray:
     """Return the square real matrix of a .npy, .npz (its only or its `a` array) or .mtx(.gz) file.
 
-    The size that a file announces is looked at before memory is taken for it.
+    The size in the header of a file is checked before memory is allocated.
 
     Raises:
         ValueError: if the file is missing, cannot be read, or does not hold one square matrix of
@@ -58,7 +59,7 @@ def _require_square(shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def _array(file: Any) -> np.ndarray:
-    """The array of an open .npy file, whose header comes first."""
+    """Return the array of an open .npy file, after a check of its header."""
     version = np.lib.format.read_magic(file)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -83,12 +84,12 @@ def _of_archive(path: Path) -> np.ndarray:
 
 
 def _matrix_market(path: Path) -> np.ndarray:
-    """The matrix of a text; SciPy's reader crashes on some that are not sound."""
+    """Return the matrix of a text; SciPy's reader crashes on some malformed ones."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT or b"\0" in data:
         raise ValueError(f"it has a NUL byte, or more than {MAX_TEXT} bytes; expected a text")
-    # Comments are in any encoding; numbers are ASCII, or not read below.
+    # Comments may have any encoding; numbers are ASCII, and others are refused below.
     lines = io.StringIO(data.decode("latin-1"))
     header = lines.readline().lower().split()
     known = header[:2] == ["%%matrixmarket", "matrix"] and len(header) == 5
@@ -97,37 +98,39 @@ def _matrix_market(path: Path) -> np.ndarray:
         raise ValueError("its first line is not that of a real matrix of Matrix Market")
     if symmetry not in ("general", "symmetric"):
         raise ValueError(f"it is {symmetry}; expected a general or symmetric matrix")
-    rest = (line.split() for line in lines)
-    sizes = next((words for words in rest if words and not words[0].startswith("%")), [])
-    wanted = 3 if form == "coordinate" else 2
-    if len(sizes) != wanted or not all(size.isdecimal() for size in sizes):
-        raise ValueError(f"its sizes are {' '.join(sizes)[:100]!r}; expected {wanted} integers")
-    side, columns, *count = map(int, sizes)
+    words_of_lines = (line.split() for line in lines)
+    sizes = next((words for words in words_of_lines if words and not words[0].startswith("%")), [])
+    count = 3 if form == "coordinate" else 2
+    if len(sizes) != count or not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"its sizes are {' '.join(sizes)[:100]!r}; expected {count} integers")
+    side, columns, *entries = map(int, sizes)
     _require_square((side, columns), np.dtype(float))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a text without numbers
+        warnings.simplefilter("ignore")  # about a text without numbers
         values = np.loadtxt(lines, comments="%", ndmin=2)
     if field == "integer" and (values != np.rint(values)).any():
         raise ValueError("it holds other numbers than the integers that it announces")
     if form == "coordinate":
-        return _from_entries(values, side, count[0], symmetry == "symmetric", field == "pattern")
+        return _from_entries(values, side, entries[0], symmetry == "symmetric", field == "pattern")
     return _from_columns(values.ravel(), side, symmetry == "symmetric")
 
 
 def _from_entries(
     values: np.ndarray, side: int, count: int, symmetric: bool, pattern: bool
 ) -> np.ndarray:
-    """The matrix of rows (i, j, value), or (i, j) where all values are 1."""
-    wanted = (count, 2 if pattern else 3)
-    if values.shape != wanted and (values.size or count):
-        raise ValueError(f"it holds {values.shape} numbers; expected {wanted}, as announced")
-    values = values.reshape(wanted)
+    """Return the matrix of rows (i, j, value), or (i, j) where all values are 1."""
+    shape = (count, 2 if pattern else 3)
+    if values.shape != shape and (values.size or count):
+        raise ValueError(f"it holds {values.shape} numbers; expected {shape}, as announced")
+    values = values.reshape(shape)
     if not np.isin(values[:, :2], np.arange(1, side + 1)).all():
         raise ValueError(f"it has entries outside of rows and columns 1 to {side}")
     places = values[:, :2].astype(np.int64) - 1
     ordered = np.sort(places, axis=1) if symmetric else places
     if len(np.unique(ordered, axis=0)) < len(ordered):
-        raise ValueError("it has an entry twice; expected each once, of symmetric ones one half")
+        raise ValueError(
+            "it has an entry twice; expected each once, and one half of a symmetric matrix"
+        )
     matrix = np.zeros((side, side))
     rows, columns = places.T
     matrix[rows, columns] = 1.0 if pattern else values[:, 2]
@@ -137,10 +140,10 @@ def _from_entries(
 
 
 def _from_columns(values: np.ndarray, side: int, symmetric: bool) -> np.ndarray:
-    """The matrix of its columns, of a symmetric one from the diagonal down."""
-    wanted = side * (side + 1) // 2 if symmetric else side**2
-    if values.size != wanted:
-        raise ValueError(f"it holds {values.size} numbers; expected {wanted}")
+    """Return the matrix of its columns; those of a symmetric one begin at the diagonal."""
+    size = side * (side + 1) // 2 if symmetric else side**2
+    if values.size != size:
+        raise ValueError(f"it holds {values.size} numbers; expected {size}")
     if not symmetric:
         return values.reshape(side, side).T
     matrix = np.zeros((side, side))
@@ -150,7 +153,7 @@ def _from_columns(values: np.ndarray, side: int, symmetric: bool) -> np.ndarray:
 
 
 def digits_kernel() -> np.ndarray:
-    """exp(−‖x − y‖²/(2s²)) over the 1797 digits, pixels in [0, 1], s the median distance."""
+    """Return exp(−‖x − y‖²/(2s²)) over the 1797 digits, pixels in [0, 1], s the median distance."""
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()

@@ -25,7 +25,12 @@ Panels = dict[str, dict[str, Array]]
 
 
 def compiled(panels: Any, *args: Any) -> Panels:
-    """`panels(*args)`, compiled as one call. (Plain `jit` would sort the series by name.)"""
+    """Return `panels(*args)`, compiled as one call; plain `jit` would sort the series by name.
+
+    Args:
+        panels: a function that returns panels.
+        *args: its arguments.
+    """
     labels: dict[str, list[str]] = {}
 
     @jax.jit
@@ -42,7 +47,7 @@ def compiled(panels: Any, *args: Any) -> Panels:
 
 
 def residual(basis: Array, spectrum: Array) -> Any:
-    """‖XXᵀ − A‖_F as a record for `run`."""
+    """Return ‖XXᵀ − A‖_F as a record for `run`."""
 
     def record(basis: Array, spectrum: Array, x: Array) -> Array:
         return nys.optimality.residual_in_basis(x, basis, spectrum)
@@ -51,7 +56,7 @@ def residual(basis: Array, spectrum: Array) -> Any:
 
 
 def weak(basis: Array, spectrum: Array) -> Any:
-    """‖XᵀA†X − I‖_F as a record for `run`."""
+    """Return ‖XᵀA†X − I‖_F as a record for `run`."""
 
     def record(basis: Array, spectrum: Array, x: Array) -> Array:
         return nys.optimality.weak_optimality(x, basis, spectrum)
@@ -69,7 +74,18 @@ def comparison(
     gd_steps: int,
     damped: bool,
 ) -> Panels:
-    """Panel (a): GD, ScaledGD (or ScaledGD(λ)) from a small start, ScaledGD from Nyström."""
+    """Return panel (a): GD and ScaledGD or ScaledGD(λ) from a small start, ScaledGD from Nyström.
+
+    Args:
+        problem: the problem.
+        record: the error of X.
+        rank: the columns of X.
+        key: the PRNG key of the starts.
+        scale: ξ of the Nyström start.
+        steps: the steps of ScaledGD.
+        gd_steps: the steps of GD.
+        damped: whether ScaledGD from the small start is damped, as for Figure 4.
+    """
     m = problem.shape[0]
     small = nys.initializers.small(jax.random.fold_in(key, 1), m, rank, SMALL, problem.dtype)
     nystrom = nys.initializers.nystrom(key, problem.a, rank, scale)
@@ -100,9 +116,19 @@ def sensitivity(
     scale: float,
     steps: int,
 ) -> Panels:
-    """Panel (b): Nyström over ξ, perturbed Nyström over ξ_n, and the exact curves of the former.
+    """Return panel (b): Nyström over ξ with exact curves, and perturbed Nyström over ξ_n.
 
-    All use one Ω and one N, so that curves differ by their scales alone.
+    All use one Ω and one N, so that curves differ only by their scales.
+
+    Args:
+        problem: the problem.
+        record: the error of X.
+        basis: Q.
+        spectrum: diag(Σ).
+        rank: the columns of X.
+        key: the PRNG key of the starts.
+        scale: ξ of the perturbed starts.
+        steps: the number of steps.
     """
     dtype = problem.dtype
     unit = nys.initializers.nystrom(key, problem.a, rank)
@@ -132,7 +158,17 @@ def learning_rates(
     scale: float,
     steps: int,
 ) -> Panels:
-    """Panel (c): weak optimality from Nyström over η, and the decay ρ²ᵗ that `subspace_rate` predicts."""
+    """Return panel (c): weak optimality over η, and the decay ρ²ᵗ that `subspace_rate` predicts.
+
+    Args:
+        problem: the problem.
+        record: the error of X.
+        spectrum: the eigenvalues of A.
+        rank: the columns of X.
+        key: the PRNG key of the start.
+        scale: ξ.
+        steps: the number of steps.
+    """
     start = nys.initializers.nystrom(key, problem.a, rank, scale)
     rates = jnp.asarray(LEARNING_RATES, problem.dtype)
 

@@ -1,6 +1,6 @@
 """The methods of Table 1 as functions of a case: where each starts and how it steps.
 
-In all cases ‖A‖ = 1. What the theory of a method takes as known is given to it: σ_r(A) for the
+In all cases ‖A‖ = 1. Each method is given what its theory assumes to be known: σ_r(A) for the
 damping of ScaledGD(λ), for β and the closeness of modified GD and for the radius of the local
 start; the singular values of X_0 for Nesterov's method.
 """
@@ -31,7 +31,7 @@ FRACTIONS = (0.5, 1.0, 1.5, 2.0)  # of the step size of a theory
 
 
 class Case(NamedTuple):
-    """One run: A = U diag(spectrum) Vᵀ, the key of its start, the step size and the accuracy asked."""
+    """One run: A = U diag(spectrum) Vᵀ, the key of its start, the step size and the tolerance."""
 
     a: Array
     left: Array
@@ -44,32 +44,32 @@ class Case(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A panel: which problem, how many columns, how many singular values are to be found."""
+    """A panel: which problem, the columns of X, and the rank of A."""
 
     symmetric: bool
     columns: int
     rank: int
 
-    def problem(self, case: Case) -> Any:
-        kind = nys.problems.Symmetric if self.symmetric else nys.problems.Asymmetric
-        return kind(case.a)
+    def problem(self, case: Case) -> nys.problems.Symmetric | nys.problems.Asymmetric:
+        """Return the problem of a case."""
+        return nys.problems.Symmetric(case.a) if self.symmetric else nys.problems.Asymmetric(case.a)
 
     @property
-    def found(self) -> int:
-        """Singular values of A that a solution has."""
+    def solution_rank(self) -> int:
+        """The rank of a solution."""
         return min(self.columns, self.rank)
 
     def least(self, case: Case) -> Array:
-        """σ_r(A), the least of them."""
-        return case.spectrum[self.found - 1]
+        """Return σ_r(A), the least singular value of a solution."""
+        return case.spectrum[self.solution_rank - 1]
 
     def error(self, case: Case, factors: Any) -> Array:
-        """‖XYᵀ − A‖_F/‖A‖_F; under-parametrized, by how much it exceeds the best, relatively."""
-        rest = case.spectrum[self.found :]
-        kind = nys.problems.Asymmetric if isinstance(factors, nys.Factors) else None
-        problem = kind(case.a) if kind else self.problem(case)
-        if rest.size:
-            return problem.residual(factors) / jnp.linalg.norm(rest) - 1
+        """Return ‖XYᵀ − A‖_F/‖A‖_F; if under-parametrized, the relative excess over the best."""
+        beyond = case.spectrum[self.solution_rank :]
+        pair = isinstance(factors, nys.Factors)
+        problem = nys.problems.Asymmetric(case.a) if pair else self.problem(case)
+        if beyond.size:
+            return problem.residual(factors) / jnp.linalg.norm(beyond) - 1
         return problem.residual(factors) / jnp.linalg.norm(case.spectrum)
 
     def weak(self, case: Case, factors: Any) -> Array:
@@ -81,7 +81,7 @@ class Setting:
 
 
 Count = Callable[[Setting, Case, int], tuple[Array, Array]]
-"""(setting, case, most steps) → steps made, and whether the accuracy was reached."""
+"""(setting, case, most steps) → the steps, and whether the accuracy was reached."""
 
 
 def _until(step: Any, start: Any, measure: Any, case: Case, cap: int, tol: Any = None) -> Any:
@@ -98,20 +98,21 @@ def _counter(step: Any, start: Any, weak: bool = False) -> Count:
     def count(setting: Setting, case: Case, cap: int) -> tuple[Array, Array]:
         measure = setting.weak if weak else setting.error
         first = start(setting, case)
-        found = _until(step(setting, case, first), first, measure, case, cap)
-        return found.num_steps, _reached(found)
+        solution = _until(step(setting, case, first), first, measure, case, cap)
+        return solution.num_steps, _reached(solution)
 
     return count
 
 
 def _small(setting: Setting, case: Case) -> Any:
+    m, n = case.a.shape
     if setting.symmetric:
-        return nys.initializers.small(case.key, len(case.a), setting.columns, SMALL)
-    return nys.initializers.small_factors(case.key, case.a.shape, setting.columns, SMALL)
+        return nys.initializers.small(case.key, m, setting.columns, SMALL)
+    return nys.initializers.small_factors(case.key, (m, n), setting.columns, SMALL)
 
 
 def _local(setting: Setting, case: Case) -> Any:
-    """The optimum, moved by LOCAL·σ_r(A)^(1/2) in Frobenius norm in a random direction."""
+    """Return the optimum, moved by LOCAL·σ_r(A)^(1/2) in a random direction."""
     optimum = nys.initializers.spectral(setting.problem(case), setting.columns)
     noise = _small(setting, case)
     size = LOCAL * jnp.sqrt(setting.least(case)) / optax.tree.norm(noise)
@@ -133,7 +134,7 @@ def _gd(setting: Setting, case: Case, _: Any) -> Any:
 
 def _alternating(setting: Setting, case: Case, _: Any) -> Any:
     rate = case.rate * nys.solvers.altgd_learning_rate(1.0)
-    return nys.solvers.alternating_step(setting.problem(case), optax.sgd(rate))
+    return nys.solvers.alternating_step(nys.problems.Asymmetric(case.a), optax.sgd(rate))
 
 
 def _nesterov(setting: Setting, case: Case, start: Any) -> Any:
@@ -152,10 +153,11 @@ def _damped(setting: Setting, case: Case, _: Any) -> Any:
 
 
 def _modified(setting: Setting, case: Case, cap: int) -> tuple[Array, Array]:
-    """GD until near, the refactoring, GD: `modified_step` in two loops, each with its step size."""
+    """Count GD until near, the refactoring, and GD: two loops, each with its step size."""
     problem = nys.problems.Asymmetric(case.a)
     least = setting.least(case)
-    x, y = nys.initializers.small_factors(case.key, case.a.shape, setting.columns, UNEQUAL)
+    m, n = case.a.shape
+    x, y = nys.initializers.small_factors(case.key, (m, n), setting.columns, UNEQUAL)
     first = nys.solvers.gradient_step(problem, optax.sgd(0.5))
     near = CLOSE * least / jnp.linalg.norm(case.spectrum)
     before = _until(first, nys.Factors(x, y / 3), setting.error, case, cap, near)
@@ -169,7 +171,7 @@ def _modified(setting: Setting, case: Case, cap: int) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How to count, over which step sizes, with how many steps at most."""
+    """How to count, over which step sizes, and the most steps."""
 
     count: Count
     rates: tuple[float, ...]

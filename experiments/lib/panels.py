@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from _record import draw, draw_prediction
+
+from experiments.lib.style import draw, draw_prediction
 
 GREYS = ("#000000", "#555555", "#999999")
 
@@ -18,7 +19,16 @@ def draw_comparison(
     label: str = "exact prediction, Nyström",
     legend: str = "center right",
 ) -> None:
-    """Panel (a). Few iterations of fast methods beside many of GD: a logarithmic axis, from 1."""
+    """Draw panel (a), with logarithmic iterations, because GD makes many more than the others.
+
+    Args:
+        axes: where to draw.
+        curves: errors by iteration, by series.
+        predicted: a predicted curve.
+        floor: the lower end of the axis.
+        label: the entry of the prediction in the legend.
+        legend: the place of the legend.
+    """
     for index, (name, errors) in enumerate(curves.items()):
         every = np.unique(np.geomspace(1, len(errors), 16).astype(int) - 1).tolist()
         draw(axes, errors, index, name, markevery=every)
@@ -34,9 +44,14 @@ def draw_comparison(
 def draw_sensitivity(
     axes: Any, curves: Any, exact: Any, floor: float, top: float | None = None
 ) -> None:
-    """Panel (b). Solid: Nyström, with its exact curve. Dotted grey: perturbed.
+    """Draw panel (b): Nyström solid with its exact curve, perturbed starts dotted and grey.
 
-    `top` ends the axis above the curves where the legend needs the room.
+    Args:
+        axes: where to draw.
+        curves: errors by iteration, by series; those with an exact curve come first.
+        exact: the exact curves, by series.
+        floor: the lower end of the axis.
+        top: the upper end of the axis, where the legend needs room.
     """
     for index, (label, errors) in enumerate(curves.items()):
         grey = index - len(exact)
@@ -54,7 +69,14 @@ def draw_sensitivity(
 
 
 def draw_learning_rates(axes: Any, curves: Any, decay: Any, floor: float) -> None:
-    """Panel (c). Measured curves, and the slope that the spectral gap predicts, once it governs."""
+    """Draw panel (c): measured curves, and the slope that the spectral gap predicts.
+
+    Args:
+        axes: where to draw.
+        curves: errors by iteration, by series.
+        decay: the predicted decay, by series.
+        floor: the level of rounding.
+    """
     for index, (label, errors) in enumerate(curves.items()):
         errors, rate = np.asarray(errors), np.asarray(decay[label])
         draw(axes, errors, index, label)
