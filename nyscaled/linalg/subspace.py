@@ -16,8 +16,34 @@ from nyscaled.matrices import as_matrix, reads, transpose_times
 from nyscaled.numerics import full_precision, normalized, shift
 from nyscaled.typing import Factors
 
-_EXTRA = 8  # columns over 2r, where the spectrum decays slowly after σ_r
+OVERSAMPLING = 8  # columns of a sketch beyond those that are needed
 _ROUNDS = 10
+
+
+def range_basis(
+    image: Callable[[Array], Array],
+    coimage: Callable[[Array], Array],
+    sketch: Float[Array, "n k"],
+    rounds: int,
+    orthonormalize: Callable[[Array], Array],
+    *,
+    unroll: bool = False,
+) -> Float[Array, "m k"]:
+    """Return an orthonormal basis of the leading left singular vectors of A, by subspace iteration.
+
+    Args:
+        image: x ↦ Ax.
+        coimage: x ↦ Aᵀx.
+        sketch: random matrix with one column per vector of the basis.
+        rounds: how many times the image of the sketch is multiplied by AAᵀ.
+        orthonormalize: x ↦ an orthonormal basis of its range.
+        unroll: whether each round is compiled by itself, which suits few rounds.
+    """
+
+    def refine(_: Any, basis: Array) -> Array:
+        return orthonormalize(image(orthonormalize(coimage(basis))))
+
+    return lax.fori_loop(0, rounds, refine, orthonormalize(image(sketch)), unroll=unroll)
 
 
 @reads(a=as_matrix)
@@ -53,15 +79,14 @@ def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = Fa
     """
     m, n = a.shape
     constant = lax.stop_gradient(a)
-    omega = jax.random.normal(key, (n, min(2 * rank + _EXTRA, m, n)), a.dtype)
-
-    def basis(x: Array) -> Array:
-        return qr(x)[0]  # of any rank, which Cholesky's is not
-
-    def refine(_: Any, q: Array) -> Array:
-        return basis(constant @ basis(transpose_times(constant, q)))
-
-    q = lax.fori_loop(0, _ROUNDS, refine, basis(constant @ omega))
+    omega = jax.random.normal(key, (n, min(2 * rank + OVERSAMPLING, m, n)), a.dtype)
+    q = range_basis(
+        lambda x: constant @ x,
+        lambda x: transpose_times(constant, x),
+        omega,
+        _ROUNDS,
+        lambda x: qr(x)[0],  # of any rank, which Cholesky's is not
+    )
     image: Float[Array, "n k"] = transpose_times(constant, q)
     if symmetric:
         rising, turn = eigh(q.T @ image)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Key
 from nyscaled import lapack
 from nyscaled.initializers import random_sketch
 from nyscaled.linalg import orthonormalize
+from nyscaled.linalg.subspace import OVERSAMPLING, range_basis
 from nyscaled.numerics import full_precision
 from nyscaled.typing import Sketch
 
@@ -34,8 +35,6 @@ class Start(NamedTuple):
 
 
 Init = Callable[..., Start]
-
-_OVERSAMPLING = 8  # columns beyond r in the randomized SVD
 
 
 def _dtype(kernel: Any) -> Any:
@@ -124,16 +123,21 @@ def pissa(
         u, s, vt = lapack.svd(kernel.astype(_dtype(kernel)))
         u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     else:
-        columns = min(rank + _OVERSAMPLING, *kernel.shape)
+        columns = min(rank + OVERSAMPLING, *kernel.shape)
         omega = jax.random.normal(key, (kernel.shape[1], columns), _dtype(kernel))
 
         def rows(basis: Array) -> Array:
             """basisᵀ @ kernel; see `matrices.transpose_times` for the barrier."""
             return jax.lax.optimization_barrier(_times(basis.T, kernel))
 
-        basis = orthonormalize(_times(kernel, omega))
-        for _ in range(niter):
-            basis = orthonormalize(_times(kernel, orthonormalize(rows(basis).T)))
+        basis = range_basis(
+            lambda x: _times(kernel, x),
+            lambda x: rows(x).T,
+            omega,
+            niter,
+            orthonormalize,
+            unroll=True,
+        )
         u, s, vt = _leading(basis, rows(basis), rank)
     root = jnp.sqrt(s / scaling)
     return Start(u * root, root[:, None] * vt)
