@@ -12,7 +12,17 @@ from flax import nnx
 import nyscaled as nys
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
-DECODERS = ["gemma", "llama", "llama3", "llama_bias", "mistral", "opt", "opt_post"]
+DECODERS = [
+    "gemma",
+    "llama",
+    "llama3",
+    "llama_bias",
+    "mistral",
+    "opt",
+    "opt_post",
+    "qwen2",
+    "qwen2_window",
+]
 
 
 @functools.cache

@@ -38,6 +38,11 @@ def folder(tmp_path):
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is .*; for mistral only"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0; expected a positive integer"),
         ("mistral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; for mistral only 'silu'"),
+        ("qwen2_window", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*expected"),
+        ("qwen2_window", {"layer_types": ["full_attention"]}, "for each of 3 layers"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "expected a sliding_window with it"),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers is -1; expected an integer from 0"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; for qwen2 only 'silu'"),
         ("gemma", {"tie_word_embeddings": False}, r"has no tensor for lm_head\.weight"),
     ],
 )
@@ -57,7 +62,13 @@ def test_configurations_made_by_hand():
 
 @pytest.mark.parametrize(
     ("name", "ids"),
-    [("llama", (1, 2, None)), ("mistral", (1, 2, None)), ("gemma", (2, 1, 0)), ("opt", (2, 2, 1))],
+    [
+        ("llama", (1, 2, None)),
+        ("mistral", (1, 2, None)),
+        ("qwen2", (None, None, None)),
+        ("gemma", (2, 1, 0)),
+        ("opt", (2, 2, 1)),
+    ],
 )
 def test_token_ids_that_are_missing_are_those_of_transformers(name, ids, tmp_path):
     folder = shutil.copytree(MODELS / name, tmp_path / "copy")
@@ -102,7 +113,7 @@ def test_inputs_longer_than_the_positions_are_refused():
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba'; expected one of bert, gemma, llama, mistral, opt",
+            "model_type 'mamba'; expected one of bert, gemma, llama, mistral, opt, qwen2",
         ),
         ({"model_type": "absent"}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]; expected one of"),

@@ -12,6 +12,7 @@ from nyscaled.models.llama import Llama, LlamaConfig
 from nyscaled.models.load import load, save
 from nyscaled.models.mistral import Mistral, MistralConfig
 from nyscaled.models.opt import Opt, OptConfig
+from nyscaled.models.qwen2 import Qwen2, Qwen2Config
 from nyscaled.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling
 from nyscaled.models.sharding import shardings
 from nyscaled.models.tokenizer import Tokenizer
@@ -33,6 +34,8 @@ __all__ = [
     "Numerics",
     "Opt",
     "OptConfig",
+    "Qwen2",
+    "Qwen2Config",
     "RopeScaling",
     "Tokenizer",
     "YarnScaling",

@@ -20,6 +20,7 @@ RANGES = {
     "rope_theta": (1.1, 1e15),
     "factor": (1.0, 1e6),
 }
+LEAST = {"max_window_layers": 0}  # of integers that need not be positive
 ELSEWHERE = {"generation"}  # fields that are not in `config.json`
 
 
@@ -109,9 +110,10 @@ def sound(field: dataclasses.Field, value: Any) -> Any:
     elif field.type == "int | None" and value is None:
         return value
     elif field.type in ("int", "int | None"):
-        if type(value) is int and 0 < value <= LARGEST:
+        least = LEAST.get(field.name, 1)
+        if type(value) is int and least <= value <= LARGEST:
             return value
-        wanted = f"a positive integer up to {LARGEST}"
+        wanted = f"{'a positive integer' if least else 'an integer from 0'} up to {LARGEST}"
     elif field.type == "float":
         low, high = RANGES.get(field.name, OTHERS)
         if type(value) in (int, float) and low <= value <= high:  # which NaN is not

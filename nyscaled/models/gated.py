@@ -98,6 +98,11 @@ class GatedConfig(Config):
         return settings
 
     @property
+    def output_bias(self) -> bool:
+        """Whether the last of the four layers of attention has a bias."""
+        return self.attention_bias
+
+    @property
     def windows(self) -> tuple[int, ...] | None:
         """Number of tokens that a token sees in each layer, None for all of the ones before."""
         return None
@@ -126,11 +131,11 @@ class Attention(nnx.Module):
     def __init__(self, config: GatedConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
         width, head = config.hidden_size, config.head_dim
         outer, inner = config.num_attention_heads * head, config.num_key_value_heads * head
-        options = {"use_bias": config.attention_bias, "rngs": rngs, **numerics.dtypes}
-        self.q_proj = nnx.Linear(width, outer, **options)
-        self.k_proj = nnx.Linear(width, inner, **options)
-        self.v_proj = nnx.Linear(width, inner, **options)
-        self.o_proj = nnx.Linear(outer, width, **options)
+        options = {"rngs": rngs, **numerics.dtypes}
+        self.q_proj = nnx.Linear(width, outer, use_bias=config.attention_bias, **options)
+        self.k_proj = nnx.Linear(width, inner, use_bias=config.attention_bias, **options)
+        self.v_proj = nnx.Linear(width, inner, use_bias=config.attention_bias, **options)
+        self.o_proj = nnx.Linear(outer, width, use_bias=config.output_bias, **options)
         self.head_dim = head
 
     def __call__(

@@ -23,12 +23,14 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPLITS = {
     "gpt-2": "gpt2",
     "smollm": "digits",
     "llama-bpe": "llama3",
     "llama-v3": "llama3",
     "llama3": "llama3",
+    "qwen2": "qwen2",
     "smaug-bpe": "llama3",  # which Llama 3 itself was called at first
 }
 
@@ -107,7 +109,7 @@ def byte_level(
     Args:
         vocabulary: ids of the tokens.
         merges: pairs of tokens with a space between, the first is merged first.
-        split: how text is split before, "gpt2", "digits" or "llama3".
+        split: how text is split before: "gpt2", "digits", "llama3" or "qwen2".
 
     Returns:
         A tokenizer of the package tokenizers.
@@ -115,7 +117,7 @@ def byte_level(
     Raises:
         ValueError: on merges that are not of the vocabulary.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
     if no_pair := next((pair for pair in pairs if len(pair) != 2), None):
@@ -123,12 +125,16 @@ def byte_level(
     with soundness.refusing("the merges are not of these tokens"):
         # Llama 3 takes a word that is a token whole, whatever the merges.
         inner = Tokenizer(models.BPE(dict(vocabulary), pairs, ignore_merges=split == "llama3"))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama3")
+    expressions = {"llama3": _LLAMA3, "qwen2": _QWEN2}
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in expressions)
     first = {
         "gpt2": [],
         "digits": [pre_tokenizers.Digits(individual_digits=True)],
-        "llama3": [pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")],
-    }[split]
+    }.get(split)
+    if first is None:
+        first = [pre_tokenizers.Split(Regex(expressions[split]), behavior="isolated")]
+    if split == "qwen2":
+        inner.normalizer = normalizers.NFC()
     inner.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
     inner.decoder = decoders.ByteLevel()
     return inner
