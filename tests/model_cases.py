@@ -22,6 +22,7 @@ DECODERS = [
     "opt_post",
     "qwen2",
     "qwen2_window",
+    "qwen3",
 ]
 
 

@@ -130,7 +130,7 @@ def path(tmp_path):
     return tmp_path / "model.gguf"
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "llama_bias", "gemma", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "llama_bias", "gemma", "qwen2", "qwen3"])
 def test_the_model_is_that_of_the_folder(name, path, tmp_path):
     wanted, _ = nys.models.load(MODELS / name)
     got, tokenizer = nys.models.load(write(path, name))

@@ -43,6 +43,7 @@ def folder(tmp_path):
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "expected a sliding_window with it"),
         ("qwen2", {"max_window_layers": -1}, "max_window_layers is -1; expected an integer from 0"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; for qwen2 only 'silu'"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; for qwen3 only 'silu'"),
         ("gemma", {"tie_word_embeddings": False}, r"has no tensor for lm_head\.weight"),
     ],
 )
@@ -66,6 +67,7 @@ def test_configurations_made_by_hand():
         ("llama", (1, 2, None)),
         ("mistral", (1, 2, None)),
         ("qwen2", (None, None, None)),
+        ("qwen3", (None, None, None)),
         ("gemma", (2, 1, 0)),
         ("opt", (2, 2, 1)),
     ],
@@ -113,7 +115,7 @@ def test_inputs_longer_than_the_positions_are_refused():
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba'; expected one of bert, gemma, llama, mistral, opt, qwen2",
+            "model_type 'mamba'; expected one of bert, gemma, llama, mistral, opt, qwen2, qwen3",
         ),
         ({"model_type": "absent"}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]; expected one of"),

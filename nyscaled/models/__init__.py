@@ -13,6 +13,7 @@ from nyscaled.models.load import load, save
 from nyscaled.models.mistral import Mistral, MistralConfig
 from nyscaled.models.opt import Opt, OptConfig
 from nyscaled.models.qwen2 import Qwen2, Qwen2Config
+from nyscaled.models.qwen3 import Qwen3, Qwen3Config
 from nyscaled.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling
 from nyscaled.models.sharding import shardings
 from nyscaled.models.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ __all__ = [
     "OptConfig",
     "Qwen2",
     "Qwen2Config",
+    "Qwen3",
+    "Qwen3Config",
     "RopeScaling",
     "Tokenizer",
     "YarnScaling",

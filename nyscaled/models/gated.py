@@ -128,7 +128,9 @@ def with_heads(settings: JsonObject) -> JsonObject:
 class Attention(nnx.Module):
     """Rotary attention with grouped queries."""
 
-    def __init__(self, config: GatedConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: GatedConfig, kind: type[GatedDecoder], numerics: Numerics, rngs: nnx.Rngs
+    ) -> None:
         width, head = config.hidden_size, config.head_dim
         outer, inner = config.num_attention_heads * head, config.num_key_value_heads * head
         options = {"rngs": rngs, **numerics.dtypes}
@@ -136,7 +138,10 @@ class Attention(nnx.Module):
         self.k_proj = nnx.Linear(width, inner, use_bias=config.attention_bias, **options)
         self.v_proj = nnx.Linear(width, inner, use_bias=config.attention_bias, **options)
         self.o_proj = nnx.Linear(outer, width, use_bias=config.output_bias, **options)
-        self.head_dim = head
+        if kind.head_norms:
+            self.q_norm = blocks.RMSNorm(head, config.rms_norm_eps, numerics)
+            self.k_norm = blocks.RMSNorm(head, config.rms_norm_eps, numerics)
+        self.head_dim, self.head_norms = head, kind.head_norms
 
     def __call__(
         self,
@@ -146,6 +151,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
+        if self.head_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
         out, kept = attend_causally(query, key, value, context)
         return self.o_proj(out), kept
@@ -180,7 +187,7 @@ class Layer(nnx.Module):
             )
 
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        self.self_attn = Attention(config, numerics, rngs)
+        self.self_attn = Attention(config, kind, numerics, rngs)
         self.mlp = GatedMLP(config, kind.activation, numerics, rngs)
 
     def __call__(
@@ -208,6 +215,7 @@ class GatedDecoder(CausalLM):
 
     norm_offset: ClassVar[float] = 0.0
     scaled_embedding: ClassVar[bool] = False
+    head_norms: ClassVar[bool] = False  # whether queries and keys have norms
 
     @staticmethod
     def activation(x: Array) -> Array:

@@ -48,6 +48,7 @@ class Qwen2Config(GatedConfig):
     layer_types: tuple[str, ...] | None = None
 
     attention_bias: ClassVar[bool] = True
+    derived: ClassVar[JsonObject] = {"head_dim": None}  # what follows from others where missing
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +67,7 @@ class Qwen2Config(GatedConfig):
     @classmethod
     def settings(cls, config: JsonObject) -> JsonObject:
         """Return the fields, and those that follow from others."""
-        settings = with_heads({"head_dim": None} | super().settings(config))
+        settings = with_heads(cls.derived | super().settings(config))
         if not settings.get("use_sliding_window", False):
             settings["sliding_window"] = None
         elif "sliding_window" not in settings:
