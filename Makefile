@@ -51,7 +51,7 @@ test-peers: $(VENV)/.peers $(WEIGHTS)
 # The oldest versions that pyproject.toml allows: of the base dependencies, which the tests in CORE need,
 # and of all. `uv` is a resolver that can choose the oldest.
 CORE := $(wildcard $(addprefix tests/test_,$(addsuffix .py,completion contracts_problems contracts_steps \
-	dynamics initializers lapack linalg loops onebit optimality phase polar problems robust scale sensing \
+	dynamics initializers linalg loops onebit optimality phase polar problems robust scale sensing \
 	solvers spectra status transforms_balance transforms_gram transforms_residual typing x64)))
 
 test-oldest:
