@@ -1,8 +1,8 @@
 """The reduced dynamics of the paper, and the exact trajectories behind them.
 
-Write A = QΣQᵀ. From a Nyström start X_t = QΦ_t for ever (Lemmas 2, 4, 12), so the iteration on
-m×r factors is one on r_A×r matrices. `spectrum` is diag(Σ) throughout, a vector (r_A,), and
-`learning_rate` is η.
+Write A = QΣQᵀ. From a Nyström start X_t = QΦ_t for all t (Lemmas 2, 4, 12), so that the iteration
+on m × r factors is one on r_A × r matrices. In all functions `spectrum` is diag(Σ), a vector
+(r_A,), and `learning_rate` is η.
 
 The paper writes B_t for two things; here `core` is ΦΦᵀ (r_A, r_A), of the exactly and
 over-parametrized problems, and `weak_gram` is ΦᵀΣ⁻¹Φ (r, r), of the under-parametrized one.
@@ -41,7 +41,7 @@ __all__ = [
 def phi_step(
     phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Number
 ) -> Float[Array, "k r"]:
-    """Φ⁺ = (1−η)Φ + ηΣΦ(ΦᵀΦ)⁻¹: (11) if r = r_A, (15) if r < r_A. Φ has full column rank.
+    """Return Φ⁺ = (1−η)Φ + ηΣΦ(ΦᵀΦ)⁻¹: (11) if r = r_A, (15) if r < r_A.
 
     Args:
         phi: Φ (r_A, r), of full column rank.
@@ -60,12 +60,16 @@ def phi_step(
 def phi_step_over(
     phi: Float[Array, "k r"], spectrum: Float[Array, " k"], learning_rate: Number
 ) -> Float[Array, "k r"]:
-    """Φ⁺ = (1−η)Φ + ηΣ(Φ†)ᵀ, (27), over-parametrized: r > r_A and Φ has full row rank.
+    """Return Φ⁺ = (1−η)Φ + ηΣ(Φ†)ᵀ, (27), for more columns than the rank.
 
     Args:
         phi: Φ (r_A, r), of full row rank, r > r_A.
         spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
         learning_rate: the step size η, a number or a scalar array.
+
+    Examples:
+        >>> phi_step_over(jnp.array([[2.0, 0.0]]), jnp.array([4.0]), 0.5)
+        Array([[2., 0.]], dtype=float32)
     """
     pseudo = linalg.dual(phi.T).T  # (Φ†)ᵀ = (ΦΦᵀ)⁻¹Φ, and Φᵀ is the thin factor
     return (1 - learning_rate) * phi + learning_rate * (spectrum[:, None] * pseudo)
@@ -75,12 +79,16 @@ def phi_step_over(
 def core_step(
     core: Float[Array, "k k"], spectrum: Float[Array, " k"], learning_rate: Number
 ) -> Float[Array, "k k"]:
-    """B⁺ = (1−η)²B + 2η(1−η)Σ + η²ΣB⁻¹Σ with B = ΦΦᵀ (or ΦΨᵀ): (12), (28), (32).
+    """Return B⁺ = (1−η)²B + 2η(1−η)Σ + η²ΣB⁻¹Σ with B = ΦΦᵀ or ΦΨᵀ: (12), (28), (32).
 
     Args:
         core: B = ΦΦᵀ, or ΦΨᵀ in the asymmetric case (r_A, r_A), invertible.
         spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
         learning_rate: the step size η, a number or a scalar array.
+
+    Examples:
+        >>> core_step(jnp.array([[2.0]]), jnp.array([4.0]), 0.5)
+        Array([[4.5]], dtype=float32)
     """
     eta = learning_rate
     sigma = jnp.diag(spectrum)
@@ -90,11 +98,15 @@ def core_step(
 
 @full_precision
 def relative_core_step(c: Float[Array, "k k"], learning_rate: Number) -> Float[Array, "k k"]:
-    """C⁺ = (1−η)²C + 2η(1−η)I + η²C⁻¹ for C = Σ⁻¹B (Lemma 8), free of A.
+    """Return C⁺ = (1−η)²C + 2η(1−η)I + η²C⁻¹ for C = Σ⁻¹B (Lemma 8), which does not depend on A.
 
     Args:
         c: C = Σ⁻¹B (r_A, r_A), invertible.
         learning_rate: the step size η, a number or a scalar array.
+
+    Examples:
+        >>> relative_core_step(jnp.array([[0.5]]), 0.5)
+        Array([[1.125]], dtype=float32)
     """
     eta = learning_rate
     eye = jnp.eye(c.shape[0], dtype=c.dtype)
@@ -103,11 +115,15 @@ def relative_core_step(c: Float[Array, "k k"], learning_rate: Number) -> Float[A
 
 @full_precision
 def weak_gram(phi: Float[Array, "k r"], spectrum: Float[Array, " k"]) -> Float[Array, "r r"]:
-    """B = ΦᵀΣ⁻¹Φ = XᵀA†X, the identity at weak optima (Definition 1).
+    """Return B = ΦᵀΣ⁻¹Φ = XᵀA†X, which is the identity at weak optima (Definition 1).
 
     Args:
         phi: Φ (r_A, r).
         spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
+
+    Examples:
+        >>> weak_gram(jnp.array([[2.0], [0.0]]), jnp.array([4.0, 1.0]))
+        Array([[1.]], dtype=float32)
     """
     scaled = phi / jnp.sqrt(spectrum)[:, None]
     return scaled.T @ scaled
@@ -120,13 +136,18 @@ def weak_gram_step(
     spectrum: Float[Array, " k"],
     learning_rate: Number,
 ) -> Float[Array, "r r"]:
-    """B⁺ = (1−η)²B + 2η(1−η)I + η²ΘᵀΣΘ with B = ΦᵀΣ⁻¹Φ and Θ = Φ(ΦᵀΦ)⁻¹: (16).
+    """Return B⁺ = (1−η)²B + 2η(1−η)I + η²ΘᵀΣΘ with B = ΦᵀΣ⁻¹Φ and Θ = Φ(ΦᵀΦ)⁻¹: (16).
 
     Args:
         gram: B = ΦᵀΣ⁻¹Φ (r, r).
         phi: Φ (r_A, r), of full column rank.
         spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
         learning_rate: the step size η, a number or a scalar array.
+
+    Examples:
+        >>> phi, spectrum = jnp.array([[2.0], [0.0]]), jnp.array([4.0, 1.0])
+        >>> weak_gram_step(weak_gram(phi, spectrum), phi, spectrum, 0.5)
+        Array([[1.]], dtype=float32)
     """
     eta = learning_rate
     theta = linalg.dual(phi)
@@ -137,7 +158,7 @@ def weak_gram_step(
 
 @full_precision
 def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Number) -> Factors:
-    """(30): Φ⁺ = (1−η)Φ + ηΣΨ^{−T}, Ψ⁺ = (1−η)Ψ + ηΣΦ^{−T}, for t ≥ 1; `Factors(Φ, Ψ)`, r = r_A.
+    """Return Φ⁺ = (1−η)Φ + ηΣΨ^{−T} and Ψ⁺ = (1−η)Ψ + ηΣΦ^{−T}, (30), for t ≥ 1 and r = r_A.
 
     The product ΦΨᵀ then obeys (31) = (32), which is `core_step`.
 
@@ -145,6 +166,11 @@ def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Num
         factors: `Factors(Φ, Ψ)`, both (r, r) and invertible.
         spectrum: the singular values of A, the diagonal of Σ (r_A,), all positive.
         learning_rate: the step size η, a number or a scalar array.
+
+    Examples:
+        >>> one = jnp.ones((1, 1))
+        >>> pair_step(Factors(one, one), jnp.array([3.0]), 0.5)
+        Factors(left=Array([[2.]], dtype=float32), right=Array([[2.]], dtype=float32))
     """
     phi, psi = factors
     eta = learning_rate
@@ -155,13 +181,18 @@ def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Num
 
 
 def scalar_step(d: Any, learning_rate: Number) -> Any:
-    """d⁺ = (1−η)d + η/d: each singular value of Σ^{-1/2}Φ, on its own. At η = 1/2, Heron's rule.
+    """Return d⁺ = (1−η)d + η/d for each singular value d of Σ^{-1/2}Φ; at η = 1/2 Heron's rule.
 
-    The fixed point is 1 and the multiplier 1 − 2η: linear but for η = 1/2, where it is quadratic.
+    The fixed point is 1 and the multiplier there is 1 − 2η. Convergence is linear, and quadratic at
+    η = 1/2.
 
     Args:
         d: the singular values of Σ^{-1/2}Φ, of any shape, all positive.
         learning_rate: the step size η, a number or a scalar array.
+
+    Examples:
+        >>> scalar_step(3.0, 0.5)  # halfway between 3 and 1/3
+        1.6666666666666667
     """
     return (1 - learning_rate) * d + learning_rate / d
 
@@ -174,13 +205,13 @@ def symmetric_errors(
     learning_rate: Number,
     num_steps: int,
 ) -> Float[Array, " t"]:
-    """The whole curve ‖X_tX_tᵀ − A‖_F, t = 0 … num_steps, of (2) or (26) from Φ_0 alone. r ≥ r_A.
+    """Return ‖X_tX_tᵀ − A‖_F for t = 0 … num_steps, of (2) or (26), from Φ_0 only. r ≥ r_A.
 
-    This is a result of this project, not of the paper. With S = Σ^{-1/2}Φ_0 = V diag(d_0) Wᵀ, the
-    iteration reads S⁺ = (1−η)S + η(S†)ᵀ: V and W stay for ever, every d moves on its own by
-    `scalar_step`, and X_tX_tᵀ − A = QΣ^{1/2} V diag(d_t² − 1) VᵀΣ^{1/2}Qᵀ. For η = 1/2 the
-    recursion has the closed form d_t = coth(2ᵗ artanh(min(d_0, 1/d_0))), t ≥ 1, so that
-    d_t² − 1 = sinh(2ᵗ …)⁻² decays below any rounding; for other η the scalars are iterated.
+    This is a result of this project, not of the paper. With S = Σ^{-1/2}Φ_0 = V diag(d_0) Wᵀ the
+    iteration is S⁺ = (1−η)S + η(S†)ᵀ. V and W never change, each d moves by `scalar_step`, and
+    X_tX_tᵀ − A = QΣ^{1/2} V diag(d_t² − 1) VᵀΣ^{1/2}Qᵀ. For η = 1/2 the recursion has the closed
+    form d_t = coth(2ᵗ artanh(min(d_0, 1/d_0))), t ≥ 1, so that d_t² − 1 = sinh(2ᵗ …)⁻² decays below
+    any rounding. For other η the scalars are iterated.
 
     Args:
         phi0: QᵀX_0 (r_A, r), of full row rank.
@@ -217,11 +248,11 @@ def symmetric_errors(
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def asymmetric_scale(learning_rate: Number, num_steps: int) -> Float[Array, " t"]:
-    """c_t − 1 for t = 1 … num_steps, where X_tY_tᵀ = c_t A exactly under (5), (6). r ≥ r_A.
+    """Return c_t − 1 for t = 1 … num_steps, where X_tY_tᵀ = c_t A exactly under (5), (6). r ≥ r_A.
 
-    This is a result of this project, not of the paper: c_1 = η and c⁺ = (1−η)²c + 2η(1−η) + η²/c,
-    whatever A, Ω, the sizes and κ. At η = 1 it is Theorem 3. Iterated in e = c − 1, as
-    e⁺ = (1−2η)e + η²e²/(1+e), which does not cancel.
+    This is a result of this project, not of the paper. c_1 = η and c⁺ = (1−η)²c + 2η(1−η) + η²/c,
+    regardless of A, Ω, the sizes and κ. At η = 1 it is Theorem 3. The iteration runs in e = c − 1,
+    as e⁺ = (1−2η)e + η²e²/(1+e), which does not cancel.
 
     Args:
         learning_rate: the step size η, a number or a scalar array.
@@ -240,12 +271,12 @@ def asymmetric_scale(learning_rate: Number, num_steps: int) -> Float[Array, " t"
 
 
 def subspace_rate(spectrum: Float[Array, " k"], rank: int, learning_rate: Number) -> Any:
-    """ρ = 1 − η(1 − σ_{r+1}/σ_r), the rate per step of the under-parametrized iteration. r < r_A.
+    """Return ρ = 1 − η(1 − σ_{r+1}/σ_r), the rate per step of the iteration with r < r_A columns.
 
-    This is a result of this project, not of the paper: (2) is a damped subspace iteration, whose
-    only attracting fixed points span the top r eigenvectors. The angle to them decays as ρᵗ, the
-    excess loss f − f* as max(ρ, |1−2η|)²ᵗ, where the second is the rate within the subspace; a
-    weak optimum is passed, not where it ends.
+    This is a result of this project, not of the paper. (2) is a damped subspace iteration, whose
+    only attracting fixed points span the top r eigenvectors. The angle to them decays as ρᵗ. The
+    excess loss f − f* decays as max(ρ, |1−2η|)²ᵗ, where |1−2η| is the rate within the subspace. The
+    iteration passes other weak optima and does not end there.
 
     Args:
         spectrum: the eigenvalues of A in descending order (r_A,).

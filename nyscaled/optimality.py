@@ -1,8 +1,8 @@
 """How far a factor is from the optimum, measured without cancellation.
 
-‖XXᵀ − A‖_F directly is `problems.Symmetric.residual`, O(m² r); with an eigenbasis Q of A known,
-`residual_in_basis` is O(m r r_A) and exact down to the rounding of X. The expansion
-‖A‖² − 2 tr(XᵀAX) + ‖XᵀX‖² is used nowhere: it loses everything under √eps.
+`problems.Symmetric.residual` computes ‖XXᵀ − A‖_F directly in O(m² r). Where an eigenbasis Q of A
+is known, `residual_in_basis` is O(m r r_A) and exact down to the rounding of X. The expansion ‖A‖²
+− 2 tr(XᵀAX) + ‖XᵀX‖² is used nowhere, because it loses everything below √eps.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
 def residual_in_basis(
     x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
 ) -> Scalar:
-    """‖XXᵀ − A‖_F for A = Q diag(spectrum) Qᵀ, the optimality error of Fig. 1 (a), (b) and 4.
+    """Return ‖XXᵀ − A‖_F for A = Q diag(spectrum) Qᵀ, the error in Figures 1 (a), (b) and 4.
 
-    With Φ = QᵀX and the residual part X⊥ = X − QΦ it is the root of
-    ‖ΦΦᵀ − Σ‖_F² + 2‖X⊥Φᵀ‖_F² + ‖X⊥ᵀX⊥‖_F², a sum of squares.
+    With Φ = QᵀX and X⊥ = X − QΦ it is the root of ‖ΦΦᵀ − Σ‖_F² + 2‖X⊥Φᵀ‖_F² + ‖X⊥ᵀX⊥‖_F², a sum of
+    squares.
 
     Args:
-        x: (m, r).
-        basis: Q (m, k), orthonormal columns.
-        spectrum: the k eigenvalues that go with them.
+        x: the factor X (m, r).
+        basis: Q (m, k), with orthonormal columns.
+        spectrum: the eigenvalue of A for each column of Q (k,).
 
     Examples:
         >>> basis, spectrum = jnp.eye(4)[:, :2], jnp.array([4.0, 1.0])
@@ -51,10 +51,10 @@ def residual_in_basis(
     e = jnp.maximum(exponent(x), (exponent(spectrum) + 1) // 2)
     x, spectrum = shift(x, -e), shift(spectrum, -2 * e)
     phi = basis.T @ x
-    rest = x - basis @ phi
+    outside = x - basis @ phi
     inner = norm(phi @ phi.T - jnp.diag(spectrum))
-    cross = norm(rest @ phi.T)
-    outer = norm(rest.T @ rest)
+    cross = norm(outside @ phi.T)
+    outer = norm(outside.T @ outside)
     return shift(norm(jnp.stack([inner, 2**0.5 * cross, outer])), 2 * e)
 
 
@@ -63,7 +63,18 @@ def residual_in_basis(
 def weak_gram(
     x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
 ) -> Float[Array, "r r"]:
-    """XᵀA†X = ΦᵀΣ⁻¹Φ, the B_t of the under-parametrized analysis (16)."""
+    """Return XᵀA†X = ΦᵀΣ⁻¹Φ, the B_t of the under-parametrized analysis (16).
+
+    Args:
+        x: the factor X (m, r).
+        basis: Q (m, k), with orthonormal columns.
+        spectrum: the eigenvalue of A for each column of Q (k,), all positive.
+
+    Examples:
+        >>> basis, spectrum = jnp.eye(4)[:, :2], jnp.array([4.0, 1.0])
+        >>> weak_gram(basis[:, :1] * 2.0, basis, spectrum)
+        Array([[1.]], dtype=float32)
+    """
     scaled = (basis.T @ x) / jnp.sqrt(spectrum)[:, None]
     return scaled.T @ scaled
 
@@ -73,9 +84,15 @@ def weak_gram(
 def weak_optimality(
     x: Float[Array, "m r"], basis: Float[Array, "m k"], spectrum: Float[Array, " k"]
 ) -> Scalar:
-    """‖XᵀA†X − I_r‖_F for A = Q diag(spectrum) Qᵀ: zero at weak optima, Definition 1, Fig. 1 (c).
+    """Return ‖XᵀA†X − I_r‖_F, which is zero at weak optima (Definition 1, Figure 1 (c)).
 
-    Every global optimum is weakly optimal (Lemma 3); a weak optimum need not be one.
+    A is Q diag(spectrum) Qᵀ. Every global optimum is weakly optimal (Lemma 3). A weak optimum need
+    not be a global one.
+
+    Args:
+        x: the factor X (m, r).
+        basis: Q (m, k), with orthonormal columns.
+        spectrum: the eigenvalue of A for each column of Q (k,), all positive.
 
     Examples:
         >>> basis, spectrum = jnp.eye(4)[:, :2], jnp.array([4.0, 1.0])
@@ -94,13 +111,19 @@ def generalized_weak_optimality(
     right: Float[Array, "n k"],
     spectrum: Float[Array, " k"],
 ) -> Scalar:
-    """‖YᵀA†X − I_r‖_F for A = U diag(spectrum) Vᵀ, Definition 2; `left` is U, `right` is V.
+    """Return ‖YᵀA†X − I_r‖_F for A = U diag(spectrum) Vᵀ (Definition 2).
 
     Args:
         factors: `Factors(X, Y)`, (m, r) and (n, r).
         left: U (m, k), the left singular vectors of A.
         right: V (n, k), the right singular vectors of A.
-        spectrum: the k singular values that go with them, all positive.
+        spectrum: the singular value of A for each of these vectors (k,), all positive.
+
+    Examples:
+        >>> x, y = jnp.array([[4.0], [0.0]]), jnp.array([[1.0], [0.0]])
+        >>> u = v = jnp.eye(2)[:, :1]
+        >>> generalized_weak_optimality(Factors(x, y), u, v, jnp.array([4.0]))
+        Array(0., dtype=float32)
     """
     x, y = as_factors(factors)
     gram = (right.T @ y).T @ ((left.T @ x) / spectrum[:, None])
@@ -110,18 +133,29 @@ def generalized_weak_optimality(
 @reads(x=as_dense, basis=as_dense)
 @full_precision
 def residual_space(x: Float[Array, "m r"], basis: Float[Array, "m k"]) -> Scalar:
-    """‖(I − QQᵀ)X‖_F, what X has outside range(A): zero from a Nyström start (Lemmas 2, 4)."""
-    rest = x - basis @ (basis.T @ x)
-    return norm(rest - basis @ (basis.T @ rest))
+    """Return ‖(I − QQᵀ)X‖_F, the part of X outside range(A).
+
+    It is zero from a Nyström start (Lemmas 2, 4).
+
+    Args:
+        x: the factor X (m, r).
+        basis: Q (m, k), with orthonormal columns that span range(A).
+
+    Examples:
+        >>> residual_space(jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [0.0]]))
+        Array(2., dtype=float32)
+    """
+    outside = x - basis @ (basis.T @ x)
+    return norm(outside - basis @ (basis.T @ outside))
 
 
 @reads(x=as_dense, y=as_dense)
 @full_precision
 def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Array, " q"]:
-    """Principal angles between range(X) and range(Y) in radians, ascending, q = min(r, k).
+    """Return the min(r, k) principal angles between range(X) and range(Y), in radians, ascending.
 
-    Small angles come from sines and large ones from cosines (Björck and Golub 1973), so all are
-    accurate to about eps.
+    Small angles come from sines and large ones from cosines (Björck and Golub 1973), so that all
+    are accurate to about eps.
 
     Args:
         x: X (m, r).
@@ -136,12 +170,12 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
         x, y = y, x
     qx, qy = orthonormalize(x), orthonormalize(y)
     inner = qy.T @ qx
-    rest = qx - qy @ inner
-    rest = rest - qy @ (qy.T @ rest)
+    outside = qx - qy @ inner
+    outside = outside - qy @ (qy.T @ outside)
     cosines = clipped(svd(inner)[1], 0, 1)
-    sines = clipped(svd(rest)[1][::-1], 0, 1)
+    sines = clipped(svd(outside)[1][::-1], 0, 1)
     small = sines**2 < 0.5
-    # The other branch is not only left out but moved from where its derivative is infinite.
+    # The branch that is not selected gets 0 as well, because its derivative may be infinite.
     angles = jnp.arcsin(jnp.where(small, sines, 0)), jnp.arccos(jnp.where(small, 0, cosines))
     return jnp.where(small, *angles)
 
@@ -149,7 +183,7 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
 @reads(x=as_dense, optimum=as_dense)
 @full_precision
 def distance(x: Float[Array, "m r"], optimum: Float[Array, "m r"]) -> Scalar:
-    """min over orthogonal U of ‖X − X*U‖_F, the distance to the solution set of (1) (Procrustes).
+    """Return min over orthogonal U of ‖X − X*U‖_F, the distance to the solutions of (1).
 
     Args:
         x: X (m, r).

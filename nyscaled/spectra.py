@@ -59,7 +59,7 @@ def random_factor(key: Key[Array, ""], m: int, spectrum: Values, limit: int) -> 
 def psd(
     key: Key[Array, ""], m: int, spectrum: Values, dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, "m m"], Float[Array, "m k"]]:
-    """A random positive semidefinite matrix A = Q diag(spectrum) Qᵀ, Q uniform on the Stiefel manifold.
+    """Return a random A = Q diag(spectrum) Qᵀ with Q uniform on the Stiefel manifold, and Q.
 
     Args:
         key: PRNG key.
@@ -110,7 +110,7 @@ def rectangular(
 
 
 def paper_spectrum(name: str) -> np.ndarray:
-    """The non-zero singular values of one of the paper's test matrices.
+    """Return the nonzero singular values of one of the paper's test matrices.
 
     Args:
         name: "fig1ab", "fig4a", "fig4b" (20 values: 1, 0.99, …, 0.82, 0.01) or
@@ -128,12 +128,17 @@ def paper_spectrum(name: str) -> np.ndarray:
 def paper(
     name: str, key: Key[Array, ""], m: int = 1000, dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, "m m"], Float[Array, "m k"]]:
-    """One of the paper's test matrices, as `psd` returns it; see `paper_spectrum` for the names.
+    """Return one of the paper's test matrices and its eigenvectors, as `psd` does.
 
     Args:
-        name: "fig1ab" or "fig1c".
+        name: the figure, see `paper_spectrum`.
         key: a PRNG key.
         m: the number of rows and columns.
         dtype: float32 or float64, the dtype of the results.
+
+    Examples:
+        >>> a, basis = paper("fig1c", jax.random.key(0), m=50)
+        >>> a.shape, basis.shape
+        ((50, 50), (50, 40))
     """
     return psd(key, m, paper_spectrum(name), dtype)
