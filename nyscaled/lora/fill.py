@@ -1,4 +1,4 @@
-"""Fill the adapters of an NNX model or of a tree of parameters: ours, flax's, qwix's, gemma's."""
+"""Fill the adapters of an NNX model or a tree of parameters, whichever library put them in."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ def initialize(
     batches: Iterable[Any] = (),
     **options: Any,
 ) -> list[str]:
-    """Starts the adapters of an NNX model anew, in place: those of `apply`, of flax, of qwix.
+    """Start the adapters of an NNX model again, in place: those of `apply`, of flax, of qwix.
 
     Args:
-        model: with adapters. Kernels may be quantized by qwix (int8, nf4): they are dequantized,
-            one layer at a time, for what the start needs.
+        model: a model with adapters. Kernels that qwix quantized (int8, nf4) are dequantized, one
+            layer at a time.
         init: a name in `KERNEL_INITS`, or in `GRADIENT_INITS` (with `loss` and `batches`), or a
-            function like those of the former.
-        key: PRNG key; each layer's is folded from it by path.
-        name: which set, among those of `apply`.
-        alpha: α of adapters that do not know their own scaling, for s = α/r. None is s = 1, which
-            is right for flax; pass qwix's, which `merge` and `save_peft` then remember.
+            function like those in `KERNEL_INITS`.
+        key: PRNG key, from which a key per layer is folded by the layer's path.
+        name: name of the set, among those of `apply`.
+        alpha: α of adapters of flax and qwix, for s = α/r. None is s = 1, which is right for flax.
+            Pass the α of qwix's provider; `merge` and `save_peft` then use it too.
         loss: for inits from gradients, a function of (model, batch).
-        batches: what the gradient is averaged over; the first few batches will do.
-        **options: of the init.
+        batches: the batches over which the gradient is averaged. A few are enough.
+        **options: options of the init.
 
     Returns:
         The paths of the layers.
 
     Raises:
-        ValueError: if there is no adapter, on orphans, on a kernel that cannot be read, on PiSSA
-            and its like over a quantized kernel of qwix (they would subtract from it), and
-            without `loss` and `batches` where they are needed. Nothing has been changed then.
+        ValueError: if there is no adapter, on a factor without its partner, on a kernel that cannot
+            be read, on an init that must subtract from a kernel that qwix quantized, and without
+            `loss` and `batches` if the init requires them. Nothing has been changed then.
 
     Examples:
         >>> model = nnx.LoRALinear(6, 4, lora_rank=2, rngs=nnx.Rngs(0))
@@ -185,28 +185,31 @@ def initialize_params(
     gradient: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Any:
-    """`initialize` for a tree of parameters.
+    """Return a tree of parameters in which the adapters start again.
 
     Args:
         params: the tree. Adapters are leaves `lora_a`, `lora_b` beside a `kernel`; qwix's
             `<w>_lora_a`, `<w>_lora_b` beside `<w>`, which qwix may have quantized; or gemma's
             `lora/a`, `lora/b` beside `w`.
-        init: as in `initialize`.
-        key: as in `initialize`.
+        init: a name in `KERNEL_INITS`, or in `GRADIENT_INITS` (with `gradient`), or a function
+            like those in `KERNEL_INITS`.
+        key: PRNG key, from which a key per layer is folded by the layer's path.
         alpha: α, for s = α/r; None is s = 1.
-        gradient: for inits from gradients, from such a tree to its gradient.
-        **options: of the init.
+        gradient: for inits from gradients, a function from such a tree to its gradient.
+        **options: options of the init.
 
     Returns:
-        A new tree; leaves other than factors (and kernels, if subtracted from) are the same objects.
+        A new tree. Leaves that are neither factors nor kernels subtracted from are the same
+        objects.
 
     Raises:
-        ValueError: if there is no adapter, on orphans, on a kernel that is missing or cannot be
-            read, on an init that must subtract from a quantized kernel, and without `gradient`
-            where it is needed.
+        ValueError: if there is no adapter, on a factor without its partner, on a kernel that is
+            missing or cannot be read, on an init that must subtract from a quantized kernel, and
+            without `gradient` if the init requires it.
 
     Examples:
-        >>> params = {"kernel": jnp.ones((6, 4)), "lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 4))}
+        >>> factors = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 4))}
+        >>> params = {"kernel": jnp.ones((6, 4)), **factors}
         >>> params = initialize_params(params, "nora", key=jax.random.key(0), scale=0.1)
         >>> bool(jnp.any(params["lora_b"]))
         False

@@ -23,19 +23,19 @@ from nyscaled.lora.view import (
 from nyscaled.numerics import at_least_float32
 from nyscaled.transforms.leaf_names import Path
 
-ALPHA = "lora_alpha"  # of a factor's metadata, where `initialize` was told α
+ALPHA = "lora_alpha"  # the α that was passed to `initialize`, in a factor's metadata
 
 
 class Foreign(NamedTuple):
     """An adapter and its kernel.
 
     Attributes:
-        path: of the layer.
+        path: path of the layer.
         a: the variable with the factor (stack…, in…, r).
         b: the variable with the factor (stack…, r, out…).
-        kernel: what holds W_0: a variable, what qwix made of it, or None.
+        kernel: the holder of W_0: a variable, what qwix made of it, or None.
         view: how the kernel is read.
-        scaling: s.
+        scaling: s, which multiplies the product of the factors.
     """
 
     path: str
@@ -46,16 +46,16 @@ class Foreign(NamedTuple):
     scaling: float
 
     def matrices(self) -> tuple[np.ndarray, np.ndarray]:
-        """The factors, (stack…, in, r) and (stack…, r, out)."""
+        """Return the factors, (stack…, in, r) and (stack…, r, out)."""
         a, b = (np.asarray(factor[...]) for factor in (self.a, self.b))
         stack, rank = self.view.stack, a.shape[-1]
         return a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1)
 
     def merged(self) -> Array:
-        """W_0 + s·a·b, in the kernel's dtype.
+        """Return W_0 + s·a·b, in the kernel's dtype.
 
         Raises:
-            ValueError: if there is no kernel, or none that the sum is exact in to its own rounding.
+            ValueError: if there is no kernel, or if qwix quantized it.
         """
         if self.kernel is None:
             raise ValueError(
@@ -85,11 +85,11 @@ def nodes(model: nnx.Module) -> dict[Path, Any]:
 
 
 def find(model: nnx.Module, alpha: float | None) -> list[Foreign]:
-    """The adapters that others have put into a model.
+    """Return the adapters that flax and qwix have put into a model.
 
     Args:
-        model: to be looked through.
-        alpha: α, for s = α/r; None for that which `initialize` was told, or s = 1, as flax has it.
+        model: the model.
+        alpha: α, for s = α/r. None is the α that was passed to `initialize`, or s = 1 as in flax.
 
     Raises:
         ValueError: on orphans, factors that do not lie over their kernels, layers with batch axes,

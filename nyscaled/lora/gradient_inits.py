@@ -1,8 +1,8 @@
 """Starts from the gradient of the loss at W_0, by gradients of the adapters only (Appendix A.4).
 
-With a = 0 the network is the base's, and the gradient in a is s·G·bᵀ, where G is the gradient in
-W_0; with b = 0 the gradient in b is s·aᵀG. So G is multiplied from either side, for all layers at
-once, by a gradient that the training loop computes anyway, and no array of W_0's size is made.
+At a = 0 the model computes what its base does, and the gradient in a is s·G·bᵀ, where G is the
+gradient in W_0. At b = 0 the gradient in b is s·aᵀG. So one gradient in the adapters multiplies G
+from either side, for all layers at once, and no array of W_0's size is made.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def _sketches(key: Key[Array, ""], starts: ByLayer, sketch: Sketch) -> dict[str,
 
 
 def _require_gradient(images: Mapping[str, Array]) -> None:
-    """Raises ValueError where the loss does not depend on a layer, or is not finite there."""
+    """Raise ValueError where the loss does not depend on a layer, or is not finite there."""
     if not validation.is_concrete(images):
         return
     sizes = jax.device_get({p: jnp.min(norm(x, axis=(1, 2))) for p, x in images.items()})
     for path, size in sizes.items():
         if not (0 < size < math.inf):
             raise ValueError(
-                f"the loss has a gradient of norm {size} at {path}; expected a finite one, not zero "
-                "(is the adapter active, and does the loss depend on the layer?)"
+                f"the loss has a gradient of norm {size} at {path}; expected a finite one, not "
+                "zero (is the adapter active, and does the loss depend on the layer?)"
             )
 
 
@@ -85,10 +85,17 @@ def nora_grad(
     scale: float = 3**-0.5,
     sketch: Sketch = "gaussian",
 ) -> ByLayer:
-    """A.4: a = −GΩ, the negative gradient in a at (0, Ωᵀ), and b = 0.
+    """NoRA from gradients (A.4): a = −GΩ, the negative gradient in a at (0, Ωᵀ), and b = 0.
 
-    The length of a gradient is in units of the loss and means nothing for a start, so each a is
-    scaled to columns of root mean square length `scale`; 1/√3 is that of LoRA's Kaiming start.
+    The length of a gradient is in units of the loss and has no meaning for a start, so each a is
+    scaled to columns of root mean square length `scale`.
+
+    Args:
+        gradient: from factors to the gradient of the loss in them.
+        starts: factors of the right shapes; their values are not used.
+        key: PRNG key for Ω.
+        scale: root mean square length of the columns of a; 1/√3 is that of LoRA's Kaiming start.
+        sketch: "gaussian", or "stiefel" for an orthonormal Ω.
     """
     images = {
         p: g.a for p, g in gradient(_zeros(starts, None, _sketches(key, starts, sketch))).items()
@@ -112,8 +119,15 @@ def lora_one(
     """LoRA-One: a = c·U√(S/S_1), b = c·√(S/S_1)Vᵀ of the leading r singular triples of −G.
 
     c² = √out/γ. The product is not subtracted: the model starts one rank-r gradient step ahead of
-    W_0, which is the idea of the method. The triples come from `niter` rounds of subspace
-    iteration, two gradients each, and two more.
+    W_0, which is the idea of the method. The triples are computed by `niter` rounds of subspace
+    iteration, of two gradients each, and two gradients more.
+
+    Args:
+        gradient: from factors to the gradient of the loss in them.
+        starts: factors of the right shapes; their values are not used.
+        key: PRNG key of the subspace iteration.
+        gamma: γ, the inverse of the squared length of the step.
+        niter: number of rounds of subspace iteration.
 
     References:
         Zhang, Liu, Chen, LoRA-One: one-step full gradient could suffice for fine-tuning large

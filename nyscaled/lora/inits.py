@@ -1,9 +1,9 @@
-"""Starts of an adapter: from its layer's kernel W_0, or from the gradient there.
+"""Starts of an adapter from the kernel W_0 of its layer.
 
-Each is a function `(key, kernel, rank, scaling, **options) -> (a, b)` of one matrix, kernel
-(in, out), a (in, r), b (r, out). The layer adds s·a·b with s = `scaling` (α/r or α/√r). Where
-neither is zero (None) the caller subtracts the start's product again, so that training starts at
-W_0. Starts from gradients are in `gradients.py`.
+Each is a function `(key, kernel, rank, scaling, **options) -> Start(a, b)` of one matrix: kernel
+(in, out), a (in, r), b (r, out). The layer adds s·a·b with s = `scaling` (α/r or α/√r). If neither
+factor is zero (None), the caller subtracts the product of the start again, so that training starts
+at W_0. Starts from gradients are in `gradient_inits.py`.
 
 References:
     Hu et al., LoRA, ICLR 2022. Meng, Wang, Zhang, PiSSA, NeurIPS 2024. Büyükakyüz, OLoRA, 2024.
@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Start(NamedTuple):
 Init = Callable[..., Start]
 
 
-def _dtype(kernel: Any) -> Any:
+def _dtype(kernel: Array) -> jnp.dtype:
     return jnp.promote_types(kernel.dtype, jnp.float32)
 
 
@@ -56,7 +56,20 @@ def lora(
     *,
     distribution: str = "kaiming",
 ) -> Start:
-    """LoRA: a random, b = 0. "kaiming" is U(±1/√m), "gaussian" N(0, 1/r²); both as in PEFT."""
+    """LoRA: a random a, b = 0.
+
+    Args:
+        key: PRNG key.
+        kernel: W_0, of which only the shape is used.
+        rank: r.
+        scaling: s; not used.
+        distribution: "kaiming" for U(±1/√m) or "gaussian" for N(0, 1/r²), both as in PEFT.
+
+    Examples:
+        >>> start = lora(jax.random.key(0), jnp.ones((6, 4)), 2, 1.0)
+        >>> start.a.shape, start.b
+        ((6, 2), None)
+    """
     m = kernel.shape[0]
     if distribution == "kaiming":
         a = jax.random.uniform(key, (m, rank), _dtype(kernel), -1, 1) / m**0.5
@@ -88,6 +101,12 @@ def nora(
         scale: ξ. The paper tunes it among 0.02, 0.05, 0.1, 0.2.
         sketch: "gaussian", or "stiefel" for ξ times an orthonormal Ω.
         side: "input" as above. "output" is the same for W_0ᵀ: a = 0, b = ΩᵀW_0/s.
+
+    Examples:
+        >>> start = nora(jax.random.key(0), jnp.eye(6), 2, 1.0, scale=0.1, sketch="stiefel")
+        >>> jnp.round(start.a.T @ start.a, 4)
+        Array([[0.01, 0.  ],
+               [0.  , 0.01]], dtype=float32)
     """
     m, n = kernel.shape
     dtype = _dtype(kernel)
@@ -116,8 +135,14 @@ def pissa(
         kernel: W_0.
         rank: r.
         scaling: s.
-        niter: None for a full SVD by LAPACK; else that many power iterations of a randomized one
-            (PEFT's `pissa_niter_4` is 4), in products alone.
+        niter: number of power iterations of a randomized SVD, which needs only products with W_0
+            (PEFT's `pissa_niter_4` is 4). None computes a full SVD by LAPACK.
+
+    Examples:
+        >>> start = pissa(jax.random.key(0), jnp.diag(jnp.array([4.0, 1.0])), 1, 1.0)
+        >>> jnp.round(start.a @ start.b, 4)
+        Array([[4., 0.],
+               [0., 0.]], dtype=float32)
     """
     if niter is None:
         u, s, vt = lapack.svd(kernel.astype(_dtype(kernel)))
@@ -152,7 +177,15 @@ def _leading(basis: Array, compressed: Array, rank: int) -> tuple[Array, Array, 
 
 @full_precision
 def olora(key: Key[Array, ""], kernel: Float[Array, "m n"], rank: int, scaling: float) -> Start:
-    """OLoRA: W_0ᵀ = QR, b = Q_rᵀ, a = R_rᵀ = W_0Q_r; Q_r needs the first r rows of W_0 only."""
+    """OLoRA: W_0ᵀ = QR, b = Q_rᵀ, a = R_rᵀ = W_0Q_r.
+
+    Args:
+        key: PRNG key; not used.
+        kernel: W_0.
+        rank: r.
+        scaling: s; not used.
+    """
+    # Q_r depends on the first r rows of W_0 only.
     leading = orthonormalize(kernel[:rank].astype(_dtype(kernel)).T)
     return Start(_times(kernel, leading), leading.T)
 
@@ -162,6 +195,12 @@ def orthogonal(
     key: Key[Array, ""], kernel: Float[Array, "m n"], rank: int, scaling: float
 ) -> Start:
     """PEFT's "orthogonal": a and b Gaussian in complementary halves of a random basis, so a·b ≈ 0.
+
+    Args:
+        key: PRNG key.
+        kernel: W_0, of which only the shape is used.
+        rank: r, an even number.
+        scaling: s; not used.
 
     Raises:
         ValueError: on an odd rank.

@@ -1,4 +1,4 @@
-"""Puts adapters into the layers of an NNX model, and takes them out."""
+"""Put adapters into the layers of an NNX model, and take them out."""
 
 from __future__ import annotations
 
@@ -35,17 +35,24 @@ from nyscaled.transforms.leaf_names import Shape, parse
 
 
 def dotted(path: tuple[Any, ...]) -> str:
-    """A module's path as one string: `layers.0.self_attn.q_proj`."""
+    """Return a module's path as one string: `layers.0.self_attn.q_proj`."""
     return ".".join(map(str, path))
 
 
 def adapted_layers(model: nnx.Module) -> dict[str, Any]:
-    """The layers of `model` that carry adapters, by path."""
+    """Return the layers of a model that carry adapters, by path.
+
+    Examples:
+        >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
+        >>> _ = apply(model, 2, targets=".*", key=jax.random.key(0))
+        >>> list(adapted_layers(model))
+        ['layers.0']
+    """
     return {dotted(p): m for p, m in nnx.iter_modules(model) if isinstance(m, Adapted)}
 
 
 def require_name(layers: Mapping[str, Any], name: str | None) -> None:
-    """Raises ValueError unless some layer has an adapter of that name (any, if None)."""
+    """Raise ValueError unless some layer has an adapter of that name, or of any name if None."""
     names = sorted({n for layer in layers.values() for n in layer.adapters})
     if not names or (name is not None and name not in names):
         known = names or "none (of `apply` or `load_peft`)"
@@ -53,7 +60,7 @@ def require_name(layers: Mapping[str, Any], name: str | None) -> None:
 
 
 def is_tied(model: Any) -> bool:
-    """Whether the model's head is its embedding, as far as a model of `nyscaled.models` says it."""
+    """Return whether a model of `nyscaled.models` has its embedding as head; False for others."""
     return hasattr(model, "untie") and model.config.tie_word_embeddings
 
 
@@ -107,7 +114,7 @@ def apply(
     embeddings: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Puts adapters into the layers of an NNX model, in place; the base stays as it is.
+    """Put adapters into the layers of an NNX model, in place; the base stays as it is.
 
     A layer then computes its own output plus s·x·a·b. The factors are `nnx.LoRAParam`, at
     `<layer>.adapters.<name>.lora_a` (in, r) and `lora_b` (r, out), with the axes of a stack
@@ -116,28 +123,30 @@ def apply(
 
     Args:
         model: any NNX model. Layers that can carry adapters are `nnx.Linear`,
-            `nnx.LinearGeneral`, `nnx.Einsum` and, if asked for, `nnx.Embed`.
-        rank: r.
-        alpha: α; r if None, so that s = 1 (s = √r if rank-stabilized).
+            `nnx.LinearGeneral`, `nnx.Einsum` and, with `embeddings`, `nnx.Embed`.
+        rank: r, the number of columns of the factors.
+        alpha: α, for s = α/r. None is α = r, so that s = 1 (s = √r if rank-stabilized).
         targets: a regular expression for whole module paths (`.*(q_proj|v_proj)`), or a mapping
-            from such expressions to ranks; the first that matches a layer counts.
-        init: a name in `inits.KERNEL_INITS`, or a function like those there. Inits from gradients
-            come afterwards, by `initialize`.
-        key: PRNG key. Each layer's own is folded from it by path.
-        name: of this set of adapters, to hold several.
-        rank_stabilized: s = α/√r in place of α/r.
-        dropout: rate in [0, 1), on the adapter's input; off in `model.eval()`.
-        dtype: of the factors, whatever the base's.
-        embeddings: whether patterns also match layers of the kind `nnx.Embed`. Their adapters change
+            from such expressions to ranks. The first that matches a layer counts.
+        init: a name in `KERNEL_INITS`, or a function like those there. For an init from gradients
+            call `initialize` afterwards.
+        key: PRNG key, from which a key per layer is folded by the layer's path.
+        name: name of this set of adapters. A model may hold several sets.
+        rank_stabilized: whether s = α/√r in place of α/r.
+        dropout: rate in [0, 1) of dropout on the adapter's input; off in `model.eval()`.
+        dtype: dtype of the factors; it need not be that of the base.
+        embeddings: whether patterns also match layers of type `nnx.Embed`. Their adapters change
             the lookup of tokens, without dropout, and not a head that shares their weights.
-        **options: of the init: `scale` (ξ), `sketch`, `side`; `niter`; `distribution`.
+        **options: options of the init: `scale` (ξ), `sketch` and `side` of NoRA, `niter` of PiSSA,
+            `distribution` of LoRA.
 
     Returns:
         The layers that were adapted, by path.
 
     Raises:
-        ValueError: on a pattern that is no expression or matches nothing, a rank above a layer's
-            sides, a name in use, an unknown init, a dtype that is not floating, a kernel that is not floating (quantized, say), or NaN in one.
+        ValueError: on a pattern that is not an expression or matches nothing, a rank above a
+            layer's sides, a name in use, an unknown init, a dtype that is not floating, and a
+            kernel that is not floating (quantized, say) or not finite.
 
     Examples:
         >>> from flax import nnx
@@ -271,7 +280,7 @@ def attach(layers: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str
 
 
 def require_new_name(name: str) -> None:
-    """Raises ValueError unless `name` can be that of a set of adapters."""
+    """Raise ValueError unless `name` can be the name of a set of adapters."""
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
         raise ValueError(f"name is {name!r}; expected letters, digits and underscores")
 
@@ -307,7 +316,8 @@ def require_room(path: str, layer: Any, rank: int, name: str) -> None:
     of_qwix = any(n is not None and n.convention.library == "qwix" for n in names)
     if isinstance(layer, nnx.LoRALinear) or of_qwix:
         raise ValueError(
-            f"{path} has adapters of flax or qwix; expected a plain layer (`initialize` fills those)"
+            f"{path} has adapters of flax or qwix; expected a plain layer (`initialize` fills "
+            "those)"
         )
     if isinstance(layer, Adapted) and name in layer.adapters:
         raise ValueError(
@@ -327,16 +337,23 @@ def require_room(path: str, layer: Any, rank: int, name: str) -> None:
 
 
 def remove(model: nnx.Module, name: str | None = None) -> None:
-    """Takes adapters out of a model; a layer without any has its own class again.
+    """Take adapters out of a model; a layer without any has its own class again.
 
     What `merge` put into the kernels stays there.
 
     Args:
-        model: as `apply` left it.
-        name: of the set to remove; all if None.
+        model: a model with adapters of `apply` or `load_peft`.
+        name: name of the set to remove; None removes all sets.
 
     Raises:
         ValueError: if there is no such set.
+
+    Examples:
+        >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
+        >>> _ = apply(model, 2, targets=".*", key=jax.random.key(0))
+        >>> remove(model)
+        >>> adapted_layers(model)
+        {}
     """
     layers = adapted_layers(model)
     require_name(layers, name)

@@ -1,4 +1,4 @@
-"""Adapters to and from PEFT's folders."""
+"""Save adapters as PEFT's folders, and load them."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def save_peft(
     task_type: str | None = None,
     alpha: float | None = None,
 ) -> None:
-    """Writes an adapter set as a folder that PEFT, and what reads its format, can load.
+    """Write a set of adapters as a folder that PEFT, and what reads its format, can load.
 
-    A stack is written as its layers; layers of it, and columns, of which both factors are zero are left
-    out, as `load_peft` makes them where a file has fewer. An adapter whose start is subtracted (PiSSA, OLoRA) becomes
-    plain LoRA of twice the rank, [a, a₀] and [b; −b₀], with the same scaling. The metadata of the
-    safetensors file records each layer's init, its options and key. Which adapters are active is
-    not saved. Factors keep their dtype.
+    A stack is written as its layers. Layers of it, and columns, of which both factors are zero are
+    left out: `load_peft` makes them where a file has fewer. An adapter whose start is subtracted
+    (PiSSA, OLoRA) becomes plain LoRA of twice the rank, [a, a₀] and [b; −b₀], with the same
+    scaling. The metadata of the safetensors file records each layer's init, its options and its
+    key. Which adapters are active is not saved. Factors keep their dtype.
 
     Args:
-        model: with adapters.
-        folder: made if missing. Its two files are replaced, each at once.
+        model: a model with adapters.
+        folder: the folder; made if missing. Its two files are replaced together.
         base_model: hub id or path of the base, which PEFT's `AutoPeftModel` looks up.
-        name: of the set.
+        name: name of the set.
         names: what PEFT's model calls the layers. None asks the model (its method `layer_name`,
             which those of `nys.models` have), and stands for the model's own dotted paths where
             it has none. Otherwise a mapping from those paths, with `{}` for the position in a
@@ -53,11 +53,11 @@ def save_peft(
             does not know, such as `nys.models.Llama.family.layer_name`. `index` is `()` outside
             of stacks.
         modules_to_save: paths of layers that were trained themselves (a new head, an embedding,
-            norms), or of modules that hold such, to be saved whole.
-        task_type: PEFT's, such as "CAUSAL_LM", or None. With "SEQ_CLS", "TOKEN_CLS" and
-            "QUESTION_ANS" PEFT wants the head in the folder, trained or not.
-        alpha: α of adapters that flax or qwix have put in, which are saved too; None for that which
-            `initialize` was told, or s = 1, which is right for flax. Those of `apply` know their own.
+            norms), or of modules that hold such layers, to be saved whole.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM", or None. For "SEQ_CLS", "TOKEN_CLS"
+            and "QUESTION_ANS" PEFT requires the head in the folder, trained or not.
+        alpha: α, for s = α/r, of adapters that flax or qwix have put in, which are saved too. None
+            is the α that was passed to `initialize`, or s = 1, which is right for flax.
 
     Raises:
         ValueError: on an unknown adapter, one that is merged, has batch axes (experts) or entries
@@ -142,24 +142,26 @@ def load_peft(
     key: Key[Array, ""] | None = None,
     dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
-    """Puts the adapter of a PEFT folder into the layers of a model, in place.
+    """Put the adapter of a PEFT folder into the layers of a model, in place.
 
-    Modules that were saved whole, and what PEFT saves of the base (embeddings, rows of tokens, heads,
-    biases), replace those of the model, for all its adapters. A head that is the embedding gets weights of its own where
-    PEFT would tear the two apart. What PEFT warns
-    of (a tensor without a layer, a targeted layer without tensors), and whatever in the
-    configuration is more than plain LoRA, is an error, and then nothing has been changed.
+    Modules that were saved whole, and what PEFT saves of the base (embeddings, rows of tokens,
+    heads, biases), replace those of the model, for all its adapters. A head that is the embedding
+    gets its own weights where PEFT would separate the two. PEFT only warns of a tensor without a
+    layer and of a targeted layer without tensors. Here these are errors, as is a configuration of
+    more than plain LoRA, and then nothing has been changed.
 
-    The layers of a stack share one rank and scaling: layers that the file leaves out get zero factors,
-    smaller ranks zero columns, and other scalings go into b. None of these moves in training.
+    The layers of a stack share one rank and one scaling. Layers that the file leaves out get zero
+    factors, smaller ranks get zero columns, and other scalings go into b. Zero factors and columns
+    do not change in training.
 
     Args:
         model: the base.
-        folder: on disk, with `adapter_model.safetensors` and `adapter_config.json`.
-        name: of the new set.
-        names: as in `save_peft`. Layers without a name are left alone.
+        folder: a folder on disk with `adapter_model.safetensors` and `adapter_config.json`.
+        name: name of the new set.
+        names: what PEFT's model calls the layers, as in `save_peft`. Layers without a name are not
+            adapted.
         key: PRNG key for dropout at the file's rate, to go on training; None for no dropout.
-        dtype: of the factors, a floating one.
+        dtype: a floating dtype, that of the factors.
 
     Returns:
         The layers that were adapted, by path.

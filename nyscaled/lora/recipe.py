@@ -183,7 +183,8 @@ def require_finite(weights: Mapping[str, Weights]) -> None:
     bad = [path for path, value in jax.device_get(sums).items() if not math.isfinite(value)]
     if bad:
         raise ValueError(
-            f"the start of {', '.join(bad)} has NaN or Inf entries; expected kernels that are finite"
+            f"the start of {', '.join(bad)} has NaN or Inf entries; expected kernels that are "
+            "finite"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which adapters act, and folding them into the kernels."""
+"""Select the active adapters, and fold adapters into the kernels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nyscaled.lora.view import kernel_of, roles_of, view_of
 def activate(
     model: nnx.Module, names: str | Sequence[str] = (), *, rows: Sequence[str | None] | None = None
 ) -> None:
-    """Says which adapters act. Only arrays change, so nothing is compiled anew.
+    """Select the active adapters. Only arrays change, so nothing is compiled again.
 
     Args:
-        model: with adapters.
-        names: the sets that act, for every input; none by default, which gives the base.
+        model: a model with adapters of `apply` or `load_peft`.
+        names: the sets that are active for every input. By default none are: the base is left.
         rows: in place of `names`, the set for each row of the batch (None for the base): one call
             then serves several adapters from one W_0 (A.3). The batch is the input's first axis.
-            Going from sets to rows, or to another number of rows, changes shapes and compiles once.
+            A change from sets to rows, or of the number of rows, changes shapes and compiles once.
 
     Raises:
         ValueError: on an unknown name, and on rows for a layer with batch axes (experts), whose
@@ -39,8 +39,8 @@ def activate(
         >>> activate(model, rows=["english", None, "french"])
     """
     layers = adapted_layers(model)
-    wanted = [names] if isinstance(names, str) else list(names)
-    for name in {n for n in (*wanted, *(rows or ())) if n is not None}:
+    active = [names] if isinstance(names, str) else list(names)
+    for name in {n for n in (*active, *(rows or ())) if n is not None}:
         require_name(layers, name)
     for path, layer in layers.items():
         if rows is not None and roles_of(layer).batch:
@@ -49,29 +49,29 @@ def activate(
             )
     for layer in layers.values():
         for name, adapter in layer.adapters.items():
-            value = float(name in wanted) if rows is None else [float(name == r) for r in rows]
+            value = float(name in active) if rows is None else [float(name == r) for r in rows]
             gate = jnp.asarray(value, adapter.gate.dtype)
             adapter.gate = AdapterState(jnp.broadcast_to(gate, (*adapter.stack, *gate.shape)))
 
 
 def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = None) -> None:
-    """Adds an adapter's update to the kernels: W_0 + s·a·b. Its own path is then skipped.
+    """Add an adapter's update to the kernels: W_0 + s·a·b. The adapter is then skipped in calls.
 
-    The sum is taken in float32 and rounded to the kernel's dtype, which in bfloat16 may lose
+    The sum is computed in float32 and rounded to the kernel's dtype, which in bfloat16 may lose
     much of a small update. `remove` afterwards leaves plain layers with the merged kernels.
     Adapters that flax or qwix have put in are merged too: their b becomes zero, and `unmerge` does
-    not bring it back.
+    not restore it.
 
     Args:
-        model: with adapters.
-        name: which set, among those of `apply`.
-        alpha: α of adapters of flax and qwix; None for that which `initialize` was told, or s = 1,
-            which is right for flax.
+        model: a model with adapters.
+        name: name of the set, among those of `apply`.
+        alpha: α of adapters of flax and qwix, for s = α/r. None is the α that was passed to
+            `initialize`, or s = 1, which is right for flax.
 
     Raises:
-        ValueError: on an unknown name or one that is merged already, and on an adapter of an embedding
-            that is the head too; on kernels that qwix quantized, and adapters of qwix without `alpha`.
-            Nothing has been changed then.
+        ValueError: on an unknown name or one that is merged already, an adapter of an embedding
+            that is also the head, kernels that qwix quantized, and adapters of qwix without
+            `alpha`. Nothing has been changed then.
 
     Examples:
         >>> model = nnx.Sequential(nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)))
@@ -86,7 +86,7 @@ def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = Non
 
 
 def unmerge(model: nnx.Module, name: str = "default") -> None:
-    """Takes a merged update out of the kernels again, to rounding (no copy of W_0 is kept).
+    """Take a merged update out of the kernels again, to rounding (no copy of W_0 is kept).
 
     Args:
         model: a model with merged adapters.
@@ -94,6 +94,13 @@ def unmerge(model: nnx.Module, name: str = "default") -> None:
 
     Raises:
         ValueError: on an unknown name or one that is not merged.
+
+    Examples:
+        >>> import jax, nyscaled as nys
+        >>> model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+        >>> _ = nys.lora.apply(model, 2, targets=".*", key=jax.random.key(0))
+        >>> merge(model)
+        >>> unmerge(model)
     """
     _fold(model, name, merged=False)
 
@@ -107,8 +114,8 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
             raise ValueError(f"{path}: the adapter {name!r} is {'' if merged else 'not '}merged")
         if isinstance(layer, nnx.Embed) and is_tied(model):
             raise ValueError(
-                f"{path} is the model's head too, which the adapter does not change; expected a head of "
-                "its own before merging: model.untie()"
+                f"{path} is the model's head too, which the adapter does not change; expected a "
+                "head of its own before merging: model.untie()"
             )
     for layer in layers.values():
         adapter = layer.adapters[name]

@@ -16,10 +16,10 @@ from nyscaled.lora.view import kernel_of, unstacked_view, view_of
 
 
 def sides(path: str, layer: Any) -> tuple[int, int]:
-    """(in, out) of the layer's matrix.
+    """Return (in, out) of the layer's matrix.
 
     Raises:
-        ValueError: if the layer holds several (batch axes), which PEFT has no form for.
+        ValueError: if the layer holds several matrices (batch axes), which PEFT has no form for.
     """
     view = unstacked_view(layer)
     if view.batch:
@@ -33,10 +33,16 @@ def sides(path: str, layer: Any) -> tuple[int, int]:
 def to_updates(
     layer: Any, adapter: Adapter, modules: Mapping[str, tuple[int, ...]], stabilized: bool
 ) -> dict[str, peft.Update]:
-    """The updates of an adapter's modules, given with their places in its stack.
+    """Return the updates of an adapter, one per layer of its stack.
 
-    Layers and columns that `from_updates` has put in are left out again: those of a stack of which
-    both factors are zero, unless all are.
+    Layers of a stack, and columns, of which both factors are zero are left out, unless all are:
+    `from_updates` has put them in.
+
+    Args:
+        layer: the layer that has the adapter.
+        adapter: the adapter.
+        modules: the indices of the layers in the stack, by PEFT's names.
+        stabilized: whether the file says that the scaling is α/√r.
     """
     a, b, scaling = _as_lora(adapter)
     updates, rank = {}, a.shape[-1]
@@ -69,18 +75,18 @@ def from_updates(
     rank_stabilized: bool,
     dtype: Any,
 ) -> tuple[Weights, float]:
-    """The layer's factors, placed as its kernel is, and their α.
+    """Return the layer's factors, placed as its kernel is, and their α.
 
     Args:
-        path: of the layer, for messages.
-        layer: to be adapted.
-        updates: of its matrices in order; None, for zero, where the file has none.
+        path: path of the layer, for messages.
+        layer: the layer that is to have the adapter.
+        updates: updates of its matrices in order. None stands for zero.
         rank_stabilized: whether the scaling is α/√r.
-        dtype: of the factors.
+        dtype: dtype of the factors.
 
     Raises:
         ValueError: on tensors of another shape than the layer's, or that are not finite in `dtype`
-            or the layer's own.
+            or in the layer's own dtype.
     """
     known = [update for update in updates if update is not None]
     embedding = isinstance(layer, nnx.Embed)
@@ -92,8 +98,8 @@ def from_updates(
     for down, up, *_ in known:
         if (down.shape[1], up.shape[0]) != sides(path, layer):
             raise ValueError(
-                f"the tensors of {path} are for a layer {(down.shape[1], up.shape[0])} (in, out), and "
-                f"it is {sides(path, layer)}; expected an adapter of this base"
+                f"the tensors of {path} are for a layer {(down.shape[1], up.shape[0])} (in, out), "
+                f"and it is {sides(path, layer)}; expected an adapter of this base"
             )
     ranks = {u.down.shape[0] for u in known}
     rank, alphas = max(ranks), {u.alpha for u in known}
@@ -126,7 +132,7 @@ def _scaling(update: peft.Update, rank_stabilized: bool) -> float:
 
 
 def _require_usable(path: str, layer: Any, a: np.ndarray, b: np.ndarray, scaling: float) -> None:
-    """Raises ValueError unless factors, scaling and product are finite where they are used."""
+    """Raise ValueError unless factors, scaling and product are finite where they are used."""
     narrow = jnp.dtype(layer.dtype or a.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         finite = all(np.isfinite(x.astype(narrow)).all() for x in (a, b))
@@ -135,6 +141,7 @@ def _require_usable(path: str, layer: Any, a: np.ndarray, b: np.ndarray, scaling
         bound = abs(scaling) * float(np.sum(columns * rows))
     if not finite or not bound <= float(jnp.finfo(narrow).max):
         raise ValueError(
-            f"the update of {path} is finite in the file and not in {a.dtype}, as which it is loaded, "
-            f"or {narrow}, in which the layer computes; expected smaller entries or a wider dtype"
+            f"the update of {path} is finite in the file and not in {a.dtype}, as which it is "
+            f"loaded, or {narrow}, in which the layer computes; expected smaller entries or a "
+            "wider dtype"
         )

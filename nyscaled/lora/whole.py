@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from nyscaled.lora.adapter import Adapted
 from nyscaled.lora.names import Namer
 from nyscaled.lora.view import LINEAR, declared_shape, roles_of, unstacked_view
 
-# Our parameters' names, torch's, and how many axes they have without a stack; None: the layer's.
+# Names of parameters here and in torch, and how many axes they have without a stack. None depends
+# on the layer.
 _ENDS = {
     "kernel": ("weight", None),
     "embedding": ("weight", 2),
@@ -30,34 +32,39 @@ class Place(NamedTuple):
     """Where a tensor of PEFT is in a model.
 
     Attributes:
-        path: of the layer.
-        layer: that has the parameter.
+        path: path of the layer.
+        layer: the layer that has the parameter.
         end: the parameter's name.
-        layers: its index in the stack.
+        position: index of the layer in its stack.
     """
 
     path: str
     layer: Any
     end: str
-    layers: tuple[int, ...]
+    position: tuple[int, ...]
 
     @property
     def variable(self) -> Any:
-        """The parameter, of all layers of the stack."""
+        """The parameter of all layers of the stack."""
         return getattr(self.layer, self.end)
 
     def read(self) -> np.ndarray:
-        """The tensor, in torch's layout."""
-        value = np.asarray(self.variable[...][self.layers])
+        """Return the tensor in torch's layout."""
+        value = np.asarray(self.variable[...][self.position])
         if self.end == "kernel":
             return np.asarray(unstacked_view(self.layer).to_matrices(jnp.asarray(value))).T
         return value.reshape(-1) if self.end == "bias" else value
 
     def write(self, parameter: np.ndarray, value: np.ndarray) -> None:
-        """Put a tensor in torch's layout, of the right shape, into an array like the parameter."""
+        """Put a tensor into an array like the parameter.
+
+        Args:
+            parameter: the array, of all layers of the stack.
+            value: the tensor in torch's layout, of the right shape.
+        """
         if self.end == "kernel":
             value = np.asarray(unstacked_view(self.layer).from_matrices(jnp.asarray(value.T)))
-        parameter[self.layers] = value.reshape(parameter.shape[len(self.layers) :])
+        parameter[self.position] = value.reshape(parameter.shape[len(self.position) :])
 
     @property
     def is_table(self) -> bool:
@@ -90,47 +97,52 @@ def _bias_ndim(layer: Any) -> int:
     return len(layer.bias_shape or ()) if isinstance(layer, nnx.Einsum) else 1
 
 
-def places(model: nnx.Module, to_name: Namer, more: Mapping[str, Any]) -> dict[str, Place]:
-    """The places of all tensors that have a name.
+def places(model: nnx.Module, to_name: Namer, head: Mapping[str, Any]) -> dict[str, Place]:
+    """Return the places of all tensors that have a name.
 
     Args:
-        model: whose parameters they are.
+        model: the model that has the parameters.
         to_name: what PEFT calls the layers.
-        more: layers that the model is to have, by path.
+        head: layers that the model is to have besides, by path.
     """
     layers = [(inject.dotted(path), layer) for path, layer in nnx.iter_modules(model)]
     return {
         name: place
-        for path, layer in [*layers, *more.items()]
+        for path, layer in [*layers, *head.items()]
         for name, place in _of_layer(path, layer, to_name)
     }
 
 
 def tensors(model: nnx.Module, paths: Sequence[str], to_name: Namer) -> dict[str, np.ndarray]:
-    """The tensors of the layers at these paths, or in the modules there, by name.
+    """Return the tensors of the layers at these paths, or in the modules there, by name.
 
-    A head that is the embedding is written beside it, as PEFT would tear the two apart.
+    A head that is the embedding is written beside it, as PEFT would separate the two.
+
+    Args:
+        model: the model.
+        paths: paths of layers, or of modules with layers.
+        to_name: what PEFT calls the layers.
 
     Raises:
         ValueError: on a path without parameters to save, and on layers with adapters.
     """
     known = places(model, to_name, {}) if paths else {}
-    found: dict[str, np.ndarray] = {}
+    saved: dict[str, np.ndarray] = {}
     for path in paths:
         inside = {n: p for n, p in known.items() if f"{p.path}.".startswith(f"{path}.")}
         if not inside:
             raise ValueError(
-                f"modules_to_save has {path!r}; expected the path of a layer with weights and a name, "
-                f"or of a module with such layers{_hint(model, path)}"
+                f"modules_to_save has {path!r}; expected the path of a layer with weights and a "
+                f"name, or of a module with such layers{_hint(model, path)}"
             )
         for name, place in inside.items():
             _require_plain(place)
-            found[name] = place.read()
+            saved[name] = place.read()
     if tied := _tied_names(model, to_name):
         embedding, head = tied
-        if embedding in found:
-            found[head] = found[embedding]
-    return found
+        if embedding in saved:
+            saved[head] = saved[embedding]
+    return saved
 
 
 def _hint(model: Any, path: str) -> str:
@@ -147,7 +159,7 @@ def _require_plain(place: Place) -> None:
 
 
 def _tied_names(model: Any, to_name: Namer) -> tuple[str, str] | None:
-    """What PEFT calls the weights of an embedding and of the head that it is; None otherwise."""
+    """What PEFT calls the weights of an embedding and of a head that is the embedding, or None."""
     try:
         names = to_name("embed_tokens", ()), to_name("lm_head", ())
     except ValueError:
@@ -156,10 +168,15 @@ def _tied_names(model: Any, to_name: Namer) -> tuple[str, str] | None:
 
 
 def own_head(model: Any, saved: Saved, to_name: Namer) -> dict[str, Any]:
-    """A head by its path, if the folder's model has one where this has its embedding.
+    """Return a head by its path, if the folder has one where the model has its embedding.
+
+    Args:
+        model: the model.
+        saved: what the folder holds.
+        to_name: what PEFT calls the layers.
 
     Raises:
-        ValueError: on adapters of both that are tied.
+        ValueError: on adapters of an embedding or head that the folder ties.
     """
     tied = _tied_names(model, to_name)
     if tied is None:
@@ -180,40 +197,54 @@ def own_head(model: Any, saved: Saved, to_name: Namer) -> dict[str, Any]:
 
 
 def replaced(
-    folder: Any, model: nnx.Module, saved: Saved, to_name: Namer, more: Mapping[str, Any]
-) -> list[tuple[Any, Array]]:
-    """The parameters that the folder's tensors replace, and by what.
+    folder: str | os.PathLike[str],
+    model: nnx.Module,
+    saved: Saved,
+    to_name: Namer,
+    head: Mapping[str, Any],
+) -> list[tuple[nnx.Variable, Array]]:
+    """Return the parameters that the folder's tensors replace, and their new values.
 
     Args:
-        folder: for messages.
-        model: whose parameters they are.
+        folder: path of the folder, for messages.
+        model: the model that has the parameters.
         saved: what the folder holds.
         to_name: what PEFT calls the layers.
-        more: of `own_head`.
+        head: what `own_head` returned.
 
     Raises:
         ValueError: on tensors that belong to no parameter, are of another shape or not finite in
             its dtype, and on parameters that should have one.
     """
-    rules = saved.rules
-    asked = [rules.config.get(f) for f in ("modules_to_save", "trainable_token_indices")]
-    if not saved.whole and not saved.tokens and not any(asked):
+    asked = ("modules_to_save", "trainable_token_indices")
+    if not saved.whole and not saved.tokens and not any(map(saved.rules.config.get, asked)):
         return []
-    known = places(model, to_name, more)
+    known = places(model, to_name, head)
     tied = _tied_names(model, to_name) or ()
-    if len(tied) == 2 and not more and tied[0] in known:
+    if len(tied) == 2 and not head and tied[0] in known:
         known[tied[1]] = known[tied[0]]  # one parameter by two names
-    is_whole = {name: rules.is_whole(name.rpartition(".")[0]) for name in {*known, *saved.whole}}
+    changes = _Changes(folder)
+    _add_whole(changes, known, tied, saved)
+    _add_rows(changes, known, tied, saved)
+    return changes.arrays()
+
+
+def _add_whole(
+    changes: _Changes, known: Mapping[str, Place], tied: Sequence[str], saved: Saved
+) -> None:
+    """Add the tensors that are saved whole; `tied` are the names of an embedding and its head."""
+    is_whole = {
+        name: saved.rules.is_whole(name.rpartition(".")[0]) for name in {*known, *saved.whole}
+    }
     names = {
         name for name, place in known.items() if is_whole[name] or _is_base(name, place, saved)
     }
     missing = {n for n in known if is_whole[n] and n not in saved.whole and n not in tied[1:]}
-    if other := sorted(missing | (saved.whole.keys() - names)):
+    if different := sorted(missing | (saved.whole.keys() - names)):
         raise ValueError(
-            f"{folder} and the model differ in modules_to_save: only one of them has "
-            f"{', '.join(other[:4])}"
+            f"{changes.folder} and the model differ in modules_to_save: only one of them has "
+            f"{', '.join(different[:4])}"
         )
-    changes = _Changes(folder)
     # What PEFT loads into shared weights of the base comes first, then what it keeps apart.
     for name in sorted(saved.whole, key=lambda name: is_whole[name]):
         if is_whole[name]:
@@ -221,26 +252,33 @@ def replaced(
         shared = name in tied and not is_whole[name]
         for target in tied if shared else [name]:
             changes.add(name, known[target], saved.whole[name])
-    if bool(saved.tokens) != bool(asked[1]):
+
+
+def _add_rows(
+    changes: _Changes, known: Mapping[str, Place], tied: Sequence[str], saved: Saved
+) -> None:
+    """Add the rows of tokens; `tied` are the names of an embedding and its head."""
+    folder, rules = changes.folder, saved.rules
+    asked = rules.config.get("trainable_token_indices")
+    if bool(saved.tokens) != bool(asked):
         raise ValueError(
             f"{folder} has trainable_token_indices or tokens' rows, one without the other"
         )
     # Of two equal lists PEFT saves one: the weights are tied.
     used = [rules.tokens(module) for module in saved.tokens]
-    # It ties the rows too, unless the head has some of its own.
+    # It ties the rows too, unless the head has its own.
     of_head = {f"{module}.weight" for module in saved.tokens} & {*tied[1:]}
-    for module, indices in asked[1].items() if isinstance(asked[1], dict) else ():
+    for module, indices in asked.items() if isinstance(asked, dict) else ():
         if indices not in used:
             raise ValueError(f"{folder} has no rows of the trainable_token_indices of {module}")
     for module, rows in saved.tokens.items():
         name = f"{module}.weight"
         if name not in known or not known[name].is_table:
             raise ValueError(
-                f"{folder} has rows of tokens for {module}, which is no embedding here"
+                f"{folder} has rows of tokens for {module}, which is not an embedding here"
             )
         for target in tied if name in tied and not of_head else [name]:
             changes.add_rows(name, known[target], rows, rules.tokens(module) or [])
-    return changes.arrays()
 
 
 def _is_base(name: str, place: Place, saved: Saved) -> bool:
@@ -252,7 +290,7 @@ def _is_base(name: str, place: Place, saved: Saved) -> bool:
 class _Changes:
     """New values of parameters, each of which may be a stack of layers."""
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder
         self.changed: dict[int, tuple[Place, np.ndarray]] = {}
 
@@ -278,8 +316,8 @@ class _Changes:
         inside = all(0 <= token < len(table) for token in tokens)
         if rows.shape != (len(tokens), *table.shape[1:]) or not inside:
             raise ValueError(
-                f"{self.folder} has rows {rows.shape} of {name} for the tokens {tokens[:8]}, and the "
-                f"model's table is {table.shape}; expected a row for each of them"
+                f"{self.folder} has rows {rows.shape} of {name} for the tokens {tokens[:8]}, and "
+                f"the model's table is {table.shape}; expected a row for each of them"
             )
         array = self._array(place)
         with np.errstate(over="ignore"):
@@ -298,7 +336,8 @@ class _Changes:
             if not finite:
                 raise ValueError(
                     f"{place.path} of modules_to_save is finite in {self.folder} and not in "
-                    f"{array.dtype}, the parameter's dtype, or {narrow}, in which the layer computes"
+                    f"{array.dtype}, the parameter's dtype, or {narrow}, in which the layer "
+                    "computes"
                 )
             old = place.variable[...]
             pairs.append((place.variable, jax.device_put(array, old.sharding)))

@@ -1,4 +1,4 @@
-"""The skeleton of the transforms over factors: what a rule makes of one gradient, for all leaves."""
+"""The skeleton of the transforms over factors: a rule for one gradient, applied to all leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RefLoRA as optax transforms: gradients of a pair X Yᵀ as its balanced refactoring would have them.
+"""RefLoRA as optax transforms: gradients of a pair X Yᵀ as its balanced factors would have them.
 
     G_X ← G_X S⁻¹,   G_Y ← G_Y S,   S = (XᵀX)⁻¹ # YᵀY, the S > 0 with S XᵀX S = YᵀY
 

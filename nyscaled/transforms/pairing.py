@@ -67,7 +67,8 @@ def pair_spec(params: optax.Params) -> Any:
     """Return the pairs of `default_spec`. Every other leaf is None and passes through unchanged.
 
     Examples:
-        >>> pair_spec({"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 4)), "x": jnp.ones(3)})["x"]
+        >>> params = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 4)), "x": jnp.ones(3)}
+        >>> pair_spec(params)["x"]
     """
     return _by_name(params, lambda path, leaf: None)
 
