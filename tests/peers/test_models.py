@@ -319,8 +319,31 @@ def test_adapters_trained_in_peft_load_here(name, tmp_path):
         ),
         (transformers.LlamaConfig(), 6_738_415_616),
         (transformers.GemmaConfig(), 8_537_680_896),
+        (transformers.MistralConfig(), 7_241_732_096),
+        (
+            transformers.Qwen2Config(
+                hidden_size=896,
+                intermediate_size=4864,
+                num_hidden_layers=24,
+                num_attention_heads=14,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            ),
+            494_032_768,
+        ),
+        (
+            transformers.Qwen3Config(
+                hidden_size=1024,
+                intermediate_size=3072,
+                num_hidden_layers=28,
+                num_attention_heads=16,
+                num_key_value_heads=8,
+                tie_word_embeddings=True,
+            ),
+            596_049_920,
+        ),
     ],
-    ids=["opt-1.3b", "llama-7b", "gemma-7b"],
+    ids=["opt-1.3b", "llama-7b", "gemma-7b", "mistral-7b", "qwen2-0.5b", "qwen3-0.6b"],
 )
 def test_real_sizes_have_as_many_parameters_as_in_transformers(config, count):
     """Without values; `experiments/fits.py` claims these counts."""

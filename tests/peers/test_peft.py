@@ -311,6 +311,27 @@ FAMILIES = {
         GATED,
         "model.",
     ),
+    "mistral": (
+        lambda: transformers.MistralForCausalLM(
+            transformers.MistralConfig(**SIZES, **FFN, num_key_value_heads=2)
+        ),
+        GATED,
+        "model.",
+    ),
+    "qwen2": (
+        lambda: transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(**SIZES, **FFN, num_key_value_heads=2)
+        ),
+        GATED,
+        "model.",
+    ),
+    "qwen3": (
+        lambda: transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(**SIZES, **FFN, num_key_value_heads=2, head_dim=8)
+        ),
+        GATED,
+        "model.",
+    ),
     "bert": (
         lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **FFN)),
         r"bert\.encoder\..*(query|key|value|dense)",

@@ -19,6 +19,7 @@ import tokenizers  # noqa: E402
 from nyscaled.models import Tokenizer  # noqa: E402
 from nyscaled.models.tokenizer_files import open_tokenizer  # noqa: E402
 from nyscaled.models.tools import tool_schema  # noqa: E402
+from nyscaled.models.vocabulary import gguf_tokenizer  # noqa: E402
 
 MINILM = Path(__file__).parents[2] / "build" / "weights" / "all-MiniLM-L6-v2"
 TEXTS = [
@@ -243,3 +244,26 @@ def test_schemas_of_functions(tool):
             tool_schema(tool)
     else:
         assert json.dumps(tool_schema(tool)) == json.dumps(wanted)
+
+
+def test_the_vocabulary_of_a_gguf_file_of_qwen():
+    """Against the tokenizer that transformers makes of the same tokens and merges."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = ["l o", "lo w", "Ġ low", "1 2", "Ġ Ġ", "Ã ©"]
+    tokens = [*letters, *(m.replace(" ", "") for m in merges), "<|endoftext|>", "<|im_end|>"]
+    metadata = {
+        "model": "gpt2",
+        "pre": "qwen2",
+        "tokens": tokens,
+        "merges": merges,
+        "token_type": [1] * (len(tokens) - 2) + [3, 3],
+        "eos_token_id": len(tokens) - 1,
+    }
+    ours = gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
+    theirs = transformers.Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        eos_token="<|im_end|>",
+    )
+    for text in ("   low's 12345\n\n  -= X", "caf\u00e9 cafe\u0301<|im_end|>\n", "LOW'LL  \t1"):
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
