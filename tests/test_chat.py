@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from nyscaled.models import Tokenizer
-from nyscaled.models.tools import tool_schema
+from nyscaled.models.tokenizers.tools import tool_schema
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer is"}]

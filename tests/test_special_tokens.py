@@ -8,7 +8,7 @@ from tokenizer_cases import byte_level, sentence_piece, token, word_piece, writt
 from tokenizers import processors
 
 import nyscaled as nys
-from nyscaled.models.tokenizer_files import open_tokenizer
+from nyscaled.models.tokenizers.files import open_tokenizer
 
 
 def opened(folder, *args, **options):

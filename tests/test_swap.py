@@ -18,7 +18,7 @@ from model_cases import arrays, load
 import nyscaled as nys
 from nyscaled.checkpoints import files, folder, peft, swap
 from nyscaled.models import Tokenizer
-from nyscaled.models.tokenizer_files import open_tokenizer
+from nyscaled.models.tokenizers.files import open_tokenizer
 
 # All by which a folder is changed, and what readers call.
 CHANGES = "replace", "rename", "unlink", "rmdir", "mkdir", "fsync"

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nyscaled.models import templates
+from nyscaled.models.tokenizers import templates
 
 NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLED = (

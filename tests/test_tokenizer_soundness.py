@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import models
 
 from nyscaled.models import Tokenizer
-from nyscaled.models.tokenizer_files import open_tokenizer
+from nyscaled.models.tokenizers.files import open_tokenizer
 
 
 def charsmap(size, content=b""):
@@ -106,7 +106,7 @@ def test_what_the_library_raises_is_a_value_error(capfd):
 RELEASED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, -1))
-from nyscaled.models.tokenizer_files import open_tokenizer
+from nyscaled.models.tokenizers.files import open_tokenizer
 try:
     open_tokenizer(sys.argv[1])
 except ValueError as error:

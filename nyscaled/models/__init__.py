@@ -16,7 +16,7 @@ from nyscaled.models.qwen2 import Qwen2, Qwen2Config
 from nyscaled.models.qwen3 import Qwen3, Qwen3Config
 from nyscaled.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling
 from nyscaled.models.sharding import shardings
-from nyscaled.models.tokenizer import Tokenizer
+from nyscaled.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "Bert",

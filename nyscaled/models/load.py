@@ -25,9 +25,9 @@ from nyscaled.models.matching import matched, tied_as_in_the_file
 from nyscaled.models.names import places
 from nyscaled.models.sharding import require_mesh, shardings
 from nyscaled.models.tensors import read, tensors
-from nyscaled.models.tokenizer import Tokenizer
-from nyscaled.models.tokenizer_files import open_tokenizer
-from nyscaled.models.vocabulary import gguf_tokenizer
+from nyscaled.models.tokenizers.files import open_tokenizer
+from nyscaled.models.tokenizers.gguf import gguf_tokenizer
+from nyscaled.models.tokenizers.tokenizer import Tokenizer
 
 
 def load(

@@ -141,7 +141,7 @@ def _read_tokenizers(folder: Path, full: bool) -> Any:
 
 
 def _read_tokenizer(folder: Path, full: bool) -> Any:
-    from nyscaled.models.tokenizer_files import open_tokenizer
+    from nyscaled.models.tokenizers.files import open_tokenizer
 
     tokenizer = open_tokenizer(folder)
     if tokenizer is None:
@@ -246,7 +246,7 @@ def _read_folder(folder: Path, full: bool) -> Any:
 
 
 def _make_gguf(folder: Path) -> None:
-    import test_gguf
+    import gguf_cases
 
     tokens = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "cd", "abcd"]
     vocabulary = {
@@ -256,14 +256,14 @@ def _make_gguf(folder: Path) -> None:
         "tokenizer.ggml.token_type": [2, 3, 3] + [1] * (len(tokens) - 3),
         "tokenizer.ggml.unknown_token_id": 0,
     }
-    test_gguf.write(folder / "model.gguf", "llama", metadata=vocabulary)
+    gguf_cases.write(folder / "model.gguf", "llama", metadata=vocabulary)
 
 
 def _read_gguf(folder: Path, full: bool) -> Any:
     import nyscaled as nys
     from nyscaled.checkpoints.gguf import open_gguf
     from nyscaled.models.family import gguf_maps
-    from nyscaled.models.vocabulary import gguf_tokenizer
+    from nyscaled.models.tokenizers.gguf import gguf_tokenizer
 
     path = folder / "model.gguf"
     if full:

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from tokenizer_cases import byte_level, sentence_piece, token, word_piece, written  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
 
-from nyscaled.models.tokenizer_files import open_tokenizer  # noqa: E402
+from nyscaled.models.tokenizers.files import open_tokenizer  # noqa: E402
 
 TEXTS = [
     "hello cafe",

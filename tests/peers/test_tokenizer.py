@@ -17,9 +17,9 @@ import test_chat  # noqa: E402
 import tokenizers  # noqa: E402
 
 from nyscaled.models import Tokenizer  # noqa: E402
-from nyscaled.models.tokenizer_files import open_tokenizer  # noqa: E402
-from nyscaled.models.tools import tool_schema  # noqa: E402
-from nyscaled.models.vocabulary import gguf_tokenizer  # noqa: E402
+from nyscaled.models.tokenizers.files import open_tokenizer  # noqa: E402
+from nyscaled.models.tokenizers.gguf import gguf_tokenizer  # noqa: E402
+from nyscaled.models.tokenizers.tools import tool_schema  # noqa: E402
 
 MINILM = Path(__file__).parents[2] / "build" / "weights" / "all-MiniLM-L6-v2"
 TEXTS = [

@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from nyscaled.checkpoints import files, swap
-from nyscaled.models import soundness
-from nyscaled.models.special_tokens import (
+from nyscaled.models.tokenizers import soundness
+from nyscaled.models.tokenizers.gguf import add_ends, byte_level
+from nyscaled.models.tokenizers.special_tokens import (
     SETTINGS,
     completed,
     read_settings,
     roles,
 )
-from nyscaled.models.tokenizer import FILE, TEMPLATE, TEMPLATES, Tokenizer, named_templates
-from nyscaled.models.vocabulary import add_ends, byte_level
+from nyscaled.models.tokenizers.tokenizer import (
+    FILE,
+    TEMPLATE,
+    TEMPLATES,
+    Tokenizer,
+    named_templates,
+)
 
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 # Of tokenizers that are not read: WordPiece's words, SentencePiece's model.

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from nyscaled.checkpoints import files, swap
-from nyscaled.models import chat, soundness
-from nyscaled.models.special_tokens import (
+from nyscaled.models.tokenizers import chat, soundness
+from nyscaled.models.tokenizers.special_tokens import (
     ADDED,
     ADDITIONAL,
     DECODER,
@@ -176,7 +176,7 @@ class Tokenizer:
         """Return the text of a conversation, by the chat template, as transformers renders it.
 
         Templates are programs from anywhere: one is rendered in a process of its own, which is
-        ended if it takes 5 seconds or a gigabyte (`nyscaled.models.templates` has the limits).
+        ended if it takes 5 seconds or a gigabyte (`nyscaled.models.tokenizers.templates` has the limits).
 
         Args:
             messages: each with "role" and "content".

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nyscaled.checkpoints.gguf_config import token_id
-from nyscaled.models import soundness
-from nyscaled.models.tokenizer import Tokenizer
+from nyscaled.models.tokenizers import soundness
+from nyscaled.models.tokenizers.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"

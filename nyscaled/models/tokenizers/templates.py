@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nyscaled.models.template_process import EXHAUSTED, LENGTH, TEXT
+from nyscaled.models.tokenizers.template_process import EXHAUSTED, LENGTH, TEXT
 
 SECONDS = 5.0  # on the clock, of one rendering
 MEMORY = 2**30  # bytes of address space of the process

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, pre_tokenizers
 
-from nyscaled.models import vocabulary
-from nyscaled.models.vocabulary import gguf_tokenizer
+from nyscaled.models.tokenizers import gguf
+from nyscaled.models.tokenizers.gguf import gguf_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -161,7 +161,7 @@ def test_long_tokens_take_no_longer_than_short_ones():
 
 
 def test_tokens_that_are_made_of_one_another_have_a_limit(monkeypatch):
-    monkeypatch.setattr(vocabulary, "_MAX_MERGES", 10_000)
+    monkeypatch.setattr(gguf, "_MAX_MERGES", 10_000)
     tokens = ["<unk>", *("a" * length for length in range(1, 60))]
     found = {"model": "llama", "tokens": tokens, "scores": [0.0] * 60, "token_type": [1] * 60}
     with pytest.raises(ValueError, match="pairs of more than 10000 characters"):

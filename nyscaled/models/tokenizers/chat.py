@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from nyscaled.checkpoints import files
-from nyscaled.models import templates
-from nyscaled.models.tools import tool_schema
+from nyscaled.models.tokenizers import templates
+from nyscaled.models.tokenizers.tools import tool_schema
 
 # Names under which messages have reasoning: a template may read any of them.
 _REASONING = "reasoning_content", "thinking", "reasoning"
@@ -53,7 +53,7 @@ def render(
 
     Raises:
         ValueError: on other messages, tools or documents, on a template that refuses them, goes
-            beyond a limit of `nyscaled.models.templates`, or does not repeat the message that goes
+            beyond a limit of `nyscaled.models.tokenizers.templates`, or does not repeat the message that goes
             on.
         ImportError: without the package jinja2.
     """
