@@ -1,8 +1,8 @@
-"""Regular expressions from files, matched in a time that no expression can stretch.
+"""Regular expressions from files, matched in a time that is bounded for every expression.
 
-Python's `re` tries one way after another, of which `(a+)+b` has exponentially many. Here all ways
-are followed at once, by the set of the places where each could end (Thompson, 1968). The syntax is
-Python's own, since `re` parses it; what cannot be matched so (references to groups, atomic groups)
+Python's `re` tries one way after another, and `(a+)+b` has exponentially many ways. Here all ways
+are followed at once, as the set of the positions where each could end (Thompson, 1968). The syntax
+is Python's, since `re` parses it. What cannot be matched so (references to groups, atomic groups)
 is refused.
 """
 
@@ -14,7 +14,7 @@ from re import _compiler, _constants, _parser  # pyright: ignore[reportAttribute
 from typing import Any
 
 STEPS = 3_000_000
-"""What matching all names of an adapter with all its expressions may take: about two seconds."""
+"""Limit for matching all names of an adapter with all its expressions: about two seconds."""
 
 _READING = 20  # steps for each character of an expression
 
@@ -41,7 +41,7 @@ class Budget:
         self.left = steps
 
     def spend(self, steps: int = 1) -> None:
-        """Raises ValueError if there are fewer steps left."""
+        """Raise ValueError if fewer steps are left."""
         self.left -= steps
         if self.left < 0:
             raise ValueError(
@@ -53,12 +53,12 @@ class Expression:
     """A regular expression for whole names.
 
     Args:
-        pattern: as Python's `re` has it.
-        form: what PEFT puts it into, with `{}` in its place.
-        budget: shared by the expressions of a file.
+        pattern: the expression, in the syntax of Python's `re`.
+        form: the expression that PEFT makes of it, with `{}` for the pattern.
+        budget: the steps that are left, shared by the expressions of a file.
 
     Raises:
-        ValueError: on a pattern that is not sound in this form, or not supported.
+        ValueError: on a pattern that is not an expression in this form, or is not supported.
 
     Examples:
         >>> Expression(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj")
@@ -81,7 +81,7 @@ class Expression:
             raise ValueError(f"{self._shown} is not a regular expression: {error}") from error
 
     def fullmatch(self, name: str) -> bool:
-        """Whether the whole name matches.
+        """Return whether the whole name matches.
 
         Raises:
             ValueError: if the budget is spent.
@@ -89,7 +89,7 @@ class Expression:
         return name.endswith(self._end) and bool(self._ends(name) >> len(name) & 1)
 
     def match(self, name: str) -> bool:
-        """Whether a beginning of the name matches: all of it, if the expression ends in `$`.
+        """Return whether a beginning of the name matches: all of it, if the expression ends in `$`.
 
         Raises:
             ValueError: if the budget is spent.
@@ -134,8 +134,8 @@ def _run(run: Any, flags: int) -> Node:
 
     def match(name: str, start: int, budget: Budget) -> int:
         budget.spend()
-        found = pattern.match(name, start)
-        return 0 if found is None else 1 << found.end()
+        run = pattern.match(name, start)
+        return 0 if run is None else 1 << run.end()
 
     return match
 
@@ -167,7 +167,7 @@ def _from_all(node: Node, name: str, starts: int, budget: Budget) -> int:
 
 
 def _remembered(node: Node) -> Node:
-    """Not computed twice at one place of a name."""
+    """The same node, which is computed once for each position of a name."""
     last, known = "", dict[int, int]()
 
     def match(name: str, start: int, budget: Budget) -> int:
@@ -212,8 +212,8 @@ def _repeat(low: int, high: Any, node: Node) -> Node:
 
 def _assertion(node: Node, back: int, positive: bool) -> Node:
     def match(name: str, start: int, budget: Budget) -> int:
-        there = start >= back and node(name, start - back, budget) != 0
-        return 1 << start if there == positive else 0
+        matches = start >= back and node(name, start - back, budget) != 0
+        return 1 << start if matches == positive else 0
 
     return match
 

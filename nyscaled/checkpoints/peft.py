@@ -1,10 +1,10 @@
 """PEFT's adapter folders: `adapter_model.safetensors` and `adapter_config.json`.
 
 A folder holds an update α/r · up @ down (α/√r, if rank-stabilized) for each of some modules of a
-base model; whole modules that were trained beside them (`modules_to_save`), such as heads; and tensors
-of the base that PEFT saves along, of embeddings, heads and biases. PEFT itself only warns where a
-tensor has no module or a module no tensor, and then computes something else; here whatever cannot be
-read as just that update is an error.
+base model. It may hold whole modules that were trained beside these (`modules_to_save`), such as
+heads, and tensors of the base that PEFT also saves (embeddings, heads, biases). PEFT itself only
+warns of a tensor without a module and of a module without tensors, and then computes something
+else. Here all that cannot be read as just that update is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +40,9 @@ _WHOLE = re.compile(
 _TOKENS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 
+T = TypeVar("T")
+
+
 class Update(NamedTuple):
     """The update of one module, in torch's layout.
 
@@ -47,7 +50,7 @@ class Update(NamedTuple):
         down: `lora_A.weight`, (r, in); of an embedding `lora_embedding_A`, (r, tokens).
         up: `lora_B.weight`, (out, r); of an embedding `lora_embedding_B`, (width, r).
         alpha: α.
-        embedding: whether the module is one.
+        embedding: whether the module is an embedding.
     """
 
     down: np.ndarray
@@ -60,12 +63,12 @@ class Saved(NamedTuple):
     """What a folder holds.
 
     Attributes:
-        updates: by module name.
+        updates: updates by the names of their modules.
         rank_stabilized: whether the scaling is α/√r.
-        dropout: rate in training.
+        dropout: rate of dropout in training.
         rules: which modules the configuration means.
-        metadata: of the safetensors file.
-        whole: `<module>.weight` and `<module>.bias` of modules that are saved whole, and of the base.
+        metadata: metadata of the safetensors file.
+        whole: `<module>.weight` and `<module>.bias` of the base, and of modules saved whole.
         tokens: by module, the rows of an embedding that were trained themselves.
     """
 
@@ -89,20 +92,20 @@ def write(
     task_type: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes an adapter folder that PEFT loads.
+    """Write an adapter folder that PEFT loads.
 
-    The two files are replaced as one. A process that is killed leaves the old adapter or the new
-    one to whoever opens the folder next (`nyscaled.checkpoints.swap`).
+    The two files are replaced together. If the process is killed, the next reader of the folder
+    finds the old adapter or the new one (`nyscaled.checkpoints.swap`).
 
     Args:
-        folder: made if missing; other files in it are left alone.
-        updates: by full module name.
-        base_model: name or path of the base, for the reader's information.
+        folder: the folder; made if missing. Other files in it are not changed.
+        updates: updates by the full names of their modules.
+        base_model: name or path of the base, which PEFT may look up.
         whole: tensors of modules that are saved whole, by full name.
         rank_stabilized: whether the scaling is α/√r.
-        dropout: for the record.
+        dropout: rate of dropout, which the configuration records.
         task_type: one of `TASKS`, or None.
-        metadata: more strings for the safetensors file.
+        metadata: further strings for the safetensors file.
 
     Raises:
         ValueError: on unsound tensors, an unknown task, or a task whose head is missing.
@@ -124,25 +127,19 @@ def write(
         )
     whole = dict(whole or {})
     _require_sound(updates, whole)
-    tensors = {f"base_model.model.{name}": value for name, value in whole.items()}
-    for module, update in updates.items():
-        for side, value in (("A", update.down), ("B", update.up)):
-            end = f"lora_embedding_{side}" if update.embedding else f"lora_{side}.weight"
-            tensors[f"base_model.model.{module}.{end}"] = value
-    ranks = {module: update.down.shape[0] for module, update in updates.items()}
-    alphas = {module: update.alpha for module, update in updates.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, rank_pattern = _commonest({m: u.down.shape[0] for m, u in updates.items()})
+    alpha, alpha_pattern = _commonest({m: _number(u.alpha) for m, u in updates.items()})
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "r": r,
-        "lora_alpha": _number(alpha),
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": dropout,
         "use_rslora": rank_stabilized,
-        "rank_pattern": {_exactly(m): v for m, v in ranks.items() if v != r},
-        "alpha_pattern": {_exactly(m): _number(v) for m, v in alphas.items() if v != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "target_modules": sorted(updates),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
         "init_lora_weights": True,
@@ -151,21 +148,39 @@ def write(
     }
     metadata = {"format": "pt", **(metadata or {})}
     with swap.replacing(folder, {CONFIG: files.as_json(config)}, last=CONFIG) as aside:
-        files.write_tensors(aside / TENSORS, tensors, metadata)
+        files.write_tensors(aside / TENSORS, _named_tensors(updates, whole), metadata)
+
+
+def _named_tensors(
+    updates: Mapping[str, Update], whole: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The tensors of a folder, by PEFT's names."""
+    tensors = {f"base_model.model.{name}": value for name, value in whole.items()}
+    for module, update in updates.items():
+        for side, value in (("A", update.down), ("B", update.up)):
+            end = f"lora_embedding_{side}" if update.embedding else f"lora_{side}.weight"
+            tensors[f"base_model.model.{module}.{end}"] = value
+    return tensors
+
+
+def _commonest(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """The commonest of the values of modules, and the other values by patterns for the modules."""
+    commonest = Counter(values.values()).most_common(1)[0][0]
+    return commonest, {_exactly(m): v for m, v in values.items() if v != commonest}
 
 
 def read(folder: str | os.PathLike[str]) -> Saved:
-    """Reads an adapter folder, written by PEFT or here.
+    """Read an adapter folder that PEFT or `write` has written.
 
     Args:
-        folder: on disk.
+        folder: a folder on disk.
 
     Returns:
-        The updates, all of one save, whose ranks are those of the tensors and of the configuration.
+        What the folder holds, all of one save. Ranks of tensors agree with the configuration.
 
     Raises:
-        ValueError: on a missing or broken file, a key of another kind than these, one factor without
-            the other, tensors and configuration that disagree, or a configuration that asks for more.
+        ValueError: on a missing or broken file, an unknown key, one factor without the other,
+            tensors and configuration that disagree, or a configuration of more than plain LoRA.
     """
     path = files.as_folder(folder)
     return swap.consistent(path, functools.partial(_read, path))
@@ -191,8 +206,9 @@ def _read(folder: Path) -> Saved:
             whole[name] = value
         else:
             raise ValueError(
-                f"{folder / TENSORS} holds {key}; expected only base_model.model.<module>.lora_A.weight "
-                "and .lora_B.weight (or lora_embedding_A and B), and whole weights and biases"
+                f"{folder / TENSORS} holds {key}; expected only base_model.model.<module>"
+                ".lora_A.weight and .lora_B.weight (or lora_embedding_A and B), and whole weights "
+                "and biases"
             )
     for module, pair in sides.items():
         if len(pair) != 2:
@@ -202,6 +218,14 @@ def _read(folder: Path) -> Saved:
         for m, pair in sides.items()
     }
     _require_sound(updates, whole | tokens)
+    _require_configured(folder, updates, rules)
+    stabilized = bool(rules.config.get("use_rslora"))
+    dropout = float(rules.config.get("lora_dropout") or 0.0)
+    return Saved(updates, stabilized, dropout, rules, metadata, whole, tokens)
+
+
+def _require_configured(folder: Path, updates: Mapping[str, Update], rules: Rules) -> None:
+    """Raise ValueError unless the updates have the ranks and targets of the configuration."""
     for module, update in updates.items():
         if update.down.shape[0] != rules.rank(module):
             raise ValueError(
@@ -213,13 +237,10 @@ def _read(folder: Path) -> Saved:
                 f"{folder / TENSORS} has tensors of {module}, which is not among the "
                 f"target_modules of {CONFIG}"
             )
-    stabilized = bool(rules.config.get("use_rslora"))
-    dropout = float(rules.config.get("lora_dropout") or 0.0)
-    return Saved(updates, stabilized, dropout, rules, metadata, whole, tokens)
 
 
 def _exactly(module: str) -> str:
-    """The pattern for one module alone; PEFT puts `(.*\\.)?` before it and `$` after."""
+    """The pattern of a single module; PEFT puts `(.*\\.)?` before it and `$` after."""
     return f"^{re.escape(module)}"
 
 
@@ -228,7 +249,7 @@ def _number(value: float) -> float | int:
 
 
 def _require_sound(updates: Mapping[str, Update], whole: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError unless there are modules, each with finite (r, in) and (out, r)."""
+    """Raise ValueError unless there are modules, each with finite (r, in) and (out, r)."""
     if not updates:
         raise ValueError("the adapter has no modules; expected at least one")
     for module, (down, up, *_) in updates.items():

@@ -1,4 +1,4 @@
-"""`adapter_config.json` of PEFT: what is supported of it, and which modules it means.
+"""`adapter_config.json` of PEFT: which fields are supported, and which modules they mean.
 
 The rules are those of PEFT 0.21 (`tuners/tuners_utils.py: check_target_module_exists`,
 `utils/other.py: get_pattern_key`), whose lora/config.py says what each field means.
@@ -39,11 +39,11 @@ class Rules:
     """What a configuration says of each module, by its name.
 
     Args:
-        config: as the file holds it.
+        config: the object in the file.
 
     Raises:
-        ValueError: if it asks for more than plain LoRA, is not soundly typed, or has an expression
-            that cannot be read. The methods raise it where expressions take too long.
+        ValueError: if the configuration is of more than plain LoRA, is not soundly typed, or has an
+            expression that cannot be read. The methods raise it if expressions take too long.
 
     Examples:
         >>> config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
@@ -80,7 +80,7 @@ class Rules:
         ]
 
     def is_targeted(self, module: str) -> bool | None:
-        """Whether PEFT would adapt the module; None where that depends on the model's classes."""
+        """Return whether PEFT would adapt the module; None if that depends on its class."""
         if self._exclusion is not None and self._exclusion.fullmatch(module):
             return False
         if not self._excluded.isdisjoint(_ends(module)) or self._is_part(module):
@@ -94,21 +94,24 @@ class Rules:
         return not self._targets.isdisjoint(_ends(module)) and self._is_in_layers(module)
 
     def is_whole(self, module: str) -> bool:
-        """Whether PEFT saves the module whole: a name in modules_to_save ends it, or one around it."""
+        """Return whether PEFT saves the module whole: modules_to_save has an end of its name.
+
+        The end may be that of a module around it.
+        """
         # PEFT asks for the end of the text, so that "norm" is also "input_layernorm".
         around = list(itertools.accumulate(module.split("."), "{}.{}".format))
         ends = (name[i:] for name in around for i in range(len(name)))
         return bool(self._whole) and not self._whole.isdisjoint(ends)
 
     def tokens(self, module: str) -> list[int] | None:
-        """The tokens whose rows of an embedding PEFT trains and saves; None if it trains none."""
+        """Return the tokens whose rows of an embedding PEFT trains, or None if it trains none."""
         indices = self.config.get("trainable_token_indices")
         if isinstance(indices, dict):
             return next((i for m, i in indices.items() if m in _ends(module)), None)
         return indices or None
 
     def _is_part(self, module: str) -> bool:
-        """Whether the module has a name in modules_to_save as a part of its own."""
+        """Whether a run of the module's name is a name in modules_to_save."""
         parts = module.split(".")
         runs = itertools.combinations(range(len(parts) + 1), 2)
         return bool(self._whole) and any(".".join(parts[i:j]) in self._whole for i, j in runs)
@@ -151,7 +154,7 @@ def _by_pattern(config: Mapping[str, Any], field: str, default: str, budget: Bud
 
 
 def _require_supported(config: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the configuration is of a plain LoRA update, soundly typed."""
+    """Raise ValueError unless the configuration is of a plain LoRA update, soundly typed."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected 'LORA'")
     for field, value in config.items():
@@ -220,12 +223,12 @@ def _require_names(config: Mapping[str, Any]) -> None:
         )
 
 
-def _are(kind: type, values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)
+def _are(type_: type, values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is type_ for value in values)
 
 
 def _is_finite(number: Any) -> bool:
-    """Whether it is a number that a float can be; integers may be beyond."""
+    """Whether the value is a number that a float can hold; an integer may be too large."""
     try:
         return type(number) in (int, float) and math.isfinite(number)
     except OverflowError:

@@ -1,13 +1,13 @@
 """Several files of a folder replaced as one, and several read as one.
 
-A save is written into a hidden folder `.writing-…` beside the files. Renaming that to
-`.nyscaled-save` is the save: from then on the new files count, and whoever opens the folder or
-saves into it first moves them to their places. Each move takes its source away, in a folder that
-no other save has, so that any number of processes may make the same moves at once, or make those
-that one which was killed has left. Nobody waits for a lock. The folder holds plain files alone
-when all is done.
+A save is written into a hidden folder `.writing-…` beside the files. Renaming that folder to
+`.nyscaled-save` is the save: from then on the new files count, and every process that opens the
+folder or saves into it first moves them to their places. Each move removes its source, in a folder
+that belongs to one save. So any number of processes may make the same moves at once, or finish
+those of a process that was killed. No process waits for a lock. When all is done, the folder holds
+plain files only.
 
-Readers look at all that they have read once more: had anything changed, they read again.
+Readers check all that they have read once more. If anything changed, they read again.
 """
 
 from __future__ import annotations
@@ -51,29 +51,29 @@ def replacing(
     last: str,
     stale: Sequence[str] = (),
 ) -> Iterator[Path]:
-    """A folder aside to write files into, which then take the place of those in `folder`.
+    """Yield a folder aside to write files into, which then replace those in `folder`.
 
-    Nothing has changed if the body raises. A process that is killed leaves the old files or the
-    new ones to whoever opens the folder next with this package. Other programs find no sound
-    `last` in the midst of the swap, so that they do not take the files of two saves for one.
-    Of two saves at once the one that is made later stays.
+    Nothing has changed if the body raises. If the process is killed, the next process that opens
+    the folder with this package finds the old files or the new ones. Other programs find no sound
+    `last` during the swap, so that they do not read files of two saves as one. Of two saves at the
+    same time the later one stays.
 
     Args:
-        folder: made if missing; other files in it are left alone.
-        texts: more files, by their names; None for those that go, also whole folders, whose names
-            end with a slash.
-        last: of `texts`, the file without which the others are not read.
-        stale: names of further files that go, as they belonged to what is replaced; with
-            `fnmatch`'s wildcards.
+        folder: the folder; made if missing. Other files in it are not changed.
+        texts: further files, by their names. None stands for a file to be removed, or a folder if
+            the name ends with a slash.
+        last: the name in `texts` of the file without which the others are not read.
+        stale: names of further files to be removed, which belonged to what is replaced; with the
+            wildcards of `fnmatch`.
 
     Yields:
         The folder aside.
 
     Raises:
-        ValueError: if a directory is in the place of a file, or the folder is no path; nothing has
+        ValueError: if a directory has the name of a file, or the folder is not a path; nothing has
             changed.
-        OSError: if a file cannot be written, and nothing has changed; or cannot be moved, and the
-            new files are kept for the next time that the folder is opened.
+        OSError: if a file cannot be written, and nothing has changed; or if a file cannot be moved,
+            and the new files are kept until the folder is opened again.
     """
     folder = files.as_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,24 +109,25 @@ def replacing(
         files.flush(folder)
     except OSError as error:
         raise OSError(
-            f"{error}; the new files are whole in {folder / SAVE}: opening {folder}, or saving into "
-            "it, ends what began"
+            f"{error}; the new files are whole in {folder / SAVE}: opening {folder}, or saving "
+            "into it, ends what began"
         ) from error
 
 
 def consistent(folder: Path, read: Callable[[], T]) -> T:
-    """What `read` returns when all the files that it looks at are of one save.
+    """Return what `read` returns when all the files that it reads are of one save.
 
-    A save that was killed in its swap is ended before, where the folder can be written to.
+    A save that was killed in its swap is finished first, if the folder can be written to.
 
     Args:
-        folder: whose files are read.
-        read: is called again where a file changed meanwhile. What it looks at, through
-            `nyscaled.checkpoints.files`, is checked; open files and maps stay what they were.
+        folder: the folder whose files are read.
+        read: the function that reads. It is called again if a file changed meanwhile. The files
+            that it opens through `nyscaled.checkpoints.files` are checked; open files and maps
+            stay what they were.
 
     Raises:
-        ValueError: if the files changed in each of `TRIES` readings, or a save has begun to replace
-            them that cannot be ended, as in a folder that is not to be written to.
+        ValueError: if the files changed in each of `TRIES` readings, or if a save has begun to
+            replace them that cannot be finished, as in a folder that cannot be written to.
     """
     if files.SEEN.get() is not None:  # part of a larger reading, which checks all of it
         return read()
@@ -153,16 +154,16 @@ def consistent(folder: Path, read: Callable[[], T]) -> T:
             return value  # pyright: ignore[reportReturnType]
         time.sleep(min(0.001 * attempt, 0.05))
     raise ValueError(
-        f"{folder} changed each time that it was read, or a save in it has not ended ({SAVE} in it); "
-        "expected a folder at rest, or one that can be written to"
+        f"{folder} changed each time that it was read, or a save in it has not ended ({SAVE} in "
+        "it); expected a folder at rest, or one that can be written to"
     )
 
 
 def finish(folder: Path) -> None:
-    """End the save that has begun to replace files of a folder, and remove what dead ones left.
+    """Finish the save that has begun to replace files of a folder; remove what dead ones left.
 
     Raises:
-        ValueError: on a `.nyscaled-save` that no save has left.
+        ValueError: on a `.nyscaled-save` that was not left by a save.
         OSError: if a file cannot be moved.
     """
     _tidy(folder)
@@ -183,7 +184,7 @@ def _begun(folder: Path) -> list[str]:
 
 
 def _commit(aside: Path, folder: Path) -> None:
-    """Rename the folder aside, once no other save is in the midst of its moves."""
+    """Rename the folder aside, once no other save is making its moves."""
     for _ in range(TRIES):
         with _unless(errno.ENOTEMPTY, errno.EEXIST):
             os.rename(aside, folder / SAVE)
@@ -193,7 +194,7 @@ def _commit(aside: Path, folder: Path) -> None:
 
 
 def _move_all(inner: Path, folder: Path) -> None:
-    """Move the files of a save to their places, those that are not there yet."""
+    """Move the files of a save that are not yet in their places."""
     for part in (inner, inner / _NEW, inner / _OLD):
         _require_own(part)
     try:
@@ -215,7 +216,7 @@ def _move_all(inner: Path, folder: Path) -> None:
 
 
 def _require_own(path: Path) -> None:
-    """Require no link: a folder from elsewhere could have files of others moved or removed by it."""
+    """Raise ValueError on a link: with it a folder could have files elsewhere moved or removed."""
     if path.is_symlink():
         raise ValueError(f"{path} is a link; expected what a save leaves (remove it)")
 
@@ -227,7 +228,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _read_plan(path: Path) -> tuple[str, list[str], list[str]]:
-    """What a save wrote of itself: the last of its files, all of them, and patterns of those that go.
+    """The plan of a save: the last of its files, all of its files, and patterns of files that go.
 
     Raises:
         ValueError: on anything that could name files elsewhere.
@@ -260,7 +261,7 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A new folder, locked while its process lives, so that others do not take it for a leftover."""
+    """A new folder, locked while its process lives: others do not remove it as a leftover."""
     for _ in range(TRIES):
         aside = Path(tempfile.mkdtemp(dir=folder, prefix=ASIDE))
         descriptor = None
@@ -310,7 +311,7 @@ def _unlock(descriptor: int | None) -> None:
 
 @contextlib.contextmanager
 def _unless(*numbers: int) -> Iterator[None]:
-    """Passes over an OSError of these numbers."""
+    """Suppress an OSError of these numbers."""
     try:
         yield
     except OSError as error:
