@@ -47,7 +47,7 @@ def gradient(problem: Any, point: Any) -> Any:
 
 
 def forward(problem: Any, point: Any) -> Any:
-    return problem.a.forward(*point)
+    return problem.map.forward(*point)
 
 
 def masked(mask: jax.Array, target: jax.Array, point: nys.Factors) -> nys.Factors:
@@ -68,7 +68,8 @@ def median(seconds: dict[str, np.ndarray], name: str) -> float:
 def completion(m: int = 2000, n: int = 2000) -> None:
     for p, rank in ((40_000, 8), (160_000, 8), (160_000, 32)):
         problem, point = random_entries(m, n, p), factors_of(1, m, n, rank)
-        mask = jnp.zeros((m, n)).at[problem.a.rows, problem.a.columns].set(1.0)
+        entries: Any = problem.map
+        mask = jnp.zeros((m, n)).at[entries.rows, entries.columns].set(1.0)
         seconds = interleaved(
             {
                 "gather": compiled(forward, problem, point),

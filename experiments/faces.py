@@ -165,7 +165,7 @@ class Errors:
         self.share, self.extreme = KINDS[kind]
         self.images = corrupt(seed, images, self.share, self.extreme)
         self.clean, self.observed = (jnp.asarray(flat(x)) for x in (images, self.images))
-        trimmed = nys.problems.RobustPCA(self.observed - 0.5, self.share).trimmed()
+        trimmed = nys.problems.RobustPCA(self.observed - 0.5, self.share).target()
         self.start = nys.problems.Asymmetric(trimmed).optimum(rank)
         self.svd = nys.problems.Asymmetric(self.observed - 0.5).optimum(rank)
 

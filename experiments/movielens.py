@@ -205,7 +205,7 @@ def split(ratings: Ratings, shape: tuple[int, int], seed: tuple[int, int]) -> Sp
 @functools.partial(jax.jit, static_argnames="shape")
 def starts(key: jax.Array, train: Ratings, shape: tuple[int, int]) -> tuple[Any, jax.Array]:
     """Return the three starts at the largest rank, and σ₁; other ranks use their first columns."""
-    residuals: Any = nys.problems.completion.observed(*train, shape=shape).backprojection()
+    residuals: Any = nys.problems.completion.observed(*train, shape=shape).target()
     rank = max(RANKS)
     spectral = nys.problems.Asymmetric(residuals.todense()).optimum(rank)
     norm = jnp.sum(spectral.left[:, 0] ** 2)

@@ -97,7 +97,8 @@ def starts(problem: nys.problems.Sensing, key: jax.Array, symmetric: bool) -> An
     """Return the starts in the order of `STARTS`, stacked."""
     init, m = nys.initializers, problem.shape[0]
     spectral = init.spectral(problem, RANK, symmetric=symmetric)
-    b = problem.backprojection(symmetric)
+    b = problem.target()
+    b = nys.linalg.symmetric_part(b) if symmetric else b
     omega = init.random_sketch(key, m, RANK, 1.0, "gaussian", problem.dtype)
     for _ in range(ROUNDS):
         omega = nys.linalg.orthonormalize(b.T @ nys.linalg.orthonormalize(b @ omega))

@@ -29,9 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import sparse
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 from nyscaled._pytree import as_partial, build, field, pytree_dataclass
+from nyscaled.numerics import full_precision
 from nyscaled.typing import Factors, LinearMap
 
 _P = ParamSpec("_P")
@@ -341,3 +343,24 @@ class Operator:
 
     def __matmul__(self, other: Array) -> Array:
         return self.matmat(other)
+
+
+def symmetric_part(a: LinearMap) -> LinearMap:
+    """Return (A + Aᵀ)/2 of a square A; known by its products, unless A is dense.
+
+    Examples:
+        >>> symmetric_part(jnp.array([[0.0, 2.0], [0.0, 1.0]]))
+        Array([[0., 1.],
+               [1., 1.]], dtype=float32)
+    """
+    if a.shape[0] != a.shape[1]:
+        raise ValueError(f"the matrix has shape {tuple(a.shape)}; expected a square one")
+    if isinstance(a, jax.Array):
+        return (a + a.T) / 2
+    product = Partial(_symmetric_product, a)
+    return Operator(product, product, (a.shape[0], a.shape[1]), a.dtype)
+
+
+@full_precision
+def _symmetric_product(a: LinearMap, x: Array) -> Array:
+    return (a @ x + transpose_times(a, x)) / 2

@@ -52,6 +52,84 @@ Params = Any
 
 
 @runtime_checkable
+class MeasurementMap(Protocol):
+    """What sensing asks of its linear map 𝒜; a pytree, such as `problems.sensing.Matrices`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (m, n) of the matrices that are measured."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """The number p of measurements."""
+        ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def forward(self, left: Array, right: Array) -> Array:
+        """Return 𝒜(LRᵀ) (p,) of factors L (m, r) and R (n, r)."""
+        ...
+
+    def adjoint(self, weights: Array) -> LinearMap:
+        """Return 𝒜*(w) = Σᵢ wᵢAᵢ (m, n) of weights (p,): anything with `@` and `.T`."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What `solvers.gradient_step` asks of a problem.
+
+    It also calls two methods where a problem has them. `factor_size()` is about the norm of the
+    factors of a solution: growth far beyond it ends a run as DIVERGED. `root_loss(params)` is the
+    root of the loss, which neither overflows nor underflows.
+    """
+
+    def loss(self, params: Params, /) -> Scalar:
+        """Return the loss at a point."""
+        ...
+
+    def gradient(self, params: Params, /) -> Params:
+        """Return the gradient of the loss, in the form of the point."""
+        ...
+
+    def check(self, params: Any, /) -> Params:
+        """Return `params` as a point of this problem; ValueError if it cannot be one."""
+        ...
+
+
+@runtime_checkable
+class Problem(Objective, Protocol):
+    """A loss of the product of thin factors, about a matrix that products are known of.
+
+    A problem is a pytree. `tests/test_contracts_problems.py` holds all that every problem meets.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (m, n) of the matrix."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of points: float32 or float64."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a point must be one factor X, for XXᵀ, in place of `Factors`."""
+        ...
+
+    def target(self) -> LinearMap:
+        """Return the matrix (m, n) that the product should be, or the best that is known of it.
+
+        It is minus the gradient of the loss in the product, at zero. Starts are made of it.
+        """
+        ...
+
+
+@runtime_checkable
 class Step(Protocol):
     """An iteration as pure functions of a state; the step is a pytree that holds the problem.
 

@@ -13,12 +13,14 @@ from typing import Any, SupportsIndex, cast
 import jax
 import jax.core
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from nyscaled.lapack import eigh
 from nyscaled.linalg import default_rcond
-from nyscaled.matrices import as_array
+from nyscaled.matrices import as_array, as_factors
 from nyscaled.matrices import require_floating as require_floating
 from nyscaled.numerics import norm
+from nyscaled.typing import Factors
 
 
 def is_concrete(tree: Any) -> bool:
@@ -92,6 +94,34 @@ def require_at_least(name: str, value: Any, low: float) -> None:
     require_scalar(name, value, low, math.inf, open_low=False)
 
 
+def require_factor(name: str, x: object, shape: tuple[int, ...], side: int = 0) -> Array:
+    """Return `x` as a factor of a matrix of this shape; ValueError if it cannot be one.
+
+    Args:
+        name: what errors call the factor.
+        x: a matrix (m, r), or (n, r) for the right factor.
+        shape: the shape (m, n) of the matrix.
+        side: 0 for the left factor and 1 for the right one.
+    """
+    x = as_array(name, x)
+    if x.ndim != 2 or x.shape[0] != shape[side]:
+        raise ValueError(f"{name} has shape {x.shape}; expected ({shape[side]}, r) for A {shape}")
+    require_rank(x.shape[1], shape)
+    require_floating(name, x)
+    return x
+
+
+def require_factors(factors: object, shape: tuple[int, ...]) -> Factors:
+    """Return `factors` as a pair of factors of a matrix of this shape; ValueError if it is none."""
+    left, right = as_factors(factors)
+    left = require_factor("left", left, shape, side=0)
+    right = require_factor("right", right, shape, side=1)
+    if left.shape[1] != right.shape[1]:
+        got = f"{left.shape} and {right.shape}"
+        raise ValueError(f"left and right have shapes {got}; expected as many columns in both")
+    return Factors(left, right)
+
+
 def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
     """Raises ValueError on NaN, Inf, an all-zero or (if asked) a non-symmetric matrix.
 
@@ -136,7 +166,7 @@ def require_semidefinite(form: Any, m: int) -> None:
     if low < -10 * default_rcond(m, form.dtype) * high:
         raise ValueError(
             f"A is not positive semidefinite: xᵀAx takes the values {low:.2e} … {float(values[-1]):.2e} "
-            "on the sketched subspace; problem (1) wants a PSD matrix (problems.Asymmetric takes any)"
+            "on the sketched subspace; expected a PSD matrix (problems.Asymmetric takes any)"
         )
 
 

@@ -32,7 +32,7 @@ def product(point):
 
 def exact_loss(problem, point):
     """4τ² Σ KL, halved for X, in float64."""
-    matrices, b = (np.asarray(v, np.float64) for v in (problem.a.matrices, problem.b))
+    matrices, b = (np.asarray(v, np.float64) for v in (problem.map.matrices, problem.b))
     z = np.einsum("pij,ij->p", matrices, product(point)) / problem.noise_scale
 
     def times_log(weight, q):
@@ -45,10 +45,10 @@ def exact_loss(problem, point):
 
 
 @pytest.mark.long_beyond(1)
-@pytest.mark.parametrize("trials", [None, 3], ids=["exact", "coins"])
 @pytest.mark.parametrize("kind", CASES)
-def test_loss_and_gradient_follow_their_definitions(kind, trials):
-    problem, _, point = case(kind, trials)
+def test_loss_and_gradient_follow_their_definitions_where_frequencies_are_0_or_1(kind):
+    problem, _, point = case(kind, trials=3)
+    assert {0.0, 1.0} <= set(np.asarray(problem.b).tolist())
     np.testing.assert_allclose(problem.loss(point), exact_loss(problem, point), rtol=1e-4)
     automatic = jax.grad(problem.loss)(point)
     chex.assert_trees_all_close(problem.gradient(point), automatic, rtol=1e-3, atol=1e-4)
@@ -66,7 +66,7 @@ def test_loss_near_the_truth_is_not_lost_in_rounding():
 def test_near_one_half_it_is_sensing():
     """σ is linear there: loss, gradient and so step sizes are those of `Sensing`."""
     exact, truth = nys.problems.sensing.gaussian(KEY, M, SPECTRUM, P)
-    problem = onebit.OneBit(exact.a, jax.nn.sigmoid(exact.b / 30), 30.0)
+    problem = onebit.OneBit(exact.map, jax.nn.sigmoid(exact.b / 30), 30.0)
     point = truth + 0.3
     np.testing.assert_allclose(problem.loss(point), exact.loss(point), rtol=0.02)
     np.testing.assert_allclose(problem.gradient(point), exact.gradient(point), rtol=0.02, atol=0.02)

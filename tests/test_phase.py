@@ -16,7 +16,7 @@ phase = nys.problems.phase
 
 def test_measurements_are_squares_of_projections_and_the_truth_explains_them():
     problem, truth = phase.gaussian(KEY, M, (2.0, 0.5), P)
-    vectors = np.asarray(problem.a.vectors, np.float64)
+    vectors = np.asarray(problem.map.vectors, np.float64)
     wanted = np.sum((vectors @ np.asarray(truth, np.float64)) ** 2, axis=1)
     np.testing.assert_allclose(problem.b, wanted, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(np.linalg.eigvalsh(truth.T @ truth), [0.5, 2.0], rtol=1e-5)

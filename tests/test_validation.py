@@ -56,7 +56,7 @@ def symmetric_entry(request):
 
 
 def test_rectangular_matrix_for_a_symmetric_problem(symmetric_entry):
-    with raises(r"A has shape \(60, 40\)", "wants a square matrix"):
+    with raises(r"A has shape \(60, 40\)", "expected a square matrix"):
         symmetric_entry(rectangular()[0])
 
 
@@ -76,7 +76,7 @@ def test_asymmetry_of_the_size_of_rounding_is_accepted():
 def test_indefinite_matrix_is_seen_by_nystrom(form):
     a, basis = psd()
     a = a - 2.0 * jnp.outer(basis[:, 0], basis[:, 0])
-    with raises("A is not positive semidefinite", "wants a PSD matrix"):
+    with raises("A is not positive semidefinite", "expected a PSD matrix"):
         nys.initializers.nystrom(KEY, FORMS[form](a), R)
 
 
@@ -157,7 +157,7 @@ def test_constants_from_outside_of_jit_may_be_used_inside():
 def test_checks_of_values_are_left_out_under_jit_and_those_of_shapes_are_not():
     loss = jax.jit(lambda a: nys.problems.Symmetric(a).loss(jnp.ones((4, 1))))
     assert jnp.isnan(loss(jnp.full((4, 4), jnp.nan)))
-    with raises("wants a square matrix"):
+    with raises("expected a square matrix"):
         loss(jnp.ones((4, 5)))
 
 
@@ -352,12 +352,12 @@ def test_rank_without_a_gap_has_no_subspace_rate():
 
 
 @pytest.mark.parametrize("form", ["bcoo", "operator"])
-def test_optimum_wants_a_dense_matrix(form):
+def test_optimum_requires_a_dense_matrix(form):
     for problem in (
         nys.problems.Symmetric(FORMS[form](psd()[0])),
         nys.problems.Asymmetric(FORMS[form](rectangular()[0])),
     ):
-        with raises("A is a (BCOO|Operator); optimum wants a dense matrix"):
+        with raises("A is a (BCOO|Operator); expected a dense matrix"):
             problem.optimum(R)
 
 

@@ -18,8 +18,8 @@ from nyscaled.lapack import eigh, orthogonal, qr
 from nyscaled.linalg import default_rcond
 from nyscaled.matrices import as_array
 from nyscaled.numerics import full_precision, norm
-from nyscaled.problems import Asymmetric, Sensing, Symmetric
-from nyscaled.typing import Factors, Number, Sketch
+from nyscaled.problems import Asymmetric, Symmetric
+from nyscaled.typing import Factors, Number, Problem, Sketch
 
 
 def random_sketch(
@@ -227,7 +227,8 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
 
     Args:
         x0: the start (m, r), for instance `nystrom(key, a, r, scale)`.
-        a: A (m, m), PSD: dense, sparse or an operator; or a `problems.Sensing`, a square one.
+        a: A (m, m), PSD: dense, sparse or an operator; or a problem with `measured_norm`,
+            such as a square `problems.Sensing`.
 
     Returns:
         (m, r) in the dtype of A.
@@ -242,20 +243,22 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
         Array([[2.],
                [0.]], dtype=float32)
     """
-    problem = a if isinstance(a, Sensing) else Symmetric(a)
+    problem: Any = a if isinstance(a, Problem) else Symmetric(a)
+    if not hasattr(problem, "measured_norm"):
+        raise ValueError(
+            f"the problem is a {type(problem).__name__}; expected one whose points may be X, such as "
+            "problems.Symmetric"
+        )
     x0 = problem.check(x0)
     unit = x0 / norm(x0)  # X_0ᵀX_0 of a large ξ would overflow float32
-    if isinstance(problem, Sensing):
-        seen, image = problem.a.forward(unit, unit), problem.backprojection() @ unit
-    else:
-        seen, image = unit.T @ unit, problem.a @ unit
+    image = problem.target() @ unit
     trace = jnp.sum(unit * image)
     if validation.is_concrete(trace) and not trace > 0:
         raise ValueError(
             f"tr(X₀ᵀAX₀) is {float(trace):.2g} for X₀ of unit length; expected it positive: a "
             "positive semidefinite A, and a start that is not zero"
         )
-    return unit * (jnp.sqrt(trace) / norm(seen))
+    return unit * (jnp.sqrt(trace) / problem.measured_norm(unit))
 
 
 @full_precision

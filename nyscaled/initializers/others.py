@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
 from nyscaled.initializers.nystrom import random_sketch
-from nyscaled.linalg import leading_factors
+from nyscaled.linalg import leading_factors, symmetric_part
 from nyscaled.numerics import full_precision
-from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
-from nyscaled.typing import Factors, Number, Scalar
+from nyscaled.problems import Asymmetric, Symmetric
+from nyscaled.typing import Factors, Number, Problem, Scalar
 
 
 def small(
@@ -66,7 +66,7 @@ def small_factors(
 
 @full_precision
 def spectral(
-    problem: Symmetric | Asymmetric | Sensing | RobustPCA,
+    problem: Problem,
     rank: int,
     *,
     symmetric: bool = False,
@@ -80,12 +80,12 @@ def spectral(
     and to rounding if rank(A) ≤ 2r + 8: no m×n matrix is formed.
 
     Args:
-        problem: `Symmetric`, `Asymmetric`, `Sensing` (with it completion, one-bit, phase) or
-            `RobustPCA`. Where 𝒜 does not keep norms on average, as `phase.RankOne`, the start has
-            the right directions and another size: `rescaled(start, problem)` mends that.
+        problem: one of `nyscaled.problems`. Where 𝒜 does not keep norms on average, as
+            `phase.RankOne`, the start has the right directions and another size, which
+            `rescaled(start, problem)` repairs.
         rank: 1 ≤ r ≤ min(m, n).
-        symmetric: of a square `Sensing`, X for XXᵀ (negative eigenvalues taken as 0) in place of
-            Factors.
+        symmetric: whether the start is X for XXᵀ in place of Factors, for problems that take
+            both, as a square `Sensing` does. Negative eigenvalues then count as 0.
         key: for the sketch that the iteration begins with; `jax.random.key(0)` by default.
 
     Raises:
@@ -98,22 +98,21 @@ def spectral(
         >>> bool(jnp.linalg.norm(x0 @ x0.T - 1) < 0.2 * 30)
         True
     """
-    if isinstance(problem, Sensing):
-        a = problem.backprojection(symmetric)
-        problem = Symmetric(a) if symmetric else Asymmetric(a)
-    elif isinstance(problem, RobustPCA):
-        problem = Asymmetric(problem.trimmed())
-    if not isinstance(problem, Symmetric | Asymmetric):
+    if not isinstance(problem, Problem):
         raise ValueError(
             f"problem is a {type(problem).__name__}; expected one of nyscaled.problems, such as "
             "Symmetric(a)"
         )
-    if isinstance(problem.a, jax.Array):
-        return problem.optimum(rank)
-    validation.require_rank(rank, problem.shape)
+    symmetric = symmetric or problem.symmetric
+    exact = (
+        Symmetric(symmetric_part(problem.target())) if symmetric else Asymmetric(problem.target())
+    )
+    validation.require_rank(rank, exact.shape)
+    if isinstance(exact.a, jax.Array):
+        return problem.check(exact.optimum(rank))
     key = jax.random.key(0) if key is None else key
-    left, right = leading_factors(key, problem.a, rank, isinstance(problem, Symmetric))
-    return left if isinstance(problem, Symmetric) else Factors(left, right)
+    factors = leading_factors(key, exact.a, rank, symmetric)
+    return problem.check(factors.left if symmetric else factors)
 
 
 @full_precision

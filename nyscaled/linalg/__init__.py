@@ -14,7 +14,7 @@ from nyscaled.linalg.thin import (
     orthonormalize,
     pinv,
 )
-from nyscaled.matrices import Operator
+from nyscaled.matrices import Operator, symmetric_part
 
 __all__ = [
     "Compressed",
@@ -33,4 +33,5 @@ __all__ = [
     "residual",
     "spectral_norm",
     "squared_residual",
+    "symmetric_part",
 ]

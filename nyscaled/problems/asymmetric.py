@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nyscaled import linalg, validation
-from nyscaled._pytree import pytree_dataclass
+from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.lapack import svd
 from nyscaled.matrices import as_factors, as_matrix, transpose_times
 from nyscaled.numerics import full_precision
-from nyscaled.typing import Factors, Scalar
+from nyscaled.typing import Factors, LinearMap, Scalar
 
 
 @pytree_dataclass
@@ -35,12 +36,11 @@ class Asymmetric:
         Array(0.5, dtype=float32)
     """
 
-    a: Any
+    a: Any = field(converter=functools.partial(as_matrix, "A"))
+    symmetric = False
 
     def __post_init__(self) -> None:
-        a = as_matrix("A", self.a)
-        validation.require_sound_matrix("A", a, symmetric=False)
-        object.__setattr__(self, "a", a)
+        validation.require_sound_matrix("A", self.a, symmetric=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,22 +78,16 @@ class Asymmetric:
         """The balanced global optimum (U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of Lemma 13 (dense A only; an SVD)."""
         validation.require_rank(rank, self.shape)
         if not isinstance(self.a, jax.Array):
-            raise ValueError(f"A is a {type(self.a).__name__}; optimum wants a dense matrix")
+            raise ValueError(f"A is a {type(self.a).__name__}; expected a dense matrix, whose factorization gives the optimum")
         u, s, vt = svd(self.a)
         root = jnp.sqrt(s[:rank])
         return Factors(u[:, :rank] * root, vt[:rank].T * root)
 
-    def check(self, factors: Any) -> Factors:
-        """`factors` as a point of this problem; ValueError if it cannot be one."""
-        factors = as_factors(factors)
-        for name, x, side in zip(("left", "right"), factors, self.shape, strict=True):
-            if x.ndim != 2 or x.shape[0] != side:
-                raise ValueError(
-                    f"{name} has shape {x.shape}; expected ({side}, r) for A {self.shape}"
-                )
-            validation.require_rank(x.shape[1], self.shape)
-            validation.require_floating(name, x)
-        if factors[0].shape[1] != factors[1].shape[1]:
-            got = f"{factors[0].shape} and {factors[1].shape}"
-            raise ValueError(f"left and right have shapes {got}; expected as many columns in both")
-        return Factors(*(jnp.asarray(x, self.dtype) for x in factors))
+    def target(self) -> LinearMap:
+        """Return A."""
+        return self.a
+
+    def check(self, factors: object) -> Factors:
+        """Return `factors` as a point of this problem; ValueError if it cannot be one."""
+        left, right = validation.require_factors(factors, self.shape)
+        return Factors(jnp.asarray(left, self.dtype), jnp.asarray(right, self.dtype))

@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from nyscaled import validation
 from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.matrices import as_array
 from nyscaled.numerics import clipped, full_precision, normalized, root, shift
+from nyscaled.problems._points import both
 from nyscaled.problems.sensing import Sensing
 from nyscaled.typing import Factors, Scalar
 
@@ -53,16 +55,18 @@ class Entries:
         ValueError: on indices that do not go together or (outside of jit) are out of range.
     """
 
-    rows: Any
-    columns: Any
+    rows: Array = field(converter=functools.partial(as_array, "rows"))
+    columns: Array = field(converter=functools.partial(as_array, "columns"))
     shape: tuple[int, int] = field(static=True)
-    dtype: Any = field(static=True, default=jnp.dtype("float32"))
+    dtype: Any = field(static=True, converter=jnp.dtype, default=jnp.dtype("float32"))
 
     def __post_init__(self) -> None:
-        rows, columns = as_array("rows", self.rows), as_array("columns", self.columns)
+        object.__setattr__(self, "shape", tuple(self.shape))
+        rows, columns = self.rows, self.columns
         if rows.ndim != 1 or rows.shape != columns.shape or rows.size == 0:
             raise ValueError(
-                f"rows {rows.shape} and columns {columns.shape} do not go together; expected (p,) both"
+                f"rows {rows.shape} and columns {columns.shape} do not go together; expected (p,) "
+                "both"
             )
         for name, indices, side in zip(
             ("rows", "columns"), (rows, columns), self.shape, strict=True
@@ -73,10 +77,6 @@ class Entries:
                 low, high = int(jnp.min(indices)), int(jnp.max(indices))
                 if low < 0 or high >= side:
                     raise ValueError(f"{name} are {low} … {high}; expected 0 … {side - 1}")
-        object.__setattr__(self, "rows", rows)
-        object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "shape", tuple(self.shape))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
     @property
     def count(self) -> int:
@@ -143,11 +143,11 @@ def bernoulli(
 
     Examples:
         >>> problem = bernoulli(jax.random.key(0), jnp.ones((20, 1)), probability=0.5)
-        >>> problem.shape, 150 < problem.a.count < 250
+        >>> problem.shape, 150 < problem.map.count < 250
         ((20, 20), True)
     """
     validation.require_scalar("probability", probability, 0, 1, open_low=True)
-    left, right = factors if isinstance(factors, Factors) else (factors, factors)
+    left, right = both(factors)
     seen = jax.random.bernoulli(key, probability, (len(left), len(right)))
     rows, columns = jnp.nonzero(seen)
     values = jnp.sum(left[rows] * right[columns], axis=1)
@@ -185,6 +185,7 @@ def project_incoherent(
         lengths = shift(root(len(x) * clipped(squares, 0, jnp.inf)), e_x + e_y)
         return x * clipped(bound / jnp.where(lengths > 0, lengths, bound), 0, 1)[:, None]
 
+    left, right = both(factors)
     if isinstance(factors, Factors):
-        return Factors(shorten(*factors), shorten(factors.right, factors.left))
-    return shorten(factors, factors)
+        return Factors(shorten(left, right), shorten(right, left))
+    return shorten(left, right)

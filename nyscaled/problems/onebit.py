@@ -30,12 +30,12 @@ class OneBit(sensing.Sensing):
     """f(X, Y) = 4τ² Σᵢ KL(bᵢ ‖ σ(𝒜(XYᵀ)ᵢ/τ)) at `Factors`, half of it with XXᵀ at X (m, r).
 
     KL(b ‖ q) = b log(b/q) + (1−b) log((1−b)/(1−q)) is the logistic loss less its least value: f is
-    zero at a truth that explains b exactly, as `precgd` wants. The factor 4τ² makes the curvature
+    zero at a truth that explains b exactly, as `precgd` requires. The factor 4τ² makes the curvature
     that of `Sensing` where q = ½, and less elsewhere: step sizes and the damping of `precgd` are
     those of `Sensing`.
 
     Args:
-        a: 𝒜, as in `Sensing`.
+        map: the linear map 𝒜, as in `Sensing`.
         b: (p,) frequencies in [0, 1], in the dtype of 𝒜.
         noise_scale: τ > 0 of the logistic noise, bᵢ ≈ σ(𝒜(M)ᵢ/τ). A Python float.
 
@@ -141,9 +141,9 @@ def gaussian_factors(
 
 
 def _seen(key: Array, exact: sensing.Sensing, trials: Number | None) -> OneBit:
-    noise_scale = exact.a.count**-0.5
+    noise_scale = exact.map.count**-0.5
     b = jax.nn.sigmoid(exact.b / noise_scale)
     if trials is not None:
         validation.require_at_least("trials", trials, 1)
         b = jax.random.binomial(key, trials, b) / trials
-    return OneBit(exact.a, b.astype(exact.dtype), noise_scale)
+    return OneBit(exact.map, b.astype(exact.dtype), noise_scale)

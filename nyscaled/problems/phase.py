@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
-from nyscaled._pytree import pytree_dataclass
+from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.matrices import as_array, transpose_times
 from nyscaled.numerics import full_precision
 from nyscaled.problems import sensing
@@ -49,15 +50,16 @@ class RankOne:
         Array(0., dtype=float32)
     """
 
-    vectors: Any
+    vectors: Array = field(
+        converter=functools.partial(as_array, "the array of measurement vectors")
+    )
 
     def __post_init__(self) -> None:
-        vectors = as_array("the array of measurement vectors", self.vectors)
+        vectors = self.vectors
         if vectors.ndim != 2 or vectors.size == 0:
             raise ValueError(f"measurement vectors have shape {vectors.shape}; expected (p, m)")
         validation.require_floating("the array of measurement vectors", vectors)
         validation.require_finite("the array of measurement vectors", vectors)
-        object.__setattr__(self, "vectors", vectors)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,7 +12,8 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, cast
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from nyscaled import validation
-from nyscaled._pytree import pytree_dataclass
+from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.matrices import as_dense, as_factors, reads, transpose_times
 from nyscaled.numerics import full_precision, norm, normalized, shift
-from nyscaled.problems.asymmetric import Asymmetric
 from nyscaled.spectra import random_factor
 from nyscaled.typing import Factors, Number, Scalar, Values
 
@@ -110,24 +110,23 @@ class RobustPCA:
     Examples:
         >>> truth = Factors(jnp.ones((20, 1)), jnp.ones((10, 1)))
         >>> problem = RobustPCA(jnp.ones((20, 10)).at[3, 4].set(1e6), fraction=0.1)
-        >>> problem.loss(truth), problem.sparse(truth)[3, 4], problem.trimmed()[3, 4]
+        >>> problem.loss(truth), problem.sparse(truth)[3, 4], problem.target()[3, 4]
         (Array(0., dtype=float32), Array(999999., dtype=float32), Array(0., dtype=float32))
     """
 
-    observed: Any
+    observed: Array = field(converter=functools.partial(as_dense, "Y"))
     fraction: Any
     slack: Any = 2.0
+    symmetric = False
 
     def __post_init__(self) -> None:
-        observed = as_dense("Y", self.observed)
-        validation.require_sound_matrix("Y", observed, symmetric=False)
+        validation.require_sound_matrix("Y", self.observed, symmetric=False)
         validation.require_scalar("fraction", self.fraction, 0, 1, open_low=True)
         validation.require_at_least("slack", self.slack, 1)
         removed = self.fraction * self.slack
         if validation.is_concrete(removed) and float(removed) >= 1:
             got = f"fraction · slack is {float(removed):g}"
             raise ValueError(f"{got}; expected less than 1, or all entries are corrupt")
-        object.__setattr__(self, "observed", observed)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -166,17 +165,18 @@ class RobustPCA:
         left, right = as_factors(factors)
         return Factors(kept @ right, transpose_times(kept, left))
 
-    def trimmed(self) -> Float[Array, "m n"]:
-        """Y − T_α[Y] (m, n), from which starts are made.
+    def target(self) -> Float[Array, "m n"]:
+        """Return Y − T_α[Y] (m, n), the trimmed Y, from which starts are made.
 
         `initializers.spectral(problem, rank)` is the spectral start, by an SVD;
-        `initializers.nystrom_factors(key, problem.trimmed(), rank)` is the Nyström start.
+        `initializers.nystrom_factors(key, problem.target(), rank)` is the Nyström start.
         """
         return self.observed - threshold(self.observed, self.fraction)
 
-    def check(self, factors: Any) -> Factors:
-        """`factors` as a point of this problem; ValueError if it cannot be one."""
-        return Asymmetric.check(cast(Any, self), factors)  # which reads nothing but shape and dtype
+    def check(self, factors: object) -> Factors:
+        """Return `factors` as a point of this problem; ValueError if it cannot be one."""
+        left, right = validation.require_factors(factors, self.shape)
+        return Factors(jnp.asarray(left, self.dtype), jnp.asarray(right, self.dtype))
 
     def _removed(self) -> Any:
         return self.fraction * self.slack

@@ -15,21 +15,20 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast, runtime_checkable
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
-from nyscaled._pytree import pytree_dataclass
-from nyscaled.matrices import as_array, as_factors, require_traced, transpose_times
+from nyscaled._pytree import field, pytree_dataclass
+from nyscaled.matrices import as_array, require_traced, transpose_times
 from nyscaled.numerics import full_precision, norm, normalized, shift
-from nyscaled.problems.asymmetric import Asymmetric
-from nyscaled.problems.symmetric import Symmetric
+from nyscaled.problems._points import both
 from nyscaled.spectra import random_factor
-from nyscaled.typing import Factors, LinearMap, Number, Scalar, Values
+from nyscaled.typing import Factors, LinearMap, MeasurementMap, Number, Scalar, Values
 
 __all__ = [
     "Matrices",
@@ -38,32 +37,6 @@ __all__ = [
     "gaussian",
     "gaussian_factors",
 ]
-
-
-@runtime_checkable
-class MeasurementMap(Protocol):
-    """What sensing asks of 𝒜; a pytree. `Matrices` and `completion.Entries` are two."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(m, n), of the matrices measured."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """p, how many measurements."""
-        ...
-
-    @property
-    def dtype(self) -> Any: ...
-
-    def forward(self, left: Array, right: Array) -> Array:
-        """𝒜(LRᵀ) (p,) of factors L (m, r) and R (n, r)."""
-        ...
-
-    def adjoint(self, weights: Array) -> LinearMap:
-        """𝒜*(w) = Σᵢ wᵢAᵢ (m, n) of weights (p,): anything with `@` and `.T`."""
-        ...
 
 
 @pytree_dataclass
@@ -80,15 +53,16 @@ class Matrices:
         ValueError: on an array that is not finite, floating and of three axes.
     """
 
-    matrices: Any
+    matrices: Array = field(
+        converter=functools.partial(as_array, "the array of measurement matrices")
+    )
 
     def __post_init__(self) -> None:
-        array = as_array("the array of measurement matrices", self.matrices)
+        array = self.matrices
         if array.ndim != 3 or array.size == 0:
             raise ValueError(f"measurement matrices have shape {array.shape}; expected (p, m, n)")
         validation.require_floating("the array of measurement matrices", array)
         validation.require_finite("the array of measurement matrices", array)
-        object.__setattr__(self, "matrices", array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,13 +90,19 @@ class Matrices:
         return (weights @ self.matrices.reshape(self.count, -1)).reshape(self.shape)
 
 
+def _as_map(measurements: Any) -> MeasurementMap:
+    if isinstance(measurements, MeasurementMap):
+        return measurements
+    return Matrices(measurements)
+
+
 @pytree_dataclass
 class Sensing:
     """f(X) = ¼‖𝒜(XXᵀ) − b‖² at X (m, r); f(X, Y) = ½‖𝒜(XYᵀ) − b‖² at `Factors`.
 
     Args:
-        a: 𝒜, a `MeasurementMap` or the array (p, m, n) of its matrices, float32 or float64. They
-            need not be symmetric for a symmetric problem.
+        map: the linear map 𝒜, a `MeasurementMap` or the array (p, m, n) of its matrices Aᵢ,
+            float32 or float64. The Aᵢ need not be symmetric, also where the points are X.
         b: the measurements (p,), in the same dtype.
 
     Raises:
@@ -134,31 +114,27 @@ class Sensing:
         (True, (20, 2))
     """
 
-    a: Any
-    b: Any
+    map: MeasurementMap = field(converter=_as_map)
+    b: Array = field(converter=functools.partial(as_array, "b"))
+    symmetric = False
 
     def __post_init__(self) -> None:
-        a = self.a if isinstance(self.a, MeasurementMap) else Matrices(self.a)
-        b = as_array("b", self.b)
-        if b.shape != (a.count,) or b.dtype != a.dtype:
-            got = f"{b.shape} {b.dtype}"
-            raise ValueError(
-                f"b is {got}; expected ({a.count},) {a.dtype}, one number a measurement"
-            )
-        validation.require_finite("b", b)
-        _require_map(a)
-        object.__setattr__(self, "a", a)
-        object.__setattr__(self, "b", b)
+        p, dtype = self.map.count, self.dtype
+        if self.b.shape != (p,) or self.b.dtype != dtype:
+            got = f"{self.b.shape} {self.b.dtype}"
+            raise ValueError(f"b is {got}; expected ({p},) {dtype}, one number per measurement")
+        validation.require_finite("b", self.b)
+        _require_map(self.map)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(m, n), of the matrix looked for."""
-        return self.a.shape
+        return self.map.shape
 
     @property
     def dtype(self) -> Any:
         """float32 or float64."""
-        return self.a.dtype
+        return self.map.dtype
 
     def misfit(self, predicted: Float[Array, " p"]) -> Scalar:
         """½‖z − b‖² of predicted measurements z."""
@@ -175,12 +151,12 @@ class Sensing:
 
     def loss(self, point: Any) -> Scalar:
         """f at X or at `Factors`: the misfit, halved for X."""
-        misfit = self.misfit(self.a.forward(*_both(point)))
+        misfit = self.misfit(self.map.forward(*both(point)))
         return misfit if isinstance(point, Factors) else misfit / 2
 
     def root_loss(self, point: Any) -> Scalar:
         """√f, of which f may overflow or underflow."""
-        root = self.root_misfit(self.a.forward(*_both(point)))
+        root = self.root_misfit(self.map.forward(*both(point)))
         return root if isinstance(point, Factors) else root / 2**0.5
 
     @full_precision
@@ -188,47 +164,41 @@ class Sensing:
         """About √‖M‖_F, the size of factors of what is sought: ‖b‖²/‖𝒜*(b)‖_F is ‖M‖_F at most."""
         seen = self.slope(jnp.zeros_like(self.b))
         size = norm(seen)
-        back = linalg.probed_norm(self.a.adjoint(seen))
+        back = linalg.probed_norm(self.map.adjoint(seen))
         return jnp.sqrt(size * (size / jnp.where(back > 0, back, 1)))
 
     @full_precision
     def gradient(self, point: Any) -> Any:
         """½(G + Gᵀ)X at X, (GY, GᵀX) at `Factors`, where G = 𝒜*(𝒜(·) − b)."""
-        x, y = _both(point)
-        g = self.a.adjoint(self.slope(self.a.forward(x, y)))
+        x, y = both(point)
+        g = self.map.adjoint(self.slope(self.map.forward(x, y)))
         if isinstance(point, Factors):
             return Factors(g @ y, transpose_times(g, x))
         return (g @ x + transpose_times(g, x)) / 2
 
-    def backprojection(self, symmetric: bool = False) -> LinearMap:
-        """−𝒜*(the slope at 0) (m, n), which is 𝒜*(b): M on average where 𝒜 keeps norms.
+    def target(self) -> LinearMap:
+        """Return minus the gradient in the product at zero (m, n), 𝒜*(b) for this loss.
 
-        Starts are made of it: `initializers.nystrom_factors(key, problem.backprojection(), rank)`
-        is the Nyström start at `Factors`, and `initializers.spectral(problem, rank)` the spectral
-        one.
-
-        Args:
-            symmetric: its symmetric part, of a square problem. It need not be PSD, as
-                `initializers.nystrom` wants: for XXᵀ there is `nystrom_from_gradient`.
+        It is the matrix sought, on average, where 𝒜 keeps norms. Its symmetric part need not be
+        positive semidefinite, as `initializers.nystrom` requires: for a start of XXᵀ there are
+        `initializers.nystrom_from_gradient` and `initializers.spectral`.
         """
-        a = self.a.adjoint(-self.slope(jnp.zeros_like(self.b)))
-        if not symmetric:
-            return a
-        if self.shape[0] != self.shape[1]:
-            raise ValueError(f"the problem is of matrices {self.shape}; expected square ones")
-        if isinstance(a, jax.Array):
-            return (a + a.T) / 2
-        product = Partial(_symmetric_part, a)
-        return linalg.Operator(product, product, (a.shape[0], a.shape[1]), self.dtype)
+        return self.map.adjoint(-self.slope(jnp.zeros_like(self.b)))
+
+    def measured_norm(self, x: Float[Array, "m r"]) -> Scalar:
+        """Return ‖𝒜(XXᵀ)‖."""
+        return norm(self.map.forward(x, x))
 
     def check(self, point: Any) -> Any:
-        """`point` as X or `Factors` of this problem; ValueError if it cannot be one."""
-        m, n = self.shape
-        if not isinstance(point, Factors) and m != n:
+        """Return `point` as X or `Factors` of this problem; ValueError if it cannot be one."""
+        if isinstance(point, Factors):
+            point = validation.require_factors(point, self.shape)
+        elif self.shape[0] == self.shape[1]:
+            point = validation.require_factor("X", point, self.shape)
+        else:
             got = type(point).__name__
             raise ValueError(f"the point is a {got}; expected Factors for a matrix {self.shape}")
-        problem = Asymmetric if isinstance(point, Factors) else Symmetric
-        return problem.check(cast(Any, self), point)  # which reads nothing but shape and dtype
+        return jax.tree.map(lambda factor: jnp.asarray(factor, self.dtype), point)
 
 
 def _require_map(a: MeasurementMap) -> None:
@@ -251,15 +221,6 @@ def _adjoint_times(a: Any, weights: Array, x: Array) -> Array:
 
 def _times_adjoint(a: Any, weights: Array, y: Array) -> Array:
     return transpose_times(a.adjoint(weights), y)
-
-
-@full_precision
-def _symmetric_part(a: Any, x: Array) -> Array:
-    return (a @ x + transpose_times(a, x)) / 2
-
-
-def _both(point: Any) -> tuple[Array, Array]:
-    return as_factors(point if isinstance(point, Factors) else (point, point))
 
 
 def gaussian(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled import linalg, validation
-from nyscaled._pytree import pytree_dataclass
+from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.lapack import eigh
 from nyscaled.matrices import as_array, as_matrix, reads
-from nyscaled.numerics import full_precision
-from nyscaled.typing import Scalar
+from nyscaled.numerics import full_precision, norm
+from nyscaled.typing import LinearMap, Scalar
 
 
 @pytree_dataclass
@@ -36,17 +37,16 @@ class Symmetric:
         Array(0.25, dtype=float32)
     """
 
-    a: Any
+    a: Any = field(converter=functools.partial(as_matrix, "A"))
+    symmetric = True
 
     def __post_init__(self) -> None:
-        a = as_matrix("A", self.a)
-        if a.shape[0] != a.shape[1]:
+        if self.shape[0] != self.shape[1]:
             raise ValueError(
-                f"A has shape {tuple(a.shape)}; a symmetric problem wants a square matrix "
+                f"A has shape {tuple(self.shape)}; expected a square matrix "
                 "(for rectangular ones: problems.Asymmetric)"
             )
-        validation.require_sound_matrix("A", a, symmetric=True)
-        object.__setattr__(self, "a", a)
+        validation.require_sound_matrix("A", self.a, symmetric=True)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,17 +84,20 @@ class Symmetric:
         """The global optimum X* = Q₁Σ₁^{1/2} of Lemma 3 (dense A only; an eigendecomposition)."""
         validation.require_rank(rank, self.shape)
         if not isinstance(self.a, jax.Array):
-            raise ValueError(f"A is a {type(self.a).__name__}; optimum wants a dense matrix")
+            raise ValueError(f"A is a {type(self.a).__name__}; expected a dense matrix, whose factorization gives the optimum")
         values, vectors = eigh(self.a)
         top = jnp.maximum(values[-rank:][::-1], 0)
         return vectors[:, -rank:][:, ::-1] * jnp.sqrt(top)
 
-    def check(self, x: Any) -> Float[Array, "m r"]:
-        """`x` as a factor of this problem; ValueError if it cannot be one."""
-        m = self.shape[0]
-        x = as_array("X", x)
-        if x.ndim != 2 or x.shape[0] != m:
-            raise ValueError(f"X has shape {x.shape}; expected ({m}, r) for A {self.shape}")
-        validation.require_rank(x.shape[1], self.shape)
-        validation.require_floating("X", x)
-        return jnp.asarray(x, self.dtype)
+    def target(self) -> LinearMap:
+        """Return A."""
+        return self.a
+
+    @full_precision
+    def measured_norm(self, x: Float[Array, "m r"]) -> Scalar:
+        """Return ‖XXᵀ‖_F."""
+        return norm(x.T @ x)
+
+    def check(self, x: object) -> Float[Array, "m r"]:
+        """Return `x` as a factor of this problem; ValueError if it cannot be one."""
+        return jnp.asarray(validation.require_factor("X", x, self.shape), self.dtype)

@@ -133,7 +133,7 @@ def _check_start(params: Params) -> Params:
     params = jax.tree.map(lambda leaf: as_array("the start", leaf), params)
     validation.require_finite("the start", params)
     leaves = jax.tree.leaves(params)
-    empty = any(jnp.size(x) == 0 for x in leaves)  # the step itself says what it wants instead
+    empty = any(jnp.size(x) == 0 for x in leaves)  # the step itself names what it expects
     known = validation.is_concrete(params) and not empty
     if known and not any(bool(jnp.any(x)) for x in leaves):
         raise ValueError(

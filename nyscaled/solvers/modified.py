@@ -25,9 +25,8 @@ from nyscaled import validation
 from nyscaled._pytree import pytree_dataclass
 from nyscaled.lapack import svd
 from nyscaled.numerics import full_precision
-from nyscaled.problems import Asymmetric, Sensing
-from nyscaled.solvers.steps import GradientState, GradientStep, gradient_step
-from nyscaled.typing import Factors, Params
+from nyscaled.solvers.steps import GradientState, GradientStep, gradient_step, require_pairs
+from nyscaled.typing import Factors, Params, Problem
 
 
 @full_precision
@@ -37,7 +36,7 @@ def unbalance(factors: Factors, beta: Any) -> Factors:
     Args:
         factors: X (m, r) and Y (n, r), m ≥ r.
         beta: β > 0. With β² of the order of σ_r(A), the least singular value to be found, the
-            count is O(κ² log 1/ε). Near A, descent then wants η below 2/(β² + ‖A‖²/β²).
+            count is O(κ² log 1/ε). Near A, descent then requires η below 2/(β² + ‖A‖²/β²).
 
     Raises:
         ValueError: on β ≤ 0.
@@ -96,7 +95,7 @@ class ModifiedStep:
 
 
 def modified_step(
-    problem: Asymmetric | Sensing, tx: optax.GradientTransformation, at: Any, beta: Any
+    problem: Problem, tx: optax.GradientTransformation, at: Any, beta: Any
 ) -> ModifiedStep:
     """Modified GD: `gradient_step(problem, tx)` with one refactoring, `unbalance`, on the way.
 
@@ -125,7 +124,6 @@ def modified_step(
         >>> bool(solution.history[-1] < 1e-5)
         True
     """
-    if not isinstance(problem, Asymmetric | Sensing):
-        raise ValueError(f"problem is {type(problem).__name__}; modified GD wants Asymmetric")
+    require_pairs(problem)
     validation.require_positive("beta", beta)
     return ModifiedStep(gradient_step(problem, tx), at, beta)

@@ -97,7 +97,7 @@ class _PolarStep:
         """The start, its numerical rank cut (see `rank.cut_rank`), and the extremes of σ(S)."""
         cut = cut_rank(self.problem, params)
         f = linalg.factor(cut.factors)
-        s, s_dual = _measured(f, cut.factors, self.problem.a @ f.z)
+        s, s_dual = _measured(f, cut.factors, self.problem.target() @ f.z)
         low, high = 1 / _size(s_dual, 2), _size(s, 2)
         return PolarState(cut.factors, cut.rotation, cut.indefinite, low, high)
 
@@ -124,7 +124,7 @@ class ScaledNewtonStep(_PolarStep):
         """One step; A is met only in A @ thin."""
         x, low, high = state.factors, state.low, state.high
         f = linalg.factor(x)
-        image = self.problem.a @ f.z
+        image = self.problem.target() @ f.z
         if self.scaling == "byers_xu":
             mu = 1 / (jnp.sqrt(low) * jnp.sqrt(high))
         else:
@@ -157,7 +157,7 @@ class QDWHStep(_PolarStep):
         low = clipped(state.low / state.high, eps, 1)
         a, b, c = _halley_weights(low)
         f = linalg.factor(x)
-        image = self.problem.a @ f.z
+        image = self.problem.target() @ f.z
         form = f.z.T @ image
         gram = f.dual_of(f.dual_of((form + form.T) / 2).T)  # C, eigenvalues 1/s² ≥ 1
         # C carries an error of eps/low², which c, about low^(-4/3), exceeds.
@@ -179,7 +179,7 @@ def _halley_weights(low: Scalar) -> tuple[Scalar, Scalar, Scalar]:
 def _require_symmetric(problem: Any) -> None:
     if not isinstance(problem, Symmetric):
         raise ValueError(
-            f"problem is {type(problem).__name__}; a polar iteration wants problems.Symmetric "
+            f"problem is a {type(problem).__name__}; expected problems.Symmetric(A) "
             "(problem (4) is solved by one step of scaled_step with η = 1)"
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any, NamedTuple
+import itertools
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -13,7 +14,7 @@ from nyscaled import linalg
 from nyscaled.lapack import eigh, qr, svd
 from nyscaled.matrices import transpose_times
 from nyscaled.numerics import full_precision, norm
-from nyscaled.typing import Factors
+from nyscaled.typing import Params, Problem
 
 
 class Cut(NamedTuple):
@@ -25,13 +26,13 @@ class Cut(NamedTuple):
         indefinite: whether A is seen to be no PSD matrix (symmetric problems only).
     """
 
-    factors: Any
+    factors: Params
     rotation: Float[Array, "r r"]
     indefinite: Bool[Array, ""]
 
 
 @full_precision
-def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
+def cut_rank(problem: Problem, params: Params, enabled: bool | Array = True) -> Cut:
     """Checks the factors and, if `enabled`, cuts their numerical rank, once and for all.
 
     Under (26) and (35) the row space of the factors never changes: X_t = X̃_t Vᵀ with X̃_t an
@@ -45,8 +46,7 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
     Raises:
         ValueError: if the factors do not fit the problem.
     """
-    params = problem.check(params)
-    factors = params if isinstance(params, Factors) else (params,)
+    factors, structure = jax.tree.flatten(problem.check(params))  # [X], or [X, Y]
     dtype, r = factors[0].dtype, factors[0].shape[1]
     sizes = [norm(f) for f in factors]
     stacked = jnp.concatenate(
@@ -57,27 +57,43 @@ def cut_rank(problem: Any, params: Any, enabled: Any = True) -> Cut:
     v = vt.T @ (1.5 * jnp.eye(r, dtype=dtype) - 0.5 * vt @ vt.T)
     tol = linalg.default_rcond(max(problem.shape), dtype)
     noise = singular <= tol * singular[0]
-    indefinite = jnp.zeros((), bool)
-    parts = jnp.split(u, [factors[0].shape[0]]) if len(factors) == 2 else [u]
-    maps = [transpose_times, operator.matmul] if len(factors) == 2 else [operator.matmul]
-    for part, size, times in zip(parts, sizes, maps, strict=True):
-        lengths = norm(part, axis=0)
-        directions = part / jnp.where(lengths > 0, lengths, 1)
-        image = lax.stop_gradient(times(problem.a, directions))
-        # Rounding turns directions of noise towards those of larger singular values, and they have a
-        # part of the images of those. What else they have is their own.
+    directions = [_unit_columns(part) for part in jnp.split(u, _ends(factors)[:-1])]
+    images = [lax.stop_gradient(image) for image in _images(problem, directions)]
+    for size, image in zip(sizes, images, strict=True):
+        # Rounding turns directions of noise towards those of larger singular values, and they have
+        # a part of the images of those. What else they have is their own.
         own = jnp.abs(jnp.diagonal(qr(_tall(image))[1]))
         noise &= (own <= tol * jnp.max(own, initial=0)) | (size == 0)
-        if len(factors) == 1:
-            values, _ = eigh(directions.T @ image)
-            indefinite = values[0] < -10 * tol * jnp.max(jnp.abs(values))
+    indefinite = jnp.zeros((), bool)
+    if problem.symmetric:
+        values, _ = eigh(directions[0].T @ images[0])
+        indefinite = values[0] < -10 * tol * jnp.max(jnp.abs(values))
     noise &= jnp.asarray(enabled)
     cut = jnp.any(noise)
     inverse = jnp.where(noise, 0, u / jnp.where(noise | (singular == 0), 1, singular)).T
     v = linalg.moving_frame(stacked, v, inverse, ~noise)
     rotation = jnp.where(cut, v, jnp.eye(r, dtype=dtype))
-    rotated = tuple(jnp.where(cut, jnp.where(noise, 0, f @ v), f) for f in factors)
-    return Cut(Factors(*rotated) if len(factors) == 2 else rotated[0], rotation, indefinite)
+    rotated = [jnp.where(cut, jnp.where(noise, 0, f @ v), f) for f in factors]
+    return Cut(structure.unflatten(rotated), rotation, indefinite)
+
+
+def _images(problem: Problem, directions: list[Array]) -> list[Array]:
+    """What A makes of the directions of each factor: A x; or Aᵀ x and A y of a pair."""
+    a = problem.target()
+    if problem.symmetric:
+        return [a @ directions[0]]
+    left, right = directions
+    return [transpose_times(a, left), a @ right]
+
+
+def _ends(factors: list[Array]) -> list[int]:
+    """Where each factor ends among the stacked rows."""
+    return list(itertools.accumulate(len(f) for f in factors))
+
+
+def _unit_columns(x: Array) -> Array:
+    lengths = norm(x, axis=0)
+    return x / jnp.where(lengths > 0, lengths, 1)
 
 
 def _tall(x: Float[Array, "m n"]) -> Float[Array, "k n"]:

@@ -15,11 +15,11 @@ from nyscaled import linalg, validation
 from nyscaled._pytree import as_partial, field, pytree_dataclass
 from nyscaled.matrices import transpose_times
 from nyscaled.numerics import full_precision, tree_norm
-from nyscaled.problems import Asymmetric, RobustPCA, Sensing, Symmetric
+from nyscaled.problems import Asymmetric, Symmetric
 from nyscaled.solvers.rank import cut_rank
 from nyscaled.solvers.status import Status
 from nyscaled.transforms.gram import require_step_size
-from nyscaled.typing import Factors, Params
+from nyscaled.typing import Factors, Objective, Params, Problem
 
 
 class ScaledState(NamedTuple):
@@ -52,9 +52,9 @@ class ScaledStep:
         eta = self.learning_rate
         eta = eta(state.step) if callable(eta) else eta
         eta = jnp.asarray(eta, self.problem.dtype)
-        advance: Any = _asymmetric if isinstance(state.factors, Factors) else _symmetric
+        advance: Any = _symmetric if self.problem.symmetric else _asymmetric
         damping = 0.0 if self.damping is None else self.damping
-        factors = advance(self.problem.a, state.factors, eta, damping)
+        factors = advance(self.problem.target(), state.factors, eta, damping)
         return state._replace(step=state.step + 1, factors=factors)
 
     @full_precision
@@ -159,7 +159,8 @@ class GradientStep:
         """The start and the transformation's state."""
         params = self.problem.check(params)
         if self.alternating and not isinstance(params, Factors):
-            raise ValueError(f"the start is {type(params).__name__}; alternating wants Factors")
+            got = type(params).__name__
+            raise ValueError(f"the start is a {got}; expected Factors, to alternate between them")
         limit = _limit(params)
         # From a small start factors may grow by any factor to where a solution is.
         size = getattr(self.problem, "factor_size", lambda: jnp.inf)()
@@ -170,24 +171,28 @@ class GradientStep:
     def update(self, state: GradientState) -> GradientState:
         """One step, or one sweep over both factors if alternating."""
         params, opt_state, step, limit = state
-        root_loss = getattr(self.problem, "root_loss", None)
-        tx = optax.with_extra_args_support(self.tx)
-        keeps = ((1, 0), (0, 1)) if self.alternating else (None,)
-        for keep in keeps:
-            grads = self.problem.gradient(params)
-            if keep is not None:
-                grads = Factors(*(k * g for k, g in zip(keep, grads, strict=True)))
-            # Under jit the loss costs nothing where the transformation does not read it.
-            losses = {"value": self.problem.loss(params)}
-            if root_loss is not None:
-                losses["root_value"] = root_loss(params)
-            updates, opt_state = tx.update(grads, opt_state, params, **losses)
-            params = optax.apply_updates(params, updates)
+        if self.alternating:
+            left, opt_state = self._descend(params, opt_state)
+            half = Factors(left.left, params.right)
+            right, opt_state = self._descend(half, opt_state)
+            params = Factors(half.left, right.right)
+        else:
+            params, opt_state = self._descend(params, opt_state)
         if self.project is not None:
             params = self.project(params)
         # No step is known to be too long before the second: a first one from a small start is long.
         limit = jnp.where(step == 0, jnp.maximum(limit, _limit(params)), limit)
         return GradientState(params, opt_state, step + 1, limit)
+
+    def _descend(self, params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        """The transformation's step from the gradient at `params`."""
+        # Under jit the losses cost nothing where the transformation does not read them.
+        losses = {"value": self.problem.loss(params)}
+        if hasattr(self.problem, "root_loss"):
+            losses["root_value"] = self.problem.root_loss(params)
+        tx = optax.with_extra_args_support(self.tx)
+        updates, opt_state = tx.update(self.problem.gradient(params), opt_state, params, **losses)
+        return optax.apply_updates(params, updates), opt_state
 
     def params(self, state: GradientState) -> Params:
         """The factors."""
@@ -206,15 +211,15 @@ def _limit(params: Params) -> Array:
 
 
 def gradient_step(
-    problem: Any,
+    problem: Objective,
     tx: optax.GradientTransformation,
     project: Callable[[Params], Params] | None = None,
 ) -> GradientStep:
     """X⁺ = X + tx(∇f(X)), for any optax transformation: `optax.sgd` is GD, `scaled_gd` is ScaledGD.
 
     Args:
-        problem: with `gradient`, `loss` and `check`; with `factor_size`, about the norm of factors of
-            a solution, growth far beyond it ends a run as DIVERGED.
+        problem: one of `nyscaled.problems`, or anything that has the methods of
+            `nyscaled.typing.Objective`.
         tx: its `update` is also given `value=`, the loss, and if the problem has `root_loss`, which
             neither overflows nor underflows, `root_value=`, its root.
         project: a pure function of the factors, applied after each step. For completion,
@@ -230,16 +235,33 @@ def gradient_step(
     return GradientStep(problem, tx, None if project is None else as_partial(project))
 
 
-def alternating_step(
-    problem: Asymmetric | RobustPCA | Sensing, tx: optax.GradientTransformation
-) -> GradientStep:
-    """X⁺ = X + tx(∇_X f(X, Y)), then Y⁺ = Y + tx(∇_Y f(X⁺, Y)): AltGD with `optax.sgd`.
+def alternating_step(problem: Problem, tx: optax.GradientTransformation) -> GradientStep:
+    """Return X⁺ = X + tx(∇_X f(X, Y)), then Y⁺ = Y + tx(∇_Y f(X⁺, Y)): AltGD with `optax.sgd`.
 
     Args:
         problem: a problem of `Factors`.
-        tx: a transformation without memory (`optax.sgd` without momentum, `scaled_gd`): it sees
-            zeros for the factor that waits.
+        tx: a transformation without memory (`optax.sgd` without momentum, `scaled_gd`). It is called
+            twice per step, and each time the update of one factor is used.
+
+    Raises:
+        ValueError: on a problem whose points must be X.
+
+    Examples:
+        >>> import nyscaled as nys
+        >>> problem = nys.problems.Asymmetric(jnp.ones((3, 2)))
+        >>> step = alternating_step(problem, optax.sgd(0.1))
+        >>> start = Factors(jnp.ones((3, 1)), jnp.zeros((2, 1)))
+        >>> nys.solvers.run(step, start, 100).params.right.shape
+        (2, 1)
     """
-    if not isinstance(problem, Asymmetric | RobustPCA | Sensing):
-        raise ValueError(f"problem is {type(problem).__name__}; alternating wants Asymmetric")
+    require_pairs(problem)
     return GradientStep(problem, tx, alternating=True)
+
+
+def require_pairs(problem: object) -> None:
+    """Raise ValueError unless `problem` is a problem of `Factors`."""
+    if not isinstance(problem, Problem) or problem.symmetric:
+        raise ValueError(
+            f"problem is a {type(problem).__name__}; expected one of Factors, such as "
+            "problems.Asymmetric(A)"
+        )

@@ -183,7 +183,7 @@ def _sketch_gaps(symmetric: bool, p: int, keys: Any, first_row: Any) -> Any:
         make = sensing.gaussian if symmetric else functools.partial(sensing.gaussian_factors, n=m)
         problem, truth = make(key, m, spectrum=spectrum, num_measurements=p)
         left, right = (truth, truth) if symmetric else truth
-        matrices = nys.problems.sensing.Matrices(problem.a.matrices.at[:, 0].multiply(first_row))
+        matrices = nys.problems.sensing.Matrices(problem.map.matrices.at[:, 0].multiply(first_row))
         problem = nys.problems.Sensing(matrices, matrices.forward(left, right))
         sketch_key = jax.random.fold_in(key, 1)
         omega = init.random_sketch(sketch_key, m, rank, 1.0, "gaussian", left.dtype)
