@@ -34,7 +34,7 @@ RECTANGULAR = {
 
 
 def one_bit(exact):
-    return lambda: problems.OneBit(exact().a, jax.nn.sigmoid(exact().b))
+    return lambda: problems.OneBit(exact().map, jax.nn.sigmoid(exact().b))
 
 
 SQUARE["onebit"] = one_bit(SQUARE["sensing"])

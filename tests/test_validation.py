@@ -324,7 +324,7 @@ def test_counts_and_tolerances():
     [
         ([], r"spectrum has shape \(0,\); expected 1 to 5"),
         ([1.0] * 6, r"spectrum has shape \(6,\); expected 1 to 5"),
-        ([[1.0]], r"spectrum has shape \(1, 1\); expected 1 to 5"),
+        (np.ones((1, 1)), r"spectrum has shape \(1, 1\); expected 1 to 5"),
         ([1.0, 0.0], "expected positive finite singular values"),
         ([1.0, -1.0], "expected positive finite singular values"),
         ([1.0, float("nan")], "expected positive finite singular values"),
