@@ -23,9 +23,8 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
 }
-# Of every weight in the original, and of a new head here.
-STDDEV = 0.02
-MOST_LABELS = 2**16  # without names
+STDDEV = 0.02  # of every weight in the original, and of a new head here
+MOST_LABELS = 2**16  # that may have no names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +36,13 @@ class BertConfig(Config):
         hidden_size: width of the residual stream.
         intermediate_size: width inside the MLP.
         num_hidden_layers: depth.
-        num_attention_heads: a divisor of `hidden_size`.
+        num_attention_heads: number of heads; a divisor of `hidden_size`.
         hidden_act: "gelu" (by erf) or "gelu_new" (by tanh).
         max_position_embeddings: longest input.
         type_vocab_size: number of token types.
-        layer_norm_eps: added to the variance.
-        labels: of a classifier, in the order of its logits; `id2label` in the file, or as many as
-            its `num_labels`.
+        layer_norm_eps: number added to the variance.
+        labels: names of the classes of a classifier, in the order of its logits; `id2label` in the
+            file, or as many as its `num_labels`.
 
     Examples:
         >>> sizes = dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12)
@@ -88,7 +87,11 @@ class BertConfig(Config):
 
     @classmethod
     def settings(cls, config: JsonObject) -> JsonObject:
-        """Also the labels."""
+        """Return the fields, with the labels from transformers' form.
+
+        Args:
+            config: what `config.json` holds.
+        """
         settings = {k: v for k, v in super().settings(config).items() if k != "labels"}
         if config.get("id2label") is not None:
             settings["labels"] = _labels(config["id2label"])
@@ -97,7 +100,7 @@ class BertConfig(Config):
         return settings
 
     def to_json(self) -> JsonObject:
-        """With the labels as transformers has them."""
+        """Return `config.json`, with the labels in transformers' form."""
         config = super().to_json()
         labels = config.pop("labels")
         config["id2label"] = {str(i): label for i, label in enumerate(labels)}
@@ -105,16 +108,17 @@ class BertConfig(Config):
 
 
 def _labels(id2label: Any) -> tuple[str, ...]:
-    """The labels of `{"0": "first", …}`, in order."""
-    given = id2label if isinstance(id2label, Mapping) else {}
-    ids = list(map(str, range(len(given))))
-    if not given or given.keys() != set(ids) or not all(isinstance(v, str) for v in given.values()):
+    """Return the labels of `{"0": "first", …}` in order."""
+    labels = id2label if isinstance(id2label, Mapping) else {}
+    ids = list(map(str, range(len(labels))))
+    named = all(isinstance(label, str) for label in labels.values())
+    if not labels or labels.keys() != set(ids) or not named:
         raise ValueError(f"id2label is {id2label!r}; expected a label for each of '0', '1', …")
-    return tuple(given[i] for i in ids)
+    return tuple(labels[i] for i in ids)
 
 
 def _unnamed(count: Any) -> tuple[str, ...]:
-    """The labels that transformers gives to so many classes."""
+    """Return the labels that transformers gives to classes without names."""
     if type(count) is not int or not 0 < count <= MOST_LABELS:
         raise ValueError(
             f"num_labels is {count!r:.80}; expected an integer from 1 to {MOST_LABELS}"
@@ -123,7 +127,11 @@ def _unnamed(count: Any) -> tuple[str, ...]:
 
 
 def starts(mask: Bool[Array, "batch length"]) -> Int[Array, " batch"]:
-    """Return the column of each row's first token; 0 where there is none."""
+    """Return the column of each row's first token; 0 where there is none.
+
+    Args:
+        mask: True where there is a token.
+    """
     return jnp.argmax(mask, axis=1)
 
 
@@ -155,7 +163,7 @@ class Residual(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Each token sees all that are no padding."""
+    """Each token sees all others except padding."""
 
     def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
         width, options = config.hidden_size, {"rngs": rngs, **numerics.dtypes}
@@ -169,8 +177,8 @@ class SelfAttention(nnx.Module):
     ) -> Float[Array, "batch length width"]:
         layers = self.query, self.key, self.value
         query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
-        seen = None if mask is None else mask[:, None, None, :]
-        return blocks.attend(query, key, value, seen, causal=False)
+        visible = None if mask is None else mask[:, None, None, :]
+        return blocks.attend(query, key, value, visible, causal=False)
 
 
 class Attention(nnx.Module):
@@ -244,10 +252,10 @@ class Bert(LanguageModel):
     `encoder.layer.attention.self.query` has a kernel (layers, in, out). There is no dropout.
 
     Args:
-        config: sizes.
+        config: sizes and constants.
         pooler: whether there is a layer for `pool`.
-        numerics: dtypes, and whether layers are computed anew in the backward pass.
-        rngs: for random parameters; `nys.models.load` reads them instead.
+        numerics: dtypes, and whether the backward pass computes layers again.
+        rngs: source of random parameters, which `nys.models.load` reads from a file instead.
 
     Examples:
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
@@ -268,7 +276,7 @@ class Bert(LanguageModel):
         outside=("embeddings", "pooler"),
         head=None,
         split_inputs=("output.dense",),  # of attention and of the MLP
-        # Its constants; the heads that it was trained with, of masked words and of the next sentence.
+        # Its constants; the heads that it was trained with: masked words, the next sentence.
         ignored=(
             r"(bert\.)?embeddings\.(position_ids|token_type_ids)"
             r"|cls\.seq_relationship\.(weight|bias)|cls\.predictions\.(bias"
@@ -311,25 +319,25 @@ class Bert(LanguageModel):
         mask: Mask | None = None,
         types: Tokens | None = None,
     ) -> Float[Array, "batch length width"]:
-        """The last hidden states, in the compute dtype.
+        """Return the last hidden states, in the compute dtype.
 
         Args:
-            tokens: ids, below `vocab_size` (others give NaN, at padding any will do). Positions
-                are counted from the first token.
+            tokens: ids below `vocab_size`, (batch, length). Other ids give NaN, except at padding.
+                Positions are counted from the first token.
             mask: True (or 1) where there is a token and False where there is padding, on either
                 side; None for no padding. Hidden states at padding have no meaning.
             types: 0 in the first sentence of a pair and 1 in the second; None for zeros.
 
         Raises:
             ValueError: unless tokens are integers (batch, length), no longer than the table of
-                positions, and the mask of their shape.
+                positions, and the mask has their shape.
         """
         config = self.config
         tokens, mask = blocks.prepare(
             tokens, mask, config.vocab_size, longest=config.max_position_embeddings
         )
-        given = jnp.zeros_like(tokens) if types is None else types
-        types, _ = blocks.prepare(given, mask, config.type_vocab_size)
+        types = jnp.zeros_like(tokens) if types is None else types
+        types, _ = blocks.prepare(types, mask, config.type_vocab_size)
         x = self.embeddings(tokens, types, mask)
         return blocks.run(self.encoder.layer, x, mask, remat=self.numerics.remat)
 
@@ -337,11 +345,11 @@ class Bert(LanguageModel):
     def pool(
         self, hidden: Float[Array, "batch length width"], mask: Mask | None = None
     ) -> Float[Array, "batch width"]:
-        """Return tanh of a layer on the hidden state of the first token, which is to be `[CLS]`.
+        """Return tanh of a layer on the hidden state of the first token, which must be `[CLS]`.
 
         Args:
-            hidden: the states that a call returns.
-            mask: that of the call, which says where the tokens begin; None for the first column.
+            hidden: hidden states that a call returned.
+            mask: mask of the call, which says where the tokens begin; None for the first column.
 
         Raises:
             ValueError: if the model has no pooler.
@@ -357,11 +365,21 @@ class Bert(LanguageModel):
 
 
 def head_options(numerics: Numerics) -> dict[str, Any]:
-    """Of a linear layer that no file has."""
+    """Return the options of a linear layer that no file has.
+
+    Args:
+        numerics: dtypes of the model.
+    """
     return {"kernel_init": jax.nn.initializers.normal(STDDEV), **numerics.dtypes}
 
 
 def new_pooler(config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> Dense:
-    """The layer of `Bert.pool`."""
+    """Return the layer of `Bert.pool`.
+
+    Args:
+        config: sizes of the model.
+        numerics: dtypes of the model.
+        rngs: source of its random parameters.
+    """
     sizes = config.hidden_size, config.hidden_size
     return Dense(sizes, jnp.tanh, rngs, **head_options(numerics))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled.models.sharding import split_batch
 
-# NumPy's too, as tokenizers give them. Masks of 0 and 1 are taken as those of bools.
+# NumPy's too, as tokenizers return them. Masks of 0 and 1 mean the same as those of bools.
 Tokens = Int[Array | np.ndarray, "batch length"]
 Mask = Bool[Array | np.ndarray, "batch length"] | Tokens
 
@@ -25,12 +25,14 @@ Mask = Bool[Array | np.ndarray, "batch length"] | Tokens
 class Numerics:
     """How a model stores and computes.
 
+    Norms, rotations and the softmax of attention are computed in float32 for every dtype. Products
+    of float32 are full float32 on accelerators too; where that is too slow, use bfloat16.
+
     Attributes:
-        dtype: of the parameters.
-        compute_dtype: of activations and products; `dtype` if None. Norms, rotations and the
-            softmax of attention are computed in float32 whatever it is. Products of float32 are
-            full float32 on accelerators too; where that is too slow, bfloat16 is meant.
-        remat: whether the backward pass computes each layer anew instead of keeping its insides.
+        dtype: dtype of the parameters.
+        compute_dtype: dtype of activations and products; `dtype` if None.
+        remat: whether the backward pass computes each layer again instead of keeping its
+            intermediate values.
 
     Raises:
         ValueError: on a dtype that is not floating, or float64 without JAX's 64-bit mode.
@@ -54,12 +56,13 @@ class Numerics:
                 or jax.dtypes.canonicalize_dtype(kind) != kind
             ):
                 raise ValueError(
-                    f"{name} is {dtype!r}; expected a floating dtype, float64 only with jax_enable_x64"
+                    f"{name} is {dtype!r}; expected a floating dtype, float64 only with "
+                    "jax_enable_x64"
                 )
 
     @property
     def dtypes(self) -> dict[str, Any]:
-        """As keyword arguments of Flax's layers."""
+        """The dtypes as keyword arguments of Flax's layers."""
         return {"param_dtype": self.dtype, "dtype": self.compute_dtype or self.dtype}
 
 
@@ -69,19 +72,19 @@ FLOAT32 = Numerics()
 def prepare(
     tokens: Any, mask: Any, count: int, longest: int | None = None
 ) -> tuple[Array, Array | None]:
-    """Tokens in int32, with no id from outside at padding, and the mask in bool.
+    """Return tokens in int32 and the mask in bool.
 
-    Rows beyond a table's end are NaN, also at padding, from where they would reach tokens; and
-    negative ids would count from its end.
+    Ids outside of the table become one beyond its end, whose row is NaN; negative ids would count
+    from the end. At padding they become 0, as NaN there would reach tokens.
 
     Args:
         tokens: ids, (batch, length).
-        mask: where they are, or None.
-        count: of the rows of the table that they choose from.
-        longest: how long they may be, where positions are a table too.
+        mask: where there are tokens, or None.
+        count: number of rows of the table that the ids choose from.
+        longest: most tokens in a row, where positions are a table too.
 
     Raises:
-        ValueError: unless tokens are integers (batch, length) and not too long, and the mask of
+        ValueError: unless tokens are integers (batch, length) and not too long, and the mask has
             their shape.
     """
     if not isinstance(tokens, jax.Array):
@@ -123,14 +126,17 @@ class RMSNorm(nnx.Module):
 
 
 def layer_norm(width: int, eps: float, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm whose variance does not cancel where the mean is large, as E x² − (E x)² does."""
+    """Return a layer norm whose variance does not cancel where the mean is large.
+
+    E x² − (E x)² would.
+    """
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, rngs=rngs, **numerics.dtypes)
 
 
 def split_heads(
     x: Float[Array, "batch length width"], head_dim: int
 ) -> Float[Array, "batch length heads head_dim"]:
-    """The heads on an axis of their own."""
+    """Return x with an axis for the heads."""
     return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
@@ -142,20 +148,20 @@ def attend(
     *,
     causal: bool,
 ) -> Float[Array, "batch length width"]:
-    """Attention to what `mask` marks, heads joined again.
+    """Return attention to what `mask` marks, with the heads joined.
 
-    If `causal`, no token sees a later one. Fewer key than query heads are shared in groups
-    (Ainslie et al., 2023). Rows of padding come out finite, without meaning.
+    If `causal`, no token sees a later one. Where there are fewer key than query heads, each serves
+    a group (Ainslie et al., 2023). Rows of padding are finite and have no meaning.
     """
     dtype = query.dtype
-    if dtype == jnp.float16:  # its products with sums in float32 exist on GPUs alone
+    if dtype == jnp.float16:  # its products with sums in float32 exist only on GPUs
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
     return out.reshape(*out.shape[:-2], -1).astype(dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
-    """`count` layers as one module, whose parameters have an axis more in front."""
+    """Return `count` layers as one module, whose parameters have an additional first axis."""
     return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
 
 
@@ -167,16 +173,16 @@ def scan(
     *shared: Any,
     remat: bool,
 ) -> tuple[Array, Any]:
-    """`x, output = step(x, layer, input, *shared)` through a stack, compiled once whatever its depth.
+    """Run `x, output = step(x, layer, input, *shared)` through a stack, compiled once for any depth.
 
     Args:
-        step: a function of a module, not one made for the call, so that calls outside of `jit` find
+        step: function of a module, not one made for the call, so that calls outside of `jit` find
             the program of the last one.
         x: what goes from layer to layer.
-        layers: the stack. Counters of random streams in it, as dropout has them, move on.
-        inputs: one for each layer, in front; None if there are none. Outputs are alike.
-        shared: the same for all layers.
-        remat: whether the backward pass computes each layer anew.
+        layers: the stack. Counters of random streams in it, as dropout has them, advance.
+        inputs: arrays whose first axis is that of the layers, or None. Outputs have the same form.
+        *shared: arguments that are the same for all layers.
+        remat: whether the backward pass computes each layer again.
     """
     graphdef, random, rest = nnx.split(layers, nnx.RngState, ...)
     state = nnx.as_pure(random), nnx.as_pure(rest)
@@ -197,16 +203,16 @@ def _scan(
     shared: Any,
 ) -> tuple[Array, Any]:
     def body(x: Array, each: Any) -> tuple[Array, Any]:
-        random, rest, given = each
+        random, rest, layer_input = each
         layer = nnx.merge(graphdef, random, rest, copy=True)
-        x, output = step(split_batch(x), layer, given, *shared)
+        x, output = step(split_batch(x), layer, layer_input, *shared)
         return split_batch(x), (output, nnx.as_pure(nnx.state(layer, nnx.RngState)))
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (random, rest, inputs))
 
 
 def run(layers: Any, x: Array, *shared: Any, remat: bool) -> Array:
-    """`x = layer(x, *shared)` through a stack."""
+    """Run `x = layer(x, *shared)` through a stack."""
     return scan(_plain, x, layers, None, *shared, remat=remat)[0]
 
 

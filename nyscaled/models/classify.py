@@ -1,4 +1,4 @@
-"""What stands on BERT's encoder: vectors of sentences, and a classifier."""
+"""Vectors of sentences and a classifier, on the hidden states of BERT."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from nyscaled.numerics import full_precision
 def sentence_vectors(
     hidden: Float[Array, "batch length width"], mask: Mask | None = None
 ) -> Float[Array, "batch width"]:
-    """Mean of the hidden states that `mask` marks, divided by its length, in float32.
+    """Return the mean of the hidden states that `mask` marks, divided by its norm, in float32.
 
-    What sentence-transformers computes with mean pooling and normalization (Reimers and Gurevych,
-    2019): inner products of these vectors are cosine similarities. No tokens give zeros.
+    This is what sentence-transformers computes with mean pooling and normalization (Reimers and
+    Gurevych, 2019). Inner products of these vectors are cosine similarities. A row without tokens
+    gives zeros.
 
     Args:
-        hidden: the hidden states of `Bert` (batch, length, width).
+        hidden: hidden states of `Bert` (batch, length, width).
         mask: True at tokens, False at padding (batch, length).
 
     Examples:
@@ -35,8 +36,8 @@ def sentence_vectors(
         Array([[0.6, 0.8]], dtype=float32)
     """
     wide = hidden.astype(jnp.float32)
-    seen = None if mask is None else jnp.asarray(mask)[..., None] > 0
-    total = jnp.sum(wide, axis=1, where=seen)
+    marked = None if mask is None else jnp.asarray(mask)[..., None] > 0
+    total = jnp.sum(wide, axis=1, where=marked)
     squares = jnp.sum(total * total, axis=-1, keepdims=True)
     return total * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
 
@@ -45,16 +46,17 @@ def sentence_vectors(
 class BertClassifier(LanguageModel):
     """A linear head on the pooler's output: transformers' `BertForSequenceClassification`.
 
-    The head is new: normal weights of deviation 0.02 (the original's) and zero biases. An encoder
-    without pooler is given one, drawn in the same way. `nys.models.load` reads both instead.
+    The head is new: normal weights of standard deviation 0.02 (the original's) and zero biases. An
+    encoder without pooler gets one with weights of the same kind. `nys.models.load` reads both from
+    a file instead.
 
     Args:
-        encoder: is taken into the model as it is, not copied.
+        encoder: encoder that becomes part of the model; it is not copied.
         labels: names of the classes.
-        rngs: for the head.
+        rngs: source of the head's random parameters.
 
     Raises:
-        ValueError: on an encoder that is no `Bert`, and unless labels are distinct names.
+        ValueError: if the encoder is not a `Bert`, or labels are not distinct names.
 
     Examples:
         >>> from nyscaled.models import BertConfig
@@ -86,12 +88,12 @@ class BertClassifier(LanguageModel):
     def __init__(self, encoder: Bert, labels: Sequence[str], *, rngs: nnx.Rngs) -> None:
         if not isinstance(encoder, Bert):
             raise ValueError(
-                f"encoder is a {type(encoder).__name__}; expected a Bert (of a classifier, its .bert)"
+                f"encoder is a {type(encoder).__name__}; expected a Bert (for a classifier, its .bert)"
             )
         names = [] if isinstance(labels, str) else [x for x in labels if isinstance(x, str)]
         if not names or len(set(names)) < len(labels):
             raise ValueError(
-                f"labels is {labels!r}; expected a list of distinct names, one a class"
+                f"labels is {labels!r}; expected a list of distinct names, one per class"
             )
         self.config = dataclasses.replace(encoder.config, labels=tuple(labels))
         self.numerics = encoder.numerics
@@ -109,8 +111,14 @@ class BertClassifier(LanguageModel):
         mask: Mask | None = None,
         types: Tokens | None = None,
     ) -> Float[Array, "batch labels"]:
-        """Logits of the labels, from each row's first token, which is to be `[CLS]`.
+        """Return the logits of the labels, from each row's first token, which must be `[CLS]`.
 
-        Arguments and errors as in `Bert.__call__`.
+        Args:
+            tokens: as in `Bert.__call__`.
+            mask: as in `Bert.__call__`.
+            types: as in `Bert.__call__`.
+
+        Raises:
+            ValueError: as `Bert.__call__` does.
         """
         return self.classifier(self.bert.pool(self.bert(tokens, mask, types), mask))

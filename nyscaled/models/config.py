@@ -26,12 +26,12 @@ ELSEWHERE = {"generation"}  # fields that are not in `config.json`
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The base of configurations: fields are called what `config.json` calls them.
+    """The base of configurations, whose fields have their names in `config.json`.
 
     Attributes:
-        bos_token_id: begins a text.
-        eos_token_id: ends a text; several may.
-        pad_token_id: fills up a batch.
+        bos_token_id: token that begins a text.
+        eos_token_id: token that ends a text, or several such tokens.
+        pad_token_id: token that fills up a batch.
         tie_word_embeddings: whether the head is the embedding.
         generation: what `generation_config.json` has beside token ids, as JSON; written back by
             `nyscaled.models.save`.
@@ -53,7 +53,10 @@ class Config:
 
     @classmethod
     def from_json(cls, config: JsonObject) -> Any:
-        """Reads what `config.json` holds; what may be missing has transformers' defaults.
+        """Return the configuration of a file; what may be missing has transformers' defaults.
+
+        Args:
+            config: what `config.json` holds.
 
         Raises:
             ValueError: on a missing, ill-typed or unsupported setting.
@@ -74,12 +77,16 @@ class Config:
 
     @classmethod
     def settings(cls, config: JsonObject) -> JsonObject:
-        """The fields that `config` has; families add what follows from other settings."""
+        """Return the fields that a file has; families add what follows from other settings.
+
+        Args:
+            config: what `config.json` holds.
+        """
         names = {f.name for f in dataclasses.fields(cls)} - ELSEWHERE
         return {name: config[name] for name in names if name in config}
 
     def to_json(self) -> JsonObject:
-        """What `config.json` is to hold, for transformers too."""
+        """Return what `config.json` is to hold, for transformers too."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ELSEWHERE]
         fields = {name: getattr(self, name) for name in names}
         return {
@@ -90,7 +97,11 @@ class Config:
 
 
 def sound(field: dataclasses.Field, value: Any) -> Any:
-    """The value of a field, which its annotation says to be an int, a float, a bool or token ids.
+    """Return the value of a field, checked against its annotation.
+
+    Args:
+        field: the field, whose annotation may be an int, a float, a bool or token ids.
+        value: its value.
 
     Raises:
         ValueError: on another value, or a number that is not positive or out of its range, where
@@ -102,23 +113,23 @@ def sound(field: dataclasses.Field, value: Any) -> Any:
         # -1 stands for none, as in early conversions of LLaMA.
         if all(type(i) is int and -1 <= i <= LARGEST for i in ids):
             return tuple(value) if several else value
-        wanted = f"an integer, a list of them or null, from -1 to {LARGEST}"
+        expected = f"an integer, a list of them or null, from -1 to {LARGEST}"
     elif field.type == "bool":
         if type(value) is bool:
             return value
-        wanted = "true or false"
+        expected = "true or false"
     elif field.type == "int | None" and value is None:
         return value
     elif field.type in ("int", "int | None"):
         least = LEAST.get(field.name, 1)
         if type(value) is int and least <= value <= LARGEST:
             return value
-        wanted = f"{'a positive integer' if least else 'an integer from 0'} up to {LARGEST}"
+        expected = f"{'a positive integer' if least else 'an integer from 0'} up to {LARGEST}"
     elif field.type == "float":
         low, high = RANGES.get(field.name, OTHERS)
         if type(value) in (int, float) and low <= value <= high:  # which NaN is not
             return float(value)
-        wanted = f"a positive number from {low:g} to {high:g}"
+        expected = f"a positive number from {low:g} to {high:g}"
     else:
         return value
-    raise ValueError(f"{field.name} is {value!r:.80}; expected {wanted}")
+    raise ValueError(f"{field.name} is {value!r:.80}; expected {expected}")

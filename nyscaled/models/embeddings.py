@@ -21,16 +21,16 @@ def resize_token_embeddings(
     rows: Float[ArrayLike, "new width"] | None = None,
     head_rows: Float[ArrayLike, "new width"] | None = None,
 ) -> None:
-    """Give a model another number of tokens, in place: in its embedding, its head and its configuration.
+    """Change a model's number of tokens, in place: in its embedding, its head and its configuration.
 
-    New rows are the mean of the old ones, as the logits of new tokens then do not exceed those of all
-    others (Hewitt, 2021). transformers' method of this name draws them around that mean.
+    New rows are the mean of the old ones. The logits of new tokens then do not exceed those of all
+    others (Hewitt, 2021). transformers' method of this name samples them around that mean.
 
     Args:
-        model: a model of this package, without adapters on its embedding or head.
-        size: the number of tokens: the first ones stay, others are new or go.
-        rows: of the new tokens in the embedding, in place of the mean.
-        head_rows: of the new tokens in a head of its own, in place of the mean.
+        model: model of this package, without adapters on its embedding or head.
+        size: number of tokens. The first ones stay; the others are new, or are removed.
+        rows: rows of the new tokens in the embedding, instead of the mean.
+        head_rows: rows of the new tokens in a separate head, instead of the mean.
 
     Raises:
         ValueError: on a size that is not a positive integer, rows of another shape or without new
@@ -61,9 +61,7 @@ def resize_token_embeddings(
                 "`nys.lora.apply` or `load_peft`"
             )
     if head is None and head_rows is not None:
-        raise ValueError(
-            "head_rows is set and the model has no head of its own; expected rows alone"
-        )
+        raise ValueError("head_rows is set and the model has no separate head; expected only rows")
     table = _resized("rows", embed.embedding[...], size, rows)
     if head is not None:
         kernel = _resized("head_rows", head.kernel[...].T, size, head_rows).T
@@ -76,26 +74,26 @@ def resize_token_embeddings(
 
 
 def _resized(name: str, table: Array, size: int, rows: Any) -> Array:
-    more = size - len(table)
+    added = size - len(table)
     if rows is None:
-        if more <= 0:
+        if added <= 0:
             return table[:size]
         mean = jnp.mean(table.astype(jnp.float32), axis=0)
-        rows = jnp.broadcast_to(mean, (more, *mean.shape))
+        rows = jnp.broadcast_to(mean, (added, *mean.shape))
     rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     if not jnp.issubdtype(rows.dtype, jnp.number):
         raise ValueError(f"{name} has dtype {rows.dtype}; expected numbers")
     rows = jnp.asarray(rows)
-    wanted = max(more, 0), table.shape[1]
-    if rows.shape != wanted or more <= 0:
+    shape = max(added, 0), table.shape[1]
+    if rows.shape != shape or added <= 0:
         raise ValueError(
-            f"{name} has shape {rows.shape}; expected {wanted}, a row for each new token"
+            f"{name} has shape {rows.shape}; expected {shape}, a row for each new token"
         )
     return jnp.concatenate([table, rows.astype(table.dtype)])
 
 
 def _placed(value: Array, old: Array) -> Array:
-    """The value on the devices of the old one, split along the axes that still can be."""
+    """Return the value on the devices of the old one, split along the axes that still can be."""
     sharding = old.sharding
     if not isinstance(sharding, NamedSharding):
         return value

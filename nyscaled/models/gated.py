@@ -1,4 +1,4 @@
-"""Decoders with rotary positions, RMS norms and gated MLPs: what LLaMA and Gemma share."""
+"""Decoders with rotary positions, RMS norms and gated MLPs, as LLaMA is one."""
 
 from __future__ import annotations
 
@@ -49,12 +49,13 @@ class GatedConfig(Config):
         hidden_size: width of the residual stream.
         intermediate_size: width inside the MLP.
         num_hidden_layers: depth.
-        num_attention_heads: of the queries.
-        num_key_value_heads: of keys and values; a divisor of `num_attention_heads`.
+        num_attention_heads: number of heads of the queries.
+        num_key_value_heads: number of heads of keys and values; a divisor of
+            `num_attention_heads`.
         head_dim: width of a head.
-        rms_norm_eps: added to the mean square.
-        max_position_embeddings: of training; rotations go on beyond it, and dynamic scaling
-            begins there.
+        rms_norm_eps: number added to the mean square.
+        max_position_embeddings: longest text in training. Rotations continue beyond it, and
+            dynamic scaling begins there.
         rope_theta: base of the rotations' frequencies.
         rope_scaling: how rotations are changed for longer texts, or None.
     """
@@ -89,7 +90,11 @@ class GatedConfig(Config):
 
     @classmethod
     def settings(cls, config: JsonObject) -> JsonObject:
-        """Also the rotations, in either of transformers' forms."""
+        """Return the fields, with the rotations from either of transformers' forms.
+
+        Args:
+            config: what `config.json` holds.
+        """
         settings = {k: v for k, v in super().settings(config).items() if k != "rope_scaling"}
         if settings.get("attention_bias", False) is None:
             del settings["attention_bias"]
@@ -108,7 +113,7 @@ class GatedConfig(Config):
         return None
 
     def to_json(self) -> JsonObject:
-        """With the rotations in the form that every version of transformers reads."""
+        """Return `config.json`, with the rotations in the form of every version of transformers."""
         return super().to_json() | {"rope_scaling": rope.write_rope(self.rope_scaling)}
 
 
@@ -202,20 +207,25 @@ class Layer(nnx.Module):
 
 
 class GatedDecoder(CausalLM):
-    """A causal language model; subclasses say what sets their family apart.
+    """A causal language model; subclasses say what distinguishes their family.
 
     Module paths are those of transformers, with the layers stacked: `layers.self_attn.q_proj`
     has a kernel (layers, in, out). There is no dropout.
 
     Args:
-        config: sizes.
-        numerics: dtypes, and whether layers are computed anew in the backward pass.
-        rngs: for random parameters; `nys.models.load` reads them instead.
+        config: sizes and constants.
+        numerics: dtypes, and whether the backward pass computes layers again.
+        rngs: source of random parameters, which `nys.models.load` reads from a file instead.
+
+    Attributes:
+        norm_offset: number added to the weights of norms.
+        scaled_embedding: whether embeddings are multiplied by the root of their width.
+        head_norms: whether queries and keys have norms.
     """
 
     norm_offset: ClassVar[float] = 0.0
     scaled_embedding: ClassVar[bool] = False
-    head_norms: ClassVar[bool] = False  # whether queries and keys have norms
+    head_norms: ClassVar[bool] = False
 
     @staticmethod
     def activation(x: Array) -> Array:
@@ -244,6 +254,13 @@ class GatedDecoder(CausalLM):
         mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch length width"], Cache | None]:
+        """See `CausalLM.hidden`.
+
+        Args:
+            tokens: as in `CausalLM.hidden`.
+            mask: as in `CausalLM.hidden`.
+            cache: as in `CausalLM.hidden`.
+        """
         config = self.config
         tokens, mask = blocks.prepare(tokens, mask, self.config.vocab_size)
         x = self.embed_tokens(tokens)
@@ -259,16 +276,16 @@ class GatedDecoder(CausalLM):
     def _rotation(
         self, count: int, mask: Bool[Array, "batch length"] | None, cache: Cache | None
     ) -> Rotation:
-        """The rotation of new tokens."""
+        """Return the rotation of new tokens."""
         config, scaling = self.config, self.config.rope_scaling
-        # Only differences of positions matter, so that padding may be counted.
+        # Only differences of positions matter, so padding may be counted.
         positions = (0 if cache is None else cache.length) + jnp.arange(count)
         length = count
         if cache is not None and isinstance(scaling, rope.DynamicScaling):
-            # Unless later tokens have other frequencies, which depend on the longest row.
-            seen = jnp.ones((1, count), bool) if mask is None else mask
+            # But here later tokens have other frequencies, which depend on the longest row.
+            present = jnp.ones((1, count), bool) if mask is None else mask
             before = jnp.sum(cache.mask, axis=1, keepdims=True)
-            ends = before + jnp.cumsum(seen, axis=1)
+            ends = before + jnp.cumsum(present, axis=1)
             positions, length = ends - 1, jnp.max(ends)
         frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta, scaling, length)
         return rope.rotation(positions, frequencies, scaling.attention_factor if scaling else 1.0)

@@ -1,4 +1,4 @@
-"""Text continued token by token."""
+"""Continue texts token by token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORTEST = 16
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn; numbers are traced, so that others need no new program."""
+    """How a token is sampled; the numbers are traced, so that other values need no new program."""
 
     key: Key[Array, ""]
     temperature: Float[Array, ""]
@@ -44,40 +44,41 @@ def generate(
     key: Key[Array, ""] | None = None,
     pad_token: int | None = None,
 ) -> Int[np.ndarray, "batch max_new_tokens"]:
-    """Continues each row of tokens, with the most probable token or with drawn ones.
+    """Continue each row of tokens, with the most probable token or with sampled ones.
 
-    All of it is one compiled program, which ends when every row has met a stop token. It is
-    compiled anew only for another batch size, when a length passes a power of two, for more than
-    eight stop tokens, and with or without `temperature`, `top_k` and `top_p`; their values and the
-    prompts do not matter. Keys and values of past tokens are kept in the compute dtype.
+    The whole continuation is one compiled program, which ends when every row has met a stop token.
+    Another program is compiled only for another batch size, when a length passes a power of two,
+    for more than eight stop tokens, and with or without `temperature`, `top_k` and `top_p`. The
+    values of these and the prompts need no new program. Keys and values of past tokens are kept in
+    the compute dtype.
 
     Args:
-        model: a causal language model, adapters and all.
+        model: causal language model, with or without adapters.
         tokens: ids, (batch, length).
         mask: True where there is a token, (batch, length); padding on either side. None for no
             padding.
-        max_new_tokens: how many are generated at most.
-        stop_tokens: those that end a row; if None the configuration's `eos_token_id`, which is
-            that of `generation_config.json` where a folder has one. Nothing else is taken from
-            that file: temperature, top_k and top_p are the arguments here.
-        temperature: that the logits are divided by before a token is drawn; None or 0 for the
-            most probable token.
-        top_k: draws from the k most probable tokens only.
-        top_p: draws from the most probable tokens whose probabilities add up to p only, after
+        max_new_tokens: most tokens that are generated.
+        stop_tokens: tokens that end a row. None for the configuration's `eos_token_id`, which is
+            that of `generation_config.json` where a folder has one. Nothing else is read from that
+            file: temperature, top_k and top_p are the arguments here.
+        temperature: divides the logits before a token is sampled; None or 0 for the most probable
+            token.
+        top_k: sample only from the k most probable tokens.
+        top_p: sample only from the most probable tokens whose probabilities add up to p, after
             `temperature` and `top_k`.
-        key: for drawing. What a row gets does not depend on the rows beside it.
-        pad_token: follows a row's stop token; by default the configuration's `pad_token_id` if it
-            is in the vocabulary, or else the first stop token.
+        key: PRNG key of the samples. The samples of a row do not depend on the other rows.
+        pad_token: token that follows a row's stop token. None for the configuration's
+            `pad_token_id` if it is in the vocabulary, else for the first stop token.
 
     Returns:
         The new tokens of each row, int32: up to and with its stop token, then `pad_token`.
         `[tokenizer.decode(row) for row in …]` is text where both are special tokens.
 
     Raises:
-        ValueError: on a model that is no causal language model, ids outside the vocabulary, padding
-            between tokens, a row without tokens, more tokens than the model has positions
-            for, numbers out of range, a temperature without a key, or top_k, top_p or a key without
-            a temperature.
+        ValueError: on a model that is not a causal language model, ids outside the vocabulary,
+            padding between tokens, a row without tokens, more tokens than the model has positions
+            for, numbers out of range, a temperature without a key, and top_k, top_p or a key
+            without a temperature.
 
     Examples:
         >>> from nyscaled.models import Llama, LlamaConfig
@@ -96,10 +97,10 @@ def generate(
     config = model.config
     tokens, mask = _prompt(tokens, mask, config.vocab_size)
     count = _count("max_new_tokens", max_new_tokens)
-    most, longest = int(mask.sum(1).max()) + count, model.max_length
-    if longest is not None and most > longest:
+    length, longest = int(mask.sum(1).max()) + count, model.max_length
+    if longest is not None and length > longest:
         raise ValueError(
-            f"the longest prompt and max_new_tokens are {most} tokens; expected at most {longest}, "
+            f"the longest prompt and max_new_tokens are {length} tokens; expected at most {longest}, "
             "the positions that the model knows"
         )
     stops = _stops(config.eos_token_id if stop_tokens is None else stop_tokens)
@@ -111,13 +112,13 @@ def generate(
         if not isinstance(pad_token, int) or not 0 <= pad_token < config.vocab_size:
             pad_token = max(first, 0)
     sampling = _sampling(temperature, top_k, top_p, key, config.vocab_size)
-    left = ((0, 0), (_rounded(tokens.shape[1]) - tokens.shape[1], 0))
+    padding = ((0, 0), (_rounded(tokens.shape[1]) - tokens.shape[1], 0))
     graphdef, state = nnx.split(model)
     new = _generate(
         graphdef,
         nnx.as_pure(state),
-        np.pad(tokens, left),
-        np.pad(mask, left),
+        np.pad(tokens, padding),
+        np.pad(mask, padding),
         stops,
         pad_token,
         count,
@@ -145,14 +146,14 @@ def _generate(
     def after(
         tokens: Tokens, mask: Mask | None, cache: Cache, i: Array | int
     ) -> tuple[Array, Cache]:
-        """The token that follows, and the cache with these."""
+        """Return the next token, and the cache with these tokens."""
         # Modules belong to the trace they are made in: each has its own.
         model = nnx.merge(graphdef, state)
         x, cache = model.hidden(tokens, mask, cache)
         logits = model.logits(x[:, -1]).astype(jnp.float32)
         return choose(logits, sampling, i), cache
 
-    def more(carry: tuple) -> Array:
+    def unfinished(carry: tuple) -> Array:
         i, done, *_ = carry
         return (i < limit) & ~jnp.all(done)
 
@@ -165,16 +166,22 @@ def _generate(
     empty = nnx.merge(graphdef, state).new_cache(batch, length + room)
     first, cache = after(tokens, mask, empty, 0)
     new = jnp.full((batch, room), pad, jnp.int32).at[:, 0].set(first)
-    return jax.lax.while_loop(more, step, (1, jnp.isin(first, stops), first, cache, new))[-1]
+    return jax.lax.while_loop(unfinished, step, (1, jnp.isin(first, stops), first, cache, new))[-1]
 
 
 def choose(
     logits: Float[Array, "batch vocab"], sampling: Sampling | None, i: Int[Array, ""] | int
 ) -> Int[Array, " batch"]:
-    """The i-th new token of each row: the most probable, or drawn with a key of the row's own."""
+    """Return a new token of each row: the most probable one, or a sample with the row's own key.
+
+    Args:
+        logits: logits of the token.
+        sampling: how it is sampled, or None for the most probable token.
+        i: number of the new token.
+    """
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Of the greatest logit, so that none is infinite however small the temperature is.
+    # Below the greatest logit, so that none is infinite for a small temperature.
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = logits / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
     if sampling.top_k is not None or sampling.top_p is not None:
@@ -187,7 +194,12 @@ def choose(
 def restricted(
     logits: Float[Array, "batch vocab"], sampling: Sampling
 ) -> Float[Array, "batch vocab"]:
-    """−∞ for the tokens that top_k and top_p leave out; of equal ones all or none."""
+    """Return the logits with −∞ for tokens outside of top_k and top_p; equal ones stay or go together.
+
+    Args:
+        logits: logits of the tokens.
+        sampling: has top_k and top_p.
+    """
     falling = -jnp.sort(-logits, axis=-1)
     if sampling.top_k is not None:
         ranks = jnp.arange(logits.shape[-1])
@@ -221,10 +233,10 @@ def _prompt(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.nda
     edges = np.diff(mask.astype(int), axis=1, prepend=0, append=0)
     if (np.count_nonzero(edges, axis=1) != 2).any():
         raise ValueError("mask has padding between tokens, or no token; expected it on one side")
-    real = tokens[mask]
-    if real.min() < 0 or real.max() >= vocab_size:
+    ids = tokens[mask]
+    if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(
-            f"tokens are from {real.min()} to {real.max()}; expected ids below {vocab_size}"
+            f"tokens are from {ids.min()} to {ids.max()}; expected ids below {vocab_size}"
         )
     # What is generated follows the last column: padding goes to the left.
     order = np.argsort(mask, axis=1, kind="stable")
@@ -233,12 +245,12 @@ def _prompt(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.nda
 
 
 def _stops(stop_tokens: int | Sequence[int] | None) -> np.ndarray:
-    """The stop tokens, filled up with -1 to eight or a multiple, one of them at least."""
+    """Return the stop tokens, filled up with -1 to a multiple of eight, at least one of them."""
     stops = np.asarray([] if stop_tokens is None else stop_tokens).reshape(-1)
     if stops.size and stops.dtype.kind not in "iu":
         raise ValueError(f"stop_tokens is {stop_tokens!r}; expected ids")
     filled = np.full(8 * max(1, -(-stops.size // 8)), -1, np.int32)
-    # No text meets what int32 does not hold.
+    # No text has an id that int32 does not hold.
     filled[: stops.size] = np.where((stops >= 0) & (stops <= LARGEST), stops, -1)
     return filled
 
@@ -269,8 +281,8 @@ def _sampling(
 ) -> Sampling | None:
     temperature = 0.0 if temperature is None else _real("temperature", temperature)
     if not temperature:
-        given = {"top_k": top_k, "top_p": top_p, "key": key}
-        names = [name for name, value in given.items() if value is not None]
+        options = {"top_k": top_k, "top_p": top_p, "key": key}
+        names = [name for name, value in options.items() if value is not None]
         if names:
             raise ValueError(f"{', '.join(names)} without a temperature; expected temperature > 0")
         return None

@@ -1,4 +1,4 @@
-"""Models from folders of the Hugging Face kind, its hub or GGUF files, and back into folders."""
+"""Read models from Hugging Face folders, the hub and GGUF files, and write folders."""
 
 from __future__ import annotations
 
@@ -41,40 +41,41 @@ def load(
 ) -> tuple[Any, Tokenizer | None]:
     """Read a language model and its tokenizer.
 
-    BERT is read as `BertClassifier` where `architectures` says `BertForSequenceClassification`,
-    and as `Bert` otherwise. Left out are then the heads it was trained with (`cls.predictions.*`,
-    of masked words, and `cls.seq_relationship.*`, of the next sentence); heads of other tasks are
+    BERT is read as `BertClassifier` where `architectures` has `BertForSequenceClassification`, and
+    as `Bert` otherwise. `Bert` ignores the heads that it was trained with (`cls.predictions.*` for
+    masked words, `cls.seq_relationship.*` for the next sentence). Heads of other tasks are
     refused, as every tensor without a parameter is.
 
-    The tokens that end a text are those of `generation_config.json`, else of `config.json`.
+    The tokens that end a text come from `generation_config.json`, else from `config.json`.
 
-    Tensors go from the mapped file to their places on the devices one after the other, in blocks of
-    rows: beside the model, memory holds little. With a mesh it holds a tensor and its shards, of a
-    GGUF file a tensor. NaN and Inf among the weights are taken as they are. While it reads, the
-    files may be replaced, as `save` does, but not cut short, at which the system ends the process.
+    Each tensor goes from the mapped file to its place on the devices before the next one is read,
+    in blocks of rows. Beside the model, memory holds one block; with a mesh it holds one tensor
+    and its shards, and for a GGUF file one tensor. NaN and Inf in the weights are kept. During the
+    call the files may be replaced, as `save` does, but not cut short: then the system ends the
+    process.
 
     Args:
-        folder: with `config.json` and `model.safetensors`, or shards with their index; a GGUF
-            file, which is dequantized; or, as a string that is no path here,
-            the `owner/name` of a repository on the Hugging Face hub, of which the configuration,
-            the safetensors and the tokenizer are fetched into its cache.
+        folder: folder with `config.json` and `model.safetensors`, or shards with their index; a
+            GGUF file, which is dequantized; or, as a string that is not a path here, the
+            `owner/name` of a repository on the Hugging Face hub. Its configuration, safetensors
+            and tokenizer are fetched into the hub's cache.
         revision: branch, tag or commit on the hub.
-        dtype: of the parameters, whatever the file's.
-        compute_dtype: of activations; `dtype` if None.
-        remat: whether layers are computed anew in the backward pass, to save memory.
-        mesh: to split parameters over, as `shardings` says; None for the default device.
+        dtype: dtype of the parameters, regardless of the file's.
+        compute_dtype: dtype of activations; `dtype` if None.
+        remat: whether the backward pass computes layers again, to save memory.
+        mesh: mesh over which parameters are split, as in `shardings`; None for the default device.
 
     Returns:
-        The model, which maps tokens (batch, length) and a mask to logits (`Bert` to hidden
-        states), and the `Tokenizer` of `tokenizer.json`, of GPT-2's `vocab.json` and `merges.txt`, or
-        of the GGUF file's metadata; None where there is none, with a warning where it has a form
-        that is not read.
+        The model and its `Tokenizer`. The model maps tokens (batch, length) and a mask to logits
+        (`Bert` to hidden states). The tokenizer is read from `tokenizer.json`, from GPT-2's
+        `vocab.json` and `merges.txt`, or from the metadata of the GGUF file. It is None where
+        there is none, and, with a warning, where it has a form that is not read.
 
     Raises:
         ValueError: on an unknown architecture, an unsupported setting, a broken file (a folder's
-            tokenizer too), a parameter without its tensor or with one of another shape, or a
-            tensor that belongs to no parameter; on a mesh that `shardings` refuses.
-        ImportError: if a package is missing that the tokenizer, the hub or the GGUF file needs.
+            tokenizer too), a parameter without its tensor or with one of another shape, a tensor
+            that belongs to no parameter, and a mesh that `shardings` refuses.
+        ImportError: if a package is missing that the tokenizer, the hub or the GGUF file requires.
 
     Examples:
         >>> import jax, tempfile
@@ -131,29 +132,29 @@ def save(
     *,
     max_shard_size: int = SHARD_SIZE,
 ) -> None:
-    """Writes a model as a folder that `load` and transformers read, in the dtype of its parameters.
+    """Write a model as a folder that `load` and transformers read, in the dtype of its parameters.
 
-    The tensors of one file are in the host's memory at a time, gathered from the mesh one by one
-    if the model lies on one. All is written aside, and swapped at the end for the weights and the
-    tokenizer that the folder had: until then it is what it was. A process that is killed leaves
-    the old folder or the new one to whoever opens it next with this package, and `load` never
-    takes files of two saves for one.
+    The host's memory holds the tensors of one file at a time, gathered from a mesh one by one.
+    Everything is written aside, and replaces the weights and the tokenizer of the folder at the
+    end; until then the folder is unchanged. After a process was killed, the next program that
+    opens the folder with this package finds the old files or the new ones. `load` never mixes the
+    files of two saves.
 
     Args:
-        model: as `load` returned it, or with trained parameters; adapters merged and removed.
-        folder: made if missing; other files in it are left alone, but a `generation_config.json`
-            is replaced by one that agrees.
-        tokenizer: written along, with its chat template, so that transformers reads it too; None
-            leaves that of the folder alone.
-        max_shard_size: bytes of a file of weights, beyond which there are several and an index; a
-            larger tensor has a file to itself.
+        model: model as `load` returned it, or with trained parameters; adapters merged and removed.
+        folder: folder to write, made if missing. Other files in it are kept, but a
+            `generation_config.json` is replaced by one that agrees.
+        tokenizer: tokenizer to write, with its chat template, so that transformers reads it too;
+            None keeps the folder's.
+        max_shard_size: most bytes in a file of weights. Beyond it there are several files and an
+            index; a larger tensor has a file to itself.
 
     Raises:
-        ValueError: if the model is none of this package, or has variables beside its own
-            parameters, such as adapters, on a size that is not positive, or on a directory in the
-            place of a file.
-        OSError: if a file cannot be written, and nothing has changed; or if the swap fails, and
-            the message says how it is ended.
+        ValueError: on a model of another package, on variables beside the model's own parameters,
+            such as adapters, on a size that is not positive, and on a directory in the place of a
+            file.
+        OSError: if a file cannot be written, and nothing has changed; or if the final replacement
+            fails, and the message says how to end it.
     """
     known = [known for models in MODELS.values() for known in models]
     if type(model) not in known:
@@ -177,10 +178,10 @@ def save(
 
 
 def _located(folder: str | os.PathLike[str], revision: str | None) -> Path:
-    """The path of the folder, of the GGUF file, or of the local copy of what the hub has."""
+    """Return the path of the folder, of the GGUF file, or of the local copy from the hub."""
     path = files.as_folder(folder)
-    elsewhere = not path.exists() and path.suffix != SUFFIX
-    if elsewhere and isinstance(folder, str) and hub.is_id(folder):
+    on_hub = not path.exists() and path.suffix != SUFFIX
+    if on_hub and isinstance(folder, str) and hub.is_id(folder):
         return hub.fetch(folder, revision)
     if revision is not None:
         raise ValueError(f"{folder} is not from the hub; expected no revision, got {revision!r}")

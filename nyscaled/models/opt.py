@@ -33,8 +33,8 @@ class OptConfig(Config):
         hidden_size: width of the residual stream.
         ffn_dim: width inside the MLP.
         num_hidden_layers: depth.
-        num_attention_heads: a divisor of `hidden_size`.
-        word_embed_proj_dim: width of the embedding, projected if it is another.
+        num_attention_heads: number of heads; a divisor of `hidden_size`.
+        word_embed_proj_dim: width of the embedding, which is projected if it is not `hidden_size`.
         max_position_embeddings: longest input.
         do_layer_norm_before: whether norms come before attention and MLP, or (350m) after.
     """
@@ -71,7 +71,11 @@ class OptConfig(Config):
 
     @classmethod
     def settings(cls, config: JsonObject) -> JsonObject:
-        """Also the width of the embedding, which is the model's unless given."""
+        """Return the fields; the embedding is as wide as the model by default.
+
+        Args:
+            config: what `config.json` holds.
+        """
         settings = super().settings(config)
         if settings.get("word_embed_proj_dim") is None and "hidden_size" in settings:
             settings["word_embed_proj_dim"] = settings["hidden_size"]
@@ -136,9 +140,9 @@ class Opt(CausalLM):
     (layers, in, out). There is no dropout.
 
     Args:
-        config: sizes.
-        numerics: dtypes, and whether layers are computed anew in the backward pass.
-        rngs: for random parameters; `nys.models.load` reads them instead.
+        config: sizes and constants.
+        numerics: dtypes, and whether the backward pass computes layers again.
+        rngs: source of random parameters, which `nys.models.load` reads from a file instead.
 
     Examples:
         >>> sizes = dict(vocab_size=16, hidden_size=8, ffn_dim=12, num_hidden_layers=3)
@@ -199,14 +203,14 @@ class Opt(CausalLM):
         config = self.config
         longest = self.max_length if cache is None else None
         tokens, mask = blocks.prepare(tokens, mask, config.vocab_size, longest)
-        seen = jnp.ones_like(tokens) if mask is None else mask.astype(tokens.dtype)
-        count = jnp.cumsum(seen, axis=1)
+        present = jnp.ones_like(tokens) if mask is None else mask.astype(tokens.dtype)
+        count = jnp.cumsum(present, axis=1)
         if cache is not None:
             count = count + jnp.sum(cache.mask, axis=1, keepdims=True, dtype=tokens.dtype)
         x = self.embed_tokens(tokens)
         if self._projected:
             x = self.project_in(x)
-        x = x + self.embed_positions(count * seen - 1 + OFFSET)
+        x = x + self.embed_positions(count * present - 1 + OFFSET)
         x, cache = run_causal(self.layers, x, mask, cache, remat=self.numerics.remat)
         if config.do_layer_norm_before:
             x = self.final_layer_norm(x)

@@ -1,4 +1,4 @@
-"""How a model's parameters lie on a mesh with the axes "fsdp" and "tensor"."""
+"""How a model's parameters are split over a mesh with the axes "fsdp" and "tensor"."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ FSDP, TENSOR = "fsdp", "tensor"
 def shardings(model: Any, mesh: Mesh, *, family: Family | None = None) -> Any:
     """Return the sharding of each parameter, by the names of its modules.
 
-    "tensor" splits the heads and the insides of MLPs (Shoeybi et al., 2019): the outputs of
-    the first layers of both, the inputs of the second (the family's `split_inputs`, such as
-    `o_proj` and `down_proj`), and the tokens of embeddings and the head.
-    "fsdp" splits the other side, and the batch, so that each layer is gathered when it is its turn
-    (Rajbhandari et al., 2020): compile what calls the model under `jax.set_mesh(mesh)`, where it
-    holds its activations to that. The axis of stacked layers is never split. An
-    axis that the mesh's does not divide stays whole, and so do norms, biases and whatever is not
-    the model's own: adapters have a rule of their own, as `nys.lora.apply` lays their factors as
-    it finds their kernels.
+    The axis "tensor" splits the heads and the insides of MLPs (Shoeybi et al., 2019): the outputs
+    of their first layers, the inputs of their last (the family's `split_inputs`, such as `o_proj`
+    and `down_proj`), and the tokens of embeddings and the head. The axis "fsdp" splits the other
+    side of each kernel, and the batch, so that each layer is gathered when it is used (Rajbhandari
+    et al., 2020). Compile what calls the model under `jax.set_mesh(mesh)`: the model then keeps its
+    activations split in the same way.
+
+    The axis of stacked layers is never split. A side that the mesh's axis does not divide stays
+    whole, and so do norms, biases and everything that is not the model's own. `nys.lora.apply`
+    places the factors of adapters as their kernels.
 
     Args:
         model: a model of this package, or its state; either may be abstract.
@@ -34,7 +35,7 @@ def shardings(model: Any, mesh: Mesh, *, family: Family | None = None) -> Any:
 
     Returns:
         The model's state with a `NamedSharding` for each value, as `jax.device_put` and `jax.jit`
-        take it.
+        accept it.
 
     Raises:
         ValueError: if the mesh has neither axis, or axes that are not of type Auto; on a state
@@ -48,8 +49,8 @@ def shardings(model: Any, mesh: Mesh, *, family: Family | None = None) -> Any:
         >>> model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
         >>> axes = (jax.sharding.AxisType.Auto,) * 2
         >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), axis_types=axes)
-        >>> found = shardings(model, mesh)
-        >>> tuple(found.layers.mlp.down_proj.kernel.get_value().spec)
+        >>> layout = shardings(model, mesh)
+        >>> tuple(layout.layers.mlp.down_proj.kernel.get_value().spec)
         (None, 'tensor', 'fsdp')
     """
     require_mesh(mesh)
@@ -70,26 +71,30 @@ def shardings(model: Any, mesh: Mesh, *, family: Family | None = None) -> Any:
 
 
 def split_batch(x: Array) -> Array:
-    """Keeps the first axis split by "fsdp", under `jax.set_mesh` of a mesh that has it.
+    """Keep the first axis split by "fsdp", under `jax.set_mesh` of a mesh that has it.
 
-    The compiler, left alone, may split the width of activations in its place, as the kernels of
-    one product after another have it, and then works on the whole batch on every device.
+    Without this the compiler may split the width of activations instead, as the kernels are, and
+    then compute the whole batch on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if kinds.get(FSDP) != AxisType.Auto or x.shape[0] % mesh.shape[FSDP]:
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if types.get(FSDP) != AxisType.Auto or x.shape[0] % mesh.shape[FSDP]:
         return x
     others = (PartitionSpec.UNCONSTRAINED for _ in x.shape[1:])
     return jax.lax.with_sharding_constraint(x, PartitionSpec(FSDP, *others))
 
 
 def require_mesh(mesh: Mesh) -> None:
-    """Raises ValueError unless the mesh has an axis to split by, and all are left to the compiler."""
+    """Require a mesh with an axis to split by, whose axes are all left to the compiler.
+
+    Raises:
+        ValueError: on another mesh.
+    """
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh is {mesh!r:.80}; expected a jax.sharding.Mesh")
     if not {FSDP, TENSOR} & set(mesh.axis_names):
         raise ValueError(f"mesh has the axes {mesh.axis_names}; expected {FSDP!r} or {TENSOR!r}")
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if any(axis_type != AxisType.Auto for axis_type in mesh.axis_types):
         raise ValueError(
             f"mesh has axes of types {mesh.axis_types}; expected Auto ones: "
             "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * 2)"
@@ -102,12 +107,12 @@ def _spec(
     """The axes of the mesh for the last two of a parameter's."""
     name = ".".join(("", *map(str, path)))
     if path[-1] == "embedding" or name.endswith(split_inputs):
-        wanted = TENSOR, FSDP
+        sides = TENSOR, FSDP
     elif path[-1] == "kernel":
-        wanted = FSDP, TENSOR
+        sides = FSDP, TENSOR
     else:
         return PartitionSpec(*(None for _ in shape))
-    axes = (*(None for _ in shape[2:]), *wanted)
+    axes = (*(None for _ in shape[2:]), *sides)
     return PartitionSpec(
         *(
             axis if axis in mesh.shape and length % mesh.shape[axis] == 0 else None

@@ -1,4 +1,4 @@
-"""A parameter from the tensors of a file, and its tensors again, one at a time."""
+"""Parameters from the tensors of a file, and back, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ BLOCK = 2**26  # bytes of a tensor that are in the host's memory at a time
 def read(
     source: WeightSource, place: Place, variable: Any, sharding: NamedSharding | None
 ) -> Array:
-    """The parameter: each tensor goes into its layer's place on the device before the next is read.
+    """Return a parameter; each tensor goes to its place on the device before the next is read.
 
     Beside the parameter itself, memory holds a block of a tensor's rows on the host and on the
     device; with a sharding the tensor and its shards.
 
     Args:
-        source: of the tensors.
-        place: theirs.
-        variable: whose shape and dtype the parameter has; abstract.
-        sharding: of the parameter; None for the default device.
+        source: the open file.
+        place: the parameter's tensors in the file.
+        variable: abstract variable with the parameter's shape and dtype.
+        sharding: the parameter's sharding; None for the default device.
 
     Raises:
         ValueError: on a tensor that is not floating, or has finite entries that the parameter's
@@ -57,25 +57,31 @@ def _require_held(what: str, piece: np.ndarray, dtype: DTypeLike) -> None:
     if not jnp.issubdtype(piece.dtype, jnp.floating):
         raise ValueError(f"{what} in {piece.dtype}; expected floating weights")
     limit = float(jnp.finfo(dtype).max)
-    # bfloat16 holds what float32 does, but for the last of it.
+    # bfloat16 holds what float32 does, except for the largest numbers.
     if float(jnp.finfo(piece.dtype).max) > 1.01 * limit:
         beyond = np.isfinite(piece) & (np.abs(piece) > limit)
         if beyond.any():
             raise ValueError(
-                f"{what} with {piece[beyond][0]} in it, which {dtype} does not hold; expected another "
-                "dtype of load, or smaller weights"
+                f"{what} with {piece[beyond][0]} in it, which {dtype} does not hold; expected "
+                "another dtype of load, or smaller weights"
             )
 
 
 def _split(tensor: np.ndarray, place: Place, sharding: NamedSharding) -> Array:
-    """A tensor on the mesh, lying there as it will in the parameter."""
+    """Return a tensor on the mesh, split as it will be in the parameter."""
     spec = sharding.spec[1:] if place.stacked else sharding.spec
-    there = NamedSharding(sharding.mesh, PartitionSpec(*(spec[::-1] if place.transposed else spec)))
-    return jax.make_array_from_callback(tensor.shape, there, tensor.__getitem__)
+    own = PartitionSpec(*(spec[::-1] if place.transposed else spec))
+    layout = NamedSharding(sharding.mesh, own)
+    return jax.make_array_from_callback(tensor.shape, layout, tensor.__getitem__)
 
 
 def tensors(value: Array, place: Place) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameter's tensors by name, gathered from their devices as they are asked for."""
+    """Yield the parameter's tensors by name, gathered from their devices when they are asked for.
+
+    Args:
+        value: the parameter.
+        place: its tensors in a file.
+    """
     for i, name in enumerate(place.names):
         tensor = _take(value, i if place.stacked else None, transposed=place.transposed)
         yield name, np.asarray(jax.device_get(tensor))
@@ -83,26 +89,26 @@ def tensors(value: Array, place: Place) -> Iterator[tuple[str, np.ndarray]]:
 
 @functools.partial(jax.jit, static_argnames="transposed", donate_argnames="value")
 def _put(value: Array, piece: Array, layer: Any, row: Any, *, transposed: bool) -> Array:
-    """The parameter with a tensor in it, or with a tensor's rows from one on.
+    """Return the parameter with a tensor, or some of its rows, written into it.
 
     Args:
         value: the parameter.
-        piece: of the tensor.
-        layer: of a stacked parameter, where the tensor belongs; None if it is not stacked.
-        row: of the tensor, where the piece begins; None if it is all of it.
+        piece: the tensor, or some of its rows.
+        layer: position of the tensor in a stacked parameter; None if it is not stacked.
+        row: number of the piece's first row in the tensor; None if the piece is all of it.
         transposed: whether the tensor's rows are the parameter's columns.
     """
     new = (piece.T if transposed else piece).astype(value.dtype)
-    at = [0] * new.ndim
-    if row is not None and at:
-        at[-1 if transposed else 0] = row
+    start = [0] * new.ndim
+    if row is not None and start:
+        start[-1 if transposed else 0] = row
     if layer is not None:
-        new, at = new[None], [layer, *at]
-    return jax.lax.dynamic_update_slice(value, new, [jnp.asarray(i, jnp.int32) for i in at])
+        new, start = new[None], [layer, *start]
+    return jax.lax.dynamic_update_slice(value, new, [jnp.asarray(i, jnp.int32) for i in start])
 
 
 @functools.partial(jax.jit, static_argnames="transposed")
 def _take(value: Array, index: Any, *, transposed: bool) -> Array:
-    """The tensor that `_put` would put there."""
-    taken = value if index is None else value[index]
-    return taken.T if transposed else taken
+    """Return the tensor that `_put` would write."""
+    tensor = value if index is None else value[index]
+    return tensor.T if transposed else tensor
