@@ -59,7 +59,7 @@ def test_bert_and_its_classifier():
         ("llama", {"size": True}, "size is True"),
         ("llama", {"size": 2**31}, "size is 2147483648"),
         ("llama", {"size": 5, "rows": np.ones((1, 16))}, "a row for each new token"),
-        ("gemma", {"size": 5, "head_rows": np.ones((1, 16))}, "no head of its own"),
+        ("gemma", {"size": 5, "head_rows": np.ones((1, 16))}, "no separate head"),
     ],
 )
 def test_sizes_refused(name, options, match):
