@@ -41,7 +41,7 @@ from experiments.lib.curves import Curve
 from experiments.lib.record import save
 from experiments.lib.style import COLOURS, draw
 
-KINDS = {
+NOISES = {
     "salt and pepper, 10 %": (0.1, True),
     "salt and pepper, 20 %": (0.2, True),
     "random grey levels, 20 %": (0.2, False),
@@ -161,8 +161,8 @@ def robust_pca(
 class Errors:
     """Images with random errors, and the starts made from them."""
 
-    def __init__(self, images: np.ndarray, seed: tuple[int, ...], kind: str, rank: int) -> None:
-        self.share, self.extreme = KINDS[kind]
+    def __init__(self, images: np.ndarray, seed: tuple[int, ...], noise: str, rank: int) -> None:
+        self.share, self.extreme = NOISES[noise]
         self.images = corrupt(seed, images, self.share, self.extreme)
         self.clean, self.observed = (jnp.asarray(flat(x)) for x in (images, self.images))
         trimmed = nys.problems.RobustPCA(self.observed - 0.5, self.share).target()
@@ -211,18 +211,20 @@ class Results:
     shown: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def measure(images: np.ndarray, kind: str, ranks: Any, steps: int, seeds: Any, bar: Any) -> Results:
+def measure(
+    images: np.ndarray, noise: str, ranks: Any, steps: int, seeds: Any, bar: Any
+) -> Results:
     """Return the results of all methods under one kind of errors.
 
     Args:
         images: the clean images.
-        kind: a key of `KINDS`.
+        noise: a key of `NOISES`, the kind of errors.
         ranks: ranks r.
         steps: the number of steps.
         seeds: of the errors; the first is for tuning.
         bar: the progress bar.
     """
-    tuning, *trials = (Errors(images, seed, kind, max(ranks)) for seed in seeds)
+    tuning, *trials = (Errors(images, seed, noise, max(ranks)) for seed in seeds)
     results, shown = Results(), trials[0]
     results.shown = {"clean": shown.clean, "corrupt": shown.observed}
     limit = nys.problems.Asymmetric(shown.clean - 0.5).optimum(max(ranks))
@@ -268,8 +270,8 @@ def picture(results: dict[str, Results], ranks: Any, images: np.ndarray) -> Any:
         ranks: ranks r.
         images: the clean images.
     """
-    kind = SHOWN if SHOWN in results else next(iter(results))
-    shown = {k: v for k, v in results[kind].shown.items() if not k.startswith("GD")}
+    noise = SHOWN if SHOWN in results else next(iter(results))
+    shown = {k: v for k, v in results[noise].shown.items() if not k.startswith("GD")}
     picked = np.linspace(0, len(images) - 1, 8).astype(int)
     figure = plt.figure(figsize=(13, 8.6), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15))
@@ -281,7 +283,7 @@ def picture(results: dict[str, Results], ranks: Any, images: np.ndarray) -> Any:
             ax.imshow(np.clip(image, 0, 1), cmap="gray", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(label.replace("filter of", "filter\nof"), fontsize=7)
-    left.suptitle(f"(a) {kind}", fontsize=10)
+    left.suptitle(f"(a) {noise}", fontsize=10)
     axes = right.subplots(2, 2).ravel()
     for ax, letter, (name, series) in zip(axes, "bcd", results.items(), strict=False):
         for label, values in series.by_rank.items():
@@ -289,9 +291,9 @@ def picture(results: dict[str, Results], ranks: Any, images: np.ndarray) -> Any:
         ax.set(xscale="log", xlabel="rank r", ylabel="PSNR (dB)", title=f"({letter}) {name}")
         ax.set_xticks(ranks, labels=[str(r) for r in ranks])
         ax.minorticks_off()
-    for index, (label, curve) in enumerate(results[kind].by_iteration.items()):
+    for index, (label, curve) in enumerate(results[noise].by_iteration.items()):
         draw(axes[3], curve, index, label)
-    axes[3].set(xlabel="iteration", ylabel="PSNR (dB)", title=f"(e) {kind}")
+    axes[3].set(xlabel="iteration", ylabel="PSNR (dB)", title=f"(e) {noise}")
     axes[3].legend(loc="lower right")
     handles = {h.get_label(): h for ax in axes[:3] for h in ax.lines}
     right.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
@@ -323,22 +325,22 @@ def main(config: Config) -> None:
     ranks, steps, trials = (
         (ranks[2:3], 20, 2) if config.quick else (ranks, config.steps, config.trials)
     )
-    kinds = [SHOWN] if config.quick else list(KINDS)
+    noises = [SHOWN] if config.quick else list(NOISES)
     results = {}
-    total = len(kinds) * len(METHODS) * len(ranks)
+    total = len(noises) * len(METHODS) * len(ranks)
     with tqdm(total=total, desc="faces", unit="rank", file=sys.stderr) as bar:
-        for number, kind in enumerate(kinds):
+        for number, noise in enumerate(noises):
             seeds = [(config.seed, number, trial) for trial in range(trials + 1)]
-            results[kind] = measure(images, kind, ranks, steps, seeds, bar)
+            results[noise] = measure(images, noise, ranks, steps, seeds, bar)
     curves: dict[str, dict[str, Any]] = {}
     spread, tuned = {}, {}
-    for kind, series in results.items():
+    for noise, series in results.items():
         medians = {k: np.median(v, axis=1) for k, v in series.by_rank.items()}
-        curves[kind] = {k: Curve(np.array(ranks), v) for k, v in medians.items()}
-        curves[f"{kind}, by iteration"] = series.by_iteration
-        spread[kind] = max(float(np.max(np.ptp(v, axis=1))) for v in series.by_rank.values())
-        tuned[kind] = series.tuned
-        print(kind)
+        curves[noise] = {k: Curve(np.array(ranks), v) for k, v in medians.items()}
+        curves[f"{noise}, by iteration"] = series.by_iteration
+        spread[noise] = max(float(np.max(np.ptp(v, axis=1))) for v in series.by_rank.values())
+        tuned[noise] = series.tuned
+        print(noise)
         for name, values in medians.items():
             print(f"  {name}: {', '.join(f'{v:.2f}' for v in values)} dB at r = {ranks}")
     notes = {"images": list(images.shape), "tuned": tuned, "largest_range_over_trials": spread}

@@ -238,13 +238,13 @@ def picture(panels: Any, rank: int) -> Any:
             textbook = label.endswith(", textbook")
             method = label.removesuffix(", textbook")
             index = list(METHODS).index(method)
-            look: dict[str, Any] = {"ls": ":", "mfc": "white"} if textbook else {}
+            style: dict[str, Any] = {"ls": ":", "mfc": "white"} if textbook else {}
             if "Byers" in method:  # may be under the curve of the optimal scaling
-                look |= {"mfc": "white", "markersize": 8}
+                style |= {"mfc": "white", "markersize": 8}
             low, high = panels[panel + " low"][label].y, panels[panel + " high"][label].y
             ax.fill_between(curve.x, low, high, color=COLOURS[index], alpha=0.12, lw=0)
             shown = Curve(curve.x, np.where(np.isfinite(curve.y), curve.y, np.nan))
-            draw(ax, shown, index, None if textbook else label, markevery=1, **look)
+            draw(ax, shown, index, None if textbook else label, markevery=1, **style)
     for ax in axes[:2]:
         ax.set(xscale="log", ylim=(0, 34))
     axes[0].set(ylabel=f"steps to a relative error of {TOLERANCE:g}", xlabel="κ")

@@ -131,7 +131,14 @@ def count(make: Any, config: Any) -> int:
 
 
 def abstract(make: Any, config: Any, rank: int, targets: str) -> tuple[Any, Any, Any]:
-    """Return the structure, the adapters and the base of the adapted model, without values."""
+    """Return the structure, the adapters and the base of the adapted model, without values.
+
+    Args:
+        make: the class of the model.
+        config: its sizes.
+        rank: of the adapters.
+        targets: the names of adapted layers, a regular expression.
+    """
 
     def build() -> Any:
         numerics = nys.models.Numerics(jnp.bfloat16, remat=True)
@@ -171,9 +178,17 @@ def bytes_of(tree: Any) -> int:
 
 
 def compile_step(
-    graphdef: Any, params: Any, rest: Any, base: Any, mesh: Mesh
+    graphdef: Any, params: Any, others: Any, base: Any, mesh: Mesh
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Return the compiled training step and its arguments."""
+    """Return the compiled training step and its arguments.
+
+    Args:
+        graphdef: the structure of the model.
+        params: the adapters.
+        others: the other values of the model.
+        base: the shardings of the other values.
+        mesh: the devices.
+    """
     tx = optax.adamw(1e-4)
     whole = NamedSharding(mesh, PartitionSpec())
     factors = beside_kernels(params, base)
@@ -187,15 +202,15 @@ def compile_step(
     arguments = (
         placed(params, factors),
         placed(jax.eval_shape(tx.init, params), moments),
-        placed(rest, base),
+        placed(others, base),
     )
 
-    def step(params: Any, state: Any, rest: Any, tokens: Any, mask: Any) -> Any:
+    def step(params: Any, state: Any, others: Any, tokens: Any, mask: Any) -> Any:
         def loss(params: Any) -> Any:
-            logits = nnx.merge(graphdef, params, rest, copy=True)(tokens, mask)[:, :-1]
+            logits = nnx.merge(graphdef, params, others, copy=True)(tokens, mask)[:, :-1]
             wide = logits.astype(jnp.float32)
-            each = optax.softmax_cross_entropy_with_integer_labels(wide, tokens[:, 1:])
-            return jnp.mean(each, where=mask[:, 1:])
+            losses = optax.softmax_cross_entropy_with_integer_labels(wide, tokens[:, 1:])
+            return jnp.mean(losses, where=mask[:, 1:])
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = tx.update(grads, state, params)
@@ -205,9 +220,15 @@ def compile_step(
     return jitted.lower(*arguments, tokens, mask).compile(), arguments
 
 
-def compile_start(rest: Any, base: Any, rank: int) -> Any:
-    """Compile NoRA's start of one layer of the largest kernel, as `nys.lora.apply` computes it."""
-    values = jax.tree.leaves(placed(rest, base))
+def compile_start(others: Any, base: Any, rank: int) -> Any:
+    """Compile NoRA's start of one layer of the largest kernel, as `nys.lora.apply` computes it.
+
+    Args:
+        others: the values of the model without adapters.
+        base: their shardings.
+        rank: of the adapters.
+    """
+    values = jax.tree.leaves(placed(others, base))
     kernel = max((x for x in values if x.ndim == 3), key=lambda x: x.size)
 
     def start(key: Any, kernel: Any, index: Any) -> Any:
@@ -218,15 +239,23 @@ def compile_start(rest: Any, base: Any, rank: int) -> Any:
 
 
 def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int]) -> Row:
-    """Compile one program and return its memory."""
+    """Compile one program and return its memory.
+
+    Args:
+        name: of the model.
+        make: the class of the model.
+        config: its sizes.
+        adapter: rank, description and names of adapted layers.
+        axes: the axes of the mesh with their sizes.
+    """
     rank, description, targets = adapter
     sizes, names = tuple(axes.values()), tuple(axes)
     devices = jax.devices()[: math.prod(sizes)]
     mesh = Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(axes))
-    graphdef, params, rest = abstract(make, config, rank, targets)
-    layout = nys.models.shardings(rest, mesh, family=make.family)
+    graphdef, params, others = abstract(make, config, rank, targets)
+    layout = nys.models.shardings(others, mesh, family=make.family)
     with jax.set_mesh(mesh):
-        compiled, (adapters, state, base) = compile_step(graphdef, params, rest, layout, mesh)
+        compiled, (adapters, state, base) = compile_step(graphdef, params, others, layout, mesh)
     memory = compiled.memory_analysis()
     trees = {"base": base, "adapters": adapters, "optimizer": state}
     sizes_of = {key: bytes_of(tree) for key, tree in trees.items()}
@@ -242,12 +271,12 @@ def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int
         " × ".join(f"{k} {v}" for k, v in axes.items()),
         **sizes_of,
         temporaries=memory.temp_size_in_bytes,
-        start=compile_start(rest, layout, rank).memory_analysis().temp_size_in_bytes,
+        start=compile_start(others, layout, rank).memory_analysis().temp_size_in_bytes,
     )
 
 
 def table(rows: list[Row]) -> str:
-    """As Markdown, in GB."""
+    """Return the table as Markdown, in GB."""
     bytes_columns = ["base", "adapters + AdamW", "temporaries", "total"]
     lines = [["model", "adapters", "mesh", *bytes_columns, "fits in"], ["---"] * 3 + ["---:"] * 5]
     for row in rows:

@@ -211,15 +211,15 @@ def draw_curves(axes: Any, curves: Any, low: Any, high: Any) -> None:
     """
     for index, (label, values) in enumerate(curves.items()):
         method = METHODS[label]
-        look = {"color": COLOURS[method.colour], "ls": "--" if method.dashed else "-"}
+        style = {"color": COLOURS[method.colour], "ls": "--" if method.dashed else "-"}
         # Rounding follows, and the spikes of Adam there.
         stop = int(np.argmax(values < 1e-8)) + 1 if values.min() < 1e-8 else len(values)
         t, values = np.arange(stop) + 1, values[:stop]
         every = np.unique(np.geomspace(1, len(t), 14).astype(int) - 1).tolist()
         axes.fill_between(
-            t, low[label][:stop], high[label][:stop], color=look["color"], alpha=0.15, lw=0
+            t, low[label][:stop], high[label][:stop], color=style["color"], alpha=0.15, lw=0
         )
-        axes.plot(t, values, marker=MARKERS[index], markevery=every, label=label, **look)
+        axes.plot(t, values, marker=MARKERS[index], markevery=every, label=label, **style)
     axes.axhline(TARGET, color="0.3", lw=0.8, ls=":")
     axes.set(xscale="log", yscale="log", xlim=(0.9, 320), ylim=(1e-8, 3), xlabel="iteration + 1")
     axes.set_ylabel("loss / first loss")
@@ -236,10 +236,10 @@ def draw_sizes(axes: Any, by_size: Any, sizes: Any) -> None:
     """
     for index, label in enumerate(list(METHODS)[:4]):
         method = METHODS[label]
-        look = {"color": COLOURS[method.colour], "ls": "--" if method.dashed else "-"}
-        look |= {"marker": MARKERS[index]}
-        axes.plot(sizes, by_size["a"][label], label=label, **look)
-        axes.plot(sizes, by_size["b"][label], lw=0.8, mfc="white", **look)
+        style = {"color": COLOURS[method.colour], "ls": "--" if method.dashed else "-"}
+        style |= {"marker": MARKERS[index]}
+        axes.plot(sizes, by_size["a"][label], label=label, **style)
+        axes.plot(sizes, by_size["b"][label], lw=0.8, mfc="white", **style)
     axes.plot([], [], color="0.4", lw=0.8, marker="o", mfc="white", label="thin, open: as in (b)")
     # E‖a_0‖² is r/3 for U(±1/√m) and ξ²r‖W_0‖_F² for W_0Ω, where ‖W_0‖_F² is nearly 2.
     for usual, text, colour in ((0.28, "NoRA, ξ = 0.1", 1), (1.15, "LoRA of PEFT", 0)):
@@ -302,12 +302,12 @@ def main(config: Config) -> None:
     notes = {"chosen": chosen, "sizes": [float(f"{s:g}") for s in sizes], "target": TARGET}
     save(config.out, "linear_lora", figure, curves, config, **notes)
     for panel, series in chosen.items():
-        for label, how in series.items():
-            median, rate = np.median(how["steps"]), how["learning_rate"]
-            where = "" if how["inside_grid"] else " (at the edge of the grid)"
+        for label, choice in series.items():
+            median, rate = np.median(choice["steps"]), choice["learning_rate"]
+            where = "" if choice["inside_grid"] else " (at the edge of the grid)"
             print(
-                f"({panel}) {label}: {median:g} steps, {how['steps']}, "
-                f"η = {rate:.3g}{where}, size {how['size']:g}"
+                f"({panel}) {label}: {median:g} steps, {choice['steps']}, "
+                f"η = {rate:.3g}{where}, size {choice['size']:g}"
             )
 
 

@@ -204,7 +204,13 @@ def split(ratings: Ratings, shape: tuple[int, int], seed: tuple[int, int]) -> Sp
 
 @functools.partial(jax.jit, static_argnames="shape")
 def starts(key: jax.Array, train: Ratings, shape: tuple[int, int]) -> tuple[Any, jax.Array]:
-    """Return the three starts at the largest rank, and σ₁; other ranks use their first columns."""
+    """Return the three starts at the largest rank, and σ₁; other ranks use their first columns.
+
+    Args:
+        key: the PRNG key.
+        train: the residuals of the training ratings.
+        shape: the numbers of users and films.
+    """
     residuals: Any = nys.problems.completion.observed(*train, shape=shape).target()
     rank = max(RANKS)
     spectral = nys.problems.Asymmetric(residuals.todense()).optimum(rank)
@@ -292,14 +298,14 @@ def picture(tests: dict[str, np.ndarray], curves: Any, baseline: Any, ranks: Any
     """
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     for index, (name, values) in enumerate(tests.items()):
-        look = look_of(index)
+        style = look_of(index)
         medians, low, high = spread(values, axis=1).values()
         bars = [medians - low, high - medians]
-        axes[0].errorbar(ranks, medians, bars, capsize=2, label=name, **look)
+        axes[0].errorbar(ranks, medians, bars, capsize=2, label=name, **style)
         ax = axes[2 if "decay" in name else 1]
         if name in curves:
             every = max(1, len(curves[name]) // 12)
-            ax.plot(np.arange(len(curves[name])), curves[name], markevery=every, **look)
+            ax.plot(np.arange(len(curves[name])), curves[name], markevery=every, **style)
     for ax, value in zip(axes, baseline, strict=True):
         ax.axhline(value, label="user and film offsets", **PREDICTION)
     axes[0].set(
@@ -320,8 +326,8 @@ def picture(tests: dict[str, np.ndarray], curves: Any, baseline: Any, ranks: Any
 def look_of(index: int) -> dict[str, Any]:
     """Return colour and marker; dashed lines where colours repeat."""
     repeated = index >= len(COLOURS)
-    look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-    return look | ({"mfc": "white", "ls": "--"} if repeated else {})
+    style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    return style | ({"mfc": "white", "ls": "--"} if repeated else {})
 
 
 def main(config: Config) -> None:

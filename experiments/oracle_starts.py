@@ -94,7 +94,13 @@ def instance(name: str, key: jax.Array, kappa: Any, p: int) -> tuple[nys.problem
 
 
 def starts(problem: nys.problems.Sensing, key: jax.Array, symmetric: bool) -> Any:
-    """Return the starts in the order of `STARTS`, stacked."""
+    """Return the starts in the order of `STARTS`, stacked.
+
+    Args:
+        problem: the problem.
+        key: the PRNG key.
+        symmetric: whether M is symmetric.
+    """
     init, m = nys.initializers, problem.shape[0]
     spectral = init.spectral(problem, RANK, symmetric=symmetric)
     b = problem.target()
@@ -209,6 +215,45 @@ def cell(
     return results
 
 
+def measure_problem(name: str, oversampling: Any, max_steps: int, keys: Any, bar: Any) -> dict:
+    """Return the numbers of a column of the picture: errors, cells by p/d, by method and κ.
+
+    Args:
+        name: a key of `SIDES`.
+        oversampling: values of p/d.
+        max_steps: the most steps of ScaledGD.
+        keys: one per random problem.
+        bar: the progress bar.
+    """
+
+    def cells(ratio: float, method: str, kappas: tuple[float, ...]) -> list[Any]:
+        p = round(ratio * degrees_of_freedom(name))
+        steps = max_steps if method == "ScaledGD" else max_steps * 5 // 2
+        results = measure(name, p, method, steps, False, keys, jnp.asarray(kappas))
+        bar.update()
+        return [cell(name, method, *map(np.asarray, c)) for c in zip(*results, strict=True)]
+
+    by_ratio: dict[float, Any] = {}
+    by_kappa: dict[str, Any] = {}
+    for ratio in oversampling:
+        kappas = KAPPAS["ScaledGD"] if ratio == TYPICAL else (KAPPA,)
+        of_kappas = cells(ratio, "ScaledGD", kappas)
+        by_ratio[ratio] = of_kappas[kappas.index(KAPPA)]
+        if ratio == TYPICAL:
+            by_kappa["ScaledGD"] = dict(zip(kappas, of_kappas, strict=True))
+    of_kappas = cells(TYPICAL, "GD", KAPPAS["GD"])
+    by_kappa["GD"] = dict(zip(KAPPAS["GD"], of_kappas, strict=True))
+    p = round(TYPICAL * degrees_of_freedom(name))
+    _, errors = measure(name, p, "ScaledGD", 100, True, keys, jnp.asarray((KAPPA,)))
+    errors = np.asarray(errors)[0, :, :, LEARNING_RATES["ScaledGD"].index(0.5)]
+    bar.update()
+    return {
+        "error": dict(zip(STARTS, np.median(errors, axis=0), strict=True)),
+        "oversampling": by_ratio,
+        "condition": by_kappa,
+    }
+
+
 def main(config: Config) -> None:
     """Run all cells and draw them."""
     jax.config.update("jax_enable_x64", True)
@@ -217,59 +262,22 @@ def main(config: Config) -> None:
     trials, max_steps = (4, 160) if quick else (config.trials, config.steps)
     oversampling = (TYPICAL,) if quick else OVERSAMPLING
     keys = jax.random.split(jax.random.key(config.seed), trials)
-    panels: dict[str, dict[str, Any]] = {}
-    with tqdm(
-        total=len(names) * (len(oversampling) + 2),
-        desc="oracle_starts",
-        unit="run",
-        file=sys.stderr,
-    ) as bar:
-
-        def cells(name: str, ratio: float, method: str, kappas: tuple[float, ...]) -> Any:
-            p = round(ratio * degrees_of_freedom(name))
-            steps = max_steps if method == "ScaledGD" else max_steps * 5 // 2
-            results = measure(name, p, method, steps, False, keys, jnp.asarray(kappas))
-            bar.update()
-            return [cell(name, method, *map(np.asarray, c)) for c in zip(*results, strict=True)]
-
-        for name in names:
-            by_ratio: dict[float, Any] = {}
-            by_kappa: dict[str, Any] = {}
-            for ratio in oversampling:
-                kappas = KAPPAS["ScaledGD"] if ratio == TYPICAL else (KAPPA,)
-                of_kappas = cells(name, ratio, "ScaledGD", kappas)
-                by_ratio[ratio] = of_kappas[kappas.index(KAPPA)]
-                if ratio == TYPICAL:
-                    by_kappa["ScaledGD"] = dict(zip(kappas, of_kappas, strict=True))
-            of_kappas = cells(name, TYPICAL, "GD", KAPPAS["GD"])
-            by_kappa["GD"] = dict(zip(KAPPAS["GD"], of_kappas, strict=True))
-            p = round(TYPICAL * degrees_of_freedom(name))
-            _, errors = measure(name, p, "ScaledGD", 100, True, keys, jnp.asarray((KAPPA,)))
-            errors = np.asarray(errors)[0, :, :, LEARNING_RATES["ScaledGD"].index(0.5)]
-            bar.update()
-            panels[name] = {
-                "error": dict(zip(STARTS, np.median(errors, axis=0), strict=True)),
-                "oversampling": by_ratio,
-                "condition": by_kappa,
-            }
-    save(
-        config.out,
-        "oracle_starts",
-        picture(panels),
-        records(panels),
-        config,
-        columns=("x", "value"),
-        learning_rates={
-            name: {
-                "oversampling": column(panel["oversampling"], "learning rate"),
-                "condition": {
-                    method: column(cells, "learning rate")
-                    for method, cells in panel["condition"].items()
-                },
-            }
-            for name, panel in panels.items()
-        },
-    )
+    total = len(names) * (len(oversampling) + 2)
+    with tqdm(total=total, desc="oracle_starts", unit="run", file=sys.stderr) as bar:
+        panels = {name: measure_problem(name, oversampling, max_steps, keys, bar) for name in names}
+    rates = {
+        name: {
+            "oversampling": column(panel["oversampling"], "learning rate"),
+            "condition": {
+                method: column(cells, "learning rate")
+                for method, cells in panel["condition"].items()
+            },
+        }
+        for name, panel in panels.items()
+    }
+    figure, curves = picture(panels), records(panels)
+    columns = ("x", "value")
+    save(config.out, "oracle_starts", figure, curves, config, columns=columns, learning_rates=rates)
 
 
 def column(cells: dict[float, Any], quantity: str) -> dict[str, Curve]:
@@ -298,7 +306,7 @@ def records(panels: dict[str, Any]) -> dict[str, Any]:
     return recorded
 
 
-def draw_calls(axes: Any, cells: dict[float, Any], top: float, **look: Any) -> None:
+def draw_calls(axes: Any, cells: dict[float, Any], top: float, **style: Any) -> None:
     """Draw medians of the calls with quartiles, shifted so that bars do not cover each other.
 
     Args:
@@ -315,7 +323,7 @@ def draw_calls(axes: Any, cells: dict[float, Any], top: float, **look: Any) -> N
         ends = np.stack([lower, np.minimum(upper, 2 * top)])[:, shown]
         bars = np.abs(ends - median[shown])
         options = {"color": COLOURS[index], "marker": MARKERS[index], "lw": 1.2, "elinewidth": 0.8}
-        axes.errorbar(x[shown], median[shown], bars, **(options | look))
+        axes.errorbar(x[shown], median[shown], bars, **(options | style))
 
 
 def picture(panels: dict[str, Any]) -> Any:
@@ -332,10 +340,10 @@ def picture(panels: dict[str, Any]) -> Any:
         errors, success, calls, condition = axes
         m = SIDES[name]
         for index, (start, curve) in enumerate(panel["error"].items()):
-            look = {"color": COLOURS[index], "marker": MARKERS[index]}
-            errors.plot(curve, markevery=(2 * index, 10), label=start, **look)
+            style = {"color": COLOURS[index], "marker": MARKERS[index]}
+            errors.plot(curve, markevery=(2 * index, 10), label=start, **style)
             shares = column(panel["oversampling"], "success")[start]
-            success.plot(shares.x, np.asarray(shares.y) + 0.008 * (index - 2), **look)
+            success.plot(shares.x, np.asarray(shares.y) + 0.008 * (index - 2), **style)
         errors.set(yscale="log", ylim=(1e-10, 1e4), xlabel="iteration")
         errors.set_title(f"{name}, {m} × {m}, r = {RANK}\np = {TYPICAL:g} d, κ = 10, η = 0.5")
         success.set(ylim=(-0.06, 1.06), ylabel="successes", title="κ = 10")

@@ -105,7 +105,12 @@ def main(config: Config) -> None:
 
 
 def picture(panels: Any, ranks: dict[str, int]) -> Any:
-    """Draw the six panels, with one scale of errors per row."""
+    """Draw the six panels, with one scale of errors per row.
+
+    Args:
+        panels: errors by iteration, by panel and series.
+        ranks: the columns of X in panels (a) to (c).
+    """
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
     titles = {
         p: f"({p}) r = {r}{' = r*' if r == RANK else f' = {r // RANK} r*'}"
@@ -121,11 +126,11 @@ def picture(panels: Any, ranks: dict[str, int]) -> Any:
     limits["f"] = (1e-5, 1e2)
     for ax, (panel, series) in zip(axes.flat, panels.items(), strict=True):
         for index, (label, errors) in enumerate(series.items()):
-            look: dict[str, Any] = {}
+            style: dict[str, Any] = {}
             if panel == "d" and index >= len(KAPPAS):
-                look = {"color": "0.6", "ls": ":", "mfc": "white"}
+                style = {"color": "0.6", "ls": ":", "mfc": "white"}
                 label = f"{DAMPED}, the same κ" if index == len(KAPPAS) else None
-            draw(ax, errors, index % len(KAPPAS) if panel == "d" else index, label, **look)
+            draw(ax, errors, index % len(KAPPAS) if panel == "d" else index, label, **style)
         if panel == "e":
             level = NOISE * floor(M, MEASUREMENTS)
             ax.axhline(level, label="σ√(d/p), rank r*", **PREDICTION)

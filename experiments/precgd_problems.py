@@ -154,8 +154,8 @@ def main(config: Config) -> None:
             varied = multiple == 2
             kappas, noises = (grid.kappas, grid.noises) if varied else ((KAPPA,), ())
             # Each κ without noise, then each σ.
-            both = [*kappas, *[KAPPA] * len(noises)], [*[0.0] * len(kappas), *noises]
-            cases = instances(make, keys, *both)
+            pairs = [*kappas, *[KAPPA] * len(noises)], [*[0.0] * len(kappas), *noises]
+            cases = instances(make, keys, *pairs)
             starts = small_starts(keys, SIZES[problem][0], multiple * RANK)
             panel, split = f"{problem}, r = {multiple * RANK}", len(kappas)
             for name in grid.methods:
@@ -181,7 +181,13 @@ def main(config: Config) -> None:
 
 
 def picture(panels: Any, lasts: Any, grid: Grid) -> Any:
-    """Draw a row per problem: curves for each r, then last errors over κ and over σ."""
+    """Draw a row per problem: curves for each r, then last errors over κ and over σ.
+
+    Args:
+        panels: errors by iteration, by panel and method.
+        lasts: last errors, by panel and method.
+        grid: the values of the run.
+    """
     columns = len(grid.multiples) + 2
     figure, axes = plt.subplots(
         len(PROBLEMS), columns, figsize=(3.1 * columns, 8.2), layout="constrained", squeeze=False
@@ -190,8 +196,8 @@ def picture(panels: Any, lasts: Any, grid: Grid) -> Any:
         for ax, multiple in zip(row, grid.multiples, strict=False):
             rank = multiple * RANK
             for index, (name, errors) in enumerate(panels[f"{problem}, r = {rank}"].items()):
-                look = {"color": "0.35", "ls": ":", "marker": "None"} if name == UNSEEN else {}
-                draw(ax, errors, index, name, **look)
+                style = {"color": "0.35", "ls": ":", "marker": "None"} if name == UNSEEN else {}
+                draw(ax, errors, index, name, **style)
             equal = "r*" if multiple == 1 else f"{multiple} r*"
             ax.set(title=f"{problem}, r = {equal}", xlabel="iteration")
             ax.set_ylim(LOW, HIGH)

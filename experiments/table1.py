@@ -91,7 +91,12 @@ class Config(BaseConfig):
 
 
 def spectrum(setting: Setting, kappa: float) -> np.ndarray:
-    """Return singular values of A, with ‖A‖ = 1 and condition number κ."""
+    """Return singular values of A, with ‖A‖ = 1 and condition number κ.
+
+    Args:
+        setting: the panel.
+        kappa: κ.
+    """
     if setting.columns >= setting.rank:
         return kappa ** -np.linspace(0, 1, setting.rank)
     beyond = setting.rank - setting.columns
@@ -132,7 +137,13 @@ def cases(setting: Setting, values: Any, keys: Any, rates: Any, tols: Any) -> Ca
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def counted(setting: Setting, name: str, batch: Case) -> Any:
-    """Return the iterations of each case; infinite for those that did not reach the tolerance."""
+    """Return the iterations of each case; infinite for those that did not reach the tolerance.
+
+    Args:
+        setting: the panel.
+        name: the method.
+        batch: the cases.
+    """
     method = METHODS[name]
     steps, reached = jax.vmap(lambda case: method.count(setting, case, method.cap))(batch)
     return jnp.where(reached, steps.astype(float), jnp.inf)
@@ -170,7 +181,12 @@ def measure(setting: Setting, name: str, kappas: Any, keys: Any) -> dict[str, An
 
 
 def fit(x: np.ndarray, counts: np.ndarray) -> dict[str, float] | None:
-    """Return the slope of counts (point, seed) in x with its 95 % half width, or None."""
+    """Return the slope of counts (point, seed) in x with its 95 % half width, or None.
+
+    Args:
+        x: abscissas, (point,); None is returned for fewer than 3 different ones.
+        counts: iterations, (point, seed).
+    """
     x, y = np.broadcast_to(x[:, None], counts.shape).ravel(), counts.ravel()
     if len(np.unique(x)) < 3:
         return None

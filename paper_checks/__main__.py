@@ -119,11 +119,11 @@ def main(config: Config) -> int:
         return 0
     if (config.report or config.check) and config.only:
         raise ValueError("--only is set; expected all claims with --report and --check")
-    begin = time.monotonic()
+    started = time.monotonic()
     outcomes = run(claims, config.workers)
     failed = [outcome for outcome in outcomes if not outcome.passed]
     print_failures(failed)
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - started
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} claims pass, {seconds:.0f} s")
     if config.json:
         records = [as_record(outcome) for outcome in outcomes]

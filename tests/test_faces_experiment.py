@@ -1,4 +1,4 @@
-"""experiments/faces.py in its quick form, and what its record says."""
+"""experiments/faces.py in its quick form, and the claims about its record."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_committed_record_shows_the_claims():
     panels = panels_of(ROOT / "figures")
     for panel in (p for name, p in panels.items() if not name.endswith("by iteration")):
         assert_claims(panel)
-    # Whoever knows which pixels are wrong does better with a filter.
+    # A filter that knows which pixels are wrong is better.
     known = panels[SHOWN]["median filter of black and white"][1]
     assert np.all(known > panels[SHOWN]["ScaledGD, repaired"][1])
 

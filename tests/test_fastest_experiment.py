@@ -1,4 +1,4 @@
-"""experiments/fastest.py in its quick form: counts that κ and ξ move, counts that they do not, floors."""
+"""experiments/fastest.py in its quick form: counts against κ and ξ, and errors in float32."""
 
 import json
 
@@ -28,8 +28,8 @@ def assert_claims(panels):
     for series, bound in (("scaled Newton, Byers–Xu", 9), ("QDWH", 6), (DIRECT, 1)):
         for panel in ("a", "b"):
             assert steps(panels, panel + " high", series).max() <= bound
-    # Up to half a step for each doubling of κ, less where an error of small directions is small
-    # beside ‖A‖; a step for each of ξ away from the best.
+    # Up to half a step per doubling of κ; less where the errors of small directions are small
+    # beside ‖A‖. A step per doubling of ξ away from the best.
     kappas, plain = panels["a"][PLAIN]
     slope = (plain[-1] - plain[0]) / np.log2(kappas[-1] / kappas[0])
     assert 0.3 < slope <= 0.5

@@ -1,4 +1,4 @@
-"""The linear layer of A.2: its figure shows what it says, and training through the layer is problem (4)."""
+"""The linear layer of A.2: its figure shows the claims, and training the layer is problem (4)."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""experiments/movielens.py in its quick form, and what its record says."""
+"""experiments/movielens.py in its quick form, and the claims about its record."""
 
 import json
 

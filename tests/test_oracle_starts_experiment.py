@@ -1,4 +1,4 @@
-"""experiments/oracle_starts.py: no start is quadratic, and only the tiny one is behind."""
+"""experiments/oracle_starts.py: no start is quadratic, and only the tiny one is slower."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""experiments/precgd_problems.py: PrecGD is linear on each problem, its error in proportion to the noise."""
+"""experiments/precgd_problems.py: PrecGD is linear on each problem, and its error grows with σ."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The methods that Table 1 compares with: against NumPy in their papers' variables, and their rates."""
+"""The other methods of Table 1: against NumPy in the variables of their papers, and their rates."""
 
 import functools
 

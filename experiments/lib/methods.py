@@ -51,7 +51,13 @@ def instances(make: Callable[..., Any], keys: jax.Array, kappas: Any, noises: An
 
 
 def small_starts(keys: jax.Array, m: int, rank: int) -> jax.Array:
-    """Return a small start of each trial, (trial, m, rank)."""
+    """Return a small start of each trial, (trial, m, rank).
+
+    Args:
+        keys: one per trial.
+        m: rows.
+        rank: columns.
+    """
     starts = jax.vmap(lambda k: nys.initializers.small(jax.random.fold_in(k, 1), m, rank, START))
     return starts(keys)
 

@@ -55,12 +55,12 @@ def draw_sensitivity(
     """
     for index, (label, errors) in enumerate(curves.items()):
         grey = index - len(exact)
-        look = (
+        style = (
             {}
             if grey < 0
             else {"color": GREYS[grey % len(GREYS)], "linestyle": ":", "mfc": "white"}
         )
-        draw(axes, errors, index, label, **look)
+        draw(axes, errors, index, label, **style)
     for index, errors in enumerate(exact.values()):
         draw_prediction(axes, errors, floor, None if index else "exact prediction, Nyström")
     axes.set(yscale="log", xlabel="iteration")

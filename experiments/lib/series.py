@@ -101,8 +101,8 @@ def comparison(
         curves[f"ScaledGD-λ (λ = {DAMPING}), small start"] = history(step, small, steps)
         curves["ScaledGD (†), Nyström"] = history(scaled, nystrom, steps)
     else:
-        both = jax.vmap(lambda x: history(scaled, x, steps))(jnp.stack([small, nystrom]))
-        curves["ScaledGD, small start"], curves["ScaledGD, Nyström"] = both
+        histories = jax.vmap(lambda x: history(scaled, x, steps))(jnp.stack([small, nystrom]))
+        curves["ScaledGD, small start"], curves["ScaledGD, Nyström"] = histories
     return {"a": curves}
 
 

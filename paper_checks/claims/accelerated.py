@@ -171,7 +171,10 @@ def _starts(m: int, rank: int) -> tuple[Any, ...]:
     """Return A, Q, diag(Σ) and X_0 of each (κ and kind, ξ, seed) as one batch, and its shape."""
     cells = itertools.product(KAPPAS, ("geometric", "last", "repeated"))
     spectra = np.array(
-        [pairs.UNITS[i % 3] * pairs.spectrum(kind, rank, k) for i, (k, kind) in enumerate(cells)]
+        [
+            pairs.UNITS[i % 3] * pairs.spectrum(profile, rank, k)
+            for i, (k, profile) in enumerate(cells)
+        ]
     )
     scales, keys = np.array([1e-3, 1.0, 1e3]), common.keys(5, 100)
     shape = (len(spectra), len(scales), len(keys))
@@ -348,7 +351,9 @@ def floor(on_x_alone: bool = False) -> Measured:
 def direct_factor(ranks: tuple[int, ...] = (6, 9)) -> Measured:
     """Measure the direct factor, and beside it the textbook form AΩ L⁻ᵀ with LLᵀ = ΩᵀAΩ."""
     spectra = [
-        common.spectrum(kind, RANK, kappa) for kappa in KAPPAS for kind in ("geometric", "last")
+        common.spectrum(profile, RANK, kappa)
+        for kappa in KAPPAS
+        for profile in ("geometric", "last")
     ]
     gaps, plain = [], []
     for i, spectrum in enumerate(spectra):

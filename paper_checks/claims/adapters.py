@@ -68,7 +68,7 @@ def linear_lora(whitened: bool = True) -> Measured:
     def layer_loss(f: nys.Factors) -> jax.Array:
         return jnp.sum(((base + f.left @ f.right.T) @ data - target @ data) ** 2) / 2
 
-    both = jax.jit(jax.value_and_grad(layer_loss))
+    value_and_gradient = jax.jit(jax.value_and_grad(layer_loss))
     plain_loss = jax.jit(lambda p, f: p.loss(f))
     plain_gradient = jax.jit(lambda p, f: p.gradient(f))
     losses, gradients = [], []
@@ -76,7 +76,7 @@ def linear_lora(whitened: bool = True) -> Measured:
         f = nys.Factors(
             jnp.asarray(rng.standard_normal((M, RANK))), jnp.asarray(rng.standard_normal((N, RANK)))
         )
-        loss, gradient = both(f)
+        loss, gradient = value_and_gradient(f)
         expected = plain_gradient(problem, f)
         losses.append(abs(float(loss / plain_loss(problem, f)) - 1))
         for part, other in zip(gradient, expected, strict=True):

@@ -109,7 +109,12 @@ def lemma_6(start: pairs.Start = "nystrom") -> Measured:
 
 
 def one_step(regime: Regime, start: pairs.Start) -> Measured:
-    """‖X_1Y_1ᵀ − A‖_F after one step with η = 1."""
+    """Measure ‖X_1Y_1ᵀ − A‖_F after one step with η = 1.
+
+    Args:
+        regime: "exact" or "over".
+        start: the kind of start.
+    """
 
     def error(f: PairFamily) -> np.ndarray:
         f = at_eta(f, 1.0)
@@ -208,8 +213,8 @@ def lemma_13(
     errors = []
     for m, n, true_rank, rank in cases:
         for i, kappa in enumerate((2.0, 1e2, 1e4)):
-            for kind in ("geometric", "repeated"):
-                spectrum = pairs.UNITS[i] * pairs.spectrum(kind, true_rank, kappa)
+            for profile in ("geometric", "repeated"):
+                spectrum = pairs.UNITS[i] * pairs.spectrum(profile, true_rank, kappa)
                 left, right = (np.linalg.qr(rng.standard_normal((k, true_rank)))[0] for k in (m, n))
                 x, y = nys.problems.Asymmetric(jnp.asarray((left * spectrum) @ right.T)).optimum(
                     rank
@@ -222,7 +227,12 @@ def lemma_13(
 
 
 def first_factors(regime: Regime, start: pairs.Start) -> Measured:
-    """Φ_1 = Φ_0 and Ψ_1 = ηΣΦ_0(Φ_0ᵀΦ_0)^{-1}, for any η; NumPy's dual in float64."""
+    """Measure Φ_1 = Φ_0 and Ψ_1 = ηΣΦ_0(Φ_0ᵀΦ_0)^{−1}, for any η; NumPy's dual in float64.
+
+    Args:
+        regime: "exact" or "under".
+        start: the kind of start.
+    """
 
     def left(f: PairFamily) -> np.ndarray:
         phi = np.asarray(f.phi)
@@ -291,7 +301,7 @@ def equation_30(start: pairs.Start = "nystrom") -> Measured:
 
 
 def pair_cores(f: PairFamily) -> np.ndarray:
-    """Φ_tΨ_tᵀ, t ≥ 1."""
+    """Return Φ_tΨ_tᵀ, t ≥ 1."""
     return (np.asarray(f.phi) @ transposed(f.psi))[:, 1:]
 
 

@@ -17,8 +17,8 @@ from paper_checks.framework.common import frobenius
 SHAPES = (pairs.Shape(60, 40, 5, 5), pairs.Shape(60, 6, 6, 6))
 KAPPAS = (2.0, 3.0, 4.0)
 TAIL = 9  # iterates of phase 2
-KINDS = ("geometric", "last", "repeated")
-CELLS = [(kappa, kind, seed) for kappa in KAPPAS for kind in KINDS for seed in range(3)]
+PROFILES = ("geometric", "last", "repeated")
+CELLS = [(kappa, profile, seed) for kappa in KAPPAS for profile in PROFILES for seed in range(3)]
 RUNS = (
     "60 × 40 with r = r_A = 5 and 60 × 6 with r = r_A = 6; σ_1(A) = 1; κ = 2, 3, 4; geometric, "
     "near-constant and "
@@ -28,8 +28,13 @@ RUNS = (
 
 @functools.cache
 def problems(shape: pairs.Shape, random: bool) -> tuple[Any, Any, np.ndarray, np.ndarray]:
-    """Return A, X_0, ‖A‖_F and κ of each cell; X_0 = AΩ, or random of the same norm."""
-    spectra = np.array([pairs.spectrum(kind, shape.rank, kappa) for kappa, kind, _ in CELLS])
+    """Return A, X_0, ‖A‖_F and κ of each cell; X_0 = AΩ, or random of the same norm.
+
+    Args:
+        shape: m, n, r and r_A.
+        random: whether X_0 is random.
+    """
+    spectra = np.array([pairs.spectrum(profile, shape.rank, kappa) for kappa, profile, _ in CELLS])
     rng = np.random.default_rng((common.SEED, 52, shape.n))
     left, right = (
         np.linalg.qr(rng.standard_normal((len(CELLS), k, shape.rank)))[0]
@@ -60,7 +65,13 @@ def _curves(a: Any, x: Any, first: Any, switch: Any, second: Any, steps: int) ->
 def phase_one(
     shape: pairs.Shape, random: bool = False, factor: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return curves of η = factor/(κ³‖A‖_F), and κ, η, T₁ = ⌈log(9κ²‖A‖_F)κ³‖A‖_F⌉ of each cell."""
+    """Return curves of η = factor/(κ³‖A‖_F), and κ, η, T₁ = ⌈log(9κ²‖A‖_F)κ³‖A‖_F⌉ of each cell.
+
+    Args:
+        shape: m, n, r and r_A.
+        random: whether X_0 is random.
+        factor: of the step size.
+    """
     a, x, norms, kappa = problems(shape, random)
     eta = 1 / (kappa**3 * norms)
     duration = np.ceil(np.log(9 * kappa**2 * norms) / eta).astype(int)
@@ -71,7 +82,12 @@ def phase_one(
 
 
 def last(random: bool, factor: float) -> tuple[float, int]:
-    """Return the largest κ²‖X_tY_tᵀ − A‖_F at t = T₁, and the largest T₁."""
+    """Return the largest κ²‖X_tY_tᵀ − A‖_F at t = T₁, and the largest T₁.
+
+    Args:
+        random: whether X_0 is random.
+        factor: of the step size.
+    """
     errors, durations = [], []
     for shape in SHAPES:
         curves, kappa, _, duration = phase_one(shape, random, factor)

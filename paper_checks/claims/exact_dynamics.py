@@ -119,12 +119,12 @@ def logarithmic_count(eta: float = 0.5) -> Measured:
 )
 def asymmetric_scale(start: pairs.Start = "nystrom") -> Measured:
     """Compare c_tA with the trajectories of pairs."""
-    both: list[tuple[Regime, int]] = [("exact", 0), ("over", 0)]
-    double: list[tuple[Regime, int]] = [("exact", 1), ("exact", 2), ("over", 2)]
+    in_both_dtypes: list[tuple[Regime, int]] = [("exact", 0), ("over", 0)]
+    in_float64: list[tuple[Regime, int]] = [("exact", 1), ("exact", 2), ("over", 2)]
 
     def gap(dtype: Dtype) -> float:
         gaps = []
-        shapes = both + (double if dtype == "float64" and start == "nystrom" else [])
+        shapes = in_both_dtypes + (in_float64 if dtype == "float64" and start == "nystrom" else [])
         for f in (pairs.family(regime, index, dtype, start) for regime, index in shapes):
             c = 1 + np.asarray(_scales(jnp.asarray(f.eta)))
             a = np.asarray(f.a, np.float64)

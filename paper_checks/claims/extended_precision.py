@@ -21,12 +21,12 @@ DIGITS = 600
 
 
 @functools.cache
-def _start(kind: str, rank: int, kappa: float) -> tuple[np.ndarray, np.ndarray]:
+def _start(profile: str, rank: int, kappa: float) -> tuple[np.ndarray, np.ndarray]:
     """Return Φ_0 = QᵀAΩ of an exactly parametrized problem, and diag(Σ)."""
     spectrum = (
         nys.spectra.paper_spectrum("fig1ab")
-        if kind == "paper"
-        else common.spectrum(kind, rank, kappa)
+        if profile == "paper"
+        else common.spectrum(profile, rank, kappa)
     )
     a, basis = nys.spectra.psd(common.key(80), common.M, spectrum)
     x0 = nys.initializers.nystrom(common.key(81), a, rank, 1.0)
@@ -40,10 +40,18 @@ def matrix(values: Any) -> Any:
 
 @functools.cache
 def core_errors(
-    kind: str, rank: int, kappa: float, eta: float, steps: int
+    profile: str, rank: int, kappa: float, eta: float, steps: int
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return ‖B_t − Σ‖_F under (12), and ‖B_t^{−1}‖_F, t = 0 … steps, with 600 digits."""
-    phi, spectrum = _start(kind, rank, kappa)
+    """Return ‖B_t − Σ‖_F under (12), and ‖B_t^{−1}‖_F, t = 0 … steps, with 600 digits.
+
+    Args:
+        profile: the spectrum, "paper" or a key of `common.PROFILES`.
+        rank: r = r_A.
+        kappa: κ.
+        eta: the step size η.
+        steps: the number of steps.
+    """
+    phi, spectrum = _start(profile, rank, kappa)
     with mp.workdps(DIGITS):
         step_size = mp.mpf(str(eta))
         phi, sigma = matrix(phi), mp.diag([mp.mpf(float(s)) for s in spectrum])
@@ -106,21 +114,21 @@ def theorem_1_order(eta: float = 0.5) -> Measured:
 def lemma_8_extended(eta: float = 0.5) -> Measured:
     """Measure Lemma 8 where double precision is not enough."""
     cases = [("paper", 20, 100.0, 18)]
-    cases += [(kind, 6, k, 26) for k in (1e2, 1e4, 1e6) for kind in ("geometric", "last")]
+    cases += [(profile, 6, k, 26) for k in (1e2, 1e4, 1e6) for profile in ("geometric", "last")]
     ratios, counted, tightest = [], 0, []
-    for kind, rank, kappa, steps in cases:
-        errors, inverses = core_errors(kind, rank, kappa, eta, steps)
+    for profile, rank, kappa, steps in cases:
+        errors, inverses = core_errors(profile, rank, kappa, eta, steps)
         alpha = mp.mpf(3) / 4 * mp.mpf(kappa) ** 2
         # ‖B⁻¹‖_F ≥ 1/σ_r(B), so this is stricter than σ_r(B) ≥ σ_r(Σ)/3
-        begin = next(
+        first = next(
             t
             for t, (e, i) in enumerate(zip(errors, inverses, strict=True))
             if e <= 1 / (2 * alpha) and i <= 3 * kappa
         )
-        for t in range(begin, steps):
+        for t in range(first, steps):
             if errors[t + 1] < mp.mpf(10) ** (60 - DIGITS):
                 break
-            closed = mp.mpf(2) ** -(mp.mpf(2) ** (t + 1 - begin)) / alpha
+            closed = mp.mpf(2) ** -(mp.mpf(2) ** (t + 1 - first)) / alpha
             step = float(errors[t + 1] / (alpha * errors[t] ** 2))
             ratios += [step, float(errors[t + 1] / closed)]
             tightest.append(step)
@@ -134,7 +142,14 @@ def lemma_8_extended(eta: float = 0.5) -> Measured:
 
 
 def full_errors(a: Any, x: Any, eta: Any, steps: int) -> list[Any]:
-    """Return ‖X_tX_tᵀ − A‖_F of (2) itself on mpmath matrices."""
+    """Return ‖X_tX_tᵀ − A‖_F of (2) itself on mpmath matrices.
+
+    Args:
+        a: A.
+        x: X_0.
+        eta: the step size η.
+        steps: the number of steps.
+    """
     errors = []
     for _ in range(steps + 1):
         errors.append(mp.mnorm(x * x.T - a, "f"))

@@ -149,8 +149,8 @@ def equation_22(stretch: float = 1.0) -> Measured:
     for rank, spectra, _, n in halves(stretch):
         trace = frobenius(n) ** 2
         size = frobenius(n * np.sqrt(spectra)[:, rank:, None]) ** 2 / spectra[:, rank]
-        seen = trace > 1e-12  # 0/0 at the limits
-        first.append(np.max(np.where(seen, size / np.where(seen, trace, 1), 0)))
+        nonzero = trace > 1e-12  # 0/0 at the limits
+        first.append(np.max(np.where(nonzero, size / np.where(nonzero, trace, 1), 0)))
         second.append(np.max(trace / rank))
     return worst(
         "largest ratios",

@@ -28,7 +28,12 @@ def _problems(kappa: Any, key: Any) -> tuple[Any, Any, Any]:
 
 
 def errors(preconditioned: bool, fraction: float) -> np.ndarray:
-    """Return ‖X_tY_tᵀ − M‖_F/σ_r(M), (κ, trial, t)."""
+    """Return ‖X_tY_tᵀ − M‖_F/σ_r(M), (κ, trial, t).
+
+    Args:
+        preconditioned: whether to run ScaledGD; otherwise GD.
+        fraction: α of the problem, the share of entries that may be wrong.
+    """
     tx = nys.scaled_gd(0.5) if preconditioned else optax.sgd(0.5)
 
     def run(kappa: Any, observed: Any, target: Any, start: Any) -> Any:

@@ -15,7 +15,7 @@ from paper_checks.framework.families import residual_curves, trajectories
 
 LEFT = 1e-4
 """The least error after cutting X in every step; rounding decides its exact size."""
-KINDS = ("last", "repeated", "clustered")
+PROFILES = ("last", "repeated", "clustered")
 SPECTRA = (
     "near-constant, repeated and clustered eigenvalues; σ_1(A) = 1, 1e6, 1e-6; three starts each"
 )
@@ -24,9 +24,17 @@ SPECTRA = (
 def batch(
     m: int, rank: int, true_rank: int, kappas: tuple[float, ...], salt: int
 ) -> tuple[Any, Any, np.ndarray, Any]:
-    """Return A, Q, diag(Σ) and X_0 = AΩ per κ, kind of spectrum and seed; σ_1(A) takes turns."""
-    cells = list(itertools.product(kappas, KINDS, range(common.SEEDS)))
-    spectra = np.array([common.spectrum(kind, true_rank, kappa) for kappa, kind, _ in cells])
+    """Return A, Q, diag(Σ) and X_0 = AΩ per κ, kind of spectrum and seed; σ_1(A) takes turns.
+
+    Args:
+        m: the side of A.
+        rank: r.
+        true_rank: r_A.
+        kappas: condition numbers.
+        salt: distinguishes the random numbers of claims.
+    """
+    cells = list(itertools.product(kappas, PROFILES, range(common.SEEDS)))
+    spectra = np.array([common.spectrum(profile, true_rank, kappa) for kappa, profile, _ in cells])
     spectra *= np.array(common.UNITS)[np.arange(len(cells)) % 3][:, None]
     a, basis = common.psd_batch(common.keys(len(cells), salt, m, rank), m, spectra)
     keys = common.keys(len(cells), salt + 1, m, rank)

@@ -23,9 +23,9 @@ M = 24
 def problems(rank: int) -> tuple[Any, ...]:
     """Return A, Q, diag(Σ), η and keys: r_A = 5, κ = 2, 100, two spectra × `ETAS`, twice each."""
     cells = [
-        (common.spectrum(kind, 5, kappa), eta)
+        (common.spectrum(profile, 5, kappa), eta)
         for kappa in (2.0, 100.0)
-        for kind in ("geometric", "last")
+        for profile in ("geometric", "last")
         for eta in ETAS
         for _ in range(2)
     ]

@@ -49,7 +49,15 @@ def gaussian(shapes: tuple[tuple[int, int], ...], correlated: bool = False) -> S
 
 
 def tail(c1: float, c2: float, d: int, r: int, tau: float) -> float:
-    """Return (C₁τ)^{d−r+1} + e^{−C₂d}."""
+    """Return (C₁τ)^{d−r+1} + e^{−C₂d}.
+
+    Args:
+        c1: C₁.
+        c2: C₂.
+        d: rows.
+        r: columns.
+        tau: τ.
+    """
     return (c1 * tau) ** (d - r + 1) + float(np.exp(-c2 * d))
 
 
@@ -71,7 +79,13 @@ def constants() -> tuple[float, float]:
 
 
 def lower_limit(count: int, total: int, level: float) -> float:
-    """Return the one-sided Clopper–Pearson limit of a probability, at confidence 1 − level."""
+    """Return the one-sided Clopper–Pearson limit of a probability, at confidence 1 − level.
+
+    Args:
+        count: the number of events.
+        total: the number of draws.
+        level: 1 − the confidence.
+    """
     return float(stats.beta.ppf(level, count, total - count + 1)) if count else 0.0
 
 

@@ -48,7 +48,16 @@ def split_start(true_rank: int, rank: int, kappa: float) -> tuple[np.ndarray, np
 
 @functools.partial(jax.jit, static_argnums=5)
 def weak_curves(a: Any, basis: Any, spectrum: Any, x0: Any, eta: Any, steps: int) -> Any:
-    """Return ‖X_tᵀA†X_t − I‖_F, t = 0 … steps, over a batch; `eta` may be one schedule."""
+    """Return ‖X_tᵀA†X_t − I‖_F, t = 0 … steps, over a batch; `eta` may be one schedule.
+
+    Args:
+        a: A, (b, m, m).
+        basis: Q, (b, m, k).
+        spectrum: diag(Σ), (b, k).
+        x0: X_0, (b, m, r).
+        eta: step sizes, (b,), or a schedule for the whole batch.
+        steps: the number of steps.
+    """
 
     def one(a: Any, basis: Any, spectrum: Any, x: Any, eta: Any) -> Any:
         step = nys.solvers.scaled_step(nys.problems.Symmetric(a), eta)
@@ -73,8 +82,10 @@ def problems(size: Size, kappas: tuple[float, ...], split: bool = True) -> tuple
         split: whether the starts of thm-2-counterexample follow at the end.
     """
     m, rank, true_rank = size
-    cells = [(k, kind) for k in kappas for kind in common.KINDS for _ in range(common.SEEDS)]
-    spectra = np.array([common.spectrum(kind, true_rank, kappa) for kappa, kind in cells])
+    cells = [
+        (k, profile) for k in kappas for profile in common.PROFILES for _ in range(common.SEEDS)
+    ]
+    spectra = np.array([common.spectrum(profile, true_rank, kappa) for kappa, profile in cells])
     splits = [split_start(true_rank, rank, kappa) for kappa in kappas] if split else []
     spectra = np.array([*spectra, *(s for s, _ in splits)])
     kappa = spectra[:, 0] / spectra[:, -1]
@@ -94,7 +105,15 @@ def problems(size: Size, kappas: tuple[float, ...], split: bool = True) -> tuple
 def curves(
     size: Size, kappas: tuple[float, ...], eta: float, steps: int, split: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weak-optimality errors of `problems`, (b, steps + 1), and κ, (b,)."""
+    """Return the weak-optimality errors of `problems`, (b, steps + 1), and κ, (b,).
+
+    Args:
+        size: (m, r, r_A).
+        kappas: condition numbers.
+        eta: the step size η.
+        steps: the number of steps.
+        split: whether the starts of thm-2-counterexample follow at the end.
+    """
     *arrays, kappa = problems(size, kappas, split)
     return np.asarray(weak_curves(*arrays, np.full(len(kappa), eta), steps)), kappa
 

@@ -44,7 +44,13 @@ def split_curves(
 
 
 def broken(errors: np.ndarray, rank: int, eta: float) -> np.ndarray:
-    """Return the error over the bound (17), largest over t ≥ 1, per run."""
+    """Return the error over the bound (17), largest over t ≥ 1, per run.
+
+    Args:
+        errors: ‖B_t − I‖_F, (run, steps + 1).
+        rank: r.
+        eta: the step size η.
+    """
     t = np.arange(1, errors.shape[1])
     bound = eta * rank**0.5 + 3 * eta * rank + (1 - eta) ** t * errors[:, :1]
     return np.max(errors[:, 1:] / bound, axis=1)
@@ -84,7 +90,13 @@ def counterexample(one_sided: bool = False) -> Measured:
 
 
 def decades(eta: float, epsilon: float, one_sided: bool) -> tuple[np.ndarray, float]:
-    """Return steps to ε at r = 1 for κ = 1e4, 1e6, …, 1e12, and their growth per decade of κ."""
+    """Return steps to ε at r = 1 for κ = 1e4, 1e6, …, 1e12, and their growth per decade of κ.
+
+    Args:
+        eta: the step size η.
+        epsilon: ε.
+        one_sided: whether the start is in the eigenspace of the eigenvalue 1.
+    """
     kappas = (1e4, 1e6, 1e8, 1e10, 1e12)
     errors = split_curves(1, kappas, eta, 600, one_sided)
     counts = np.argmax(errors[:, 1:] <= epsilon, axis=1) + 1
@@ -119,7 +131,13 @@ def count_grows(one_sided: bool = False) -> Measured:
 
 @functools.cache
 def failures(rank: int, true_rank: int, kappa: float) -> int:
-    """Return how many Gaussian starts with σ_r(B_0) = 1/3 break (17) in the first eight steps."""
+    """Return how many Gaussian starts with σ_r(B_0) = 1/3 break (17) in the first eight steps.
+
+    Args:
+        rank: r.
+        true_rank: r_A.
+        kappa: κ.
+    """
     rng = np.random.default_rng((common.SEED, 47, rank, true_rank, int(kappa)))
     spectrum = common.spectrum("geometric", true_rank, kappa)[:, None]
     phi = spectrum * rng.standard_normal((DRAWS[rank], true_rank, rank))

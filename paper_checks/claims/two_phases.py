@@ -66,9 +66,11 @@ class Starts(NamedTuple):
 def large_starts(size: Size, kappas: tuple[float, ...]) -> Starts:
     """Return `Starts` over condition numbers and kinds of spectrum, three each."""
     m, rank, true_rank = size
-    cells = [(k, kind) for k in kappas for kind in common.KINDS for _ in range(common.SEEDS)]
+    cells = [
+        (k, profile) for k in kappas for profile in common.PROFILES for _ in range(common.SEEDS)
+    ]
     units = np.array(common.UNITS)[np.arange(len(cells)) % len(common.UNITS)]
-    spectra = np.array([common.spectrum(kind, true_rank, kappa) for kappa, kind in cells])
+    spectra = np.array([common.spectrum(profile, true_rank, kappa) for kappa, profile in cells])
     kappa, norm = spectra[:, 0] / spectra[:, -1], frobenius(spectra[:, None])
     spectra = units[:, None] * spectra
     a, basis = common.psd_batch(common.keys(len(cells), 20), m, spectra)
@@ -131,7 +133,12 @@ def lemma_7(stretch: float = 1.0) -> Measured:
 
 
 def phase_one(regime: Regime, step_size: float | None = None) -> Measured:
-    """Measure the first phase of Theorems 1 and 5, with η = 1/(κ³‖A‖_F) or `step_size`."""
+    """Measure the first phase of Theorems 1 and 5, with η = 1/(κ³‖A‖_F) or `step_size`.
+
+    Args:
+        regime: "exact" or "over".
+        step_size: η; by default that of phase 1.
+    """
     finals, reached, allowed = [], [], []
     for index, (size, kappas) in enumerate(SIZES[regime]):
         s = large_starts(size, kappas)
@@ -197,8 +204,13 @@ def _phase_two_starts(size: Size, kappas: tuple[float, ...]) -> tuple[Any, np.nd
 
 
 def phase_two(regime: Regime, eta: float) -> Measured:
-    """Measure the second phase of Theorems 1 and 5, from the first t with an error ≤ 2/(3κ²)."""
-    begin, later, counted, switch = [], [], [], []
+    """Measure the second phase of Theorems 1 and 5, from the first t with an error ≤ 2/(3κ²).
+
+    Args:
+        regime: "exact" or "over".
+        eta: the step size of phase 2.
+    """
+    at_switch, later, counted, switch_steps = [], [], [], []
     for size, kappas in SIZES[regime]:
         s = large_starts(size, kappas)
         x, steps = _phase_two_starts(size, kappas)
@@ -207,20 +219,20 @@ def phase_two(regime: Regime, eta: float) -> Measured:
         curves = np.asarray(curves) / s.top[:, None]
         bound = 4 / (3 * s.kappa[:, None] ** 2) * 2.0 ** -(2.0 ** np.arange(curves.shape[1]))
         ratio = np.where(bound >= 1e-12, curves / bound, 0)
-        begin.append(np.max(ratio[:, 0]))
+        at_switch.append(np.max(ratio[:, 0]))
         later.append(np.max(ratio[:, 1:]))
         inside = curves <= 1e-12
         count = np.where(inside.any(axis=1), np.argmax(inside, axis=1), np.inf)
         counted.append(np.max(count - np.ceil(np.log2(np.log2(4 / (3 * s.kappa**2 * 1e-12))))))
-        switch.append(np.max(steps))
+        switch_steps.append(np.max(steps))
     part = worst(
         "where the bound is above 1e-12, largest over runs",
         **{"error over the bound, s ≥ 1": (max(later), 1.0)},
     )
     facts = {
-        "error over the bound at s = 0": max(begin),
+        "error over the bound at s = 0": max(at_switch),
         "steps to 1e-12 minus ⌈log2 log2(4/(3κ²·1e-12))⌉, largest": Limit(max(counted), 0.0),
-        "steps of phase 1, largest": max(switch),
+        "steps of phase 1, largest": max(switch_steps),
     }
     return Measured(part.measured, 1.0, detail=part.detail, facts=facts)
 
@@ -247,7 +259,12 @@ def errors_of(f: Family) -> np.ndarray:
 
 
 def quadratic_step(regime: Regime, eta: float) -> Measured:
-    """Measure the largest ‖B⁺ − Σ‖_F over (3κ²/(4σ_1))‖B − Σ‖_F² where Lemma 8 applies."""
+    """Measure the largest ‖B⁺ − Σ‖_F over (3κ²/(4σ_1))‖B − Σ‖_F² where Lemma 8 applies.
+
+    Args:
+        regime: "exact" or "over".
+        eta: the step size of the runs.
+    """
     ratios, counted = [], 0
     for f in (at_eta(family, eta) for family in families(regime)):
         errors = errors_of(f)

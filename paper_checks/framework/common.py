@@ -15,7 +15,7 @@ import nyscaled as nys
 SEED = 20250
 M, N = 60, 40
 KAPPAS = {"float64": (2.0, 1e2, 1e4, 1e6), "float32": (2.0, 1e1, 1e2, 1e3)}
-KINDS = {
+PROFILES = {
     "geometric": "geometric",
     "last": "near 1 except for the last value",
     "repeated": "two repeated values",
@@ -60,7 +60,7 @@ def per_dtype(measure: Callable[[Dtype], Any], bound: float, label: str = "") ->
     return {f"{label} {dtype}".strip(): (float(measure(dtype)), bound) for dtype in DTYPES}
 
 
-def spectrum(kind: str, rank: int, kappa: float) -> np.ndarray:
+def spectrum(profile: str, rank: int, kappa: float) -> np.ndarray:
     """Return singular values from 1 to 1/κ, descending; the value 1 if the rank is 1.
 
     Args:
@@ -71,11 +71,11 @@ def spectrum(kind: str, rank: int, kappa: float) -> np.ndarray:
     """
     if rank == 1:
         return np.ones(1)
-    if kind == "geometric":
+    if profile == "geometric":
         return np.geomspace(1.0, 1.0 / kappa, rank)
-    if kind == "repeated":
+    if profile == "repeated":
         return np.where(np.arange(rank) < (rank + 1) // 2, 1.0, 1.0 / kappa)
-    if kind == "clustered":
+    if profile == "clustered":
         pairs = np.repeat(np.geomspace(1.0, 1.0 / kappa, (rank + 1) // 2), 2)[:rank]
         values = pairs * (1 + 1e-6 * (np.arange(rank) % 2 == 0))
         return values / values[0]
@@ -91,7 +91,12 @@ def key(*salt: int) -> jax.Array:
 
 
 def keys(count: int, *salt: int) -> jax.Array:
-    """Return `count` PRNG keys of the seed and the salts."""
+    """Return `count` PRNG keys of the seed and the salts.
+
+    Args:
+        count: how many.
+        *salt: numbers that distinguish claims.
+    """
     return jax.random.split(key(*salt), count)
 
 
@@ -120,7 +125,13 @@ def _batched(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def psd_batch(batch_keys: Any, m: int, spectra: Any) -> Any:
-    """Return `spectra.psd` over a batch."""
+    """Return `spectra.psd` over a batch.
+
+    Args:
+        batch_keys: PRNG keys, (b,).
+        m: the side of A.
+        spectra: diag(Σ), (b, k).
+    """
     return jax.vmap(lambda k, s: nys.spectra.psd(k, m, s))(batch_keys, spectra)
 
 

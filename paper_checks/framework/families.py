@@ -19,7 +19,7 @@ import numpy as np
 import nyscaled as nys
 from paper_checks.framework.common import (
     KAPPAS,
-    KINDS,
+    PROFILES,
     SCALES,
     SEEDS,
     UNITS,
@@ -62,7 +62,7 @@ def _described(regime: Regime) -> str:
     return (
         f"(m, r, r_A) = {first}, and in float64 {', '.join(others)}; "
         f"κ = {kappas['float64']} (float32: {kappas['float32']}), σ_1(A) = {listed(UNITS)}; "
-        f"spectra: {', '.join(KINDS.values())}; η = {listed(ETAS)}; ξ = {listed(SCALES)}; "
+        f"spectra: {', '.join(PROFILES.values())}; η = {listed(ETAS)}; ξ = {listed(SCALES)}; "
         f"{SEEDS} starts each, {STEPS} steps"
     )
 
@@ -118,7 +118,15 @@ class Family:
 
 @functools.partial(jax.jit, static_argnums=4)
 def trajectories(a: Any, x0: Any, eta: Any, damping: Any, steps: int) -> Any:
-    """Return X_0 … X_steps of ScaledGD by `solvers.scaled_step`, over a batch."""
+    """Return X_0 … X_steps of ScaledGD by `solvers.scaled_step`, over a batch.
+
+    Args:
+        a: A, (b, m, m).
+        x0: X_0, (b, m, r).
+        eta: step sizes, (b,).
+        damping: λ, a number or (b,).
+        steps: the number of steps.
+    """
 
     def one(a: Any, x: Any, eta: Any, damping: Any) -> Any:
         step = nys.solvers.scaled_step(nys.problems.Symmetric(a), eta, damping)
@@ -129,7 +137,16 @@ def trajectories(a: Any, x0: Any, eta: Any, damping: Any, steps: int) -> Any:
 
 @functools.partial(jax.jit, static_argnums=5)
 def residual_curves(a: Any, basis: Any, spectrum: Any, x0: Any, eta: Any, steps: int) -> Any:
-    """Return ‖X_tX_tᵀ − A‖_F, t = 0 … steps, over a batch."""
+    """Return ‖X_tX_tᵀ − A‖_F, t = 0 … steps, over a batch.
+
+    Args:
+        a: A, (b, m, m).
+        basis: Q, (b, m, k).
+        spectrum: diag(Σ), (b, k).
+        x0: X_0, (b, m, r).
+        eta: step sizes, (b,).
+        steps: the number of steps.
+    """
 
     def one(a: Any, basis: Any, spectrum: Any, x: Any, eta: Any) -> Any:
         step = nys.solvers.scaled_step(nys.problems.Symmetric(a), eta)
@@ -146,11 +163,16 @@ def grid(dtype: Dtype, etas: tuple[float, ...], rank: int) -> Any:
     """Return the runs of a symmetric family as arrays (spectra, η, ξ).
 
     The runs are κ × kind of spectrum × η × start; ξ and σ_1(A) take turns.
+
+    Args:
+        dtype: of the iteration, which limits κ.
+        etas: step sizes.
+        rank: r_A.
     """
-    cells = list(itertools.product(KAPPAS[dtype], KINDS, etas, range(SEEDS)))
+    cells = list(itertools.product(KAPPAS[dtype], PROFILES, etas, range(SEEDS)))
     turns = np.arange(len(cells))
     units = np.array(UNITS)[turns // SEEDS % len(UNITS)]
-    spectra = np.array([spectrum(kind, rank, kappa) for kappa, kind, *_ in cells])
+    spectra = np.array([spectrum(profile, rank, kappa) for kappa, profile, *_ in cells])
     eta = np.array([eta for *_, eta, _ in cells])
     return units[:, None] * spectra, eta, np.array(SCALES)[turns % len(SCALES)]
 
@@ -197,7 +219,13 @@ def family(
 
 
 def families(regime: Regime, dtype: Dtype = "float64", **options: Any) -> list[Family]:
-    """Return `family` at all `SIZES` of the regime; in float32 only at the first."""
+    """Return `family` at all `SIZES` of the regime; in float32 only at the first.
+
+    Args:
+        regime: "exact", "under" or "over".
+        dtype: of the iteration.
+        **options: further arguments of `family`.
+    """
     sizes = SIZES[regime] if dtype == "float64" else SIZES[regime][:1]
     return [family(regime, dtype, size=size, **options) for size in sizes]
 
@@ -205,7 +233,14 @@ def families(regime: Regime, dtype: Dtype = "float64", **options: Any) -> list[F
 def everywhere(
     regime: Regime, measure: Callable[[Family, Dtype], float], bound: float, **options: Any
 ) -> Parts:
-    """Return the largest `measure(family, dtype)` over sizes with its bound, per dtype."""
+    """Return the largest `measure(family, dtype)` over sizes with its bound, per dtype.
+
+    Args:
+        regime: "exact", "under" or "over".
+        measure: takes a family and the name of its dtype, and returns a number.
+        bound: the upper bound of the number.
+        **options: further arguments of `family`.
+    """
     return per_dtype(
         lambda dtype: largest([measure(f, dtype) for f in families(regime, dtype, **options)]),
         bound,
@@ -213,7 +248,12 @@ def everywhere(
 
 
 def at_eta(family: Any, eta: float) -> Any:
-    """Return the runs of a family that have this step size."""
+    """Return the runs of a family that have this step size.
+
+    Args:
+        family: a Family or PairFamily.
+        eta: the step size η.
+    """
     rows = np.flatnonzero(family.eta == eta)
     if not len(rows):
         raise ValueError(f"η is {eta}; expected one of {sorted(set(family.eta))}, the family's")

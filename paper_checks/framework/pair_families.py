@@ -50,7 +50,7 @@ SHAPES: dict[Regime, tuple[Shape, ...]] = {
 }
 """First the shape of the controls; then r or r_A = 1; then A of full rank, or r = min(m, n)."""
 SPLIT = 1e-9
-KINDS = {
+PROFILES = {
     "geometric": "geometric",
     "last": "near 1 except for the last value",
     "repeated": "two repeated values",
@@ -87,13 +87,13 @@ def where(*regimes: Regime, etas: tuple[float, ...] = ETAS, both_dtypes: bool = 
     return (
         f"{shapes}; Nyström start X_0 = AΩ, Y_0 = 0; κ = {double}"
         + (f" (float32: {single})" if both_dtypes else "")
-        + f", 1 if r_A = 1; spectra: {', '.join(KINDS.values())}; σ_1(A) = {listed(UNITS)}; "
+        + f", 1 if r_A = 1; spectra: {', '.join(PROFILES.values())}; σ_1(A) = {listed(UNITS)}; "
         f"ξ = {listed(SCALES)}; η = {listed(etas)}; {SEEDS} seeds; float64"
         + (" and float32" if both_dtypes else "")
     )
 
 
-def spectrum(kind: str, rank: int, kappa: float) -> np.ndarray:
+def spectrum(profile: str, rank: int, kappa: float) -> np.ndarray:
     """Return singular values from 1 to 1/κ.
 
     Args:
@@ -103,10 +103,10 @@ def spectrum(kind: str, rank: int, kappa: float) -> np.ndarray:
     """
     if rank == 1:
         return np.ones(1)
-    if kind in ("geometric", "last"):
-        return common.spectrum(kind, rank, kappa)
+    if profile in ("geometric", "last"):
+        return common.spectrum(profile, rank, kappa)
     halves = np.where(np.arange(rank) < rank / 2, 1.0, 1 / kappa)
-    return halves * (1 - SPLIT * np.arange(rank)) if kind == "clustered" else halves
+    return halves * (1 - SPLIT * np.arange(rank)) if profile == "clustered" else halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,14 @@ class PairFamily:
 
 @functools.partial(jax.jit, static_argnums=3)
 def pair_trajectories(a: Any, factors: Any, eta: Any, steps: int) -> Any:
-    """Return (X, Y)_0 … (X, Y)_steps of the asymmetric iteration (6), (35), over a batch."""
+    """Return (X, Y)_0 … (X, Y)_steps of the asymmetric iteration (6), (35), over a batch.
+
+    Args:
+        a: A, (b, m, n).
+        factors: (X, Y)_0, (b, m, r) and (b, n, r).
+        eta: step sizes, (b,).
+        steps: the number of steps.
+    """
 
     def one(a: Any, factors: Any, eta: Any) -> Any:
         step = nys.solvers.scaled_step(nys.problems.Asymmetric(a), eta)
@@ -180,11 +187,11 @@ def _orthonormal(rng: np.random.Generator, batch: int, m: int, k: int) -> np.nda
 def _cells(shape: Shape, dtype: Dtype, etas: tuple[float, ...]) -> tuple[np.ndarray, ...]:
     """Return the runs κ × kind × η × seed as arrays: spectra, η, κ, ξ."""
     kappas = KAPPAS[dtype] if shape.true_rank > 1 else (1.0,)
-    kinds = tuple(KINDS) if shape.true_rank > 1 else ("geometric",)
+    kinds = tuple(PROFILES) if shape.true_rank > 1 else ("geometric",)
     cells = list(itertools.product(kappas, kinds, etas, range(SEEDS)))
     spectra = [
-        UNITS[(i + seed) % 3] * spectrum(kind, shape.true_rank, kappa)
-        for i, (kappa, kind, _, seed) in enumerate(cells)
+        UNITS[(i + seed) % 3] * spectrum(profile, shape.true_rank, kappa)
+        for i, (kappa, profile, _, seed) in enumerate(cells)
     ]
     scales = [SCALES[(i // 3) % 3] for i in range(len(cells))]
     return (
@@ -235,6 +242,12 @@ def family(
 
 
 def families(regime: Regime, dtype: Dtype, start: Start = "nystrom") -> list[PairFamily]:
-    """Return `family` at all shapes of a regime; only at the first for the starts of controls."""
+    """Return `family` at all shapes of a regime; only at the first for the starts of controls.
+
+    Args:
+        regime: "exact", "under" or "over".
+        dtype: of the iteration.
+        start: the kind of start.
+    """
     count = len(SHAPES[regime]) if start == "nystrom" else 1
     return [family(regime, index, dtype, start) for index in range(count)]
