@@ -1,7 +1,7 @@
 """The memory per device of fine-tuning real models with adapters, computed without running it.
 
     python experiments/fits.py                     # figures/fits.csv, .md, .json
-    python experiments/fits.py --quick --out /tmp  # OPT-125M alone
+    python experiments/fits.py --quick --out /tmp  # only OPT-125M
 
 A training step (bfloat16 base, layers recomputed in the backward pass, float32 adapters with
 AdamW) is traced at the published sizes, split over a mesh of virtual CPU devices and compiled;

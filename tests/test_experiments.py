@@ -146,9 +146,9 @@ def test_record_keeps_the_abscissas_of_a_curve(tmp_path):
     np.testing.assert_array_equal(axes.lines[0].get_xdata(), curve.x)
     curves = {"a": {"steps": curve}, "b": {"by iteration": [1.0, 0.5]}}
     save(tmp_path, "x", figure, curves, fig1_script.Config(), columns=("kappa", "steps"))
-    found = read_rows(tmp_path / "x.csv", ("kappa", "steps"))
-    np.testing.assert_array_equal(found["a"]["steps"], curve)
-    np.testing.assert_array_equal(found["b"]["by iteration"], [[0, 1], [1, 0.5]])
+    recorded = read_rows(tmp_path / "x.csv", ("kappa", "steps"))
+    np.testing.assert_array_equal(recorded["a"]["steps"], curve)
+    np.testing.assert_array_equal(recorded["b"]["by iteration"], [[0, 1], [1, 0.5]])
 
 
 def test_a_long_series_is_kept_on_a_log_scale_in_six_digits(tmp_path):

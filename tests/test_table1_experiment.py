@@ -13,11 +13,11 @@ OURS, WEAK = "ScaledGD, Nyström", "ScaledGD, Nyström, weak"
 
 def counts(path):
     """{panel: {series: iterations}}."""
-    found = defaultdict(lambda: defaultdict(list))
+    curves = defaultdict(lambda: defaultdict(list))
     with path.open() as file:
         for row in csv.DictReader(file):
-            found[row["panel"]][row["series"]].append(float(row["iterations"]))
-    return {p: {s: np.array(v) for s, v in series.items()} for p, series in found.items()}
+            curves[row["panel"]][row["series"]].append(float(row["iterations"]))
+    return {p: {s: np.array(v) for s, v in series.items()} for p, series in curves.items()}
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,12 @@ def power(how, panel, name):
     return fit["slope"], fit["half_width"]
 
 
-def assert_claims(how, found):
+def assert_claims(how, curves):
     slope, half = power(how, "symmetric, EP", OURS)
     assert abs(slope) < 0.15 + half
     assert how["fits"]["symmetric, EP"][OURS]["per doubling of kappa"]["slope"] < 0.5
-    assert (found["symmetric, EP"][OURS] <= 15).all()
-    assert (found["asymmetric, EP high"][OURS] == 1).all()
+    assert (curves["symmetric, EP"][OURS] <= 15).all()
+    assert (curves["asymmetric, EP high"][OURS] == 1).all()
     assert 0.6 < power(how, "symmetric, EP", "GD, small")[0] < 1.1
     assert 1.0 < power(how, "asymmetric, EP", "AltGD")[0] < 2.0
 
@@ -54,18 +54,18 @@ def test_quick_run_shows_the_claims(quick):
 
 def test_committed_record_shows_the_claims():
     how = json.loads((ROOT / "figures" / "table1.json").read_text())
-    found = counts(ROOT / "figures" / "table1.csv")
+    curves = counts(ROOT / "figures" / "table1.csv")
     assert not how["config"]["quick"]
     assert how["config"]["trials"] >= 3
-    assert_claims(how, found)
+    assert_claims(how, curves)
     for panel in ("asymmetric, EP", "asymmetric, OP"):
-        assert (found[f"{panel} high"][OURS] == 1).all()
+        assert (curves[f"{panel} high"][OURS] == 1).all()
         # Xu et al.: linear in κ. What reaches the bound κ² falls short of it by little.
         assert 0.8 < power(how, panel, "Nesterov, large Nyström")[0] < 1.1
         assert 1.7 < power(how, panel, "modified GD, small")[0] < 2.0
-    assert (found["asymmetric, UP high"][WEAK] == 1).all()
+    assert (curves["asymmetric, UP high"][WEAK] == 1).all()
     for panel in ("symmetric, OP", "symmetric, UP", "asymmetric, UP"):
         assert abs(power(how, panel, OURS)[0]) < 0.1
     # Descent ends at its cap of 1e5 steps, κ ≤ 1e4: the record says so and shows no more.
-    assert np.isinf(found["symmetric, EP"]["GD, small"][-1])
-    assert len(found["symmetric, EP"]["GD, small"]) < len(found["symmetric, EP"][OURS])
+    assert np.isinf(curves["symmetric, EP"]["GD, small"][-1])
+    assert len(curves["symmetric, EP"]["GD, small"]) < len(curves["symmetric, EP"][OURS])

@@ -168,7 +168,7 @@ SHAPES = ((common.M, RANK), (common.M, 1), (RANK, RANK))
 
 @functools.cache
 def _starts(m: int, rank: int) -> tuple[Any, ...]:
-    """Return A, Q, diag(Σ) and X_0 of each (κ and kind, ξ, seed) as one batch, and its shape."""
+    """Return A, Q, diag(Σ), X_0 of each (κ and spectrum, ξ, seed) as one batch, and its shape."""
     cells = itertools.product(KAPPAS, ("geometric", "last", "repeated"))
     spectra = np.array(
         [
@@ -186,7 +186,7 @@ def _starts(m: int, rank: int) -> tuple[Any, ...]:
 
 
 def counts(name: str, steps: int, m: int = common.M, rank: int = RANK) -> np.ndarray:
-    """Return steps to 1e-12, (κ × kind, ξ, seed); `steps` + 1 for runs that do not reach it.
+    """Return steps to 1e-12, (κ × spectrum, ξ, seed); `steps` + 1 for runs that do not reach it.
 
     Args:
         name: a key of `STEPS`.

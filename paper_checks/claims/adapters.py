@@ -258,7 +258,7 @@ def gradient_start_sensing_symmetric(literal: bool = False) -> Measured:
     init="pissa",
 )
 def joint_deployment(init: str = "nora") -> Measured:
-    """A.3: adapters that leave the base alone are deployed together."""
+    """Measure A.3: adapters that do not change the base are deployed together."""
     model = nnx.Sequential(nnx.Linear(N, M, rngs=nnx.Rngs(0)))
     layer: Any = model.layers[0]
     kernel = np.array(layer.kernel[...])

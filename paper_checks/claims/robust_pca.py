@@ -49,7 +49,7 @@ def errors(preconditioned: bool, fraction: float) -> np.ndarray:
 
 @claim(
     "robust-rate",
-    "ScaledGD with thresholding is linear on robust PCA at a rate free of κ (Tong, Ma, Chi, "
+    "ScaledGD with thresholding is linear on robust PCA at a rate independent of κ (Tong, Ma, Chi, "
     "JMLR 2021): "
     "‖X_tY_tᵀ − M‖_F ≤ 2·0.8^t‖X_0Y_0ᵀ − M‖_F",
     source="literature",

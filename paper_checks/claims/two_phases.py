@@ -26,7 +26,7 @@ def _described(regime: Regime) -> str:
         f"({', '.join(map(str, size))}), κ = {listed(kappas)}" for size, kappas in SIZES[regime]
     )
     return (
-        f"(m, r, r_A) = {' and '.join(sizes)}; {len(common.KINDS)} kinds of spectrum, "
+        f"(m, r, r_A) = {' and '.join(sizes)}; {len(common.PROFILES)} kinds of spectrum, "
         f"σ_1(A) = {listed(common.UNITS)}, {common.SEEDS} starts each; errors and ‖A‖_F in units "
         "of σ_1(A) (r_A = 1 has κ = 1 and no first phase)"
     )

@@ -64,8 +64,9 @@ def spectrum(profile: str, rank: int, kappa: float) -> np.ndarray:
     """Return singular values from 1 to 1/κ, descending; the value 1 if the rank is 1.
 
     Args:
-        kind: a key of `KINDS`: "geometric"; "last" as in the paper, near 1 except for the last;
-            "repeated", one half 1 and one half 1/κ; "clustered", in pairs that differ by 1e-6.
+        profile: a key of `PROFILES`: "geometric"; "last" as in the paper, near 1 except for the
+            last; "repeated", one half 1 and one half 1/κ; "clustered", in pairs that differ by
+            1e-6.
         rank: how many values.
         kappa: their ratio κ.
     """

@@ -97,7 +97,8 @@ def spectrum(profile: str, rank: int, kappa: float) -> np.ndarray:
     """Return singular values from 1 to 1/κ.
 
     Args:
-        kind: a key of `KINDS`; "repeated" has one half of each value, "clustered" splits them.
+        profile: a key of `PROFILES`; "repeated" has one half of each value, "clustered" splits
+            them.
         rank: how many values.
         kappa: their ratio κ.
     """
@@ -185,7 +186,7 @@ def _orthonormal(rng: np.random.Generator, batch: int, m: int, k: int) -> np.nda
 
 @functools.cache
 def _cells(shape: Shape, dtype: Dtype, etas: tuple[float, ...]) -> tuple[np.ndarray, ...]:
-    """Return the runs κ × kind × η × seed as arrays: spectra, η, κ, ξ."""
+    """Return the runs κ × spectrum × η × seed as arrays: spectra, η, κ, ξ."""
     kappas = KAPPAS[dtype] if shape.true_rank > 1 else (1.0,)
     kinds = tuple(PROFILES) if shape.true_rank > 1 else ("geometric",)
     cells = list(itertools.product(kappas, kinds, etas, range(SEEDS)))
