@@ -43,7 +43,8 @@ from tqdm import tqdm  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
 from experiments.lib.config import command_line  # noqa: E402
-from experiments.lib.record import save_record, write_atomically  # noqa: E402
+from experiments.lib.files import write_atomically  # noqa: E402
+from experiments.lib.record import save_record  # noqa: E402
 
 GB = 1e9
 SIZES = (16, 24, 40, 80)  # of devices, GB

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
+from experiments.lib.files import write_atomically
 from paper_checks.framework import Claim, Outcome, report
 from paper_checks.framework.registry import registry, select
 from paper_checks.framework.runner import run_all
@@ -36,25 +35,6 @@ class Config:
     """Also fail if the committed report differs from what the code gives, and print the lines."""
     workers: int = 2
     """The number of processes."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text beside `path` and rename it, so that a reader never sees half a file.
-
-    Args:
-        path: the file to write or replace.
-        text: its content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _number(value: float) -> float | str:
@@ -127,9 +107,10 @@ def main(config: Config) -> int:
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} claims pass, {seconds:.0f} s")
     if config.json:
         records = [as_record(outcome) for outcome in outcomes]
-        write_atomically(config.json, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(config.json, text.encode())
     if config.report:
-        write_atomically(config.report, report.render(outcomes))
+        write_atomically(config.report, report.render(outcomes).encode())
     changes = (
         report.differences(report.committed(), report.render(outcomes)) if config.check else []
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lib.record import write_atomically
+from experiments.lib.files import write_atomically
 
 # A dense matrix of this side takes 3 GB, and its eigenvalues hours.
 MAX_SIDE = 20_000

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 
 from experiments.lib import style  # noqa: F401 (sets fonts and resolution)
 from experiments.lib.curves import Curve, Curves, kept_iterations
+from experiments.lib.files import write_atomically
 
 
 def six_digits(value: Any) -> Any:
@@ -33,25 +33,6 @@ def six_digits(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [six_digits(entry) for entry in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside `path` and rename it, so that a reader never sees half a file.
-
-    Args:
-        path: the file to write or replace.
-        data: its content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def save_record(out: Path, name: str, config: Any, **notes: Any) -> None:
