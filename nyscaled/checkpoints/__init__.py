@@ -1,1 +1,1 @@
-"""File formats of model and adapter weights: names and tensors, nothing of models."""
+"""File formats of model and adapter weights: names and tensors, without models."""

@@ -1,4 +1,4 @@
-"""Reading and writing single files: configurations in JSON and tensors in safetensors."""
+"""Read and write single files: configurations in JSON and tensors in safetensors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ MAX_DEPTH = 64  # of objects and lists in JSON
 JsonObject = dict[str, Any]
 Signature = tuple[int, int, int, int] | None
 
-# What the reading that is going on has looked at, and how it was then; see `swap.consistent`.
+# What the current reading has looked at, and its state then; see `swap.consistent`.
 SEEN: contextvars.ContextVar[dict[Path, Signature] | None] = contextvars.ContextVar(
     "seen", default=None
 )
 
 
 def as_folder(path: str | os.PathLike[str]) -> Path:
-    """The path of a folder that a user names.
+    """Return the path of a folder that a user names.
+
+    Args:
+        path: what the user passed.
 
     Raises:
         ValueError: unless it is a path, which "" is not: it would be the current directory.
@@ -40,7 +43,11 @@ def as_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def signature(path: Path) -> Signature:
-    """What changes when a file is replaced or written to; None where there is none."""
+    """Return what changes when a file is replaced or written to; None where there is no file.
+
+    Args:
+        path: path of the file.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: of a name that no file can have
@@ -49,45 +56,59 @@ def signature(path: Path) -> Signature:
 
 
 def note(path: Path) -> None:
-    """Remember that the reading that is going on depends on a file, or on its absence."""
+    """Remember that the current reading depends on a file, or on its absence.
+
+    Args:
+        path: path of the file.
+    """
     seen = SEEN.get()
     if seen is not None:
         seen.setdefault(path, signature(path))
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of this name, as the reading that is going on sees it.
+    """Return whether something has this name, and let the current reading depend on it.
 
-    A link to nothing is there: a cache that lost a file is broken, and not one without it.
+    A link to nothing counts: a cache that lost a file is broken, and not one without the file.
+
+    Args:
+        path: path of the file.
     """
     note(path)
     return os.path.lexists(path)
 
 
 def require_regular(path: Path) -> None:
-    """Require what can be read to an end: a FIFO blocks for ever, a device may have no end.
+    """Require a regular file: a FIFO blocks, a device may have no end.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        ValueError: on something else than a file.
-        OSError: if there is nothing.
+        ValueError: on something other than a regular file.
+        OSError: if nothing has this name.
     """
     note(path)
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} is not a regular file; expected one")
 
 
-def read_object(path: Path, wanted: str) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_object(path: Path, expected: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+        path: path of the file.
+        expected: what the message says was expected, if the file is missing.
 
     Raises:
-        ValueError: on a missing file (saying what was `expected`), one that holds no object, one
-            that has a key twice in an object, or that nests deeper than `MAX_DEPTH`.
+        ValueError: on a missing file, one that holds no object, one that has a key twice in an
+            object, or that nests deeper than `MAX_DEPTH`.
     """
     try:
         value = json.loads(_text(path), object_pairs_hook=_object)
         _require_shallow(value)
     except OSError as error:
-        raise ValueError(f"{error}; expected {wanted}") from error
+        raise ValueError(f"{error}; expected {expected}") from error
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -96,7 +117,10 @@ def read_object(path: Path, wanted: str) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Return the text of a file.
+
+    Args:
+        path: path of the file.
 
     Raises:
         ValueError: on a file that cannot be read, or is not in UTF-8.
@@ -115,13 +139,17 @@ def _text(path: Path) -> str:
 
 
 def brief(value: object) -> str:
-    """The text of what a file holds or a library says of it, as long as a message bears."""
+    """Return the text of a value, shortened to what fits in a message.
+
+    Args:
+        value: what a file holds, or a library says of it.
+    """
     text = str(value)
     return text if len(text) <= 1000 else f"{text[:600]} … {text[-300:]}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: of two values for one key, readers take different ones."""
+    """Return an object whose keys differ: readers choose differently among two values of a key."""
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
@@ -131,7 +159,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_shallow(value: Any) -> None:
-    """Require nesting that whatever walks through the value can bear."""
+    """Require nesting that recursive functions can walk through."""
     level = [[value]]
     for _ in range(MAX_DEPTH + 1):
         items = [x.values() if isinstance(x, dict) else x for x in level]
@@ -142,10 +170,13 @@ def _require_shallow(value: Any) -> None:
 
 
 def open_tensors(path: Path) -> Any:
-    """A safetensors file, mapped into memory: only its header is read.
+    """Open a safetensors file, mapped into memory: only its header is read.
 
-    The file must keep its length while its tensors are read: of one that is cut short under the
-    map, the system ends the process (SIGBUS). A save replaces files and cuts none.
+    The file must keep its length while its tensors are read: if it is cut short, the system ends
+    the process (SIGBUS). A save replaces files and cuts none.
+
+    Args:
+        path: path of the file.
 
     Raises:
         ValueError: on a file that is cut short or otherwise broken.
@@ -158,7 +189,13 @@ def open_tensors(path: Path) -> Any:
 
 
 def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> np.ndarray:
-    """One tensor of an open file, or some rows of it, of which alone memory is then taken.
+    """Return a tensor of an open file, or some of its rows; memory then holds only these.
+
+    Args:
+        file: the open file.
+        path: its path, for messages.
+        name: name of the tensor.
+        rows: rows to read, None for all.
 
     Raises:
         ValueError: on a dtype that NumPy, with ml_dtypes, does not have.
@@ -172,7 +209,10 @@ def read_tensor(file: Any, path: Path, name: str, rows: slice | None = None) -> 
 
 
 def as_json(value: Mapping[str, Any]) -> str:
-    """The text of a JSON file.
+    """Return the text of a JSON file.
+
+    Args:
+        value: the object.
 
     Raises:
         ValueError: on values that JSON has no form for.
@@ -188,8 +228,13 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file.
 
+    Args:
+        path: path of the file.
+        tensors: values by name.
+        metadata: texts for the header.
+
     Raises:
-        OSError: if it cannot be written, on a full disk, say.
+        OSError: if it cannot be written, for example on a full disk.
     """
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     try:
@@ -199,7 +244,11 @@ def write_tensors(
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
+    """Wait until a file or a folder is on the disk.
+
+    Args:
+        path: its path.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

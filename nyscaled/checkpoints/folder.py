@@ -1,4 +1,4 @@
-"""Model folders of the Hugging Face kind: `config.json` and tensors in safetensors files.
+"""Hugging Face model folders: `config.json` and tensors in safetensors files.
 
 Tensors are read one by one from files that are mapped into memory, so that a model never needs
 twice its size. Pickled weights (`pytorch_model.bin`) can run code and are not read.
@@ -22,7 +22,7 @@ TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_SIZE = 2**30  # bytes
 
-# What `write` may have written, of whatever number of shards.
+# What `write` may have written, for any number of shards.
 _WEIGHTS = TENSORS, INDEX, f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
 
 
@@ -99,14 +99,15 @@ class Folder:
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """Opens a model folder, whose tensors are in one file or in shards with an index.
+    """Open a model folder, whose tensors are in one file or in shards with an index.
 
     Args:
-        path: of the folder.
+        path: path of the folder.
 
     Returns:
-        The folder, all of one save if it was written here; headers have been read, tensors not.
-        Another program must not write into its files, rather than replace them, while it is open.
+        The folder, with the files of one save if it was written here. Headers have been read,
+        tensors have not. While it is open, another program may replace its files, but not write
+        into them.
 
     Raises:
         ValueError: on a missing or unreadable `config.json`, on missing, pickled or broken
@@ -146,21 +147,22 @@ def write(
     max_shard_size: int = SHARD_SIZE,
     texts: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Writes a model folder that transformers loads; each of its files is whole or not there.
+    """Write a model folder that transformers loads; each of its files is whole or absent.
 
     Tensors go into `model.safetensors`, or into several files with an index. They are asked for
-    one by one, and those of one file are in memory at a time.
+    one by one, and memory holds those of one file at a time.
 
-    All is written aside, and swapped for what was there at the end. A process that is killed
-    leaves the old folder or the new one to whoever opens it next (`nyscaled.checkpoints.swap`).
+    Everything is written aside, and replaces the old files at the end. After a process was killed,
+    the next program that opens the folder with this package finds the old files or the new ones
+    (`nyscaled.checkpoints.swap`).
 
     Args:
-        path: of the folder, made if missing. Earlier weights under these names are replaced, other
-            files are left alone.
-        config: for `config.json`.
+        path: path of the folder, made if missing. Earlier weights are replaced, other files are
+            kept.
+        config: content of `config.json`.
         tensors: names and values.
-        max_shard_size: bytes of tensors in one file; a larger tensor has one to itself.
-        texts: of more files, replaced in the same swap; None for those that go.
+        max_shard_size: most bytes of tensors in one file; a larger tensor has a file to itself.
+        texts: contents of other files by name, replaced at the same time; None removes a file.
 
     Raises:
         ValueError: on a size that is not positive, or a directory in the place of a file.
@@ -204,7 +206,7 @@ def write(
 
 
 def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
-    """Each tensor of the shards that the index names, with its shard.
+    """Yield each tensor of the shards that the index names, with its shard.
 
     The shards of early files hold constants that the index does not name.
     """
@@ -220,7 +222,8 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         outside = Path(shard).name != shard or shard == ".."
         if outside or not files.exists(path / shard):
             raise ValueError(
-                f"{path / INDEX} names {files.brief(repr(shard))}; expected a file in the folder itself"
+                f"{path / INDEX} names {files.brief(repr(shard))}; expected a file in the folder "
+                "itself"
             )
         shards[shard] = files.open_tensors(path / shard)
         held = set(shards[shard].keys())
@@ -233,8 +236,8 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         twice = sorted(n for n in held - weight_map.keys() if places[n] != shard)
         if twice:
             raise ValueError(
-                f"{path / shard} has {files.brief(', '.join(twice[:4]))}, as {places[twice[0]]} has; expected "
-                f"{INDEX} to name the one to read"
+                f"{path / shard} has {files.brief(', '.join(twice[:4]))}, as {places[twice[0]]} has; "
+                f"expected {INDEX} to name the one to read"
             )
     for name, shard in (weight_map | (places | weight_map)).items():  # in the order of the index
         yield name, (path / shard, shards[shard])

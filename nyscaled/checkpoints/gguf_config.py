@@ -10,7 +10,7 @@ import numpy as np
 
 ROPE = "rope_freqs.weight"
 
-# What is read of an architecture's metadata, which it must have and which it may have.
+# Metadata that an architecture must have, and may have, by their names in `config.json`.
 _NEEDED = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -26,7 +26,7 @@ _OPTIONAL = {
 }
 # Settings of biases, by a layer that has one then.
 _BIASES = {"attention_bias": "q_proj", "mlp_bias": "up_proj"}
-# These must say that nothing special is meant, or repeat what is known; others be off (0, "", …).
+# Metadata that may have these values only; all others must be off (0, "", …).
 _NEUTRAL = {
     "rope.scaling.finetuned": (True, False),  # for the record
     "rope.scaling.attn_factor": (1.0,),
@@ -121,32 +121,32 @@ def token_id(metadata: Mapping[str, Any], role: str, count: int) -> int | None:
     return i
 
 
-def _scaling(found: dict[str, Any], length: Any) -> dict[str, Any] | None:
-    """The scaling of rotations, of which the keys are taken from the metadata, with their defaults."""
-    kind = found.pop("rope.scaling.type", "linear")
-    older = found.pop("rope.scale_linear", None)
-    factor = _decimal(found.pop("rope.scaling.factor", older)) or 1.0
-    original = found.pop("rope.scaling.original_context_length", length)
+def _scaling(fields: dict[str, Any], length: Any) -> dict[str, Any] | None:
+    """Return the scaling of rotations, and remove its keys from the metadata."""
+    name = fields.pop("rope.scaling.type", "linear")
+    older = fields.pop("rope.scale_linear", None)
+    factor = _decimal(fields.pop("rope.scaling.factor", older)) or 1.0
+    original = fields.pop("rope.scaling.original_context_length", length)
     betas = {
-        name: _decimal(found.pop(f"rope.scaling.yarn_{name}"))
-        for name in ("beta_fast", "beta_slow")
-        if f"rope.scaling.yarn_{name}" in found
+        beta: _decimal(fields.pop(f"rope.scaling.yarn_{beta}"))
+        for beta in ("beta_fast", "beta_slow")
+        if f"rope.scaling.yarn_{beta}" in fields
     }
-    if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"it has rope.scaling.type {kind!r}; expected none, linear or yarn")
-    if kind == "none" or factor == 1:
+    if name not in ("none", "linear", "yarn"):
+        raise ValueError(f"it has rope.scaling.type {name!r}; expected none, linear or yarn")
+    if name == "none" or factor == 1:
         return None
-    scaling = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
+    scaling = {"rope_type": name, "factor": factor}
+    if name == "yarn":
         scaling |= {"original_max_position_embeddings": original, **betas}
     return scaling
 
 
 def _llama3(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """The parameters of Llama 3 from which the file's divisors of the frequencies came.
+    """Return the parameters of Llama 3 that give the file's divisors of the frequencies.
 
-    The divisors tell `factor` and the other three up to a common multiple. As published, slow
-    rotations turn once and fast ones four times within the original context.
+    The divisors determine `factor`, and the other three up to a common multiple. As published,
+    slow rotations turn once and fast ones four times within the original context.
     """
     factor, low, high, original = float(factors.max(initial=1)), 1.0, 4.0, 8192
     if factors.size and np.all(factors == 1):
@@ -170,5 +170,5 @@ def _llama3(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] 
 
 
 def _decimal(value: Any) -> Any:
-    """The shortest decimal of a float32, 1e-05 rather than 9.999999747378752e-06."""
+    """Return the shortest decimal of a float32, 1e-05 rather than 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,6 +1,6 @@
-"""The layout of a GGUF file: metadata, and where each tensor lies, checked as llama.cpp checks it.
+"""The layout of a GGUF file: metadata, and where each tensor is, checked as llama.cpp checks it.
 
-Counts are compared with the bytes that are left before anything is counted to. Tensors follow one
+Counts are compared with the remaining bytes before they are used. Tensors follow one
 another, each at the next multiple of the alignment, and the last one ends the file: nothing else
 says that an offset, a shape or a type is the one that was meant.
 """
@@ -35,10 +35,10 @@ class Tensor(NamedTuple):
     """A tensor of the file.
 
     Attributes:
-        name: llama.cpp's.
-        shape: torch's, the reverse of the file's.
-        kind: a `gguf.GGMLQuantizationType`.
-        data: its bytes, mapped, with a row in the last axis.
+        name: llama.cpp's name.
+        shape: torch's shape, the reverse of the file's.
+        kind: quantization, a `gguf.GGMLQuantizationType`.
+        data: mapped bytes, with a row in the last axis.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Tensor(NamedTuple):
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the header of a file.
 
-    The file is mapped. It must keep its length while tensors are read: of one that is cut short
-    under the map, the system ends the process (SIGBUS).
+    The file is mapped. It must keep its length while tensors are read: if it is cut short, the
+    system ends the process (SIGBUS).
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
         Metadata and tensors by their names.
@@ -108,7 +108,8 @@ def _tensors(cursor: _Cursor, data: np.ndarray, count: int, alignment: Any) -> d
         block, size = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise ValueError(
-                f"{name} has rows of {shape[-1]}; expected a multiple of {block}, as {kind.name} has"
+                f"{name} has rows of {shape[-1]}; expected a multiple of {block}, as {kind.name} "
+                "has"
             )
         if offset != aligned(end):
             raise ValueError(
@@ -125,7 +126,8 @@ def _tensors(cursor: _Cursor, data: np.ndarray, count: int, alignment: Any) -> d
         raise ValueError(f"it ends before what it announces: {len(data)} bytes of {start + end}")
     if len(data) > start + aligned(end):
         raise ValueError(
-            f"it goes on for {len(data) - start - end} bytes after its last tensor; expected its end"
+            f"it goes on for {len(data) - start - end} bytes after its last tensor; expected its "
+            "end"
         )
     return {
         name: Tensor(name, shape, kind, data[start + offset :][: math.prod(rows)].reshape(rows))
@@ -134,7 +136,7 @@ def _tensors(cursor: _Cursor, data: np.ndarray, count: int, alignment: Any) -> d
 
 
 def _number(kind: int) -> str:
-    """NumPy's name for a type of numbers."""
+    """Return NumPy's name for a type of numbers."""
     form = _NUMBERS[kind] if kind < len(_NUMBERS) else None
     if form is None:
         raise ValueError(f"it has a value of type {kind}, which is not known")
@@ -142,7 +144,7 @@ def _number(kind: int) -> str:
 
 
 class _Cursor:
-    """Where a file is read, which never goes beyond its end.
+    """A position in a file that never goes beyond its end.
 
     Args:
         data: the bytes of the file.
@@ -154,6 +156,9 @@ class _Cursor:
     def require(self, size: int) -> None:
         """Require bytes that have not been read.
 
+        Args:
+            size: number of bytes.
+
         Raises:
             ValueError: if there are fewer.
         """
@@ -161,22 +166,22 @@ class _Cursor:
             raise ValueError("it ends before what it announces")
 
     def take(self, size: int) -> memoryview:
-        """The next bytes."""
+        """Return the next bytes."""
         self.require(size)
         self.place += size
         return self.data[self.place - size : self.place]
 
     def number(self, form: str) -> Any:
-        """The next number; `form` is NumPy's."""
+        """Return the next number, whose type is NumPy's `form`."""
         return np.frombuffer(self.take(np.dtype(form).itemsize), form)[0].item()
 
     def text(self) -> str:
-        """The next text, which has its length in front."""
+        """Return the next text, which has its length in front."""
         (size,) = struct.unpack("<Q", self.take(8))
         return str(self.take(size), "utf-8")
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """The next value of the metadata."""
+        """Return the next value of the metadata."""
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
@@ -190,7 +195,8 @@ class _Cursor:
         self.elements -= count
         if self.elements < 0 or depth == _MAX_DEPTH:
             raise ValueError(
-                f"its arrays have more than {MAX_ELEMENTS} elements, or nest deeper than {_MAX_DEPTH}"
+                f"its arrays have more than {MAX_ELEMENTS} elements, or nest deeper than "
+                f"{_MAX_DEPTH}"
             )
         if form is None:
             return [self.value(kind, depth + 1) for _ in range(count)]

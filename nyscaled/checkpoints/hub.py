@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Pickled weights can run code, and are not fetched; other forms of the same weights are not needed.
+# Pickled weights can run code and are not fetched; other forms of the same weights are not needed.
 WEIGHTS = "model*.safetensors"
-WANTED = (
+FILES = (
     *("config.json", "generation_config.json", WEIGHTS, "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
@@ -16,20 +16,19 @@ WANTED = (
 
 
 def is_id(name: str) -> bool:
-    """Whether a name has the form `owner/name` of repositories on the hub."""
+    """Return whether a name has the form `owner/name` of repositories on the hub."""
     return _ID.fullmatch(name) is not None
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """The local copy of a repository's model, downloaded where it is not in the cache.
+    """Return the path of a local copy of a repository's model, downloaded unless it is in the cache.
 
     Args:
-        name: `owner/name`.
+        name: `owner/name` of the repository.
         revision: branch, tag or commit; `main` if None.
 
     Raises:
-        ValueError: if the hub does not have it, or does not give it, and the cache neither; if it
-            has no safetensors.
+        ValueError: if neither the hub nor the cache gives the repository, or it has no safetensors.
         ImportError: without the package huggingface_hub.
     """
     try:
@@ -40,7 +39,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
         ) from error
     options = {
         "revision": revision,
-        "allow_patterns": list(WANTED),
+        "allow_patterns": list(FILES),
         "ignore_patterns": ["model*/*"],
     }
     try:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens a model has seen, so that a new token costs only its own products."""
+"""Keys and values of the tokens that a model has seen, and attention to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _put = jax.lax.dynamic_update_slice_in_dim
 
 
 class Kept(NamedTuple):
-    """What a layer computed for new tokens and attends to later."""
+    """Keys and values that a layer computed for new tokens."""
 
     key: Float[Array, "batch length kv_heads head_dim"]
     value: Float[Array, "batch length kv_heads head_dim"]
@@ -47,11 +47,11 @@ class Context(NamedTuple):
 
 @pytree_dataclass
 class Cache:
-    """One slot a token or a padding, filled in the same order in all rows.
+    """Slots for tokens and padding, filled in the same order in all rows.
 
     Attributes:
-        keys: of each layer, rotated where the model rotates them.
-        values: of each layer.
+        keys: keys of each layer, rotated where the model rotates them.
+        values: values of each layer.
         mask: which slots hold tokens.
         length: how many slots are filled.
     """
@@ -63,12 +63,24 @@ class Cache:
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int, int], dtype: DTypeLike) -> Cache:
-        """With (layers, batch, capacity, kv_heads, head_dim) zeros."""
+        """Return a cache without tokens.
+
+        Args:
+            shape: layers, batch, capacity, kv_heads and head_dim.
+            dtype: dtype of keys and values.
+        """
         zeros = jnp.zeros(shape, dtype)
         return cls(zeros, zeros, jnp.zeros(shape[1:3], bool), jnp.zeros((), jnp.int32))
 
     def marked(self, mask: Bool[Array, "batch length"]) -> Cache:
-        """With the next slots marked as tokens or padding, not yet filled."""
+        """Return the cache with its next slots marked as tokens or padding, not yet filled.
+
+        Args:
+            mask: which of the new slots hold tokens.
+
+        Raises:
+            ValueError: if there is no room, where the length is not traced.
+        """
         length, capacity = mask.shape[1], self.mask.shape[1]
         known = not isinstance(self.length, jax.core.Tracer)
         room = capacity - int(self.length) if known else capacity
@@ -80,7 +92,11 @@ class Cache:
         return Cache(self.keys, self.values, slots, self.length)
 
     def filled(self, kept: Kept) -> Cache:
-        """With the keys and values of all layers in the next slots."""
+        """Return the cache with the keys and values of all layers in its next slots.
+
+        Args:
+            kept: keys and values of all layers.
+        """
         keys = _put(self.keys, kept.key, self.length, axis=2)
         values = _put(self.values, kept.value, self.length, axis=2)
         return Cache(keys, values, self.mask, self.length + kept.key.shape[2])

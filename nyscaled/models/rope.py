@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., 2021), and how they are changed for longer contexts."""
+"""Rotary positions (Su et al., 2021), and their changes for longer texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THETA = 10000.0
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's change of slow rotations, for contexts longer than trained on.
+    """Llama 3's change of slow rotations, for texts longer than in training.
 
     Rotations that turn less than `low_freq_factor` times within
     `original_max_position_embeddings` become `factor` times slower, those that turn more than
@@ -68,13 +68,13 @@ class LinearScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DynamicScaling:
-    """A base that grows with a text longer than trained on ("dynamic NTK").
+    """A base that grows with a text longer than in training ("dynamic NTK").
 
-    All positions of one call have the base of its whole length; in generation a token keeps the
+    All positions of one call have the base of its whole length. In generation a token keeps the
     rotation that it had when it was the last one, as in transformers.
 
     Attributes:
-        factor: of the growth.
+        factor: factor of the growth.
         max_position_embeddings: the length up to which nothing changes; the configuration's.
     """
 
@@ -95,14 +95,14 @@ class DynamicScaling:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """Slow rotations `factor` times slower, fast ones as they are, a ramp between (Peng et al., 2023).
+    """Slow rotations `factor` times slower, fast ones unchanged, a ramp between (Peng et al., 2023).
 
     Attributes:
-        factor: of the length of texts.
-        original_max_position_embeddings: trained on.
-        attention_factor: of cosines and sines.
-        beta_fast: turns within the original length from which a rotation stays.
-        beta_slow: turns up to which it is slowed down in full.
+        factor: ratio of the length of texts to that in training.
+        original_max_position_embeddings: longest text in training.
+        attention_factor: factor of cosines and sines.
+        beta_fast: turns within the original length from which a rotation is unchanged.
+        beta_slow: turns up to which a rotation becomes `factor` times slower.
         truncate: whether the ends of the ramp are whole numbers of pairs.
     """
 
@@ -120,7 +120,7 @@ class YarnScaling:
         count, original = len(frequencies), self.original_max_position_embeddings
 
         def pair(turns: float) -> float:
-            """Where in the list rotations turn so often within the original length."""
+            """Return where in the list rotations turn so often within the original length."""
             return count * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
         low, high = pair(self.beta_fast), pair(self.beta_slow)
@@ -187,19 +187,23 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> tuple[float, Scaling |
         raise ValueError(f"rope has {', '.join(rope)}; only one rope for all layers is supported")
     if rope:
         warnings.warn(
-            f"rope {name!r} has {files.brief(', '.join(rope))}, which it does not use: ignored, as transformers "
-            "does",
+            f"rope {name!r} has {files.brief(', '.join(rope))}, which it does not use: ignored, "
+            "as transformers does",
             stacklevel=2,
         )
     return theta, scaling
 
 
 def write_rope(scaling: Scaling | None) -> dict[str, Any] | None:
-    """Return `rope_scaling`, in the form that every version of transformers reads."""
+    """Return `rope_scaling`, in the form that every version of transformers reads.
+
+    Args:
+        scaling: the scaling of rotations, or None.
+    """
     if scaling is None:
         return None
     fields = dataclasses.asdict(scaling)
-    fields.pop("max_position_embeddings", None)  # stands beside it
+    fields.pop("max_position_embeddings", None)  # config.json has it elsewhere
     return {"rope_type": scaling.rope_type, **fields}
 
 
@@ -210,7 +214,7 @@ def _needed(field: dataclasses.Field) -> bool:
 def _completed(
     rope: Mapping[str, Any], kind: type, config: Mapping[str, Any], longest: Any
 ) -> dict[str, Any]:
-    """The settings with those that follow from others."""
+    """Return the settings with those that follow from others."""
     if kind is DynamicScaling:
         return {**rope, "max_position_embeddings": longest}
     if kind is LinearScaling:
@@ -233,7 +237,7 @@ def _completed(
 
 
 def _amplitude(settings: Mapping[str, Any]) -> float:
-    """The factor of cosines and sines that the paper proposes, or the ratio of two such."""
+    """Return the factor of cosines and sines of the paper, or the ratio of two such."""
 
     def amplitude(multiple: float) -> float:
         factor = settings["factor"]
@@ -246,13 +250,13 @@ def _amplitude(settings: Mapping[str, Any]) -> float:
 def inverse_frequencies(
     head_dim: int, theta: float, scaling: Scaling | None, length: Length = 1
 ) -> Any:
-    """θ^(−2i/d) for each pair of coordinates, (head_dim / 2,), scaled.
+    """Return θ^(−2i/d) for each pair of coordinates, (head_dim / 2,), scaled.
 
     Args:
-        head_dim: d.
-        theta: θ.
-        scaling: how they are changed.
-        length: of the text, which dynamic scaling depends on; may be traced.
+        head_dim: width d of a head.
+        theta: base θ of the frequencies.
+        scaling: how the frequencies are changed.
+        length: length of the text, on which dynamic scaling depends; may be traced.
 
     Returns:
         float64 constants; with a traced length a traced array.
@@ -268,16 +272,27 @@ def inverse_frequencies(
 
 
 def rotation(positions: Int[Array, "*rows length"], frequencies: Any, amplitude: float) -> Rotation:
-    """Cosines and sines of the angles at some positions, times an amplitude, float32."""
+    """Return cosines and sines of the angles at some positions, times an amplitude, in float32.
+
+    Args:
+        positions: positions of the tokens.
+        frequencies: angle per position for each pair of coordinates.
+        amplitude: factor of cosines and sines.
+    """
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
 def rotate(
-    x: Float[Array, "batch length heads head_dim"], by: Rotation
+    x: Float[Array, "batch length heads head_dim"], rotation: Rotation
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Turns the pairs (x_i, x_{i + head_dim/2}), in float32."""
-    cos, sin = (part[..., None, :] for part in by)
+    """Return x with the pairs (x_i, x_{i + head_dim/2}) rotated, in float32.
+
+    Args:
+        x: queries or keys.
+        rotation: cosines and sines, as `rotation` returns them.
+    """
+    cos, sin = (part[..., None, :] for part in rotation)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -78,7 +78,9 @@ class Asymmetric:
         """The balanced global optimum (U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of Lemma 13 (dense A only; an SVD)."""
         validation.require_rank(rank, self.shape)
         if not isinstance(self.a, jax.Array):
-            raise ValueError(f"A is a {type(self.a).__name__}; expected a dense matrix, whose factorization gives the optimum")
+            raise ValueError(
+                f"A is a {type(self.a).__name__}; expected a dense matrix, whose factorization gives the optimum"
+            )
         u, s, vt = svd(self.a)
         root = jnp.sqrt(s[:rank])
         return Factors(u[:, :rank] * root, vt[:rank].T * root)

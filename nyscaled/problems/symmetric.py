@@ -84,7 +84,9 @@ class Symmetric:
         """The global optimum X* = Q₁Σ₁^{1/2} of Lemma 3 (dense A only; an eigendecomposition)."""
         validation.require_rank(rank, self.shape)
         if not isinstance(self.a, jax.Array):
-            raise ValueError(f"A is a {type(self.a).__name__}; expected a dense matrix, whose factorization gives the optimum")
+            raise ValueError(
+                f"A is a {type(self.a).__name__}; expected a dense matrix, whose factorization gives the optimum"
+            )
         values, vectors = eigh(self.a)
         top = jnp.maximum(values[-rank:][::-1], 0)
         return vectors[:, -rank:][:, ::-1] * jnp.sqrt(top)
