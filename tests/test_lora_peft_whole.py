@@ -194,7 +194,11 @@ def test_rows_of_tokens(tmp_path):
         (delta, {"embed_tokens": 5}, "distinct integers"),
         (delta, None, "one without the other"),
         ({}, [5, 3], "one without the other"),
-        ({"model.norm.token_adapter.trainable_tokens_delta": rows}, [5, 3], "not an embedding here"),
+        (
+            {"model.norm.token_adapter.trainable_tokens_delta": rows},
+            [5, 3],
+            "not an embedding here",
+        ),
         (delta, {"embed_tokens": [5, 3], "lm_head": [1]}, "no rows of the .* of lm_head"),
     ]:
         written(tmp_path, None, extra=extra, trainable_token_indices=indices)

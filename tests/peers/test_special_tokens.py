@@ -12,9 +12,11 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 from tokenizer_cases import byte_level, sentence_piece, token, word_piece, written  # noqa: E402
+from tokenizers import pre_tokenizers  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
 
 from nyscaled.models.tokenizers.files import open_tokenizer  # noqa: E402
+from nyscaled.models.tokenizers.gguf import byte_level as split_bytes  # noqa: E402
 
 TEXTS = [
     "hello cafe",
@@ -141,6 +143,42 @@ def test_spaces_of_llama(prefix, tmp_path):
         assert ours.encode(text).ids == ids
         assert ours.decode(ids) == theirs.decode(ids)
     assert ours.encode("<x>").ids[-1] == theirs("<x>")["input_ids"][-1] == 8
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", None])
+def test_tokenizers_of_qwen(name, tmp_path, recwarn):
+    """As its folders have them: tokens with their ids in the settings, and no first token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters, "he", "12"])}
+    inner = split_bytes(vocabulary, ["h e", "1 2"], "qwen2")
+    ends = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    inner.add_special_tokens(ends)
+    settings = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(inner.token_to_id(end)): {
+                "content": end,
+                **dict.fromkeys(FLAGS, False),
+                "special": True,
+            }
+            for end in ends
+        },
+        "additional_special_tokens": ends[1:],
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+    }
+    settings |= {"tokenizer_class": name} if name else {}
+    folder = written(tmp_path, inner, settings, "qwen2")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), open_tokenizer(folder)
+    assert not [w for w in recwarn if "tokenizer of the class" in str(w.message)]
+    for text in ("he 1234's", "<|im_start|>user\nhe<|im_end|>\n", "cafe\u0301  \n\n he"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text).ids == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert (ours.pad_id, ours.padding_side) == (theirs.pad_token_id, "left")
 
 
 def test_templates_by_name(tmp_path):

@@ -24,6 +24,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")
     },
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END),
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END),
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "GemmaTokenizer": {
         f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")
@@ -44,7 +45,13 @@ _BERTS = {
 }
 # Those that take all from `tokenizer.json`, where there is one.
 _PLAIN = "PreTrainedTokenizer", "TokenizersBackend", ""
-_OF_MODEL = {"bert": "BertTokenizer", "opt": "GPT2Tokenizer", "gemma": "GemmaTokenizer"}
+_OF_MODEL = {
+    "bert": "BertTokenizer",
+    "gemma": "GemmaTokenizer",
+    "opt": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
 _ROLES = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _FLAGS = "single_word", "lstrip", "rstrip", "normalized", "special"
 
