@@ -12,15 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from nyscaled import validation
-from nyscaled.lora.adapter import Adapted, Adapter, adapted_class
+from nyscaled.lora.adapter import Adapted, Adapter, adapted_class, dropout_of, make_adapter
 from nyscaled.lora.inits import Init
 from nyscaled.lora.recipe import (
-    Origin,
     Recipe,
-    Weights,
     kernel_init,
     origin_of,
-    path_key,
     require_finite,
 )
 from nyscaled.lora.view import (
@@ -31,7 +28,7 @@ from nyscaled.lora.view import (
     unstacked_view,
     view_of,
 )
-from nyscaled.transforms.leaf_names import Shape, parse
+from nyscaled.transforms.leaf_names import parse
 
 
 def dotted(path: tuple[Any, ...]) -> str:
@@ -189,74 +186,6 @@ def apply(
         for path, (layer, _) in layers.items()
     }
     return attach({path: layer for path, (layer, _) in layers.items()}, adapters, name)
-
-
-def make_adapter(
-    path: str,
-    layer: Any,
-    weights: Weights,
-    origin: Origin,
-    *,
-    alpha: float,
-    rank_stabilized: bool,
-    dropout: nnx.Dropout | None,
-) -> Adapter:
-    """Return an adapter for a layer.
-
-    Args:
-        path: path of the layer, for messages.
-        layer: the layer.
-        weights: the adapter's arrays.
-        origin: where these came from.
-        alpha: α.
-        rank_stabilized: whether the scaling is α/√r.
-        dropout: dropout of the input, or None.
-
-    Raises:
-        ValueError: on a scaling that the dtype of the layer's products cannot hold.
-    """
-    view, kernel = view_of(layer), kernel_of(layer)
-    # The kernel's own metadata: factors of a kernel without such are placed, and not annotated.
-    annotated = isinstance(kernel, nnx.Variable) and kernel.get_metadata().get("out_sharding")
-    adapter = Adapter(
-        weights,
-        origin,
-        stack=view.stack,
-        alpha=alpha,
-        rank_stabilized=rank_stabilized,
-        dropout=dropout,
-        names=view.factor_names(kernel) if annotated else None,
-    )
-    narrow = jnp.dtype(layer.dtype or weights.a.dtype)
-    if abs(adapter.scaling) > float(jnp.finfo(narrow).max):
-        raise ValueError(
-            f"{path}: the scaling is {adapter.scaling:g} (α is {alpha:g}); expected one that "
-            f"{narrow} holds, in which the layer computes"
-        )
-    return adapter
-
-
-def dropout_of(
-    rate: float, key: Key[Array, ""] | None, path: str, stack: Shape
-) -> nnx.Dropout | None:
-    """Return the dropout of a layer's adapter; each layer of a stack has its own stream.
-
-    Args:
-        rate: rate of the dropout; None is returned for 0.
-        key: PRNG key, from which that of the layer is folded; None is returned for None.
-        path: path of the layer.
-        stack: lengths of the axes of the layer's stack.
-    """
-    if not rate or key is None:
-        return None
-    key = path_key(key, f"{path}.dropout")
-
-    def make(key: Key[Array, ""]) -> nnx.Dropout:
-        return nnx.Dropout(rate, rngs=nnx.Rngs(dropout=key))
-
-    for _ in stack:
-        make = nnx.vmap(make)
-    return make(jax.random.split(key, stack) if stack else key)
 
 
 def attach(layers: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str) -> dict[str, Any]:

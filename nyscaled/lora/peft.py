@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 import nyscaled
 from nyscaled.checkpoints import peft
 from nyscaled.lora import foreign, inject, records, updates, whole
-from nyscaled.lora.adapter import Adapter
+from nyscaled.lora.adapter import Adapter, dropout_of, make_adapter
 from nyscaled.lora.names import Namer, Names, resolve
 from nyscaled.lora.recipe import Origin
 from nyscaled.lora.view import ADAPTABLE, view_of
@@ -241,14 +241,14 @@ def _to_adapter(
     of_layer = [saved.updates.get(module) for module in modules]
     stabilized = saved.rank_stabilized
     weights, alpha = updates.from_updates(path, layer, of_layer, stabilized, dtype)
-    return inject.make_adapter(
+    return make_adapter(
         path,
         layer,
         weights,
         next((origins[module] for module in modules if module in origins), records.UNKNOWN),
         alpha=alpha,
         rank_stabilized=stabilized,
-        dropout=inject.dropout_of(saved.dropout, key, path, view_of(layer).stack),
+        dropout=dropout_of(saved.dropout, key, path, view_of(layer).stack),
     )
 
 
