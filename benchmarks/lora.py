@@ -1,4 +1,4 @@
-"""Adapters against their floors: the step of NoRA+, its compilation, the memory of `nys.lora.apply`.
+"""Adapters against their floors: step and compilation of NoRA+, memory of `nys.lora.apply`.
 
     python benchmarks/lora.py                                 # all three
     python benchmarks/lora.py --only step|compile|memory
@@ -94,7 +94,8 @@ def training_step(
 def step_time(rounds: int) -> None:
     x, y = jax.random.normal(jax.random.key(1), (2, BATCH, LENGTH, WIDTH))
     print(
-        f"step, {LAYERS} layers, d = {WIDTH}, {BATCH} × {LENGTH} tokens, r = {RANK}, {rounds} rounds"
+        f"step, {LAYERS} layers, d = {WIDTH}, {BATCH} × {LENGTH} tokens, r = {RANK}, "
+        f"{rounds} rounds"
     )
     print("| layers | adapters on | LoRA, adamw | NoRA+, adamw | bound |")
     print("|---|---|---|---|---|")
@@ -149,14 +150,15 @@ class Stack(nnx.Module):
     """A stack of square layers whose kernel is one array."""
 
     def __init__(self, depth: int, side: int, dtype: Any) -> None:
-        make = lambda: nnx.Linear(side, side, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
         # Only the shapes are made here: an initializer would set the peak of the process.
-        self.linear = nnx.eval_shape(make)
+        self.linear = nnx.eval_shape(
+            lambda: nnx.Linear(side, side, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(0))
+        )
         self.linear.kernel = nnx.Param(jnp.full((depth, side, side), 0.01, dtype))
 
 
 def peak_of_apply(depth: int, side: int, dtype: str) -> None:
-    """Runs in a process of its own: what `apply` adds to the peak of the base's memory."""
+    """Print what `apply` adds to the peak of the base's memory; for a process of its own."""
     model = Stack(depth, side, jnp.dtype(dtype))
     jax.block_until_ready(model.linear.kernel[...])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

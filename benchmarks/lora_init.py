@@ -1,11 +1,12 @@
-"""NoRA's start of a 4096 × 4096 layer, r = 32, against the PiSSA starts of PEFT. Needs torch and peft.
+"""NoRA's start of a 4096 × 4096 layer, r = 32, beside the PiSSA starts of PEFT.
 
     python benchmarks/lora_init.py             # all; the exact SVD takes a minute or two
     python benchmarks/lora_init.py --no-exact
 
-float32, two torch threads. PEFT's part is `LoraLayer.pissa_init` of one `torch.nn.Linear` in a model
-made by `get_peft_model`. It also writes W_0 − s·b·a back; ours leaves W_0 as it is. NoRA's part is
-what `nys.lora.apply` runs for a layer, compiled.
+It needs torch and peft. Numbers are float32 and two threads of torch. The time of PEFT is that of
+`LoraLayer.pissa_init` of one `torch.nn.Linear` in a model made by `get_peft_model`, which also
+writes W_0 − s·b·a back. The time of NoRA is that of what `nys.lora.apply` runs for a layer, compiled,
+which leaves W_0 as it is.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def nora() -> Callable[[], Any]:
 
 
 def pissa(init: str) -> Callable[[], Any]:
-    """PEFT's own start, of a layer that it has adapted. Each call starts from the kernel left there."""
+    """PEFT's start of a layer that it has adapted. Each call starts from the kernel left there."""
     linear = torch.nn.Linear(SIDE, SIDE, bias=False)
     torch.nn.init.normal_(linear.weight, std=SIDE**-0.5)
     base = torch.nn.Sequential(linear)
@@ -80,7 +81,8 @@ def main() -> None:
     rounds = [(seconds(ours), seconds(theirs)) for _ in range(15)]
     mine, randomized = np.array(rounds).T
     print(
-        f"jax {jax.__version__}, torch {torch.__version__}, peft {peft.__version__}, {THREADS} threads"
+        f"jax {jax.__version__}, torch {torch.__version__}, peft {peft.__version__}, "
+        f"{THREADS} threads"
     )
     print(f"| start of {SIDE} × {SIDE}, r = {RANK} | seconds | ratio to NoRA | bound |")
     print("|---|---|---|---|")

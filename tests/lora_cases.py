@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -115,3 +116,9 @@ def base_of(model):
     """Every variable that is not an adapter's, as numpy arrays."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {p: jax.device_get(v[...]) for p, v in flat if "adapters" not in p}
+
+
+def assert_base_is(model, base):
+    """The base of a model is, to the last bit, what `base_of` has returned."""
+    for path, value in base_of(model).items():
+        np.testing.assert_array_equal(value, base[path])

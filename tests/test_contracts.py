@@ -22,7 +22,7 @@ TRANSFORMS = {
     "reflora": lambda spec=None: nys.reflora(optax.sgd(0.5), warmup_steps=0, spec=spec),
     "precgd": lambda spec=None: nys.precgd(0.5, spec=spec),
 }
-WANT_VALUE = ("precgd",)
+REQUIRE_VALUE = ("precgd",)
 LOSS = 1.7
 PARAMS = {
     "single": lambda: normal(1, (9, 2)),
@@ -72,17 +72,17 @@ def gradients(params, seed=5):
     )
 
 
-def assert_close(found, wanted):
-    bf16 = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(wanted))
+def assert_close(actual, expected):
+    bf16 = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(expected))
     chex.assert_trees_all_close(
-        *(jax.tree.map(lambda x: x.astype(jnp.float32), t) for t in (found, wanted)),
+        *(jax.tree.map(lambda x: x.astype(jnp.float32), t) for t in (actual, expected)),
         rtol=2e-2 if bf16 else 1e-4,
         atol=1e-2 if bf16 else 1e-6,
     )
 
 
 def update(tx, grads, state, params):
-    """`tx.update` as the solvers call it, with the loss: transforms that need none pass it by."""
+    """`tx.update` as the solvers call it, with the loss, which most transforms ignore."""
     return optax.with_extra_args_support(tx).update(grads, state, params, value=LOSS)
 
 
@@ -98,9 +98,7 @@ def one_update(tx, params, grads=None):
 
 @pytest.mark.long_beyond(4)
 @every_case
-def test_updates_and_state_keep_their_shapes_and_dtypes_and_updates_are_not_the_gradients(
-    tx, params
-):
+def test_shapes_and_dtypes_are_kept_and_gradients_are_changed(tx, params):
     state, grads = tx.init(params), gradients(params)
     updates, new_state = update(tx, grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
@@ -139,9 +137,9 @@ def test_jit_vmap_and_scan_agree_with_the_plain_loop(tx, params):
         for _ in range(2):
             carry, updates = step(carry, None)
             rows.append(updates)
-        wanted = carry[0], jax.tree.map(lambda *x: jnp.stack(x), *rows)
-        (found, _), history = jax.tree.map(lambda x, i=i: x[i], together)
-        assert_close((found, history), wanted)
+        expected = carry[0], jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        (actual, _), history = jax.tree.map(lambda x, i=i: x[i], together)
+        assert_close((actual, history), expected)
 
 
 @pytest.mark.long_beyond(3)
@@ -163,8 +161,8 @@ def test_second_update_of_equal_shapes_does_not_compile(tx, params):
 @pytest.mark.long_beyond(2)
 @every_case
 def test_chain_applies_the_next_transform_to_the_preconditioned_gradient(tx, params):
-    found = one_update(optax.chain(tx, optax.scale(-0.25)), params)
-    assert_close(found, jax.tree.map(lambda u: -0.25 * u, one_update(tx, params)))
+    actual = one_update(optax.chain(tx, optax.scale(-0.25)), params)
+    assert_close(actual, jax.tree.map(lambda u: -0.25 * u, one_update(tx, params)))
 
 
 @pytest.mark.long_beyond(3)
@@ -176,9 +174,9 @@ def test_multi_steps_applies_the_update_of_the_mean_gradient(tx, params):
     accumulate = jax.jit(functools.partial(multi.update, value=LOSS))
     waiting, state = accumulate(first, state, params)
     chex.assert_trees_all_equal(waiting, jax.tree.map(jnp.zeros_like, params))
-    found, _ = accumulate(second, state, params)
+    actual, _ = accumulate(second, state, params)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-    assert_close(found, one_update(tx, params, mean))
+    assert_close(actual, one_update(tx, params, mean))
 
 
 @pytest.mark.long_beyond(2)
@@ -195,10 +193,10 @@ def test_partition_and_masked_leave_other_leaves_to_others(tx, params):
 
 
 @every_case
-def test_extra_arguments_pass_by(name, tx, params):
+def test_extra_arguments_are_ignored(name, tx, params):
     wide = optax.with_extra_args_support(optax.chain(tx, optax.scale(1.0)))
     state, grads = wide.init(params), gradients(params)
-    values = [LOSS] if name in WANT_VALUE else [None, 1.0]
+    values = [LOSS] if name in REQUIRE_VALUE else [None, 1.0]
     for value in values:
         extra = {} if value is None else {"value": value, "unknown": None}
         assert_close(wide.update(grads, state, params, **extra)[0], one_update(tx, params))
@@ -292,8 +290,8 @@ def test_injected_schedule_acts():
     )
     state = injected.init(params)
     for rate in (0.5, 0.05):
-        found, state = injected.update(gradients(params), state, params)
-        assert_close(found, one_update(nys.scaled_gd(rate, 0.1), params))
+        actual, state = injected.update(gradients(params), state, params)
+        assert_close(actual, one_update(nys.scaled_gd(rate, 0.1), params))
 
 
 @pytest.mark.long_beyond(1)
@@ -302,11 +300,11 @@ def test_injected_damping_of_an_alias_acts_as_a_constant_and_as_a_schedule(alias
     params, inner = PARAMS["lora"](), optax.sgd(0.5)
 
     def two_updates(tx):
-        update, state, found = jax.jit(tx.update), tx.init(params), []
+        update, state, actual = jax.jit(tx.update), tx.init(params), []
         for _ in range(2):
             updates, state = update(gradients(params), state, params)
-            found.append(updates)
-        return found
+            actual.append(updates)
+        return actual
 
     injected = optax.inject_hyperparams(alias)
     schedule = optax.piecewise_constant_schedule(0.1, {1: 10.0})

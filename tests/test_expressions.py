@@ -15,7 +15,8 @@ NAMES = [
 WRITTEN = [
     *(".*", r"model\.layers\.\d+\.self_attn\.(q|v)_proj", "(?i)LM_HEAD", "", "a|", "a*?"),
     *(r"^(?!.*mlp).*(?:q_proj|v_proj)$", r"^(model(?=\.).*\.(q_proj|up_proj))$", "a{2,3}a?"),
-    r"(?:.*?(?:language|text).*?(?:attn|mlp).*?(?:q_proj|gate_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp|self_attn)\.(?:(?:q_proj|up_proj)))",
+    r"(?:.*?(?:language|text).*?(?:attn|mlp).*?(?:q_proj|gate_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp|self_attn)\.(?:(?:q_proj|up_proj)))",
     *(r".*(?<=mlp\.)up_proj", "(a?){5}", r"(?:\b|a)*", r"[^.]+\.\d\..*", "(?x) lm_ head"),
     *("(?s:.*)(?-i:proj)", "(|a)+", ".{3,}?d", "(?i:Q)_x|.*(?i:Q_PROJ)", "(a|b)*c|a", ".*?d"),
 ]
@@ -63,7 +64,7 @@ def test_steps_are_bounded_and_shared():
     many = [Expression(f"(.*.*)*[{i}]", budget=budget) for i in range(20)]
     with pytest.raises(ValueError, match="too long to match"):
         assert not any(expression.fullmatch("a" * 100 + "b") for expression in many)
-    # A pattern for each module of a model is well within; checks of types take most of the time here.
+    # A pattern per module of a model is well within the limit; most of the time is checks of types.
     names = [f"model.layers.{i}.self_attn.{m}_proj" for i in range(10) for m in "qkvo"]
     budget = Budget()
     exact = [Expression(f"^{re.escape(name)}", r"(.*\.)?({})$", budget) for name in names]

@@ -74,11 +74,11 @@ def test_saved_and_loaded_where_the_base_is_plain(case, tmp_path):
     again = base()
     layers = nys.lora.load_peft(again, tmp_path)
     assert set(layers) == ({"first", "second"} if case == "flax" else {"up", "query", "out"})
-    wanted = model(X)
-    assert jnp.max(jnp.abs(wanted - base()(X))) > 0.1
-    np.testing.assert_allclose(again(X), wanted, atol=1e-5)
+    expected = model(X)
+    assert jnp.max(jnp.abs(expected - base()(X))) > 0.1
+    np.testing.assert_allclose(again(X), expected, atol=1e-5)
     nys.lora.merge(model, alpha=alpha)
-    np.testing.assert_allclose(model(X), wanted, atol=1e-5)
+    np.testing.assert_allclose(model(X), expected, atol=1e-5)
     kernels = [v for p, v in nnx.to_flat_state(nnx.state(model)) if p[-1] == "kernel"]
     nys.lora.merge(again)
     others = [v for p, v in nnx.to_flat_state(nnx.state(again)) if p[-1] == "kernel"]
@@ -116,13 +116,13 @@ def test_adapters_of_both_kinds_are_saved_and_merged_together(tmp_path):
     model = Net(True)
     apply(model, targets="plain", rank_stabilized=True)
     moved(model)
-    wanted = model(X)
+    expected = model(X)
     nys.lora.save_peft(model, tmp_path, base_model="mine")
     again = Net(False)
     assert set(nys.lora.load_peft(again, tmp_path)) == {"plain", "first", "second"}
-    np.testing.assert_allclose(again(X), wanted, atol=1e-5)
+    np.testing.assert_allclose(again(X), expected, atol=1e-5)
     nys.lora.merge(model)
-    np.testing.assert_allclose(model(X), wanted, atol=1e-5)
+    np.testing.assert_allclose(model(X), expected, atol=1e-5)
 
 
 def test_what_initialize_was_told_is_remembered(tmp_path):
@@ -131,13 +131,13 @@ def test_what_initialize_was_told_is_remembered(tmp_path):
     graphdef, factors, rest = nnx.split(model, nnx.LoRAParam, ...)
     factors = jax.jit(lambda f: jax.tree.map(lambda x: x + 0.1, f))(factors)  # as training does
     model = nnx.merge(graphdef, factors, rest)
-    wanted = model(X)
+    expected = model(X)
     nys.lora.save_peft(model, tmp_path, base_model="mine")
     again = Heads()
     nys.lora.load_peft(again, tmp_path)
-    np.testing.assert_allclose(again(X), wanted, atol=1e-5)
+    np.testing.assert_allclose(again(X), expected, atol=1e-5)
     nys.lora.merge(model)
-    np.testing.assert_allclose(model(X), wanted, atol=1e-5)
+    np.testing.assert_allclose(model(X), expected, atol=1e-5)
 
 
 def test_refused(tmp_path):

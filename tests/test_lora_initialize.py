@@ -1,4 +1,4 @@
-"""Starts: the functions themselves, and filling the adapters of flax, qwix, gemma and plain trees."""
+"""Starts: the functions, and filling the adapters of flax, qwix, gemma and plain trees."""
 
 import chex
 import flax.linen as nn
@@ -149,8 +149,8 @@ def test_lora_one_is_the_leading_part_of_the_negative_gradient():
     g = gradient_of(("blocks", 0, "up"))
     adapter = model.blocks[0].up.adapters["default"]
     u, s, vt = jnp.linalg.svd(-g)
-    wanted = (u[:, :2] * (s[:2] / s[0])) @ vt[:2] * 8**0.5 / 4
-    np.testing.assert_allclose(adapter.lora_a[...] @ adapter.lora_b[...], wanted, atol=2e-3)
+    expected = (u[:, :2] * (s[:2] / s[0])) @ vt[:2] * 8**0.5 / 4
+    np.testing.assert_allclose(adapter.lora_a[...] @ adapter.lora_b[...], expected, atol=2e-3)
     assert square(model, inputs()) < square(net(), inputs())
 
 
@@ -198,16 +198,16 @@ def flax_model():
 @pytest.mark.parametrize("init", ["nora", "pissa", "olora"])
 def test_adapters_of_flax(init):
     model = flax_model()
-    wanted, w = model(X), model.layers[0].kernel[...]
+    expected, w = model(X), model.layers[0].kernel[...]
     assert nys.lora.initialize(model, init, key=KEY) == ["layers.0", "layers.1"]
-    np.testing.assert_allclose(model(X), wanted, atol=1e-5)
+    np.testing.assert_allclose(model(X), expected, atol=1e-5)
     lora = model.layers[0].lora
     a = inits.KERNEL_INITS[init](nys.lora.path_key(KEY, "layers.0"), w, R, 1.0).a
     if init != "nora":
         np.testing.assert_allclose(lora.lora_a[...], a, atol=1e-5)
         assert not jnp.array_equal(model.layers[0].kernel[...], w)
     else:
-        assert jnp.array_equal(model(X), wanted)
+        assert jnp.array_equal(model(X), expected)
         q = jnp.linalg.qr(model.layers[1].base_module.kernel[...])[0]
         a = model.layers[1].lora_a[...]
         np.testing.assert_allclose(q @ (q.T @ a), a, atol=1e-5)
@@ -215,10 +215,10 @@ def test_adapters_of_flax(init):
 
 def test_gradient_starts_of_flax_adapters():
     model = flax_model()
-    wanted = model(X)
+    expected = model(X)
     loss = lambda m, x: jnp.mean((m(x) - 1) ** 2)  # noqa: E731
     nys.lora.initialize(model, "nora_grad", key=KEY, loss=loss, batches=[X])
-    assert jnp.array_equal(model(X), wanted)
+    assert jnp.array_equal(model(X), expected)
 
 
 class Dense(nnx.Module):
@@ -241,16 +241,16 @@ def provider(qtype):
 def test_adapters_of_qwix_over_plain_and_quantized_bases(qtype):
     base = Dense(nnx.Rngs(0))
     model = qwix.apply_lora_to_model(base, provider(qtype), inputs(), rngs=nnx.Rngs(1))
-    wanted = model(inputs())
+    expected = model(inputs())
     assert nys.lora.initialize(model, key=KEY, alpha=4.0) == ["out", "query", "up"]
-    assert jnp.array_equal(model(inputs()), wanted)
+    assert jnp.array_equal(model(inputs()), expected)
     a, w = model.query.kernel_lora_a[...], base.query.kernel[...].reshape(8, 8)
     sketch = inits.nora(nys.lora.path_key(KEY, "query"), w, 2, 2.0).a
     assert a.shape == sketch.shape
     assert jnp.linalg.matrix_rank(a) == 2
     if qtype is None:
         nys.lora.initialize(model, "pissa", key=KEY, alpha=4.0)
-        np.testing.assert_allclose(model(inputs()), wanted, atol=1e-5)
+        np.testing.assert_allclose(model(inputs()), expected, atol=1e-5)
     else:
         with pytest.raises(ValueError, match=r"kernel of .* is quantized.*dequantize it"):
             nys.lora.initialize(model, "pissa", key=KEY, alpha=4.0)
@@ -295,8 +295,8 @@ def test_linen_with_qwix_stacked(qtype):
     assert jnp.linalg.matrix_rank(a).tolist() == [2, 2, 2]
     if qtype is None:
         reduced = nys.lora.initialize_params(params, "pissa", key=KEY, alpha=4.0)
-        found = model.apply(reduced, inputs())
-        np.testing.assert_allclose(found, model.apply(params, inputs()), atol=1e-5)
+        actual = model.apply(reduced, inputs())
+        np.testing.assert_allclose(actual, model.apply(params, inputs()), atol=1e-5)
 
         def loss(p):
             return jnp.mean((model.apply(p, inputs()) - 1) ** 2)
@@ -324,11 +324,17 @@ BAD_TREES = {
     "orphan": ({"d": {"kernel": kernel(), "lora_a": A}}, r"d\.lora_a has no lora_b beside it"),
     "orphan b": ({"w_lora_b": B}, "w_lora_b has no w_lora_a beside it"),
     "no kernel": ({"lora_a": A, "lora_b": B}, "lora_a has no kernel beside it"),
-    "other base": ({"kernel": kernel(), "lora_a": A[1:], "lora_b": B}, r"\(23, 4\).*over the kernel \(24, 16\)"),
+    "other base": (
+        {"kernel": kernel(), "lora_a": A[1:], "lora_b": B},
+        r"\(23, 4\).*over the kernel \(24, 16\)",
+    ),
     "ranks": ({"kernel": kernel(), "lora_a": A, "lora_b": B[1:]}, "do not go together"),
-    "integers": ({"kernel": jnp.ones((M, N), int), "lora_a": A, "lora_b": B}, "is int32; expected a floating"),
+    "integers": (
+        {"kernel": jnp.ones((M, N), int), "lora_a": A, "lora_b": B},
+        "is int32; expected a floating",
+    ),
     "nan": ({"kernel": kernel() * jnp.nan, "lora_a": A, "lora_b": B}, "has NaN or Inf"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_TREES)

@@ -9,84 +9,27 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from flax import nnx
+from peft_cases import (
+    CONFIG,
+    KEY,
+    NAMES,
+    TENSORS,
+    Model,
+    X,
+    adapted,
+    key_of,
+    save,
+    train,
+)
 
 import nyscaled as nys
 from nyscaled.checkpoints import files
-
-KEY = jax.random.key(0)
-NAMES = {
-    "items.0": "items.0",
-    "items.1": "items.1",
-    "heads": "heads",
-    "out": "out",
-    "layers.up": "layers.{}.up",
-    "layers.down": "layers.{}.down",
-}
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-class Layer(nnx.Module):
-    def __init__(self, rngs):
-        self.up, self.down = nnx.Linear(8, 12, rngs=rngs), nnx.Linear(12, 8, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.down(jnp.tanh(self.up(x)))
-
-
-class Model(nnx.Module):
-    """Every kind of layer that can carry adapters, and a stack of two."""
-
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.items = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
-        self.heads = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
-        self.out = nnx.Einsum("bnh,nhd->bd", (2, 4, 8), (8,), rngs=rngs)
-        stacked = nnx.split_rngs(splits=2)(nnx.vmap(Layer))
-        self.layers = stacked(rngs)
-
-    def __call__(self, x):
-        for item in self.items:
-            x = jnp.tanh(item(x))
-        x = self.out(self.heads(x))
-        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
-            x, self.layers
-        )
-
-
-X = jax.random.normal(jax.random.key(1), (5, 8))
-
-
-def train(model, name="default"):
-    """Moves the factors, as training would."""
-    rng = np.random.default_rng(0)
-    layers = nys.lora.adapted_layers(model).values()
-    for adapter in (layer.adapters[name] for layer in layers if name in layer.adapters):
-        for side in ("lora_a", "lora_b"):
-            value = np.asarray(getattr(adapter, side)[...])
-            moved = value + 0.1 * rng.standard_normal(value.shape)
-            getattr(adapter, side)[...] = jnp.asarray(moved.astype(value.dtype))
-
-
-def adapted(name="default", targets=".*", **options):
-    model = Model()
-    nys.lora.apply(model, 2, 3.0, targets=targets, key=KEY, name=name, **options)
-    train(model, name)
-    return model
-
-
-def save(model, folder, **options):
-    nys.lora.save_peft(model, folder, base_model="mine", names=NAMES, **options)
 
 
 @pytest.fixture
 def folder(tmp_path):
     save(adapted(), tmp_path)
     return tmp_path
-
-
-def key_of(module, side="A"):
-    return f"base_model.model.{module}.lora_{side}.weight"
 
 
 @pytest.mark.long_beyond(3)
@@ -101,13 +44,13 @@ def test_round_trip(init, rank_stabilized, tmp_path):
     touched = nys.lora.load_peft(again, tmp_path, names=NAMES)
     assert set(touched) == set(NAMES)
     assert nys.lora.adapted_layers(again).keys() == touched.keys()
-    got, wanted = again(X), model(X)
-    assert jnp.max(jnp.abs(wanted - Model()(X))) > 0.1
+    actual, expected = again(X), model(X)
+    assert jnp.max(jnp.abs(expected - Model()(X))) > 0.1
     if model.heads.adapters["default"].start is None:
-        np.testing.assert_array_equal(got, wanted)
+        np.testing.assert_array_equal(actual, expected)
         assert again.heads.adapters["default"].rank == 2
     else:
-        np.testing.assert_allclose(got, wanted, atol=1e-6, rtol=1e-6)
+        np.testing.assert_allclose(actual, expected, atol=1e-6, rtol=1e-6)
         assert again.heads.adapters["default"].rank == 4
     scalings = [m.layers.up.adapters["default"].scaling for m in (model, again)]
     assert scalings[0] == pytest.approx(scalings[1], rel=1e-15)
@@ -120,17 +63,18 @@ def test_layout_is_that_of_torch(tmp_path):
     up = model.layers.up.adapters["default"]
     np.testing.assert_array_equal(tensors[key_of("layers.1.up")], up.lora_a[...][1].T)
     np.testing.assert_array_equal(tensors[key_of("layers.1.up", "B")], up.lora_b[...][1].T)
-    modules = "heads", "items.0", "items.1", "out", *(f"layers.{i}.{m}" for i in range(2) for m in ("up", "down"))  # fmt: skip
+    stacked = (f"layers.{i}.{m}" for i in range(2) for m in ("up", "down"))
+    modules = "heads", "items.0", "items.1", "out", *stacked
     assert set(tensors) == {key_of(m, side) for m in modules for side in "AB"}
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config["target_modules"] == sorted(modules)
-    wanted = {
+    expected = {
         **{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_rslora": False, "task_type": None},
         **{"init_lora_weights": True, "base_model_name_or_path": "mine", "bias": "none"},
         **{"inference_mode": True, "fan_in_fan_out": False, "lora_dropout": 0.0},
         **{"rank_pattern": {}, "alpha_pattern": {}},
     }
-    assert {k: config[k] for k in wanted} == wanted
+    assert {k: config[k] for k in expected} == expected
 
 
 def test_doubled_rank_keeps_the_scaling(tmp_path):

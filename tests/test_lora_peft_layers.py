@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from test_lora_peft import CONFIG, NAMES, TENSORS, Model, X, save, train
+from peft_cases import CONFIG, NAMES, TENSORS, Model, X, save, train
 
 import nyscaled as nys
 from nyscaled.checkpoints import peft

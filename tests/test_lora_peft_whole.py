@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from model_cases import call, expected, load
-from test_lora_peft import CONFIG, TENSORS
+from peft_cases import CONFIG, TENSORS
 
 import nyscaled as nys
 from nyscaled.checkpoints import peft

@@ -357,7 +357,7 @@ def test_the_empty_path_is_no_folder():
 
 @pytest.mark.parametrize("place", ["open_tensors", "read_object", "exists"])
 def test_a_model_is_loaded_from_one_save(place, tmp_path, monkeypatch):
-    """Configuration, weights and tokenizer, when another model is saved in the midst of a reading."""
+    """Configuration, weights and tokenizer, when another model is saved during a reading."""
     first = load("llama")
     graphdef, state = nnx.split(first)
     second = nnx.merge(graphdef, jax.tree.map(lambda x: x + 1, state))
@@ -384,7 +384,7 @@ def test_a_model_is_loaded_from_one_save(place, tmp_path, monkeypatch):
 
 
 def test_a_save_of_which_nothing_is_left_stops_no_reader(tmp_path, monkeypatch):
-    """A process was killed before it removed the last, empty folder, and none can be removed now."""
+    """A process was killed before it removed the last, empty folder, which cannot be removed now."""
     save_model(tmp_path, 1)
     (tmp_path / swap.SAVE).mkdir()
 

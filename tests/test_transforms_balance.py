@@ -1,4 +1,4 @@
-"""reflora: the scaled gradients are those of the balanced factors, and finite whatever the factors."""
+"""RefLoRA: the scaled gradients are those of balanced factors, and finite for all factors."""
 
 import functools
 
@@ -22,8 +22,8 @@ def scaled(params, grads, scalar=False):
 def matrices(params, **kwargs):
     """S⁻¹ and S as the transform has them: unit gradients, scaled."""
     grads = jax.tree.map(lambda x: jnp.eye(*x.shape), params)
-    found = scaled(params, grads, **kwargs)
-    return tuple(np.asarray(x[: x.shape[1]], np.float64) for x in found)
+    actual = scaled(params, grads, **kwargs)
+    return tuple(np.asarray(x[: x.shape[1]], np.float64) for x in actual)
 
 
 def power(a, p):
@@ -44,13 +44,13 @@ def test_gradients_are_scaled_by_the_geometric_mean_to_rounding(kappa):
     x, y = x.astype(np.float32), y.astype(np.float32)
     gram_x, gram_y = (np.asarray(f, np.float64).T @ f for f in (x, y))
     inverse, s = matrices(nys.Factors(jnp.asarray(x), jnp.asarray(y)))
-    wanted = mean(np.linalg.inv(gram_x), gram_y)
-    for found, exact, bound in (
-        (s, wanted, 1e-5),
-        (inverse, np.linalg.inv(wanted), 1e-5),
+    expected = mean(np.linalg.inv(gram_x), gram_y)
+    for actual, exact, bound in (
+        (s, expected, 1e-5),
+        (inverse, np.linalg.inv(expected), 1e-5),
         (s @ gram_x @ s, gram_y, 1e-6 * kappa),
     ):
-        assert np.linalg.norm(found - exact) < bound * np.linalg.norm(exact)
+        assert np.linalg.norm(actual - exact) < bound * np.linalg.norm(exact)
 
 
 def test_the_mean_balances_the_factors():
@@ -67,8 +67,8 @@ def test_the_change_of_the_product_does_not_depend_on_the_factors_it_is_given_as
     t = conditioned(4, R, R, 10.0, np.float32)
 
     def change(x, y, **kwargs):
-        found = scaled(nys.Factors(x, y), nys.Factors(g @ y, g.T @ x), **kwargs)
-        return found.left @ y.T + x @ found.right.T
+        actual = scaled(nys.Factors(x, y), nys.Factors(g @ y, g.T @ x), **kwargs)
+        return actual.left @ y.T + x @ actual.right.T
 
     moved = x @ t, y @ np.linalg.inv(t).T
     np.testing.assert_allclose(change(*moved), change(x, y), atol=2e-4 * jnp.max(change(x, y)))
@@ -84,18 +84,18 @@ def test_scalar_form_is_the_ratio_of_norms():
 
 
 @pytest.mark.parametrize("alias", [nys.reflora, nys.reflora_s])
-def test_the_first_updates_are_those_of_the_optimizer_alone(alias):
+def test_the_first_updates_are_those_of_the_optimizer(alias):
     params = nys.Factors(normal(1, (M, R)), 3 * normal(2, (N, R)))
     tx = alias(optax.sgd(1.0), warmup_steps=2)
     update, state = jax.jit(tx.update), tx.init(params)
     grads = jax.tree.map(lambda x: -x, params)
     for _ in range(2):
-        found, state = update(grads, state, params)
-        chex.assert_trees_all_equal(found, params)
-    found, state = update(grads, state, params)
-    wanted = scaled(params, params, scalar=alias is nys.reflora_s)
-    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(found.left, params.left, rtol=0.1)
+        actual, state = update(grads, state, params)
+        chex.assert_trees_all_equal(actual, params)
+    actual, state = update(grads, state, params)
+    expected = scaled(params, params, scalar=alias is nys.reflora_s)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(actual.left, params.left, rtol=0.1)
 
 
 def test_a_zero_factor_scales_nothing_and_a_deficient_one_has_the_scalar_form():
@@ -128,6 +128,6 @@ def test_default_warmup_passes_a_hundred_gradients_through():
 
     raw = jax.tree.map(jnp.negative, grads)
     chex.assert_trees_all_equal(after(99), raw)
-    wanted = jax.tree.map(jnp.negative, scaled(params, grads))
-    chex.assert_trees_all_close(after(100), wanted, rtol=1e-4, atol=1e-5)
-    assert jnp.linalg.norm(wanted.left - raw.left) > 0.1 * jnp.linalg.norm(raw.left)
+    expected = jax.tree.map(jnp.negative, scaled(params, grads))
+    chex.assert_trees_all_close(after(100), expected, rtol=1e-4, atol=1e-5)
+    assert jnp.linalg.norm(expected.left - raw.left) > 0.1 * jnp.linalg.norm(raw.left)

@@ -1,4 +1,4 @@
-"""precondition: updates are the formulas of the paper; specs say what a leaf is."""
+"""Gram preconditioners: updates are the formulas of the paper; specs say what a leaf is."""
 
 import chex
 import jax
@@ -24,42 +24,44 @@ def inverse_gram(x, damping=0.0):
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_single_factor_is_scaled_by_its_own_gram_matrix(damping):
     x, g = normal(1, (M, R)), normal(2, (M, R))
-    found = updates(nys.scale_by_gram(damping), g, x)
-    np.testing.assert_allclose(found, g @ inverse_gram(x, damping), rtol=1e-4, atol=1e-6)
+    actual = updates(nys.scale_by_gram(damping), g, x)
+    np.testing.assert_allclose(actual, g @ inverse_gram(x, damping), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_each_factor_of_a_pair_is_scaled_by_the_gram_matrix_of_the_other(damping):
     x, y = normal(1, (M, R)), normal(2, (N, R))
     gx, gy = normal(3, (M, R)), normal(4, (N, R))
-    wanted = nys.Factors(gx @ inverse_gram(y, damping), gy @ inverse_gram(x, damping))
-    found = updates(nys.scale_by_gram(damping), nys.Factors(gx, gy), nys.Factors(x, y))
-    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-6)
+    expected = nys.Factors(gx @ inverse_gram(y, damping), gy @ inverse_gram(x, damping))
+    actual = updates(nys.scale_by_gram(damping), nys.Factors(gx, gy), nys.Factors(x, y))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
     lora = updates(
         nys.scale_by_gram(damping),
         {"lora_a": gx, "lora_b": gy.T},
         {"lora_a": x, "lora_b": y.T},
     )
-    chex.assert_trees_all_close(lora, {"lora_a": wanted.left, "lora_b": wanted.right.T}, rtol=1e-4)
+    chex.assert_trees_all_close(
+        lora, {"lora_a": expected.left, "lora_b": expected.right.T}, rtol=1e-4
+    )
 
 
 def test_scaled_gd_is_the_scaled_gradient_times_minus_the_learning_rate():
     x, g = normal(1, (M, R)), normal(2, (M, R))
-    wanted = -0.3 * updates(nys.scale_by_gram(0.1), g, x)
-    np.testing.assert_allclose(updates(nys.scaled_gd(0.3, 0.1), g, x), wanted, rtol=1e-5)
+    expected = -0.3 * updates(nys.scale_by_gram(0.1), g, x)
+    np.testing.assert_allclose(updates(nys.scaled_gd(0.3, 0.1), g, x), expected, rtol=1e-5)
 
 
 def test_pseudo_inverse_form_is_the_pseudo_inverse_of_a_deficient_factor():
     x = normal(1, (M, R)) @ normal(2, (R, R + 3))
     g = normal(3, (M, R)) @ normal(2, (R, R + 3))
     wide = np.asarray(x, np.float64)
-    wanted = g @ np.linalg.pinv(wide.T @ wide, rcond=1e-8)
-    found = updates(nys.scale_by_gram_pinv(), g, x)
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    expected = g @ np.linalg.pinv(wide.T @ wide, rcond=1e-8)
+    actual = updates(nys.scale_by_gram_pinv(), g, x)
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("pseudo_inverse", [False, True])
-def test_left_factor_rests_while_the_right_one_is_zero(pseudo_inverse):
+def test_left_factor_does_not_move_while_the_right_one_is_zero(pseudo_inverse):
     a, _, _ = rectangular()
     problem = nys.problems.Asymmetric(a)
     start = nys.initializers.nystrom_factors(jax.random.key(0), a, R)
@@ -87,22 +89,24 @@ def test_spec_may_put_the_axes_anywhere():
         "down": FactorSpec(pair="p", rank_axis=0, batch_axes=(2,)),
         "up": FactorSpec(pair="p", rank_axis=2, batch_axes=(1,)),
     }
-    found = updates(nys.scale_by_gram(spec=spec), {"down": ga, "up": gb}, {"down": a, "up": b})
+    actual = updates(nys.scale_by_gram(spec=spec), {"down": ga, "up": gb}, {"down": a, "up": b})
     for head in range(3):
         x, gx = (jnp.moveaxis(t[:, :, head], 0, -1).reshape(20, 2) for t in (a, ga))
         y, gy = b[:, head], gb[:, head]
         wanted_x = jnp.moveaxis((gx @ inverse_gram(y)).reshape(5, 4, 2), -1, 0)
-        np.testing.assert_allclose(found["down"][:, :, head], wanted_x, rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(found["up"][:, head], gy @ inverse_gram(x), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(actual["down"][:, :, head], wanted_x, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            actual["up"][:, head], gy @ inverse_gram(x), rtol=1e-3, atol=1e-5
+        )
 
 
 def test_leaves_without_a_spec_pass_through():
     params = {"x": normal(1, (M, R)), "bias": jnp.ones(3)}
     grads = {"x": normal(2, (M, R)), "bias": jnp.full(3, 2.0)}
     tx = nys.scale_by_gram(spec={"x": FactorSpec(), "bias": None})
-    found = updates(tx, grads, params)
-    chex.assert_trees_all_equal(found["bias"], grads["bias"])
-    chex.assert_trees_all_close(found["x"], updates(nys.scale_by_gram(), grads["x"], params["x"]))
+    actual = updates(tx, grads, params)
+    chex.assert_trees_all_equal(actual["bias"], grads["bias"])
+    chex.assert_trees_all_close(actual["x"], updates(nys.scale_by_gram(), grads["x"], params["x"]))
 
 
 def test_default_spec_reads_names():
@@ -116,10 +120,10 @@ def test_default_spec_reads_names():
 def test_bfloat16_factors_are_preconditioned_in_float32():
     x, g = normal(1, (M, R)), normal(2, (M, R))
     x16, g16 = x.astype(jnp.bfloat16), g.astype(jnp.bfloat16)
-    found = updates(nys.scale_by_gram(), g16, x16)
-    wanted = np.asarray(g16, np.float64) @ inverse_gram(x16)
+    actual = updates(nys.scale_by_gram(), g16, x16)
+    expected = np.asarray(g16, np.float64) @ inverse_gram(x16)
     # One rounding to bfloat16, at the end.
-    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=1e-6)
 
 
 def algorithm_2(gradients, x, y, t, damping):
@@ -146,15 +150,15 @@ def test_nora_plus_is_algorithm_2(zero_start):
         if zero_start and t == 0:
             grads["lora_a"] = 0 * grads["lora_a"]
         given = grads["lora_a"], grads["lora_b"].T
-        wanted = algorithm_2(given, params["lora_a"], params["lora_b"].T, t, 1e-6)
+        expected = algorithm_2(given, params["lora_a"], params["lora_b"].T, t, 1e-6)
         updates, state = tx.update(grads, state, params)
-        np.testing.assert_allclose(updates["lora_a"], -0.3 * wanted[0], rtol=2e-4, atol=2e-6)
-        np.testing.assert_allclose(updates["lora_b"].T, -0.3 * wanted[1], rtol=2e-4, atol=2e-6)
+        np.testing.assert_allclose(updates["lora_a"], -0.3 * expected[0], rtol=2e-4, atol=2e-6)
+        np.testing.assert_allclose(updates["lora_b"].T, -0.3 * expected[1], rtol=2e-4, atol=2e-6)
         np.testing.assert_allclose(updates["bias"], -0.3 * grads["bias"], rtol=1e-6)
         params = optax.apply_updates(params, updates)
 
 
-def test_nora_plus_rests_the_started_factor_on_either_side():
+def test_nora_plus_keeps_the_gradient_of_the_started_factor_on_either_side():
     """With the zero factor first, it is the second whose gradient passes in the first update."""
     params = {"lora_a": jnp.zeros((9, 3)), "lora_b": normal(2, (3, 7))}
     grads = {"lora_a": normal(3, (9, 3)), "lora_b": normal(4, (3, 7))}
@@ -164,7 +168,7 @@ def test_nora_plus_rests_the_started_factor_on_either_side():
     assert not np.allclose(updates["lora_a"], grads["lora_a"])
 
 
-def test_nora_plus_names_an_orphan_and_wants_positive_damping():
+def test_nora_plus_names_an_orphan_and_requires_positive_damping():
     with pytest.raises(ValueError, match="lora_a"):
         nys.nora_plus(optax.sgd(1.0)).init({"q": {"lora_a": jnp.ones((4, 2))}})
     with pytest.raises(ValueError, match="damping"):
@@ -178,12 +182,12 @@ def test_default_dampings_are_those_of_the_papers():
     params, grads = nys.Factors(x, y), nys.Factors(gx, gy)
     tx = nys.nora_plus(optax.sgd(1.0))
     _, state = tx.update(grads, tx.init(params), params)
-    found, _ = tx.update(grads, state, params)
+    actual, _ = tx.update(grads, state, params)
     gram_y, gram_x = inverse_gram(y, 1e-6), inverse_gram(x, 1e-6)
-    wanted = nys.Factors(
+    expected = nys.Factors(
         -gx @ gram_y / np.linalg.norm(gram_y), -gy @ gram_x / np.linalg.norm(gram_x)
     )
-    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-5)
-    found = updates(nys.lora_p(optax.sgd(1.0)), grads, nys.Factors(30 * x, 30 * y))
-    wanted = nys.Factors(-gx @ inverse_gram(30 * y, 1e-2), -gy @ inverse_gram(30 * x, 1e-2))
-    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-5)
+    actual = updates(nys.lora_p(optax.sgd(1.0)), grads, nys.Factors(30 * x, 30 * y))
+    expected = nys.Factors(-gx @ inverse_gram(30 * y, 1e-2), -gy @ inverse_gram(30 * x, 1e-2))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-4)

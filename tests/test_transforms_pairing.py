@@ -1,4 +1,4 @@
-"""pairing: pairs are found by name in the trees that JAX's LoRA libraries make, and solved together."""
+"""Pairs are found by name in the trees of JAX's LoRA libraries, and preconditioned together."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ from nyscaled.transforms._pairwise import map_gradients
         ((5, 6, 2), (5, 2, 3, 4), 1, 1),  # the same two under a scan of five layers
         ((5, 3, 4, 2), (5, 2, 6), 1, 1),
         ((5, 8, 6, 2), (5, 8, 2, 3), 2, 2),  # experts in each layer
-        ((8, 6, 2), (2, 3), 0, 0),  # gemma: a alone has the batch letter
+        ((8, 6, 2), (2, 3), 0, 0),  # gemma: only a has the batch letter
         ((2, 6, 2), (2, 2, 3), 1, 1),  # two layers of rank two
     ],
 )
@@ -53,7 +53,7 @@ def test_shapes_that_fit_no_reading_are_named():
         nys.pair_spec(params)
 
 
-def test_several_pairs_of_one_layer_are_told_apart_and_other_leaves_left_alone():
+def test_several_pairs_of_one_layer_are_distinguished_and_other_leaves_are_none():
     a, b = jnp.ones((6, 2)), jnp.ones((2, 5))
     params = {
         "mlp": {"up_lora_a": a, "up_lora_b": b, "down_lora_a": a, "down_lora_b": b, "up": a},
@@ -82,9 +82,9 @@ def test_kept_kernel_axes_are_the_flattened_matrix():
         {"w_lora_a": t["lora_a"].reshape(3, 4, 2), "w_lora_b": t["lora_b"].reshape(2, 4, 5)}
         for t in flat
     ]
-    found, _ = tx.update(kept[1], tx.init(kept[0]), kept[0])
-    wanted, _ = tx.update(flat[1], tx.init(flat[0]), flat[0])
-    for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    actual, _ = tx.update(kept[1], tx.init(kept[0]), kept[0])
+    expected, _ = tx.update(flat[1], tx.init(flat[0]), flat[0])
+    for f, w in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(f.reshape(w.shape), w)
 
 
@@ -95,7 +95,7 @@ def layers(shapes, seed=0):
     }
 
 
-def test_pairs_of_equal_shapes_share_one_call_and_agree_with_each_alone():
+def test_pairs_of_equal_shapes_share_one_call_and_agree_with_single_ones():
     shapes = [(9, 7), (6, 9), (9, 7), (9, 7)]
     params, grads, calls = layers(shapes), layers(shapes, 100), []
 
@@ -103,12 +103,12 @@ def test_pairs_of_equal_shapes_share_one_call_and_agree_with_each_alone():
         calls.append(position)
         return nys.linalg.gram_solve(partner, g)
 
-    found = jax.jit(lambda g, p: map_gradients(count, nys.pair_spec, g, p))(grads, params)
+    actual = jax.jit(lambda g, p: map_gradients(count, nys.pair_spec, g, p))(grads, params)
     assert calls == [0, 1, 0, 1]
     tx = nys.scale_by_gram()
     alone = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])
     for k in params:
-        chex.assert_trees_all_close(found[k], alone(grads[k], params[k]), rtol=1e-6, atol=1e-6)
+        chex.assert_trees_all_close(actual[k], alone(grads[k], params[k]), rtol=1e-6, atol=1e-6)
 
 
 def test_pairs_of_equal_shapes_and_other_layouts_or_dtypes_do_not_mix():
@@ -116,11 +116,11 @@ def test_pairs_of_equal_shapes_and_other_layouts_or_dtypes_do_not_mix():
     params = {"f": nys.Factors(a, b), "l": {"lora_a": a, "lora_b": b}}
     params["half"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["f"])
     tx = nys.scale_by_gram(0.1)
-    found, _ = tx.update(params, tx.init(params), params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
+    actual, _ = tx.update(params, tx.init(params), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, params)
     for k in params:
         alone, _ = tx.update(params[k], tx.init(params[k]), params[k])
-        chex.assert_trees_all_close(found[k], alone)
+        chex.assert_trees_all_close(actual[k], alone)
 
 
 @pytest.mark.long
@@ -131,14 +131,17 @@ import jax, jax.numpy as jnp, numpy as np, optax, nyscaled as nys
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 normal = lambda i, s: jax.random.normal(jax.random.key(i), s)
-params = {k: {"lora_a": normal(i, (8, 2)), "lora_b": normal(i + 9, (2, 8))} for i, k in enumerate("pqr")}
+pair = lambda i: {"lora_a": normal(i, (8, 2)), "lora_b": normal(i + 9, (2, 8))}
+params = {k: pair(i) for i, k in enumerate("pqr")}
 spec = {"p": (P("x"), P(None, "y")), "q": (P("y", "x"), P()), "r": (P(), P("x", "y"))}
-sharding = {k: dict(zip(("lora_a", "lora_b"), (NamedSharding(mesh, p) for p in v))) for k, v in spec.items()}
+named = lambda a, b: {"lora_a": NamedSharding(mesh, a), "lora_b": NamedSharding(mesh, b)}
+sharding = {k: named(*v) for k, v in spec.items()}
 tx = nys.nora_plus(optax.sgd(1.0))
 update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])
 expected = update(params, params)
 split = jax.device_put(params, sharding)
-jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5), update(split, split), expected)
+close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+jax.tree.map(close, update(split, split), expected)
 """
     flags = "--xla_force_host_platform_device_count=4"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "XLA_FLAGS": flags})
@@ -182,8 +185,8 @@ def test_boxes_and_frozen_dicts_of_linen_are_looked_into():
         lambda x: linen.Partitioned(x, names=("data",) + (None,) * (x.ndim - 1)), pair
     )
     tx = nys.lora_p(optax.sgd(1.0))
-    wanted, _ = tx.update(pair, tx.init(pair), pair)
+    expected, _ = tx.update(pair, tx.init(pair), pair)
     for tree in (boxed, FrozenDict(pair)):
-        found, _ = tx.update(tree, tx.init(tree), tree)
-        assert jax.tree.structure(found) == jax.tree.structure(tree)
-        chex.assert_trees_all_equal(jax.tree.leaves(found), jax.tree.leaves(wanted))
+        actual, _ = tx.update(tree, tx.init(tree), tree)
+        assert jax.tree.structure(actual) == jax.tree.structure(tree)
+        chex.assert_trees_all_equal(jax.tree.leaves(actual), jax.tree.leaves(expected))

@@ -23,23 +23,23 @@ def pair():
 def test_step_is_that_of_scaled_gd_with_the_damping_of_the_loss(point, factor, noise):
     grads = jax.tree.map(lambda x: x + 1, point)
     damping = factor * abs(1.7 - noise) ** 0.5
-    wanted = nys.scaled_gd(0.4, damping).update(grads, nys.scaled_gd(0.4).init(point), point)[0]
+    expected = nys.scaled_gd(0.4, damping).update(grads, nys.scaled_gd(0.4).init(point), point)[0]
     tx = nys.precgd(0.4, factor, noise)
-    found = tx.update(grads, tx.init(point), point, value=1.7)[0]
-    chex.assert_trees_all_close(found, wanted, rtol=1e-5)
+    actual = tx.update(grads, tx.init(point), point, value=1.7)[0]
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.long
 def test_solver_loop_passes_the_loss_of_the_current_iterate():
     problem, _ = nys.problems.sensing.gaussian(KEY, M, (1.0, 0.5), P)
     start, tx = normal(3, (M, R)), nys.precgd(0.5)
-    found = nys.solvers.run(nys.solvers.gradient_step(problem, tx), start, 3).params
+    actual = nys.solvers.run(nys.solvers.gradient_step(problem, tx), start, 3).params
     x, state = start, tx.init(start)
     for _ in range(3):
         loss, grads = jax.value_and_grad(problem.loss)(x)
         updates, state = tx.update(grads, state, x, value=loss)
         x = optax.apply_updates(x, updates)
-    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual, x, rtol=1e-4, atol=1e-5)
 
 
 def test_schedules_outer_chains_and_low_precision():
@@ -48,8 +48,8 @@ def test_schedules_outer_chains_and_low_precision():
     updates, _ = tx.update(x, tx.init(x), x, value=1.0)
     assert updates.dtype == jnp.bfloat16
     plain = nys.precgd(0.5)
-    wanted, _ = plain.update(x, plain.init(x), x, value=1.0)
-    np.testing.assert_allclose(updates.astype(float), wanted.astype(float), rtol=1e-2)
+    expected, _ = plain.update(x, plain.init(x), x, value=1.0)
+    np.testing.assert_allclose(updates.astype(float), expected.astype(float), rtol=1e-2)
 
 
 def errors(tx, rank, steps, scale=1e-3, spectrum=(1.0, 0.1)):
@@ -78,8 +78,8 @@ def test_too_many_columns_leave_precgd_linear_and_make_the_others_slow_or_unstab
 @pytest.mark.long
 @pytest.mark.parametrize("kappa", [1.0, 10.0, 100.0])
 def test_rate_does_not_depend_on_the_condition_number(kappa):
-    found = errors(nys.precgd(0.7), 2, 40, spectrum=(1.0, 1 / kappa))
-    assert found[40] < 1e-5
+    actual = errors(nys.precgd(0.7), 2, 40, spectrum=(1.0, 1 / kappa))
+    assert actual[40] < 1e-5
 
 
 @pytest.mark.long
@@ -89,9 +89,9 @@ def test_noise_floor_is_reached_whether_or_not_its_level_is_known():
     full = nys.problems.Symmetric(truth @ truth.T)
     for level in (0.0, 0.1**2 / 4):
         step = nys.solvers.gradient_step(problem, nys.precgd(0.5, noise_level=level))
-        found = nys.solvers.run(step, start, 100, full.residual).history[-1]
+        actual = nys.solvers.run(step, start, 100, full.residual).history[-1]
         # σ√(degrees of freedom / p), of R columns
-        assert found < 2 * 0.1 * np.sqrt((M * R) / P)
+        assert actual < 2 * 0.1 * np.sqrt((M * R) / P)
 
 
 def test_value_of_a_missing_or_batched_loss_is_refused():
@@ -105,15 +105,15 @@ def test_value_of_a_missing_or_batched_loss_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("args", "wanted"),
+    ("args", "expected"),
     [
         ((0.0,), "learning_rate is 0"),
         ((0.5, 0.0), "damping_scale is 0"),
         ((0.5, 1.0, -1.0), "noise_level is -1"),
     ],
 )
-def test_bad_constants_are_refused(args, wanted):
-    with pytest.raises(ValueError, match=wanted):
+def test_bad_constants_are_refused(args, expected):
+    with pytest.raises(ValueError, match=expected):
         nys.precgd(*args)
 
 

@@ -127,8 +127,8 @@ def randomize(model):
             value.data = 0.15 * torch.randn(value.shape, generator=generator)
 
 
-def close(got, wanted):
-    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_peft_computes_what_was_saved(options, tmp_path):
     train(model)
     nys.lora.save_peft(model, tmp_path, base_model="net")
     loaded = strictly(peft.PeftModel.from_pretrained, copy.deepcopy(base), tmp_path)
-    wanted = ours(model)
-    assert np.abs(wanted - theirs(base)).max() > 1e-2
-    close(theirs(loaded), wanted)
+    expected = ours(model)
+    assert np.abs(expected - theirs(base)).max() > 1e-2
+    close(theirs(loaded), expected)
     with loaded.disable_adapter():
         np.testing.assert_array_equal(theirs(loaded), theirs(base))
     nys.lora.activate(model, ())
     np.testing.assert_array_equal(ours(model), ours(Net()))
-    close(theirs(loaded.merge_and_unload()), wanted)
+    close(theirs(loaded.merge_and_unload()), expected)
 
 
 CONFIGS = {
@@ -179,9 +179,9 @@ def test_what_peft_saved_is_computed_here(config, tmp_path):
     their.save_pretrained(tmp_path)
     model = Net()
     nys.lora.load_peft(model, tmp_path)
-    wanted = theirs(their)
-    assert np.abs(wanted - theirs(TorchNet())).max() > 1e-2
-    close(ours(model), wanted)
+    expected = theirs(their)
+    assert np.abs(expected - theirs(TorchNet())).max() > 1e-2
+    close(ours(model), expected)
     nys.lora.activate(model, ())
     np.testing.assert_array_equal(ours(model), ours(Net()))
 
@@ -198,13 +198,13 @@ def test_starts_that_change_the_base(init, tmp_path):
     their.save_pretrained(tmp_path / "mutating")
     with pytest.raises(ValueError, match="init_lora_weights"):
         nys.lora.load_peft(Net(), tmp_path / "mutating")
-    wanted = theirs(their)
+    expected = theirs(their)
     their.save_pretrained(
         tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start"
     )
     model = Net()
     nys.lora.load_peft(model, tmp_path / "plain")
-    close(ours(model), wanted)
+    close(ours(model), expected)
 
 
 def test_two_adapters_on_one_base(tmp_path):
@@ -278,9 +278,9 @@ def test_adapters_of_flax_and_qwix_are_read(tmp_path):
         names = {f"layers.{i}": str(i) for i in range(2)}
         nys.lora.save_peft(model, folder, base_model="net", names=names, alpha=alpha)
         loaded = strictly(peft.PeftModel.from_pretrained, torch_net(), folder)
-        wanted = ours(model)
-        assert np.abs(wanted - theirs(torch_net())).max() > 1e-2
-        close(theirs(loaded), wanted)
+        expected = ours(model)
+        assert np.abs(expected - theirs(torch_net())).max() > 1e-2
+        close(theirs(loaded), expected)
 
 
 SIZES = {
@@ -341,7 +341,7 @@ FAMILIES = {
 
 
 def put(tree, path, layer):
-    """Puts a layer at a dotted path, making modules (and lists, where numbers follow) on the way."""
+    """Put a layer at a dotted path, in new modules (lists, where numbers follow)."""
     first, _, rest = path.partition(".")
     if not rest:
         setattr(tree, first, layer)
@@ -380,7 +380,7 @@ def test_names_are_those_of_transformers(name, stacked, tmp_path):
     their = peft.get_peft_model(make(), config)
     randomize(their)
     their.save_pretrained(tmp_path / "theirs")
-    wanted = safetensors.numpy.load_file(tmp_path / "theirs" / TENSORS)
+    expected = safetensors.numpy.load_file(tmp_path / "theirs" / TENSORS)
     modules = {
         path.removeprefix(prefix): (module.in_features, module.out_features)
         for path, module in make().named_modules()
@@ -388,19 +388,19 @@ def test_names_are_those_of_transformers(name, stacked, tmp_path):
     }
     model = skeleton(modules, stacked)
     names = MODELS[name][-1].family.layer_name
-    assert len(wanted) == 2 * len(modules)
+    assert len(expected) == 2 * len(modules)
 
     nys.lora.apply(model, 2, 3.0, targets=".*", key=KEY, name="ours")
     nys.lora.save_peft(model, tmp_path / "ours", base_model="tiny", name="ours", names=names)
-    got = safetensors.numpy.load_file(tmp_path / "ours" / TENSORS)
-    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in wanted.items()}
+    actual = safetensors.numpy.load_file(tmp_path / "ours" / TENSORS)
+    assert {k: v.shape for k, v in actual.items()} == {k: v.shape for k, v in expected.items()}
     loaded = strictly(peft.PeftModel.from_pretrained, make(), tmp_path / "ours")
     state = peft.get_peft_model_state_dict(loaded)
-    assert state.keys() == got.keys()
+    assert state.keys() == actual.keys()
     for key, value in state.items():
-        np.testing.assert_array_equal(value.numpy(), got[key])
+        np.testing.assert_array_equal(value.numpy(), actual[key])
 
     nys.lora.load_peft(model, tmp_path / "theirs", name="theirs", names=names)
     nys.lora.save_peft(model, tmp_path / "again", base_model="tiny", name="theirs", names=names)
     again = safetensors.numpy.load_file(tmp_path / "again" / TENSORS)
-    jax.tree.map(np.testing.assert_array_equal, again, wanted)
+    jax.tree.map(np.testing.assert_array_equal, again, expected)

@@ -75,8 +75,8 @@ def trained(net, **options):
     return net
 
 
-def close(got, wanted):
-    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def quietly(fn, *args, **options):
@@ -98,7 +98,10 @@ CASES = {
         "ensure_weight_tying": True,
     },
     "norms": {"target_modules": ["v_proj"], "modules_to_save": None},
-    "layers saved whole": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.self_attn.v_proj"]},
+    "layers saved whole": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["layers.1.self_attn.v_proj"],
+    },
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 30]},
     "tokens of each": {
         "target_modules": ["q_proj"],
@@ -118,7 +121,10 @@ CASES = {
         "layers_pattern": "layers",
     },
     "expression": {"target_modules": r".*layers\.(0|2)\.self_attn\.[qv]_proj"},
-    "excluded": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*\.1\.self_attn\.q_proj"},
+    "excluded": {
+        "target_modules": ["q_proj", "k_proj"],
+        "exclude_modules": r".*\.1\.self_attn\.q_proj",
+    },
     "ranks": {
         "target_modules": ["q_proj", "v_proj", "c_attn"],
         "rank_pattern": {r"layers\.2\.self_attn\.q_proj": 5, r"^.*\.0\..*v_proj": 1, "c_attn": 7},
@@ -129,7 +135,7 @@ CASES = {
         "rank_pattern": {"1.self_attn.q_proj": 5, "2.self_attn.q_proj": 3},
         "use_rslora": True,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -137,20 +143,20 @@ def test_what_peft_saved_is_computed_here_and_saved_again(case, base, tmp_path):
     folder, family = base
     options = CASES[case] | ({"modules_to_save": NORMS[family]} if case == "norms" else {})
     their = trained(theirs(folder), **options)
-    wanted = logits(their)
+    expected = logits(their)
     quietly(their.save_pretrained, tmp_path / "theirs")
     model, _ = quietly(nys.models.load, folder)
     before = call(model)
     nys.lora.load_peft(model, tmp_path / "theirs")
-    got = call(model)
-    close(got, wanted)
-    assert np.abs(got - before).max() > 1e-4
+    actual = call(model)
+    close(actual, expected)
+    assert np.abs(actual - before).max() > 1e-4
     if case.startswith(("tokens", "biases")):
         return  # these changed the base, and are no part of the adapter here
     saved = list(_saved_paths(model, options.get("modules_to_save") or ()))
     nys.lora.save_peft(model, tmp_path / "ours", base_model="b", modules_to_save=saved)
     again = quietly(peft.PeftModel.from_pretrained, theirs(folder), tmp_path / "ours")
-    close(logits(again), wanted)
+    close(logits(again), expected)
 
 
 def _saved_paths(model, modules):
@@ -179,9 +185,9 @@ def test_new_tokens(save_embeddings, base, tmp_path):
     nys.lora.load_peft(model, tmp_path)
     tokens = np.array([[3, 33, 34, 1]])
     with torch.no_grad():
-        wanted = their.eval()(torch.tensor(tokens)).logits.numpy()
-    assert wanted.shape[-1] == 35
-    close(model(jnp.asarray(tokens)), wanted)
+        expected = their.eval()(torch.tensor(tokens)).logits.numpy()
+    assert expected.shape[-1] == 35
+    close(model(jnp.asarray(tokens)), expected)
 
 
 @pytest.mark.parametrize("init", ["nora", "pissa"])
@@ -204,13 +210,13 @@ def test_peft_computes_what_was_trained_here(init, base, tmp_path):
         if isinstance(value, nnx.LoRAParam) or path[0] == norm or "input_layernorm" in path:
             value[...] += 0.1 * rng.standard_normal(value.shape).astype(np.float32)
     model = nnx.merge(nnx.graphdef(model), nnx.state(model))
-    wanted = call(model)
+    expected = call(model)
     whole = [p for p in (norm, "layers.input_layernorm") if p in _paths(model)]
     nys.lora.save_peft(model, tmp_path, base_model="b", modules_to_save=whole)
     loaded = quietly(peft.PeftModel.from_pretrained, theirs(folder), tmp_path)
-    close(logits(loaded), wanted)
+    close(logits(loaded), expected)
     nys.lora.merge(model)
-    close(call(model), wanted)
+    close(call(model), expected)
 
 
 def _paths(model):
@@ -247,11 +253,11 @@ def test_classifiers(case, tmp_path):
         value.data += 0.1 * torch.randn(value.shape)
     net.save_pretrained(tmp_path / "base")
     their = trained(net, task_type="SEQ_CLS", **BERT[case])
-    wanted = logits(their)
+    expected = logits(their)
     quietly(their.save_pretrained, tmp_path / "theirs")
     model, _ = quietly(nys.models.load, tmp_path / "base")
     nys.lora.load_peft(model, tmp_path / "theirs")
-    close(call(model), wanted)
+    close(call(model), expected)
     if case == "biases":
         return
     ends = ("classifier", "LayerNorm") if case == "norms" else ("classifier",)
@@ -259,4 +265,4 @@ def test_classifiers(case, tmp_path):
     options = {"task_type": "SEQ_CLS", "modules_to_save": saved}
     nys.lora.save_peft(model, tmp_path / "ours", base_model="b", **options)
     again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
-    close(logits(quietly(peft.PeftModel.from_pretrained, again, tmp_path / "ours")), wanted)
+    close(logits(quietly(peft.PeftModel.from_pretrained, again, tmp_path / "ours")), expected)
