@@ -24,7 +24,10 @@ def chat(template, messages=TALK, **options):
     return Tokenizer(inner, {"chat_template": template}).chat(messages, **options)
 
 
-PARTS = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}<end>{% endfor %}"
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}"
+    "<end>{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(

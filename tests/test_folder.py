@@ -164,7 +164,10 @@ def test_folders_without_sound_files_are_refused(folder):
 def test_json_is_read_as_utf8_whatever_the_locale(folder):
     """The name is one that cp1252 and ASCII would spoil."""
     (folder / CONFIG).write_text('{"<｜é｜>": 1}', encoding="utf-8")
-    code = f"from nyscaled.checkpoints.folder import *; print(ascii(open_folder({str(folder)!r}).config))"
+    code = (
+        "from nyscaled.checkpoints.folder import *;"
+        f"print(ascii(open_folder({str(folder)!r}).config))"
+    )
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | plain, capture_output=True, text=True

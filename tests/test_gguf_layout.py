@@ -128,7 +128,7 @@ def rewritten(path, alignment):
 
 
 def test_large_arrays_are_read_at_once(path):
-    """A million bytes; through Python one by one they took seconds. Beyond a limit they are refused."""
+    """A million bytes, which took seconds one by one. Beyond a limit they are refused."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_key_value("x", np.zeros(10**6, np.uint8).tobytes(), gguf.GGUFValueType.ARRAY)
     writer.write_header_to_file()

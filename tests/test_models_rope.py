@@ -1,4 +1,4 @@
-"""Rotations for long contexts against what transformers computes (`tests/fixtures/make_rope.py`)."""
+"""Rotations for long texts against transformers (`tests/fixtures/make_rope.py`)."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Chat templates that would never end, or take all memory, and the process that they are ended in."""
+"""Chat templates that would never end, or take all memory, and the process that ends them."""
 
 import os
 import signal

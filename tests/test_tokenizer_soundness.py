@@ -1,4 +1,4 @@
-"""Tokenizers that the library fails on, or that would end the process: refused as they are opened."""
+"""Tokenizers on which the library fails, or that would end the process, are refused."""
 
 import base64
 import json

@@ -236,7 +236,8 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         twice = sorted(n for n in held - weight_map.keys() if places[n] != shard)
         if twice:
             raise ValueError(
-                f"{path / shard} has {files.brief(', '.join(twice[:4]))}, as {places[twice[0]]} has; "
+                f"{path / shard} has {files.brief(', '.join(twice[:4]))}, as "
+                f"{places[twice[0]]} has; "
                 f"expected {INDEX} to name the one to read"
             )
     for name, shard in (weight_map | (places | weight_map)).items():  # in the order of the index

@@ -21,7 +21,7 @@ def is_id(name: str) -> bool:
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """Return the path of a local copy of a repository's model, downloaded unless it is in the cache.
+    """Return a local copy of a repository's model, downloaded unless it is in the cache.
 
     Args:
         name: `owner/name` of the repository.

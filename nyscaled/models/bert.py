@@ -77,8 +77,8 @@ class BertConfig(Config):
         super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; expected "
-                "a multiple of num_attention_heads"
+                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; "
+                "expected a multiple of num_attention_heads"
             )
         if self.hidden_act not in list(ACTIVATIONS):  # a list has == for what cannot be hashed
             raise ValueError(

@@ -173,7 +173,7 @@ def scan(
     *shared: Any,
     remat: bool,
 ) -> tuple[Array, Any]:
-    """Run `x, output = step(x, layer, input, *shared)` through a stack, compiled once for any depth.
+    """Run `x, output = step(x, layer, input, *shared)` through a stack, compiled for any depth.
 
     Args:
         step: function of a module, not one made for the call, so that calls outside of `jit` find

@@ -151,7 +151,7 @@ def run_causal(
     windows: Int[Array, " layers"] | None = None,
     remat: bool,
 ) -> tuple[Float[Array, "batch length width"], Cache | None]:
-    """Run `x, kept = layer(x, context, *shared)` through a stack, and put what was kept in the cache.
+    """Run `x, kept = layer(x, context, *shared)` through a stack; the cache gets what was kept.
 
     Args:
         layers: the stack.

@@ -88,7 +88,8 @@ class BertClassifier(LanguageModel):
     def __init__(self, encoder: Bert, labels: Sequence[str], *, rngs: nnx.Rngs) -> None:
         if not isinstance(encoder, Bert):
             raise ValueError(
-                f"encoder is a {type(encoder).__name__}; expected a Bert (for a classifier, its .bert)"
+                f"encoder is a {type(encoder).__name__}; expected a Bert (for a classifier, its "
+                ".bert)"
             )
         names = [] if isinstance(labels, str) else [x for x in labels if isinstance(x, str)]
         if not names or len(set(names)) < len(labels):

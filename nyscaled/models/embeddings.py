@@ -21,7 +21,7 @@ def resize_token_embeddings(
     rows: Float[ArrayLike, "new width"] | None = None,
     head_rows: Float[ArrayLike, "new width"] | None = None,
 ) -> None:
-    """Change a model's number of tokens, in place: in its embedding, its head and its configuration.
+    """Change a model's number of tokens, in place: its embedding, head and configuration.
 
     New rows are the mean of the old ones. The logits of new tokens then do not exceed those of all
     others (Hewitt, 2021). transformers' method of this name samples them around that mean.

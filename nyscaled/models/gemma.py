@@ -40,7 +40,7 @@ class GemmaConfig(GatedConfig):
 
 @register
 class Gemma(GatedDecoder):
-    """Decoder with norms scaled by 1 + w, GeGLU, and embeddings times √width (Mesnard et al., 2024).
+    """Decoder with norms scaled by 1 + w, GeGLU and scaled embeddings (Mesnard et al., 2024).
 
     Built and called as `GatedDecoder` is.
 

@@ -100,8 +100,8 @@ def generate(
     length, longest = int(mask.sum(1).max()) + count, model.max_length
     if longest is not None and length > longest:
         raise ValueError(
-            f"the longest prompt and max_new_tokens are {length} tokens; expected at most {longest}, "
-            "the positions that the model knows"
+            f"the longest prompt and max_new_tokens are {length} tokens; expected at most "
+            f"{longest}, the positions that the model knows"
         )
     stops = _stops(config.eos_token_id if stop_tokens is None else stop_tokens)
     if pad_token is not None:
@@ -194,7 +194,9 @@ def choose(
 def restricted(
     logits: Float[Array, "batch vocab"], sampling: Sampling
 ) -> Float[Array, "batch vocab"]:
-    """Return the logits with −∞ for tokens outside of top_k and top_p; equal ones stay or go together.
+    """Return the logits with −∞ for tokens outside of top_k and top_p.
+
+    Tokens with equal logits stay or go together.
 
     Args:
         logits: logits of the tokens.

@@ -65,8 +65,8 @@ class OptConfig(Config):
         super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; expected "
-                "a multiple of num_attention_heads"
+                f"hidden_size is {self.hidden_size} with {self.num_attention_heads} heads; "
+                "expected a multiple of num_attention_heads"
             )
 
     @classmethod

@@ -95,7 +95,7 @@ class DynamicScaling:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """Slow rotations `factor` times slower, fast ones unchanged, a ramp between (Peng et al., 2023).
+    """Slow rotations `factor` times slower, a ramp to unchanged fast ones (Peng et al., 2023).
 
     Attributes:
         factor: ratio of the length of texts to that in training.

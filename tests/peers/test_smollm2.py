@@ -133,7 +133,7 @@ def test_prompts_are_continued_as_in_transformers(ours, theirs):
 
 
 def test_the_saved_tokenizer_in_transformers(ours, lines, tmp_path):
-    """As `nys.models.save` writes it; by the name of the model's class transformers would find another."""
+    """As `nys.models.save` writes it; transformers would choose another by the model's class."""
     _, tokenizer = ours
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -1,4 +1,4 @@
-"""Tokens and settings beside `tokenizer.json` against transformers: the same ids, also once saved."""
+"""Tokens and settings beside `tokenizer.json` against transformers, also after a save."""
 
 import os
 
@@ -132,7 +132,7 @@ def test_ids_are_those_of_transformers(block, tmp_path):
 
 @pytest.mark.parametrize("prefix", [None, True, False])
 def test_spaces_of_llama(prefix, tmp_path):
-    """Of texts without special tokens; after those, transformers 5 has no space and the file one."""
+    """In texts without special tokens: transformers 5 has no space after those."""
     settings = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix}
     settings["additional_special_tokens"] = [token("<x>")]
     inner = sentence_piece()

@@ -41,7 +41,8 @@ TEMPLATES = [
     "{%- set messages = messages[1:] -%}{%- endif -%}{%- for m in messages -%}"
     "{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('order') }}"
     "{%- endif -%}  [{{ loop.first and sys or '' }}|{{ m.content }}]  {%- endfor -%}",
-    "{{ bos_token }}{% set ns = namespace(n=0) %}{% for m in messages %}\n    {% set ns.n = ns.n + 1 %}"
+    "{{ bos_token }}{% set ns = namespace(n=0) %}{% for m in messages %}\n    "
+    "{% set ns.n = ns.n + 1 %}"
     "{{ ns.n }}{% if ns.n > 2 %}{% break %}{% endif %}\n    {% generation %}{{ m | tojson }}"
     "{% endgeneration %}\n{% endfor %}",
     "{% if tools is not none %}{{ tools | tojson(indent=2) }}{% else %}{{ documents is defined }}"

@@ -15,7 +15,7 @@ from nyscaled.models.tokenizers.tools import tool_schema
 # Names under which messages have reasoning: a template may read any of them.
 _REASONING = "reasoning_content", "thinking", "reasoning"
 _MARK = "CONTINUED_FROM_HERE"
-# Arguments of transformers' apply_chat_template that are none of the template.
+# Arguments of transformers' apply_chat_template that are not the template's.
 _ELSEWHERE = {
     "chat_template": "`template` names one of the tokenizer's",
     "conversation": "it is the first argument here",
@@ -42,19 +42,18 @@ def render(
     """Return the text of a conversation; see `Tokenizer.chat`.
 
     Args:
-        template: in Jinja.
-        messages: mappings, or dataclasses.
-        tools: JSON schemas, or functions, of which they are made.
+        template: template in Jinja.
+        messages: mappings or dataclasses.
+        tools: JSON schemas, or functions from which they are made.
         documents: mappings.
-        add_generation_prompt: for the template.
-        continue_final_message: whether the text ends with the last message; a text names the
-            field of it that goes on, which is otherwise "content".
-        variables: others that the template sees.
+        add_generation_prompt: whether the text ends where the answer begins.
+        continue_final_message: whether the text ends within the last message; a string names the
+            field of the message to continue instead of "content".
+        variables: other variables of the template.
 
     Raises:
         ValueError: on other messages, tools or documents, on a template that refuses them, goes
-            beyond a limit of `nyscaled.models.tokenizers.templates`, or does not repeat the message that goes
-            on.
+            beyond a limit of `templates`, or does not repeat the message to continue.
         ImportError: without the package jinja2.
     """
     for name in variables.keys() & _ELSEWHERE.keys():
@@ -79,7 +78,7 @@ def render(
     if add_generation_prompt:
         raise ValueError(
             "continue_final_message and add_generation_prompt contradict one another; expected "
-            "the first to go on with the last message, the second to begin one"
+            "the first to continue the last message, the second to begin one"
         )
     field = "content" if continue_final_message is True else continue_final_message
     mark = _MARK
@@ -90,7 +89,7 @@ def render(
 
 
 def _messages(messages: Sequence[object]) -> list[dict[str, Any]]:
-    """Messages as templates take them: without None, and reasoning under each of its names."""
+    """Return messages in the form of templates: without None, reasoning under each of its names."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages is {messages!r:.80}; expected a list of messages, at least one")
     rows = []
@@ -106,7 +105,7 @@ def _messages(messages: Sequence[object]) -> list[dict[str, Any]]:
 
 
 def _marked(message: dict[str, Any], field: str, template: str, mark: str) -> str:
-    """The text that goes on, after whose end a mark is put into the message."""
+    """Put a mark after the text to continue in a message, and return the text."""
     if field not in message:
         raise ValueError(f"the last message has no {field!r} to continue")
     value = message[field]
@@ -135,7 +134,7 @@ def _before_mark(text: str, final: str, mark: str) -> str:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """The value in JSON's types: other objects have methods, and templates come from anywhere."""
+    """Return the value in JSON's types: other objects have methods that a template could call."""
     if depth > files.MAX_DEPTH:
         raise ValueError(
             f"a message, tool or variable nests deeper than {files.MAX_DEPTH}, or holds itself"

@@ -27,15 +27,18 @@ from nyscaled.models.tokenizers.tokenizer import (
 )
 
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
-# Of tokenizers that are not read: WordPiece's words, SentencePiece's model.
+# Files of tokenizers that are not read: WordPiece's words, SentencePiece's model.
 _OTHERS = _VOCABULARY, "vocab.txt", "tokenizer.model"
 
 
 def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer of a model folder, None if there is none that can be read.
+    """Return the tokenizer of a model folder, None if there is none that can be read.
 
-    It is that of `tokenizer.json`, else GPT-2's of `vocab.json` and `merges.txt`, which the
-    repositories of OPT have. A warning says where there is one of another form.
+    It is read from `tokenizer.json`, else from GPT-2's `vocab.json` and `merges.txt`, which the
+    repositories of OPT have. There is a warning if the folder has one of another form.
+
+    Args:
+        folder: path of the folder.
 
     Raises:
         ValueError: on a broken file.
@@ -46,14 +49,14 @@ def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
 
 
 def _open(folder: Path) -> Tokenizer | None:
-    there = [name for name in (FILE, *_OTHERS) if files.exists(folder / name)]
-    if not there:
+    present = [name for name in (FILE, *_OTHERS) if files.exists(folder / name)]
+    if not present:
         return None
     settings = read_settings(folder)
-    if FILE not in there and not _is_gpt2(folder, settings):
+    if FILE not in present and not _is_gpt2(folder, settings):
         warnings.warn(
-            f"{folder} has {there[0]}, from which no tokenizer is made here: it is None; expected "
-            f"{FILE}, which transformers' AutoTokenizer writes in save_pretrained, or "
+            f"{folder} has {present[0]}, from which no tokenizer is made here: it is None; "
+            f"expected {FILE}, which transformers' AutoTokenizer writes in save_pretrained, or "
             f"{_VOCABULARY} and {_MERGES} of a GPT2Tokenizer",
             stacklevel=8,  # of the call of `nyscaled.models.load`
         )
@@ -62,35 +65,35 @@ def _open(folder: Path) -> Tokenizer | None:
         import tokenizers  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{folder / there[0]} needs tokenizers: pip install 'nyscaled[models]'"
+            f"{folder / present[0]} needs tokenizers: pip install 'nyscaled[models]'"
         ) from error
     try:
         settings |= _templates(folder, settings)
-        inner = _of_json(folder / FILE) if FILE in there else _of_merges(folder)
+        inner = _of_json(folder / FILE) if FILE in present else _of_merges(folder)
         with soundness.refusing("the package tokenizers refuses what the settings ask for"):
             inner, settings = completed(inner, settings, folder)
-            if FILE not in there:
+            if FILE not in present:
                 _add_ends(inner, settings)
         return Tokenizer(inner, settings)
     except ValueError as error:
-        raise ValueError(f"{folder / there[0]}, {SETTINGS}: {files.brief(error)}") from None
+        raise ValueError(f"{folder / present[0]}, {SETTINGS}: {files.brief(error)}") from None
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat templates that have files of their own, which come first, with the others.
+    """Return the chat templates, of which those in separate files override the settings.
 
     Raises:
         ValueError: on templates of another type, or files that are not texts.
     """
-    own = {}
+    separate = {}
     if files.exists(folder / TEMPLATE):
-        own["default"] = files.read_text(folder / TEMPLATE)
+        separate["default"] = files.read_text(folder / TEMPLATE)
     files.note(folder / TEMPLATES)
     for path in sorted((folder / TEMPLATES).glob("*.jinja")):
-        own[path.name.removesuffix(".jinja")] = files.read_text(path)
-    if not own:
+        separate[path.name.removesuffix(".jinja")] = files.read_text(path)
+    if not separate:
         return {}
-    named = named_templates(settings) | own
+    named = named_templates(settings) | separate
     if named.keys() == {"default"}:
         return {"chat_template": named["default"]}
     return {"chat_template": [{"name": k, "template": v} for k, v in named.items()]}
@@ -109,7 +112,7 @@ def _of_json(path: Path) -> Any:
 
 
 def _is_gpt2(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `vocab.json` and `merges.txt` say all of a tokenizer."""
+    """Return whether `vocab.json` and `merges.txt` are a complete tokenizer."""
     kind = settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast")
     return kind and all(files.exists(folder / f) for f in (_VOCABULARY, _MERGES))
 

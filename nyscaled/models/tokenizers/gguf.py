@@ -1,4 +1,4 @@
-"""Tokenizers from vocabularies where there is no `tokenizer.json`, as in GGUF files' metadata."""
+"""Tokenizers from vocabularies without a `tokenizer.json`, as in the metadata of GGUF files."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _SPLITS = {
     "llama-v3": "llama3",
     "llama3": "llama3",
     "qwen2": "qwen2",
-    "smaug-bpe": "llama3",  # which Llama 3 itself was called at first
+    "smaug-bpe": "llama3",  # the first name of Llama 3
 }
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer of a GGUF file, None if it has no vocabulary.
+    """Return the tokenizer of a GGUF file, None if it has no vocabulary.
 
     Args:
-        metadata: of the file, `nyscaled.checkpoints.gguf.Gguf.metadata`.
+        metadata: metadata of the file, `nyscaled.checkpoints.gguf.Gguf.metadata`.
 
     Raises:
         ValueError: on a kind of vocabulary, or a way to split text, that is not known here, and
@@ -51,8 +51,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
-    found = {k.removeprefix(_PREFIX): v for k, v in metadata.items() if k.startswith(_PREFIX)}
-    kind = found.get("model")
+    fields = {k.removeprefix(_PREFIX): v for k, v in metadata.items() if k.startswith(_PREFIX)}
+    kind = fields.get("model")
     if kind in (None, "none", "no_vocab"):
         return None
     if kind not in ("gpt2", "llama"):
@@ -61,39 +61,39 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
         import tokenizers
     except ModuleNotFoundError as error:
         raise ImportError("tokens need tokenizers: pip install 'nyscaled[models]'") from error
-    tokens = _texts(found, "tokens")
+    tokens = _texts(fields, "tokens")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise ValueError("tokenizer.ggml.tokens has a token twice")
     for key in ("scores", "token_type"):
-        if len(found.get(key, tokens)) != len(tokens):
+        if len(fields.get(key, tokens)) != len(tokens):
             raise ValueError(
-                f"{_PREFIX}{key} has {len(found[key])} entries for {len(tokens)} tokens"
+                f"{_PREFIX}{key} has {len(fields[key])} entries for {len(tokens)} tokens"
             )
-    types = found.get("token_type", [_NORMAL] * len(tokens))
+    types = fields.get("token_type", [_NORMAL] * len(tokens))
     roles = {}
     for key, role in _ROLES.items():
         i = token_id(metadata, key, len(tokens))
         if i is not None:
             roles[f"{role}_token"] = tokens[i]
     if kind == "gpt2":
-        pre = _required(found, "pre")
+        pre = _required(fields, "pre")
         if pre not in _SPLITS:
             raise ValueError(f"{_PREFIX}pre is {pre!r}; expected one of {', '.join(_SPLITS)}")
-        # Whether texts begin with a token of their own, if nothing says so.
+        # Whether texts begin with a special token, if the metadata does not say it.
         bos = _SPLITS[pre] == "llama3"
-        inner = byte_level(vocabulary, _texts(found, "merges"), _SPLITS[pre])
+        inner = byte_level(vocabulary, _texts(fields, "merges"), _SPLITS[pre])
     else:
-        bos, inner = True, _sentence_piece(found, vocabulary, roles.get("unk_token"))
-    # Both kinds are found whole in a text; only control tokens are left out of a decoded one.
-    for wanted, add in ((_CONTROL, inner.add_special_tokens), (_USER_DEFINED, inner.add_tokens)):
-        whole = [t for t, is_of in zip(tokens, types, strict=True) if is_of == wanted]
-        special = wanted == _CONTROL
+        bos, inner = True, _sentence_piece(fields, vocabulary, roles.get("unk_token"))
+    # Both kinds are matched whole in a text; decoded texts lack only control tokens.
+    for kept, add in ((_CONTROL, inner.add_special_tokens), (_USER_DEFINED, inner.add_tokens)):
+        whole = [t for t, token_type in zip(tokens, types, strict=True) if token_type == kept]
+        special = kept == _CONTROL
         add([tokenizers.AddedToken(t, special=special, normalized=False) for t in whole])
     ends = {}
     for role, default in (("bos", bos), ("eos", False)):
-        if found.get(f"add_{role}_token", default):
-            _required(found, f"{role}_token_id")
+        if fields.get(f"add_{role}_token", default):
+            _required(fields, f"{role}_token_id")
             ends[role] = roles[f"{role}_token"]
     add_ends(inner, **ends)
     return Tokenizer(inner, roles | _templates(metadata))
@@ -104,18 +104,18 @@ def byte_level(
     merges: Sequence[str],
     split: str = "gpt2",
 ) -> Any:
-    """BPE over bytes.
+    """Return a tokenizer by BPE over bytes.
 
     Args:
         vocabulary: ids of the tokens.
-        merges: pairs of tokens with a space between, the first is merged first.
-        split: how text is split before: "gpt2", "digits", "llama3" or "qwen2".
+        merges: pairs of tokens with a space between, in the order in which they are merged.
+        split: how text is split before it is merged: "gpt2", "digits", "llama3" or "qwen2".
 
     Returns:
         A tokenizer of the package tokenizers.
 
     Raises:
-        ValueError: on merges that are not of the vocabulary.
+        ValueError: on merges of tokens outside of the vocabulary.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -123,7 +123,7 @@ def byte_level(
     if no_pair := next((pair for pair in pairs if len(pair) != 2), None):
         raise ValueError(f"a merge is {' '.join(no_pair)!r:.80}; expected two tokens with a space")
     with soundness.refusing("the merges are not of these tokens"):
-        # Llama 3 takes a word that is a token whole, whatever the merges.
+        # Llama 3 keeps a word that is a token whole, regardless of the merges.
         inner = Tokenizer(models.BPE(dict(vocabulary), pairs, ignore_merges=split == "llama3"))
     expressions = {"llama3": _LLAMA3, "qwen2": _QWEN2}
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in expressions)
@@ -141,16 +141,16 @@ def byte_level(
 
 
 def _sentence_piece(
-    found: Mapping[str, Any], vocabulary: dict[str, int], unknown: str | None
+    fields: Mapping[str, Any], vocabulary: dict[str, int], unknown: str | None
 ) -> Any:
-    """SentencePiece's BPE, which always merges the pair whose union has the best score."""
+    """Return SentencePiece's BPE, which always merges the pair whose union has the best score."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores, types = (_required(found, key) for key in ("scores", "token_type"))
+    scores, types = (_required(fields, key) for key in ("scores", "token_type"))
     if any(score != score for score in scores):
         raise ValueError(f"{_PREFIX}scores has NaN; expected numbers")
     merges, size = [], 0
-    # Of a long token only the cuts are looked at whose parts are as long as tokens are.
+    # A long token is cut only into parts whose lengths are lengths of tokens.
     lengths = sorted(set(map(len, vocabulary)))
     for token, i in vocabulary.items():
         if types[i] not in (_NORMAL, _USER_DEFINED):
@@ -172,7 +172,7 @@ def _sentence_piece(
     inner = Tokenizer(models.BPE(vocabulary, pairs, **options))
     spaces: list[Any] = [normalizers.Replace(" ", "▁")]
     parts: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if found.get("add_space_prefix", True):
+    if fields.get("add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("▁"))
         parts.append(decoders.Strip(" ", 1, 0))
     inner.normalizer = normalizers.Sequence(spaces)
@@ -181,7 +181,13 @@ def _sentence_piece(
 
 
 def add_ends(inner: Any, bos: str | None = None, eos: str | None = None) -> None:
-    """Puts tokens around each text."""
+    """Put tokens around each text.
+
+    Args:
+        inner: tokenizer of the package tokenizers.
+        bos: token before each text, or None.
+        eos: token after each text, or None.
+    """
     from tokenizers.processors import TemplateProcessing
 
     ends = [token for token in (bos, eos) if token is not None]
@@ -210,14 +216,14 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"chat_template": [{"name": k, "template": v} for k, v in named.items()]}
 
 
-def _texts(found: Mapping[str, Any], key: str) -> list[str]:
-    value = _required(found, key)
+def _texts(fields: Mapping[str, Any], key: str) -> list[str]:
+    value = _required(fields, key)
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{_PREFIX}{key} is {value!r:.80}; expected texts")
     return value
 
 
-def _required(found: Mapping[str, Any], key: str) -> Any:
-    if key not in found:
+def _required(fields: Mapping[str, Any], key: str) -> Any:
+    if key not in fields:
         raise ValueError(f"the metadata lacks {_PREFIX}{key}")
-    return found[key]
+    return fields[key]

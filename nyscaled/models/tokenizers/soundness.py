@@ -1,7 +1,7 @@
-"""What can go wrong inside of the package tokenizers, as ValueErrors, and before a text is lost to it.
+"""Find what fails inside of the package tokenizers early, and raise it as ValueError.
 
-Its panics pass `except Exception`, some of its settings fail on the first text only, and some
-announce more memory than there is, which ends the process.
+Its panics pass `except Exception`, some of its settings fail only on a text, and some ask for more
+memory than there is, which ends the process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from nyscaled.checkpoints import files
 
-# In all that a tokenizer does to it a text may grow this much at the most.
+# The most that a tokenizer may lengthen a text, over all its steps.
 MAX_GROWTH = 2**20
 LARGEST_ID = 2**31 - 1  # arrays of tokens are int32
 
@@ -23,7 +23,10 @@ _PROBES = "", "a b", "Hello, world's 12\n", "é你\U0001f600\U0010ffff"
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Raise ValueError, with `what` in front, for whatever the library raises.
+    """Raise ValueError for everything that the library raises.
+
+    Args:
+        what: beginning of the message.
 
     Examples:
         >>> with refusing("the tokenizer fails"):
@@ -46,6 +49,9 @@ def refusing(what: str) -> Iterator[None]:
 def require_bounded(document: Mapping[str, Any]) -> None:
     """Require settings of a `tokenizer.json` that need no more memory than the file announces.
 
+    Args:
+        document: content of the file.
+
     Raises:
         ValueError: on a map of characters that is shorter than it says, or steps that together
             make a text longer than `MAX_GROWTH` times.
@@ -63,10 +69,10 @@ def require_bounded(document: Mapping[str, Any]) -> None:
 
 
 def require_usable(inner: Any) -> None:
-    """Require a tokenizer that takes any text, by giving it some.
+    """Require a tokenizer that accepts any text, by passing it some.
 
     Args:
-        inner: the library's.
+        inner: tokenizer of the package tokenizers.
 
     Raises:
         ValueError: if it fails on one, or has ids that int32 does not hold.
@@ -84,7 +90,7 @@ def require_usable(inner: Any) -> None:
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """The objects in a value of JSON, at any depth."""
+    """Yield the objects in a value of JSON, at any depth."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list):
@@ -93,25 +99,25 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(settings: Mapping[str, Any], part: str) -> int:
-    """How many times as long a text is after a step, at the most; 1 for what the library refuses."""
-    kind, added = settings.get("type"), settings.get("prepend")
-    if kind == "Precompiled" and isinstance(settings.get("precompiled_charsmap"), str):
+    """Return how many times a step lengthens a text, at most; 1 for what the library refuses."""
+    step, added = settings.get("type"), settings.get("prepend")
+    if step == "Precompiled" and isinstance(settings.get("precompiled_charsmap"), str):
         return _longest(settings["precompiled_charsmap"])
-    if kind == "Replace":
+    if step == "Replace":
         return _of_replacement(settings.get("pattern"), settings.get("content"))
-    if kind == "Prepend" and isinstance(added, str):
+    if step == "Prepend" and isinstance(added, str):
         return 1 + len(added)
-    if kind == "ByteLevel" and part != "decoder":
-        return 2  # characters that are not ASCII become one a byte, of two bytes each
-    if kind == "TemplateProcessing":
+    if step == "ByteLevel" and part != "decoder":
+        return 2  # other characters than ASCII become one per byte, of two bytes each
+    if step == "TemplateProcessing":
         return _of_templates(settings)
     return 1
 
 
 def _longest(text: str) -> int:
-    """The most bytes that a map of characters puts in the place of one.
+    """Return the most bytes that a map of characters puts in the place of one.
 
-    It must be as long as its first four bytes say: that much memory is taken.
+    The map must be as long as its first four bytes say, because so much memory is allocated.
     """
     try:
         content = base64.b64decode(text, validate=True)
@@ -135,7 +141,7 @@ def _of_replacement(pattern: Any, content: Any) -> int:
 
 
 def _of_templates(settings: Mapping[str, Any]) -> int:
-    """The texts and tokens of the longer template."""
+    """Return the number of texts and tokens in the longer template."""
     tokens = [token.get("ids") for token in _objects(settings.get("special_tokens"))]
     each = max([1, *(len(ids) for ids in tokens if isinstance(ids, list))])
     templates = (settings.get(name) for name in ("single", "pair"))

@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")
     },
 }
-# Other names of BertTokenizer.
+# Classes that do what BertTokenizer does.
 _BERTS = {
     f"{name}Tokenizer"
     for name in (
@@ -43,7 +43,7 @@ _BERTS = {
         "Lxmert",
     )
 }
-# Those that take all from `tokenizer.json`, where there is one.
+# Classes that read everything from `tokenizer.json`.
 _PLAIN = "PreTrainedTokenizer", "TokenizersBackend", ""
 _OF_MODEL = {
     "bert": "BertTokenizer",
@@ -57,10 +57,13 @@ _FLAGS = "single_word", "lstrip", "rstrip", "normalized", "special"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return what the files beside `tokenizer.json` say, as transformers puts them together.
+    """Return what the files beside `tokenizer.json` say, as transformers combines them.
 
-    Where `tokenizer_config.json` has no `added_tokens_decoder`, `special_tokens_map.json` comes
-    before it, and the tokens of `added_tokens.json` are those.
+    Where `tokenizer_config.json` has no `added_tokens_decoder`, `special_tokens_map.json`
+    overrides it, and the added tokens are those of `added_tokens.json`.
+
+    Args:
+        folder: path of the folder.
 
     Raises:
         ValueError: on a broken file.
@@ -93,32 +96,42 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def roles(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens by their roles, `bos_token`, …, of `tokenizer_config.json`."""
+    """Return the special tokens by their roles, `bos_token`, …, of `tokenizer_config.json`.
+
+    Args:
+        settings: what the file holds.
+    """
     return {name: token["content"] for name, token in _named(settings)}
 
 
 def with_sides(inner: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings, with what the tokenizer's file has of padding and truncation."""
+    """Return the settings, with padding and truncation of the tokenizer where they lack it.
+
+    Args:
+        inner: tokenizer of the package tokenizers.
+        settings: what `tokenizer_config.json` holds.
+    """
     padding, truncation = inner.padding or {}, inner.truncation or {}
-    found = {
+    defaults = {
         "pad_token": padding.get("pad_token"),
         "padding_side": padding.get("direction"),
         "truncation_side": truncation.get("direction"),
     }
-    return {k: v for k, v in found.items() if v is not None} | dict(settings)
+    return {k: v for k, v in defaults.items() if v is not None} | dict(settings)
 
 
 def completed(inner: Any, settings: Mapping[str, Any], folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Return a tokenizer with all that transformers applies over its file, and the settings.
+    """Return a tokenizer with everything that transformers applies over its file, and the settings.
 
-    Added are the tokens that stand only in the settings, in transformers' order, so that they have
-    its ids. A `BertTokenizer` normalizes as its settings say, a `GPT2Tokenizer` begins texts with
-    a space or not, and a `LlamaTokenizer` does not where they say so.
+    Tokens that only the settings have are added in transformers' order, so that they have its ids.
+    The settings also say how a `BertTokenizer` normalizes, and whether a `GPT2Tokenizer` and a
+    `LlamaTokenizer` begin texts with a space.
 
     Args:
-        inner: of the package tokenizers.
-        settings: of `read_settings`.
-        folder: with `config.json`, whose model has a class of tokenizers if the settings have none.
+        inner: tokenizer of the package tokenizers.
+        settings: result of `read_settings`.
+        folder: folder with `config.json`, whose model decides the class of the tokenizer if the
+            settings do not.
 
     Raises:
         ValueError: on tokens or settings of another type.
@@ -142,7 +155,7 @@ def completed(inner: Any, settings: Mapping[str, Any], folder: Path) -> tuple[An
 
 
 def _class(inner: Any, settings: Mapping[str, Any], folder: Path) -> str:
-    """The name of the class that transformers takes; "" for the one without settings."""
+    """Return the name of the class in transformers; "" for the one without settings."""
     name = settings.get("tokenizer_class")
     if not isinstance(name, str):
         config = folder / "config.json"
@@ -163,14 +176,14 @@ def _class(inner: Any, settings: Mapping[str, Any], folder: Path) -> str:
 
 
 def _without_others(inner: Any, settings: Mapping[str, Any]) -> Any:
-    """The tokenizer without added tokens that the settings do not have, if these list them.
+    """Return the tokenizer without added tokens that the settings do not list.
 
-    The classes make their tokenizers anew, from the vocabulary and these lists.
+    transformers' classes make their tokenizers from the vocabulary and these lists.
     """
     listed = [*_decoder(settings).values(), *(t for _, t in _named(settings)), *_extra(settings)]
-    there = inner.get_added_tokens_decoder().values()
+    present = inner.get_added_tokens_decoder().values()
     fields = "content", *_FLAGS
-    if all({field: getattr(t, field) for field in fields} in listed for t in there):
+    if all({field: getattr(t, field) for field in fields} in listed for t in present):
         return inner
     document = json.loads(inner.to_str())
     document["added_tokens"] = []
@@ -186,13 +199,15 @@ def _decoder(settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
 
 def _add(inner: Any, settings: Mapping[str, Any]) -> None:
     """Add the tokens of the settings that the tokenizer does not have."""
-    there = {i: token.content for i, token in inner.get_added_tokens_decoder().items()}
+    contents_by_id = {i: token.content for i, token in inner.get_added_tokens_decoder().items()}
     entries = sorted(_decoder(settings).items())
     # Where the file of the tokenizer has another token of this id, that one counts.
-    tokens = [token for i, token in entries if there.get(i, token["content"]) == token["content"]]
+    tokens = [
+        token for i, token in entries if contents_by_id.get(i, token["content"]) == token["content"]
+    ]
     named = [token for _, token in _named(settings)]
     contents = {token["content"] for token in named}
-    known = {*there.values(), *(token["content"] for token in tokens)}
+    known = {*contents_by_id.values(), *(token["content"] for token in tokens)}
     for token in (*named, *_extra(settings)):  # of one content the flags of the last count
         if token["content"] not in known and token not in tokens:
             tokens.append(token)
@@ -204,30 +219,30 @@ def _add(inner: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each special token with a role; the extra ones may have some too.
+    """Yield each special token with its role; extra tokens may have roles too.
 
-    Those that every tokenizer may have come first.
+    The roles that every tokenizer may have come first.
     """
     extra = settings.get(EXTRA)
-    more = extra if isinstance(extra, Mapping) else {}
+    extra_roles = extra if isinstance(extra, Mapping) else {}
     own = [
         name
         for name, value in settings.items()
         if name.endswith("_token") and name not in _ROLES and isinstance(value, str | Mapping)
     ]
     own.sort(key=lambda name: isinstance(settings[name], str))  # as transformers sets them
-    # transformers takes either of these in its place.
-    if not more and not any(isinstance(settings[name], str) for name in own):
+    # transformers uses either of these instead.
+    if not extra_roles and not any(isinstance(settings[name], str) for name in own):
         of_model = settings.get(OF_MODEL)
-        more = of_model if isinstance(of_model, Mapping) else {}
-    for name in (*_ROLES, *own, *more):
-        value = more.get(name, settings.get(name))
+        extra_roles = of_model if isinstance(of_model, Mapping) else {}
+    for name in (*_ROLES, *own, *extra_roles):
+        value = extra_roles.get(name, settings.get(name))
         if isinstance(value, str) or (isinstance(value, Mapping) and "content" in value):
             yield name, _token(value, name)
 
 
 def _extra(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The special tokens without a role."""
+    """Return the special tokens without a role."""
     extra = settings.get(EXTRA)
     if EXTRA not in settings or isinstance(extra, Mapping):
         extra = settings.get(ADDITIONAL)
@@ -238,7 +253,7 @@ def _extra(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _token(value: Any, name: str) -> dict[str, Any]:
-    """The content and the flags of a token, which is a text or has them."""
+    """Return the content and the flags of a token, which is a text or a mapping."""
     if isinstance(value, str):
         flags = dict.fromkeys(_FLAGS, False)
         return {"content": value, **flags, "special": True}
@@ -252,7 +267,7 @@ def _token(value: Any, name: str) -> dict[str, Any]:
 
 
 def _special(value: Any) -> Any:
-    """A token of `special_tokens_map.json`, as `tokenizer_config.json` has it."""
+    """Return a token of `special_tokens_map.json` in the form of `tokenizer_config.json`."""
     if isinstance(value, Mapping) and "content" in value:
         return {"__type": "AddedToken", **value, "special": True}
     return value
@@ -282,7 +297,7 @@ def _normalize(inner: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _surround(inner: Any, settings: Mapping[str, Any]) -> None:
-    """[CLS] a [SEP] b [SEP], with the tokens of the settings."""
+    """Make texts [CLS] a [SEP] b [SEP], with the tokens of the settings."""
     from tokenizers.processors import TemplateProcessing
 
     tokens = roles(settings)
@@ -307,7 +322,7 @@ def _begin_with_space(inner: Any, begin: bool) -> None:
 
 
 def _without_prefix(inner: Any) -> Any:
-    """SentencePiece's tokenizer without the space that begins a text, in either form of it."""
+    """Return SentencePiece's tokenizer without the space that begins a text."""
     from tokenizers import Tokenizer
 
     document = json.loads(inner.to_str())

@@ -1,4 +1,4 @@
-"""The process that renders chat templates: `nyscaled.models.tokenizers.templates` starts it as a program.
+"""The process that renders chat templates, a program that `templates` starts.
 
 It imports neither this package nor JAX. A request is a pickle in JSON's types, from the process
 that started this one; an answer is a byte that says what it is, and a text.

@@ -1,10 +1,10 @@
-"""Chat templates, which come with models from anywhere, rendered in a process with limits.
+"""Chat templates, rendered in a separate process with limits.
 
-A template is a program: one line can loop for ever or ask for all memory, inside a single operation
-that nothing in this process could interrupt. So a process of its own renders it, in Jinja's
-sandbox, and is ended where it takes longer than `SECONDS`, more memory than `MEMORY` (not on
-Windows and macOS, which have no such limit), or more than `CHARACTERS`. It is started at the first
-template and kept; a template then costs about as much as it did without.
+A template is a program of unknown origin: one line can loop without end or ask for all memory,
+inside an operation that this process could not interrupt. So a separate process renders it, in
+Jinja's sandbox. The process is ended if it takes longer than `SECONDS`, more memory than `MEMORY`
+(not on Windows and macOS, which have no such limit), or writes more than `CHARACTERS`. It is
+started for the first template and kept for later ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 
 from nyscaled.models.tokenizers.template_process import EXHAUSTED, LENGTH, TEXT
 
-SECONDS = 5.0  # on the clock, of one rendering
+SECONDS = 5.0  # on the clock, per rendering
 MEMORY = 2**30  # bytes of address space of the process
-CHARACTERS = 2**24  # of the text
+CHARACTERS = 2**24  # in the text
 
 _START_SECONDS = 60.0
 _PROGRAM = Path(__file__).with_name("template_process.py")
@@ -35,11 +35,11 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     """Return what a template makes of JSON values.
 
     Args:
-        template: in Jinja.
-        context: the names that it sees.
+        template: template in Jinja.
+        context: values by the names that the template uses.
 
     Raises:
-        ValueError: if the template is none, refuses the values, or goes beyond a limit.
+        ValueError: if the template is not valid, refuses the values, or goes beyond a limit.
         ImportError: without the package jinja2.
         OSError: if no process can be started.
 
@@ -79,7 +79,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # an interruption from the keyboard is not for it
+            start_new_session=True,  # so that an interruption from the keyboard does not reach it
         )
         try:
             self._read(_START_SECONDS)
@@ -88,7 +88,12 @@ class _Process:
             raise OSError(f"the process for chat templates does not start: {error}") from error
 
     def ask(self, request: bytes, seconds: float) -> tuple[int, str]:
-        """The kind of the answer, and its text."""
+        """Return the kind of the answer, and its text.
+
+        Args:
+            request: what to render.
+            seconds: limit of the time.
+        """
         return self._read(seconds, LENGTH.pack(len(request)) + request)
 
     def _read(self, seconds: float, request: bytes = b"") -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Text to arrays: batches with padding and masks, pairs, chats, on top of the package tokenizers."""
+"""Turn texts into arrays: padded batches, pairs and chats, on top of the package tokenizers."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _DEFAULT = "default"
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that gives padded arrays, and knows its chat template.
+    """A `tokenizers.Tokenizer` that returns padded arrays, and knows its chat template.
 
-    Whatever else is asked of it is the library's: `tokenizer.encode(text).ids`,
-    `tokenizer.decode(ids)`, `tokenizer.token_to_id(token)`, … Truncation and padding that
-    `tokenizer.json` may ask for are switched off; both are arguments here.
+    It has the library's other methods too: `tokenizer.encode(text).ids`, `tokenizer.decode(ids)`,
+    `tokenizer.token_to_id(token)`, … Truncation and padding by `tokenizer.json` are switched off;
+    both are arguments here.
 
     Args:
-        inner: the library's.
-        settings: what `tokenizer_config.json` holds; `pad_token`, `eos_token`, `padding_side`,
-            `truncation_side` and `chat_template` are read of it. What it lacks of the pad token
-            and the sides is that of `tokenizer.json`.
+        inner: tokenizer of the package tokenizers.
+        settings: what `tokenizer_config.json` holds. `pad_token`, `eos_token`, `padding_side`,
+            `truncation_side` and `chat_template` are used. A pad token and sides that it lacks are
+            those of `tokenizer.json`.
 
     Attributes:
-        pad_id: of `pad_token`, else of `eos_token`, else None.
+        pad_id: id of `pad_token`, else of `eos_token`, else None.
 
     Raises:
         ValueError: on a `chat_template` that is neither a text nor several with names, a
@@ -91,15 +91,15 @@ class Tokenizer:
 
     @property
     def padding_side(self) -> str:
-        """Where padding goes if a call does not say it: "left" where the settings do not either.
+        """The side of padding in calls without `side`: that of the settings, else "left".
 
-        `nyscaled.models.load` makes it "right" there for an encoder.
+        `nyscaled.models.load` makes it "right" for an encoder whose settings have none.
         """
         return self.settings.get("padding_side") or "left"
 
     @property
     def truncation_side(self) -> str:
-        """Where texts are cut that are too long, "right" where the settings do not say it."""
+        """The side on which long texts are cut: that of the settings, else "right"."""
         return self.settings.get("truncation_side") or "right"
 
     def __getattr__(self, name: str) -> Any:
@@ -117,21 +117,22 @@ class Tokenizer:
         multiple_of: int = 1,
         add_special_tokens: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of some texts, (batch, length) int32, and where they are, (batch, length) bool.
+        """Return the tokens of texts, (batch, length) int32, and their mask, (batch, length) bool.
 
         Args:
-            texts: one a row.
-            side: where padding goes; `padding_side` if None.
-            max_length: longer texts lose what is at their end (at their beginning if
-                `truncation_side` is "left"); special tokens stay.
-            multiple_of: the length is rounded up to a multiple, so that a program is compiled for
-                few shapes; with the value of `max_length` there is one shape alone.
-            add_special_tokens: those at begin and end; False for what `chat` returned, which has
-                them already.
+            texts: a text per row.
+            side: side of the padding; `padding_side` if None.
+            max_length: most tokens per row. Longer texts lose their end, or their beginning if
+                `truncation_side` is "left"; special tokens stay.
+            multiple_of: the length is rounded up to a multiple of this number, so that programs
+                are compiled for few shapes. With the value of `max_length` there is one shape.
+            add_special_tokens: whether to add the tokens at beginning and end. Pass False for
+                what `chat` returned, which has them already.
 
         Raises:
-            ValueError: on anything but texts, a length that is no positive integer or has no room
-                for the special tokens, or texts of different lengths without a token to pad with.
+            ValueError: on anything but texts, a length that is not a positive integer or has no
+                room for the special tokens, or texts of different lengths without a token to pad
+                with.
         """
         _require_texts("texts", texts)
         rows, _ = self._encoded(list(texts), max_length, add_special_tokens)
@@ -145,21 +146,30 @@ class Tokenizer:
         max_length: int | None = None,
         multiple_of: int = 1,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, mask and types of pairs of texts, (batch, length) each, padded on the right.
+        """Return tokens, mask and types of pairs of texts, (batch, length), padded on the right.
 
-        Types, int32, say which of the two a token is of, as BERT wants them. Where a pair is too
-        long, the longer of the two is cut first. Arguments and errors are those of a call.
+        Types, int32, say which of the two texts a token belongs to, as BERT requires. Where a pair
+        is too long, the longer of the two is cut first.
+
+        Args:
+            first: first text of each pair.
+            second: second text of each pair.
+            max_length: most tokens per pair, as in a call.
+            multiple_of: as in a call.
+
+        Raises:
+            ValueError: as a call does, and on lists of different lengths.
         """
         _require_texts("first", first)
         _require_texts("second", second)
         if len(first) != len(second):
             raise ValueError(f"there are {len(first)} first and {len(second)} second texts")
         both = list(zip(first, second, strict=True))
-        rows, kinds = self._encoded(both, max_length, True)
+        rows, rows_of_types = self._encoded(both, max_length, True)
         tokens, mask = self._padded(rows, "right", multiple_of)
         types = np.zeros_like(tokens)
-        for row, kind in zip(types, kinds, strict=True):
-            row[: len(kind)] = kind
+        for row, values in zip(types, rows_of_types, strict=True):
+            row[: len(values)] = values
         return tokens, mask, types
 
     def chat(
@@ -175,26 +185,26 @@ class Tokenizer:
     ) -> str:
         """Return the text of a conversation, by the chat template, as transformers renders it.
 
-        Templates are programs from anywhere: one is rendered in a process of its own, which is
-        ended if it takes 5 seconds or a gigabyte (`nyscaled.models.tokenizers.templates` has the limits).
+        A template is a program of unknown origin: it is rendered in a separate process, which is
+        ended if it takes 5 seconds or a gigabyte (`nyscaled.models.tokenizers.templates`).
 
         Args:
-            messages: each with "role" and "content".
-            tools: that the model may call: JSON schemas, or functions with type hints and a
+            messages: messages with "role" and "content".
+            tools: tools that the model may call: JSON schemas, or functions with type hints and a
                 docstring that describes each argument under `Args:`.
-            documents: that the answer may draw on, each with "title" and "text".
+            documents: sources for the answer, with "title" and "text".
             add_generation_prompt: whether the text ends where the assistant's answer begins.
             continue_final_message: whether the text ends within the last message, so that the
-                model goes on with it; a text names the field that goes on, as "content" does.
-            template: name, where there are several; if None "tool_use" where there are tools and
-                a template of this name, and "default" otherwise.
-            **variables: others for the template, such as `enable_thinking`.
+                model continues it. A string names the field to continue instead of "content".
+            template: name of the template, where there are several. None for "tool_use" if there
+                are tools and a template of this name, and for "default" otherwise.
+            **variables: other variables of the template, such as `enable_thinking`.
 
         Raises:
             ValueError: without a template of this name, if the template refuses the messages or
                 goes beyond a limit, on messages, tools and documents of another form, on arguments
-                of transformers' `apply_chat_template` that are none of the template, or if the
-                template does not repeat the message that goes on.
+                of transformers' `apply_chat_template` that are not the template's, or if the
+                template does not repeat the message to continue.
             ImportError: without the package jinja2.
 
         Examples:
@@ -225,11 +235,14 @@ class Tokenizer:
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers reads.
+        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers reads.
 
         Older files of a tokenizer that would override them are removed: their content is in these.
-        `nyscaled.models.save` writes them together with a model. They are replaced as one: a
-        process that is killed leaves the old tokenizer or the new one to whoever opens it next.
+        `nyscaled.models.save` writes them together with a model. They are replaced together: after
+        a process was killed, the folder has the old tokenizer or the new one.
+
+        Args:
+            folder: folder to write, made if missing.
 
         Raises:
             ValueError: if a directory is in the place of a file.
@@ -239,8 +252,8 @@ class Tokenizer:
             pass
 
     def files(self) -> dict[str, str | None]:
-        """The files that `save` writes: their texts by their names, None for those that go."""
-        # The class that transformers has for no model: it takes all from tokenizer.json.
+        """Return the texts that `save` writes by names of files, None to remove a file."""
+        # The class of transformers that belongs to no model reads all from tokenizer.json.
         defaults = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -248,7 +261,7 @@ class Tokenizer:
         # All tokens are in tokenizer.json, and their list here would have to be whole.
         lists = DECODER, ADDED
         settings = {name: value for name, value in self.settings.items() if name not in lists}
-        if isinstance(settings.get(EXTRA), list):  # which transformers 4 wants named so
+        if isinstance(settings.get(EXTRA), list):  # its name in transformers 4
             settings[ADDITIONAL] = settings.pop(EXTRA)
         return {
             FILE: self.to_str(pretty=True),
@@ -259,11 +272,11 @@ class Tokenizer:
     def _encoded(
         self, texts: list[Any], max_length: int | None, special: bool
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokens and types of each text or pair."""
+        """Return tokens and types of each text or pair."""
         if max_length is not None:
             _require_positive("max_length", max_length)
         tokens, types = [], []
-        # The library cuts by a setting that all who share the tokenizer would see: it is done here.
+        # The library cuts by a setting that all users of the tokenizer share, so it is done here.
         for encoding in self.encode_batch(texts, add_special_tokens=special):
             kept = _kept(encoding, max_length, self.truncation_side)
             for rows, row in ((tokens, encoding.ids), (types, encoding.type_ids)):
@@ -282,13 +295,13 @@ class Tokenizer:
         tokens = np.full((len(rows), width), self.pad_id or 0, np.int32)
         mask = np.zeros(tokens.shape, bool)
         for i, row in enumerate(rows):
-            where = slice(width - len(row), width) if side == "left" else slice(len(row))
-            tokens[i, where], mask[i, where] = row, True
+            columns = slice(width - len(row), width) if side == "left" else slice(len(row))
+            tokens[i, columns], mask[i, columns] = row, True
         return tokens, mask
 
 
 def _refusing(name: str, method: Any) -> Any:
-    """A method of the library whose errors are ValueErrors."""
+    """Return a method of the library with errors that are ValueErrors."""
 
     @functools.wraps(method)
     def call(*args: Any, **options: Any) -> Any:
@@ -301,18 +314,21 @@ def _refusing(name: str, method: Any) -> Any:
 def named_templates(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the chat templates of `tokenizer_config.json`, by their names.
 
+    Args:
+        settings: what the file holds.
+
     Raises:
         ValueError: on a `chat_template` that is neither a text nor several with names.
     """
-    given = settings.get("chat_template") or {}
-    named: dict[Any, Any] = {_DEFAULT: given}
-    if isinstance(given, dict):
-        named = given
-    elif isinstance(given, list):
+    value = settings.get("chat_template") or {}
+    named: dict[Any, Any] = {_DEFAULT: value}
+    if isinstance(value, dict):
+        named = value
+    elif isinstance(value, list):
         with contextlib.suppress(KeyError, TypeError):
-            named = {entry["name"]: entry["template"] for entry in given}
+            named = {entry["name"]: entry["template"] for entry in value}
     if not all(isinstance(part, str) for pair in named.items() for part in pair):
-        raise ValueError(f"chat_template is {given!r:.80}; expected a text, or some with names")
+        raise ValueError(f"chat_template is {value!r:.80}; expected a text, or some with names")
     return named
 
 
@@ -333,9 +349,9 @@ def _require_positive(name: str, value: Any) -> None:
 
 
 def _kept(encoding: Any, max_length: int | None, side: str) -> list[int] | None:
-    """The places that a text or a pair keeps, None if all: specials, and the longer is cut first.
+    """Return the positions that a text or a pair keeps, None for all.
 
-    As the library's truncation has it.
+    Special tokens stay, and the longer text is cut first, as in the library.
     """
     if max_length is None or len(encoding) <= max_length:
         return None
@@ -346,14 +362,14 @@ def _kept(encoding: Any, max_length: int | None, side: str) -> list[int] | None:
         raise ValueError(f"max_length is {max_length}; the special tokens alone are {special}")
     lengths = [sequences.count(0), sequences.count(1)]
     shorter = min(*lengths, room // 2)
-    left = [shorter, room - shorter]
+    rooms = [shorter, room - shorter]
     if lengths[0] > lengths[1]:
-        left.reverse()
+        rooms.reverse()
     kept = []
-    places = list(enumerate(sequences))
-    for i, sequence in places if side == "right" else reversed(places):
+    positions = list(enumerate(sequences))
+    for i, sequence in positions if side == "right" else reversed(positions):
         if sequence is not None:
-            left[sequence] -= 1
-        if sequence is None or left[sequence] >= 0:
+            rooms[sequence] -= 1
+        if sequence is None or rooms[sequence] >= 0:
             kept.append(i)
     return sorted(kept)
