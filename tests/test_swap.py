@@ -251,7 +251,7 @@ def test_processes_that_are_killed(tmp_path):
 def test_a_folder_that_is_saved_into_aside_keeps_its_leftovers_only_while_that_lives(tmp_path):
     """A living save's folder is locked; a dead one's is removed."""
     save_model(tmp_path, 1)
-    (tmp_path / f"{swap.ASIDE}dead").mkdir()
+    (tmp_path / f"{swap.STAGING}dead").mkdir()
     with swap.replacing(tmp_path, {"config.json": "{}"}, last="config.json") as aside:
         assert [p.name for p in tmp_path.glob(".*")] == [aside.parent.parent.name]
         assert read_model(tmp_path) == 1

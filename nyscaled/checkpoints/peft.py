@@ -147,8 +147,8 @@ def write(
         "fan_in_fan_out": False,
     }
     metadata = {"format": "pt", **(metadata or {})}
-    with swap.replacing(folder, {CONFIG: files.as_json(config)}, last=CONFIG) as aside:
-        files.write_tensors(aside / TENSORS, _named_tensors(updates, whole), metadata)
+    with swap.replacing(folder, {CONFIG: files.as_json(config)}, last=CONFIG) as staging:
+        files.write_tensors(staging / TENSORS, _named_tensors(updates, whole), metadata)
 
 
 def _named_tensors(

@@ -33,7 +33,7 @@ except ImportError:  # Windows, where what dead processes left stays
     fcntl = None
 
 SAVE = ".nyscaled-save"
-ASIDE = ".writing-"
+STAGING = ".writing-"
 TRIES = 100
 
 _NEW, _OLD, _PLAN, _PLACEHOLDER = "new", "old", "plan.json", "placeholder"
@@ -51,7 +51,7 @@ def replacing(
     last: str,
     stale: Sequence[str] = (),
 ) -> Iterator[Path]:
-    """Yield a folder aside to write files into, which then replace those in `folder`.
+    """Yield a staging folder to write files into, which then replace those in `folder`.
 
     Nothing has changed if the body raises. If the process is killed, the next process that opens
     the folder with this package finds the old files or the new ones. Other programs find no sound
@@ -67,7 +67,7 @@ def replacing(
             wildcards of `fnmatch`.
 
     Yields:
-        The folder aside.
+        The staging folder.
 
     Raises:
         ValueError: if a directory has the name of a file, or the folder is not a path; nothing has
@@ -78,8 +78,8 @@ def replacing(
     folder = files.as_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish(folder)
-    with _aside(folder) as aside:
-        inner = aside / aside.name.removeprefix(ASIDE)
+    with _staging_folder(folder) as staging:
+        inner = staging / staging.name.removeprefix(STAGING)
         new = inner / _NEW
         (inner / _OLD).mkdir(parents=True)
         new.mkdir()
@@ -101,9 +101,9 @@ def replacing(
             # safetensors lets only their owner read its files.
             shutil.copymode(new / last, file)
             files.flush(file)
-        for part in (new, inner, aside):
+        for part in (new, inner, staging):
             files.flush(part)
-        _commit(aside, folder)
+        _commit(staging, folder)
     try:
         finish(folder)
         files.flush(folder)
@@ -183,11 +183,11 @@ def _begun(folder: Path) -> list[str]:
         return []
 
 
-def _commit(aside: Path, folder: Path) -> None:
-    """Rename the folder aside, once no other save is making its moves."""
+def _commit(staging: Path, folder: Path) -> None:
+    """Rename the staging folder, once no other save is making its moves."""
     for _ in range(TRIES):
         with _unless(errno.ENOTEMPTY, errno.EEXIST):
-            os.rename(aside, folder / SAVE)
+            os.rename(staging, folder / SAVE)
             return
         finish(folder)
     raise OSError(f"{folder} has other saves without an end; expected few at once")
@@ -202,10 +202,10 @@ def _move_all(inner: Path, folder: Path) -> None:
     except FileNotFoundError:  # all was moved
         shutil.rmtree(inner, ignore_errors=True)
         return
-    kept = set(new)
+    names = set(new)
     _move(inner / _PLACEHOLDER, folder / last)
     for name in _matching(folder, gone):
-        if name not in kept:
+        if name not in names:
             _move(folder / name, inner / _OLD / name)
     for name in (*(n for n in new if n != last), last):
         _move(inner / _NEW / name, folder / name)
@@ -254,40 +254,40 @@ def _is_name(value: object) -> bool:
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """The names in a folder, hidden ones aside, that match a pattern."""
+    """The names in a folder, except hidden ones, that match a pattern."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
 
 
 @contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
+def _staging_folder(folder: Path) -> Iterator[Path]:
     """A new folder, locked while its process lives: others do not remove it as a leftover."""
     for _ in range(TRIES):
-        aside = Path(tempfile.mkdtemp(dir=folder, prefix=ASIDE))
+        staging = Path(tempfile.mkdtemp(dir=folder, prefix=STAGING))
         descriptor = None
         # Some file systems have no locks; leftovers stay there.
         with contextlib.suppress(OSError):
-            descriptor = _lock(aside, wait=True)
-        if aside.is_dir():  # else it was removed before it was locked
+            descriptor = _lock(staging, wait=True)
+        if staging.is_dir():  # else it was removed before it was locked
             break
         _unlock(descriptor)
     else:
         raise OSError(f"{folder} loses each folder that is made in it")
     with contextlib.ExitStack() as stack:
         stack.callback(_unlock, descriptor)
-        stack.callback(shutil.rmtree, aside, ignore_errors=True)
-        yield aside
+        stack.callback(shutil.rmtree, staging, ignore_errors=True)
+        yield staging
 
 
 def _tidy(folder: Path) -> None:
     """Remove what dead processes left."""
     if fcntl is None:
         return
-    for aside in folder.glob(f"{ASIDE}*"):
+    for staging in folder.glob(f"{STAGING}*"):
         with contextlib.suppress(OSError):  # it is locked, or of somebody else
-            descriptor = _lock(aside, wait=False)
+            descriptor = _lock(staging, wait=False)
             try:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
             finally:
                 _unlock(descriptor)
 

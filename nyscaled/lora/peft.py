@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 
 import nyscaled
 from nyscaled.checkpoints import peft
-from nyscaled.lora import foreign, inject, records, updates, whole
+from nyscaled.lora import foreign, inject, records, updates, whole_modules
 from nyscaled.lora.adapter import Adapter, dropout_of, make_adapter
 from nyscaled.lora.names import Namer, Names, resolve
 from nyscaled.lora.recipe import Origin
@@ -91,7 +91,7 @@ def save_peft(
     saved, owners = _own_updates(layers, adapters, to_name, stabilized)
     for other in others:
         _add_foreign(saved, other, to_name)
-    tensors = whole.tensors(model, modules_to_save, to_name)
+    tensors = whole_modules.tensors(model, modules_to_save, to_name)
     if both := sorted({name.rpartition(".")[0] for name in tensors} & saved.keys()):
         raise ValueError(f"{both[0]} of modules_to_save has an adapter; expected one of the two")
     peft.write(
@@ -186,10 +186,10 @@ def load_peft(
     dtype = inject.floating(dtype)
     saved = peft.read(folder)
     to_name = resolve(names, model)
-    head = whole.own_head(model, saved, to_name)
+    head = whole_modules.own_head(model, saved, to_name)
     layers, modules = _modules(model, to_name, head)
     paths = _require_match(folder, saved, modules)
-    replaced = whole.replaced(folder, model, saved, to_name, head)
+    replaced = whole_modules.replaced(folder, model, saved, to_name, head)
     origins = records.read(saved.metadata.get("starts", "[]"))
     for path in paths:
         # Twice the rank may exceed the layer's sides, so the rank is not checked here.

@@ -103,8 +103,8 @@ def from_updates(
             )
     ranks = {u.down.shape[0] for u in known}
     rank, alphas = max(ranks), {u.alpha for u in known}
-    alike = len(ranks) == len(alphas) == 1
-    if alike:
+    uniform = len(ranks) == len(alphas) == 1
+    if uniform:
         alpha = known[0].alpha
     else:
         largest = max((_scaling(u, rank_stabilized) for u in known), key=abs)
@@ -117,7 +117,7 @@ def from_updates(
         if update is None:
             continue
         r = update.down.shape[0]
-        share = 1.0 if alike or not scaling else _scaling(update, rank_stabilized) / scaling
+        share = 1.0 if uniform or not scaling else _scaling(update, rank_stabilized) / scaling
         up = update.up if share == 1 else update.up.astype(np.float64) * share
         with np.errstate(over="ignore"):
             a[i, :, :r], b[i, :r] = update.down.T.astype(dtype), up.T.astype(dtype)
