@@ -18,7 +18,13 @@ import nyscaled as nys
 
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"
 BOTH, FSDP, TENSOR = (("fsdp", 4), ("tensor", 2)), (("fsdp", 8),), (("tensor", 8),)
-CASES = [("llama", BOTH), ("gemma", TENSOR), ("opt", FSDP), ("bert_encoder", BOTH)]
+CASES = [
+    ("llama", BOTH),
+    ("gemma", TENSOR),
+    ("opt", FSDP),
+    ("qwen2_window", BOTH),
+    ("bert_encoder", BOTH),
+]
 
 
 def make_mesh(axes, kind=AxisType.Auto):
