@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Key
 from nyscaled.lora.recipe import Origin, Weights, path_key, scaling_of
 from nyscaled.lora.view import (
     Equations,
+    Layer,
     MeshNames,
     equations,
     kernel_of,
@@ -154,7 +155,7 @@ class Adapter(nnx.Module):
 
 def make_adapter(
     path: str,
-    layer: Any,
+    layer: Layer,
     weights: Weights,
     origin: Origin,
     *,
@@ -231,9 +232,10 @@ class Adapted(nnx.Module):
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         base: Any = super()
         y = base.__call__(inputs, *args, **kwargs)
-        view = unstacked_view(self)
+        layer = cast(Layer, self)  # its class is a subclass of that of a layer too
+        view = unstacked_view(layer)
         contraction = Contraction(
-            equations(self, inputs.ndim),
+            equations(layer, inputs.ndim),
             view.batch,
             view.inputs,
             view.outputs,

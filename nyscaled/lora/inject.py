@@ -23,6 +23,7 @@ from nyscaled.lora.recipe import (
 from nyscaled.lora.view import (
     ADAPTABLE,
     LINEAR,
+    Layer,
     is_quantized,
     kernel_of,
     unstacked_view,
@@ -232,7 +233,7 @@ def floating(dtype: Any) -> Any:
     return known
 
 
-def require_room(path: str, layer: Any, rank: int, name: str) -> None:
+def require_room(path: str, layer: Layer, rank: int, name: str) -> None:
     """Raise ValueError unless the layer can have an adapter of this rank and name.
 
     Args:

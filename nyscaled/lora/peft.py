@@ -19,7 +19,7 @@ from nyscaled.lora import foreign, inject, records, updates, whole_modules
 from nyscaled.lora.adapter import Adapter, dropout_of, make_adapter
 from nyscaled.lora.names import Namer, Names, resolve
 from nyscaled.lora.recipe import Origin
-from nyscaled.lora.view import ADAPTABLE, view_of
+from nyscaled.lora.view import ADAPTABLE, Layer, view_of
 
 
 def save_peft(
@@ -230,7 +230,7 @@ def _require_match(
 
 def _to_adapter(
     path: str,
-    layer: Any,
+    layer: Layer,
     modules: Sequence[str],
     saved: peft.Saved,
     origins: Mapping[str, Origin],

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
 from nyscaled.lora.inits import KERNEL_INITS, Init
-from nyscaled.lora.view import KernelView, kernel_of, sharding_of, values_of, view_of
+from nyscaled.lora.view import KernelView, Layer, kernel_of, sharding_of, values_of, view_of
 
 Options = tuple[tuple[str, Any], ...]
 """The options of an init, sorted by name."""
@@ -100,7 +100,7 @@ class Recipe:
                 jax.block_until_ready(layers[-1])
         return jax.tree.map(lambda *x: jnp.stack(x).reshape((*view.stack, *x[0].shape)), *layers)
 
-    def draw_for(self, layer: Any, path: str, key: Key[Array, ""]) -> Weights:
+    def draw_for(self, layer: Layer, path: str, key: Key[Array, ""]) -> Weights:
         """Return what the init draws from a layer's kernel, placed as the kernel is."""
         view, kernel = view_of(layer), kernel_of(layer)
         weights = self.draw(path_key(key, path), values_of(kernel, path), view)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +10,7 @@ from flax import nnx
 from nyscaled.lora import foreign
 from nyscaled.lora.adapter import Adapter, AdapterState
 from nyscaled.lora.inject import adapted_layers, is_tied, require_name
-from nyscaled.lora.view import kernel_of, roles_of, view_of
+from nyscaled.lora.view import Layer, kernel_of, roles_of, view_of
 
 
 def activate(
@@ -123,7 +122,7 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
         adapter.merged = merged
 
 
-def _add(layer: Any, adapter: Adapter, sign: int) -> None:
+def _add(layer: Layer, adapter: Adapter, sign: int) -> None:
     variable = kernel_of(layer)
     kernel = variable[...]
     change = view_of(layer).from_matrices(adapter.product())

@@ -12,10 +12,10 @@ from flax import nnx
 from nyscaled.checkpoints import peft
 from nyscaled.lora.adapter import Adapter
 from nyscaled.lora.recipe import Weights, place, scaling_of
-from nyscaled.lora.view import kernel_of, unstacked_view, view_of
+from nyscaled.lora.view import Layer, kernel_of, unstacked_view, view_of
 
 
-def sides(path: str, layer: Any) -> tuple[int, int]:
+def sides(path: str, layer: Layer) -> tuple[int, int]:
     """Return (in, out) of the layer's matrix.
 
     Raises:
@@ -31,7 +31,7 @@ def sides(path: str, layer: Any) -> tuple[int, int]:
 
 
 def to_updates(
-    layer: Any, adapter: Adapter, modules: Mapping[str, tuple[int, ...]], stabilized: bool
+    layer: Layer, adapter: Adapter, modules: Mapping[str, tuple[int, ...]], stabilized: bool
 ) -> dict[str, peft.Update]:
     """Return the updates of an adapter, one per layer of its stack.
 
@@ -70,7 +70,7 @@ def _as_lora(adapter: Adapter) -> tuple[np.ndarray, np.ndarray, float]:
 
 def from_updates(
     path: str,
-    layer: Any,
+    layer: Layer,
     updates: Sequence[peft.Update | None],
     rank_stabilized: bool,
     dtype: Any,
@@ -131,7 +131,7 @@ def _scaling(update: peft.Update, rank_stabilized: bool) -> float:
     return scaling_of(update.alpha, update.down.shape[0], rank_stabilized)
 
 
-def _require_usable(path: str, layer: Any, a: np.ndarray, b: np.ndarray, scaling: float) -> None:
+def _require_usable(path: str, layer: Layer, a: np.ndarray, b: np.ndarray, scaling: float) -> None:
     """Raise ValueError unless factors, scaling and product are finite where they are used."""
     narrow = jnp.dtype(layer.dtype or a.dtype)
     with np.errstate(over="ignore", invalid="ignore"):

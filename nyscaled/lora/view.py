@@ -23,6 +23,9 @@ LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 # An embedding is a product with rows of the identity.
 ADAPTABLE = (*LINEAR, nnx.Embed)
 
+Layer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Embed
+"""A layer that can carry adapters."""
+
 MeshNames = tuple[Any, ...]
 """For each axis of an array the axis of the mesh, or axes, that it is split over; or None."""
 
@@ -109,7 +112,7 @@ class KernelView:
         return (*leading, rows, None), (*leading, None, columns)
 
 
-def view_of(layer: Any) -> KernelView:
+def view_of(layer: Layer) -> KernelView:
     """Return how the kernel of a layer is read.
 
     Raises:
@@ -126,17 +129,17 @@ def view_of(layer: Any) -> KernelView:
     return KernelView(declared, roles_of(layer), shape[:depth])
 
 
-def unstacked_view(layer: Any) -> KernelView:
+def unstacked_view(layer: Layer) -> KernelView:
     """Return how the kernel of one layer is read, if `layer` is that or a stack of such."""
     return KernelView(declared_shape(layer), roles_of(layer))
 
 
-def kernel_of(layer: Any) -> Any:
+def kernel_of(layer: Layer) -> nnx.Variable:
     """Return the variable that holds W_0."""
     return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
 
 
-def declared_shape(layer: Any) -> Shape:
+def declared_shape(layer: Layer) -> Shape:
     """Return the kernel's shape as the layer declares it, without a stack."""
     if isinstance(layer, nnx.Embed):
         return (layer.num_embeddings, layer.features)
@@ -147,7 +150,7 @@ def declared_shape(layer: Any) -> Shape:
     return (layer.in_features, layer.out_features)
 
 
-def roles_of(layer: Any) -> AxisRoles:
+def roles_of(layer: Layer) -> AxisRoles:
     """Return the roles of the axes of a layer's kernel.
 
     Raises:
@@ -171,7 +174,7 @@ def roles_of(layer: Any) -> AxisRoles:
     return AxisRoles((), (0,), (1,))
 
 
-def _operands(layer: Any) -> tuple[str, str, str]:
+def _operands(layer: nnx.Einsum) -> tuple[str, str, str]:
     equation = layer.einsum_str
     if equation is None:
         raise ValueError(
@@ -193,7 +196,7 @@ class Equations(NamedTuple):
     up: str
 
 
-def equations(layer: Any, ndim: int) -> Equations:
+def equations(layer: Layer, ndim: int) -> Equations:
     """Return the two contractions of a layer's adapter for an input of `ndim` axes."""
     if isinstance(layer, nnx.Embed):
         return Equations("", "...r,ro->...o")
