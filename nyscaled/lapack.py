@@ -1,10 +1,10 @@
 """Factorizations of single matrices, which under `vmap` on a CPU are made one after another.
 
 jaxlib's LAPACK kernels split a batch over XLA's thread pool and wait for its parts, on a thread of
-that pool. As many such calls as the pool has threads wait for one another for ever (jaxlib 0.10.2;
-`docs/upstream/batched_lapack_hang.py`). A batch of one matrix is never split: here batches are
-loops, on CPUs, and every factorization of the library goes through this file. Derivatives are
-made of products and of what is in this file.
+that pool. As many such calls as the pool has threads wait for one another without end (jaxlib
+0.10.2; `docs/upstream/batched_lapack_hang.py`). A batch of one matrix is never split: here batches
+are loops on CPUs, and every factorization of the library goes through this file. Derivatives are
+made of products and of the functions in this file.
 
 Matrices are divided by a power of two first, so that results do not depend on their scale.
 """
@@ -72,7 +72,7 @@ _inverse = _one_at_a_time(jnp.linalg.inv)
 
 
 def reciprocal(x: Array) -> Array:
-    """Return 1/x, and 0 of what is far below the rounding of a matrix of size 1: the result lacks it."""
+    """Return 1/x, and 0 where x is far below the rounding of a matrix of size 1."""
     small = jnp.abs(x) <= float(jnp.finfo(x.dtype).eps) ** 4
     return jnp.where(small, 0, 1 / jnp.where(small, 1, x))
 
@@ -138,7 +138,12 @@ def inverse(x: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 @full_precision
 def solve(x: Float[Array, "n n"], b: Float[Array, "n k"]) -> Float[Array, "n k"]:
-    """Return X⁻¹B, with the backward error of an LU factorization (one step of refinement)."""
+    """Return X⁻¹B, with the backward error of an LU factorization (one step of refinement).
+
+    Args:
+        x: an invertible matrix X (n, n).
+        b: the right-hand sides B (n, k).
+    """
     inv = inverse(x)
     y = inv @ b
     return y + inv @ (b - x @ y)

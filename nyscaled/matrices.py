@@ -3,7 +3,7 @@
 | what is given                                        | what becomes of it                        |
 |------------------------------------------------------|-------------------------------------------|
 | an array of JAX or NumPy, rows of numbers, a         | a dense JAX array                         |
-| DataFrame, whatever else NumPy reads                 |                                           |
+| DataFrame, anything else that NumPy reads            |                                           |
 | `scipy.sparse`, every format, matrix or array        | BCOO, duplicates summed                   |
 | `jax.experimental.sparse`: BCOO, BCSR, COO, CSR, CSC | BCOO                                      |
 | `Operator`                                           | itself                                    |
@@ -63,7 +63,7 @@ def as_matrix(name: str, a: Any) -> Any:
         a: a matrix (m, n).
 
     Raises:
-        ValueError: on what is no matrix, or not of float32 or float64.
+        ValueError: on what is not a matrix of float32 or float64.
 
     Examples:
         >>> import scipy.sparse
@@ -103,7 +103,7 @@ def as_array(name: str, a: Any, expected: str = "expected a dense array of numbe
     by_numpy = hasattr(a, "__array__") and not hasattr(a, "__jax_array__") and not np.ma.isMA(a)
     try:
         array = np.asarray(a) if by_numpy else a
-        if isinstance(array, np.ndarray):  # JAX takes the byte order of the machine alone
+        if isinstance(array, np.ndarray):  # JAX takes only the byte order of the machine
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
         return jnp.asarray(array)
     except Exception as error:  # what the object's own conversion raises
@@ -228,7 +228,7 @@ def _require_products(name: str, a: Any) -> None:
     m, n = a.shape
     try:
         if jax.tree_util.all_leaves([a]):
-            raise ValueError("it is no pytree of JAX arrays, so its products cannot be compiled")
+            raise ValueError("it is not a pytree of JAX arrays, so its products cannot be compiled")
         for product, (rows, columns) in ((_times, (m, n)), (_transposed_times, (n, m))):
             thin = jax.ShapeDtypeStruct((columns, _COLUMNS), a.dtype)
             require_traced("its product", product, (a, thin), (rows, _COLUMNS), a.dtype)
@@ -335,7 +335,7 @@ class Operator:
 
     @property
     def T(self) -> Operator:
-        """The transpose."""
+        """Return the transpose."""
         m, n = self.shape
         return build(
             Operator, matmat=self.rmatmat, rmatmat=self.matmat, shape=(n, m), dtype=self.dtype

@@ -23,7 +23,7 @@ _OF_ZERO = -(1 << 20)  # the exponent of zero: far below any other, and sums of 
 
 
 def full_precision(fn: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Runs `fn` with float32 products in full float32 (accelerators round to bfloat16 or TF32)."""
+    """Return `fn` with products in full float32 (accelerators round to bfloat16 or TF32)."""
 
     @functools.wraps(fn)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -44,7 +44,7 @@ def random_factor(key: Key[Array, ""], m: int, spectrum: Values, limit: int) -> 
     Args:
         key: a PRNG key.
         m: the number of rows.
-        spectrum: the k positive singular values of UUᵀ diag(spectrum).
+        spectrum: the k positive squares of the singular values of the factor.
         limit: the largest k that is allowed.
 
     Examples:
@@ -88,7 +88,7 @@ def psd(
 def rectangular(
     key: Key[Array, ""], m: int, n: int, spectrum: Values, dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, "m n"], Float[Array, "m k"], Float[Array, "n k"]]:
-    """A random A = U diag(spectrum) Vᵀ (m, n), with its singular vectors U and V.
+    """Return a random A = U diag(spectrum) Vᵀ (m, n), with its singular vectors U and V.
 
     Args:
         key: a PRNG key.

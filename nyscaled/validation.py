@@ -1,4 +1,4 @@
-"""Checks of what a user hands in; each failure says what was got and what was expected.
+"""Checks of arguments; each failure says what was got and what was expected.
 
 Shapes and dtypes are static and are always checked. Values are checked where they are known:
 not under `jit`, `vmap` or `grad`, where an array is a tracer.
@@ -24,9 +24,9 @@ from nyscaled.typing import Factors
 
 
 def is_concrete(tree: Any) -> bool:
-    """Whether every leaf of `tree` holds values (none is a tracer or an abstract shape).
+    """Return whether every leaf of `tree` holds values (none is a tracer or an abstract shape).
 
-    Not so arrays under `jit`, constants from outside included: what is computed of them is traced.
+    Under `jit` an array does not, even a constant from outside: results from it are traced.
     """
     leaves = jax.tree.leaves(tree)
     if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
@@ -53,7 +53,12 @@ def require_count(name: str, value: object, low: int = 0) -> int:
 
 
 def require_rank(rank: Any, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless 1 ≤ rank ≤ min(shape)."""
+    """Raise ValueError unless 1 ≤ rank ≤ min(shape).
+
+    Args:
+        rank: the number of columns of factors.
+        shape: the shape (m, n) of the matrix.
+    """
     if isinstance(rank, bool) or not hasattr(rank, "__index__"):
         raise ValueError(f"rank is {rank!r}; expected an integer")
     if not 1 <= rank <= min(shape):
@@ -63,14 +68,22 @@ def require_rank(rank: Any, shape: tuple[int, ...]) -> None:
 
 
 def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: bool) -> None:
-    """Raises ValueError if the value of `value` is known and lies outside the interval."""
+    """Raise ValueError if the value of `value` is known and lies outside the interval.
+
+    Args:
+        name: what errors call the value.
+        value: a number; schedules, tracers and arrays with axes are not checked.
+        low: the lower end of the interval.
+        high: the upper end, which belongs to the interval.
+        open_low: whether the lower end is excluded.
+    """
     if callable(value) or not is_concrete(value) or jnp.ndim(value) != 0:
         return
     try:
         number = float(value)
     except OverflowError:
         raise ValueError(
-            f"{name} is an integer that no float holds; expected a smaller one"
+            f"{name} is an integer beyond the range of floats; expected a smaller one"
         ) from None
     inside = (low < number if open_low else low <= number) and number <= high
     if not inside or math.isnan(number):
@@ -123,9 +136,9 @@ def require_factors(factors: object, shape: tuple[int, ...]) -> Factors:
 
 
 def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
-    """Raises ValueError on NaN, Inf, an all-zero or (if asked) a non-symmetric matrix.
+    """Raise ValueError on NaN, Inf, an all-zero or (if `symmetric`) a non-symmetric matrix.
 
-    Read off four products with random vectors, so it costs less than one step, for operators
+    It takes four products with random vectors, so it costs less than one step, for operators
     too. The antisymmetric part is seen through Uᵀ(A − Aᵀ)U, almost surely non-zero when it is.
     """
     if not is_concrete(a):
@@ -137,13 +150,14 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
     size = float(norm(image))
     if not math.isfinite(size):
         raise ValueError(
-            f"{name} has NaN or Inf entries (or its products overflow {a.dtype}); expected finite ones"
+            f"{name} has NaN or Inf entries (or its products overflow {a.dtype}); expected finite "
+            "ones"
         )
     if size == 0.0:
         tiny = float(jnp.finfo(a.dtype).tiny)
         raise ValueError(
-            f"{name} is the zero matrix {tuple(a.shape)}, or its products with numbers of size 1 are "
-            f"below {tiny:.1e}, which {a.dtype} takes as zero; expected a non-zero one"
+            f"{name} is the zero matrix {tuple(a.shape)}, or its products with numbers of size 1 "
+            f"are below {tiny:.1e}, which {a.dtype} takes as zero; expected a non-zero one"
         )
     if form is None:
         return
@@ -158,20 +172,21 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
 
 
 def require_semidefinite(form: Any, m: int) -> None:
-    """Raises ValueError if a known compression ΩᵀAΩ of A has a negative eigenvalue."""
+    """Raise ValueError if a known compression ΩᵀAΩ of A has a negative eigenvalue."""
     if not is_concrete(form):
         return
     values, _ = eigh(form)
     low, high = float(values[0]), float(jnp.max(jnp.abs(values)))
     if low < -10 * default_rcond(m, form.dtype) * high:
         raise ValueError(
-            f"A is not positive semidefinite: xᵀAx takes the values {low:.2e} … {float(values[-1]):.2e} "
-            "on the sketched subspace; expected a PSD matrix (problems.Asymmetric takes any)"
+            f"A is not positive semidefinite: xᵀAx takes the values {low:.2e} … "
+            f"{float(values[-1]):.2e} on the sketched subspace; expected a PSD "
+            "matrix (problems.Asymmetric takes any)"
         )
 
 
 def require_finite(name: str, tree: Any) -> None:
-    """Raises ValueError if a known array of `tree` has NaN or Inf entries."""
+    """Raise ValueError if a known array of `tree` has NaN or Inf entries."""
     if not is_concrete(tree):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

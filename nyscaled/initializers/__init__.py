@@ -1,4 +1,4 @@
-"""Starting points: Nyström's, from products with A or from gradients, and those of other methods."""
+"""Starting points: Nyström's, from products with A or from gradients, and others."""
 
 from nyscaled.initializers.nystrom import (
     nystrom,

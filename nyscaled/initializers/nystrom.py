@@ -25,7 +25,7 @@ from nyscaled.typing import Factors, Number, Problem, Sketch
 def random_sketch(
     key: Key[Array, ""], n: int, rank: int, scale: Number, sketch: Sketch, dtype: DTypeLike
 ) -> Float[Array, "n r"]:
-    """Ω (n, rank): N(0, scale²) entries, or `scale` times a uniform orthonormal frame.
+    """Return Ω (n, rank): N(0, scale²) entries, or `scale` times a uniform orthonormal frame.
 
     Args:
         key: a PRNG key.
@@ -48,7 +48,7 @@ def random_sketch(
 def nystrom(
     key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, *, sketch: Sketch = "gaussian"
 ) -> Float[Array, "m r"]:
-    """Nyström initialization (3) of a symmetric problem: X_0 = AΩ.
+    """Return the Nyström initialization (3) of a symmetric problem: X_0 = AΩ.
 
     Args:
         key: PRNG key for Ω.
@@ -83,7 +83,7 @@ def nystrom(
 def nystrom_factors(
     key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, *, sketch: Sketch = "gaussian"
 ) -> Factors:
-    """Nyström initialization (5) of an asymmetric problem: X_0 = AΩ, Y_0 = 0.
+    """Return the Nyström initialization (5) of an asymmetric problem: X_0 = AΩ, Y_0 = 0.
 
     Args:
         key: PRNG key for Ω (n, r).
@@ -120,13 +120,13 @@ def nystrom_from_gradient(
     sketch: Sketch = "gaussian",
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "m r"]:
-    """(3) from a gradient oracle of (1), without A (A.4): X_0 = AΩ by one gradient.
+    """Return (3) from a gradient oracle of (1), without A (A.4): X_0 = AΩ by one gradient.
 
-    A.4 has −∇f(Ω) + ΩΩᵀΩ. Here it is minus the derivative of ∇f at 0 along Ω, of one evaluation in
-    forward mode: for (1) the same, without cancellation at any scale of A, and for any other loss
-    of XXᵀ, sensing say, minus its gradient in XXᵀ at 0, times Ω. Taken at Ω itself, the start of
-    sensing has an error ((𝒜*𝒜 − I)(ΩΩᵀ))Ω that grows as ξ³ and drowns it at ξ = 1. `rescaled` then
-    takes ξ away.
+    A.4 has −∇f(Ω) + ΩΩᵀΩ. Here the start is minus the derivative of ∇f at 0 along Ω, which takes
+    one evaluation in forward mode. For (1) that is the same, without cancellation at any scale of
+    A. For another loss of XXᵀ, such as sensing, it is minus the gradient in XXᵀ at 0, times Ω. The
+    form of A.4 would have an error ((𝒜*𝒜 − I)(ΩΩᵀ))Ω there. It grows as ξ³, and exceeds the start
+    at ξ = 1. `rescaled` makes the start independent of ξ.
 
     Args:
         key: PRNG key for Ω.
@@ -163,10 +163,10 @@ def nystrom_factors_from_gradient(
     sketch: Sketch = "gaussian",
     dtype: DTypeLike | None = None,
 ) -> Factors:
-    """(5) from a gradient oracle of (4), without A (A.4): X_0 = −∇_X f(0, Ω) = AΩ, Y_0 = 0.
+    """Return (5) from a gradient oracle of (4), without A: X_0 = −∇_X f(0, Ω) = AΩ, Y_0 = 0 (A.4).
 
-    For any other loss of XYᵀ it is minus the gradient in XYᵀ at 0, times Ω: 𝒜*(b)Ω of sensing, and
-    this is how the adapters of a network start from their first gradients.
+    For any other loss of XYᵀ, X_0 is minus the gradient in XYᵀ at 0, times Ω: 𝒜*(b)Ω for sensing.
+    The adapters of a network start from their first gradients in this way.
 
     Args:
         key: a PRNG key.
@@ -187,7 +187,7 @@ def nystrom_factors_from_gradient(
 
 
 def _gradient(value: Any, shape: tuple[int, ...]) -> Array:
-    """What somebody's function gave, if it is an array of this shape: others may broadcast."""
+    """The result of a user's gradient, if it is an array of this shape: others may broadcast."""
     value = as_array("the gradient", value)
     if value.shape != shape:
         raise ValueError(
@@ -200,9 +200,9 @@ def _gradient(value: Any, shape: tuple[int, ...]) -> Array:
 def perturbed(
     key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, noise: Number = 1e-4
 ) -> Float[Array, "m r"]:
-    """Perturbed Nyström, Fig. 1 (b) and 4 (b): X_0 = AΩ + N, N_ij ~ N(0, noise²).
+    """Return a perturbed Nyström start, Fig. 1 (b) and 4 (b): X_0 = AΩ + N, N_ij ~ N(0, noise²).
 
-    Ω is the one of `nystrom(key, a, rank, scale)`, so the two starts differ by N alone. N leaves
+    Ω is the one of `nystrom(key, a, rank, scale)`, so the two starts differ by N only. N leaves
     range(A), and the rate drops from quadratic to linear.
 
     Args:
@@ -219,11 +219,11 @@ def perturbed(
 
 @full_precision
 def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
-    """cX_0 with the scalar c that minimizes ‖c²X_0X_0ᵀ − A‖_F, or ‖c²𝒜(X_0X_0ᵀ) − b‖ of sensing.
+    """Return cX_0 with the c that minimizes ‖c²X_0X_0ᵀ − A‖_F, or ‖c²𝒜(X_0X_0ᵀ) − b‖ for sensing.
 
     c² = tr(X_0ᵀAX_0)/‖X_0ᵀX_0‖_F², and tr(X_0ᵀ𝒜*(b)X_0)/‖𝒜(X_0X_0ᵀ)‖², by one product with A or
-    𝒜*(b). From a Nyström start this takes ξ away: the run is the same, and its number of steps,
-    for every ξ. (Without it the count grows by |log₂ ξ|.)
+    𝒜*(b). A run from a rescaled Nyström start does not depend on ξ. (Without this, the number of
+    steps grows by |log₂ ξ|.)
 
     Args:
         x0: the start (m, r), for instance `nystrom(key, a, r, scale)`.
@@ -246,8 +246,8 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
     problem: Any = a if isinstance(a, Problem) else Symmetric(a)
     if not hasattr(problem, "measured_norm"):
         raise ValueError(
-            f"the problem is a {type(problem).__name__}; expected one whose points may be X, such as "
-            "problems.Symmetric"
+            f"the problem is a {type(problem).__name__}; expected one whose points may be X, such "
+            "as problems.Symmetric"
         )
     x0 = problem.check(x0)
     unit = x0 / norm(x0)  # X_0ᵀX_0 of a large ξ would overflow float32
@@ -265,10 +265,10 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
 def nystrom_approximation(
     key: Key[Array, ""], a: Any, rank: int, *, sketch: Sketch = "gaussian"
 ) -> Float[Array, "m r"]:
-    """The Nyström approximation of A as a factor: X = AQ L⁻ᵀ, LLᵀ = QᵀAQ, Q a basis of range(AΩ).
+    """Return the Nyström approximation of A as a factor X = AQ L⁻ᵀ, LLᵀ = QᵀAQ.
 
-    It solves (1) outright for r ≥ r_A, XXᵀ = A, with two products with A. For r < r_A,
-    XXᵀ = AQ(QᵀAQ)⁻¹QᵀA is near-optimal, and a start from which steps can go on.
+    Q is an orthonormal basis of range(AΩ). For r ≥ r_A the result solves (1), XXᵀ = A, with two
+    products with A. For r < r_A, XXᵀ = AQ(QᵀAQ)⁻¹QᵀA is near-optimal, a start for more steps.
 
     The textbook form AΩ L⁻ᵀ with LLᵀ = ΩᵀAΩ needs one product less; its error is
     eps·κ(QᵀΩ)², and for r > r_A there is no such L. Here L is the root of an eigendecomposition of

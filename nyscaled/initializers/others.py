@@ -20,7 +20,7 @@ from nyscaled.typing import Factors, Number, Problem, Scalar
 def small(
     key: Key[Array, ""], m: int, rank: int, scale: Number = 1e-3, dtype: DTypeLike | None = None
 ) -> Float[Array, "m r"]:
-    """Small random initialization: [X_0]_ij ~ N(0, scale²), scale = ζ.
+    """Return a small random start: [X_0]_ij ~ N(0, scale²), scale = ζ.
 
     Args:
         key: a PRNG key.
@@ -44,7 +44,7 @@ def small_factors(
     scale: Number = 1e-3,
     dtype: DTypeLike | None = None,
 ) -> Factors:
-    """Small random initialization of both factors of (4).
+    """Return a small random start of both factors of (4).
 
     Args:
         key: a PRNG key.
@@ -72,12 +72,13 @@ def spectral(
     symmetric: bool = False,
     key: Key[Array, ""] | None = None,
 ) -> Array | Factors:
-    """Spectral initialization: the best rank-r approximation of A, balanced.
+    """Return the spectral start: the best rank-r approximation of the problem's target, balanced.
 
-    For (1) and (4) it is the solution. For sensing A is 𝒜*(b), for robust PCA the trimmed Y; it is
-    the start that ScaledGD's local theory asks for. A dense A goes to LAPACK. Otherwise subspace
-    iteration (`subspace.leading_factors`) gives it in a few digits with 21 products with A or Aᵀ,
-    and to rounding if rank(A) ≤ 2r + 8: no m×n matrix is formed.
+    For (1) and (4) it is the solution. For sensing the target is 𝒜*(b), and for robust PCA the
+    trimmed Y. ScaledGD's local theory requires this start. A dense target is factorized by LAPACK.
+    Otherwise subspace iteration (`linalg.leading_factors`) gives a few digits with 21 products with
+    the target or its transpose, and all digits if its rank is at most 2r + 8. No m×n matrix is
+    formed then.
 
     Args:
         problem: one of `nyscaled.problems`. Where 𝒜 does not keep norms on average, as

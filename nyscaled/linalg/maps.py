@@ -19,7 +19,7 @@ _BLOCK = 512  # rows of a residual held at once
 
 @reads(a=as_matrix, left=as_dense, right=as_dense)
 def residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
-    """‖L Rᵀ − A‖_F; see `squared_residual`.
+    """Return ‖L Rᵀ − A‖_F; see `squared_residual`.
 
     Args:
         a: A (m, n), in any form that problems take.
@@ -32,7 +32,7 @@ def residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> S
 
 @reads(a=as_matrix, left=as_dense, right=as_dense)
 def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
-    """‖L Rᵀ − A‖_F², entry by entry in blocks: O(512·(m + n)) memory and no cancellation.
+    """Return ‖L Rᵀ − A‖_F², by blocks of entries: O(512·(m + n)) memory and no cancellation.
 
     The expansion ‖A‖² − 2⟨A, LRᵀ⟩ + ‖LRᵀ‖² would lose every residual under √eps·‖A‖. An operator
     is read through products with blocks of the identity.
@@ -92,7 +92,7 @@ def _residual(
 @functools.partial(jax.jit, static_argnames="num_steps")
 @full_precision
 def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50) -> Scalar:
-    """‖A‖ by power iteration on AᵀA: a lower bound, tight to about 1 % or better.
+    """Return ‖A‖ by power iteration on AᵀA: a lower bound, tight to about 1 % or better.
 
     Args:
         a: a matrix or operator (m, n).
@@ -115,6 +115,6 @@ def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50
 @reads(a=as_matrix)
 @full_precision
 def probed_norm(a: Any) -> Scalar:
-    """‖A‖_F to within a factor of about 2, by a product with four random vectors."""
+    """Return ‖A‖_F to within a factor of about 2, by a product with four random vectors."""
     probe = jax.random.normal(jax.random.key(0), (a.shape[1], 4), a.dtype)
     return norm(a @ probe) / 2

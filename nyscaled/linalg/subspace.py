@@ -50,7 +50,7 @@ def range_basis(
 @functools.partial(jax.jit, static_argnames=("rank", "symmetric"))
 @full_precision
 def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = False) -> Factors:
-    """(U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of A; of a symmetric A Q₁Λ₁^{1/2} of its largest eigenvalues, twice.
+    """Return (U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of A; for a symmetric A, Q₁Λ₁^{1/2} twice.
 
     Subspace iteration with k = 2r + 8 columns (at most min(m, n)): a product with A, ten rounds of
     one with Aᵀ and one with A, and a last one with Aᵀ, orthonormalized in between. The leading
@@ -62,8 +62,9 @@ def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = Fa
         key: PRNG key of the sketch.
         a: A (m, n): dense, sparse or an operator.
         rank: 1 ≤ r ≤ min(m, n).
-        symmetric: A = Aᵀ; negative eigenvalues count as 0. The iteration follows both ends of the
-            spectrum: an eigenvalue far smaller than −λ_min comes late.
+        symmetric: whether A = Aᵀ and the largest eigenvalues are sought; negative ones count as 0.
+            The iteration converges to the eigenvalues that are largest in magnitude, so a positive
+            eigenvalue much smaller than |λ_min| is found late.
 
     Returns:
         Factors (m, r) and (n, r), columns by falling values.

@@ -1,17 +1,17 @@
-"""Algebra of thin factors X (m, r), m ≥ r, from matrix products and r×r factorizations alone.
+"""Algebra of thin factors X (m, r), m ≥ r, by matrix products and r×r factorizations only.
 
 The one primitive of this package is the dual X(XᵀX)†: every iteration of the paper is a line
 in it. It is taken from X = Z T₃⁻¹T₂⁻¹T₁⁻¹ with Z orthonormal but for rounding and each T_i r×r
 upper triangular, never from the inverse of the Gram matrix, whose error grows with κ(X)².
 A pass of Cholesky QR, shifted by s, divides the condition number by about s^(-1/2). The shifts
-are chosen so that no T_i is badly conditioned alone, and the T_i are applied one after another,
+are chosen so that no single T_i is badly conditioned, and the T_i are applied one after another,
 which keeps the backward error at Σκ(T_i) where their product would have κ(X). That is as
 accurate as Householder QR, without a tall LAPACK call: on CPUs those run in another thread pool
 than XLA's products and slow them down, and across devices a Gram matrix needs one all-reduce of
 r² numbers where Householder QR gathers X.
 
-A column of X that is exactly zero has no direction: its dual is zero, as the pseudo-inverse
-has it. This is the whole of the rank handling inside the loops; `compress` makes such columns.
+A column of X that is exactly zero has no direction: its dual is zero, as for the pseudo-inverse.
+Inside the loops this is the only rank handling; `compress` makes such columns.
 
 References:
     Fukaya et al., Shifted Cholesky QR for computing the QR factorization of ill-conditioned
@@ -46,7 +46,7 @@ class ThinFactorization(NamedTuple):
     live: Bool[Array, " r"]
 
     def dual_of(self, image: Float[Array, "k r"]) -> Float[Array, "k r"]:
-        """A X(XᵀX + λI)⁻¹ from `image` = A z: mapping first keeps the digits of small directions."""
+        """Return A X(XᵀX + λI)⁻¹ from `image` = A z, which keeps the digits of small directions."""
         *rest, last = self.transforms
         image = image @ ((self.core @ self.core.T) @ last.T)
         for t in reversed(rest):
@@ -54,14 +54,14 @@ class ThinFactorization(NamedTuple):
         return image
 
     def solve(self, g: Float[Array, "k r"]) -> Float[Array, "k r"]:
-        """G(XᵀX + λI)⁻¹."""
+        """Return G(XᵀX + λI)⁻¹."""
         *rest, last = self.transforms
         for t in rest:
             g = g @ t
         return self.dual_of(g @ last)
 
     def kept(self, damping: float | Scalar) -> Float[Array, "r r"]:
-        """XᵀX(XᵀX + λI)⁻¹ with the λ of the factorization: the identity on live columns at λ = 0.
+        """Return XᵀX(XᵀX + λI)⁻¹ with the factorization's λ: the identity on live columns at λ = 0.
 
         It is I − WWᵀ with W = √λ T₁T₂T₃ core, which is bounded where (XᵀX + λI)⁻¹ overflows.
         """
@@ -80,7 +80,7 @@ class ThinFactorization(NamedTuple):
 @reads(x=as_dense)
 @full_precision
 def factor(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> ThinFactorization:
-    """Factors X, or [X; √λ I], to thin-QR accuracy for κ up to 1/eps.
+    """Factorize X, or [X; √λ I], to thin-QR accuracy for κ up to 1/eps.
 
     Args:
         x: thin matrix (m, r); columns that are exactly zero are allowed.
@@ -131,7 +131,7 @@ def _is_zero(value: Any) -> bool:
 @reads(x=as_dense)
 @full_precision
 def orthonormalize(x: Float[Array, "m r"]) -> Float[Array, "m r"]:
-    """An orthonormal basis of range(X), column j in the span of the first j columns of X.
+    """Return an orthonormal basis of range(X), column j in the span of the first j columns of X.
 
     Zero columns stay zero. As accurate as Householder QR for κ(X) up to 1/eps.
 
@@ -148,7 +148,7 @@ def orthonormalize(x: Float[Array, "m r"]) -> Float[Array, "m r"]:
 @reads(x=as_dense)
 @full_precision
 def dual(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> Float[Array, "m r"]:
-    """The dual X(XᵀX + λI)⁻¹ of a thin factor; at λ = 0 it is (X†)ᵀ.
+    """Return the dual X(XᵀX + λI)⁻¹ of a thin factor; at λ = 0 it is (X†)ᵀ.
 
     Args:
         x: (m, r), of full column rank but for columns that are exactly zero, whose dual is
@@ -174,7 +174,7 @@ def dual(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> Float[Array, 
 def gram_solve(
     x: Float[Array, "m r"], g: Float[Array, "k r"], damping: float | Scalar = 0.0
 ) -> Float[Array, "k r"]:
-    """G(XᵀX + λI)⁻¹, the preconditioned gradient of (2) and (6), as G R⁻¹R⁻ᵀ.
+    """Return G(XᵀX + λI)⁻¹, the preconditioned gradient of (2) and (6), as G R⁻¹R⁻ᵀ.
 
     Args:
         x: (m, r), as in `dual`; directions of zero columns are dropped from the result.
@@ -190,7 +190,7 @@ def gram_solve(
 
 
 def default_rcond(m: int, dtype: Any) -> float:
-    """√m · eps: where the singular values of an m-row product of rounded matrices are noise.
+    """Return √m · eps, below which singular values of a rounded m-row product are noise.
 
     Args:
         m: the number of rows.
@@ -240,7 +240,7 @@ def _moving_frame_jvp(primals: Any, tangents: Any) -> Any:
 @reads(x=as_dense)
 @full_precision
 def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
-    """Cuts the numerical rank of X: singular values up to `rcond` times the largest become zero.
+    """Cut the numerical rank of X: singular values up to `rcond` times the largest become zero.
 
     The cut is made on X, not on XᵀX, whose eigenvalues are squared and drown at √eps. Derivatives
     are those of an X that keeps its rank.
@@ -265,7 +265,7 @@ def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
 @reads(x=as_dense)
 @full_precision
 def pinv(x: Float[Array, "m r"], rcond: float | None = None) -> Float[Array, "r m"]:
-    """The pseudo-inverse X† of a thin factor with a rank-revealing cut on X; X(XᵀX)† = (X†)ᵀ.
+    """Return X† of a thin factor, with a rank-revealing cut on X; X(XᵀX)† = (X†)ᵀ.
 
     Args:
         x: X (m, r), m ≥ r.

@@ -44,42 +44,42 @@ class Asymmetric:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n)."""
+        """The shape (m, n) of A."""
         return self.a.shape
 
     @property
     def dtype(self) -> Any:
-        """float32 or float64."""
+        """The dtype, float32 or float64."""
         return self.a.dtype
 
     def residual(self, factors: Factors) -> Scalar:
-        """‖XYᵀ − A‖_F, without cancellation: O(m n r) operations."""
+        """Return ‖XYᵀ − A‖_F, without cancellation: O(m n r) operations."""
         return linalg.residual(self.a, *factors)
 
     def loss(self, factors: Factors) -> Scalar:
-        """f(X, Y) = ½‖XYᵀ − A‖_F²."""
+        """Return f(X, Y) = ½‖XYᵀ − A‖_F²."""
         return linalg.squared_residual(self.a, *factors) / 2
 
     def root_loss(self, factors: Factors) -> Scalar:
-        """√f, of which f may overflow or underflow."""
+        """Return √f, where f itself may overflow or underflow."""
         return self.residual(factors) / 2**0.5
 
     def factor_size(self) -> Scalar:
-        """About √‖A‖_F, the size of factors of A."""
+        """Return about √‖A‖_F, the size of factors of A."""
         return jnp.sqrt(linalg.probed_norm(self.a))
 
     @full_precision
     def gradient(self, factors: Factors) -> Factors:
-        """(X(YᵀY) − AY, Y(XᵀX) − AᵀX), with no m×n intermediate."""
+        """Return (X(YᵀY) − AY, Y(XᵀX) − AᵀX), with no m×n intermediate."""
         x, y = as_factors(factors)
         return Factors(x @ (y.T @ y) - self.a @ y, y @ (x.T @ x) - transpose_times(self.a, x))
 
     def optimum(self, rank: int) -> Factors:
-        """The balanced global optimum (U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of Lemma 13 (dense A only; an SVD)."""
+        """Return the balanced optimum (U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of Lemma 13, for a dense A."""
         validation.require_rank(rank, self.shape)
         if not isinstance(self.a, jax.Array):
             raise ValueError(
-                f"A is a {type(self.a).__name__}; expected a dense matrix, whose factorization gives the optimum"
+                f"A is a {type(self.a).__name__}; expected a dense matrix, which optimum factorizes"
             )
         u, s, vt = svd(self.a)
         root = jnp.sqrt(s[:rank])

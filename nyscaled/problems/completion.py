@@ -1,13 +1,13 @@
 """Matrix completion: a low-rank matrix from some of its entries, as sensing by `Entries`.
 
 𝒜 reads the entries of a set Ω and multiplies them by √(m n / |Ω|), so that on random sets it keeps
-norms on average and step sizes are those of problems (1) and (4). XYᵀ is formed at Ω alone: a step
-costs O(|Ω| r). These are gathers and scatters, which are slow for their count: on CPU a dense masked
-product overtakes them once some 2 to 4 % of the entries are seen (benchmarks/problems.py).
+norms on average and step sizes are those of problems (1) and (4). XYᵀ is formed only at Ω: a step
+costs O(|Ω| r). It consists of gathers and scatters, which are slow: on a CPU a dense masked product
+is faster once 2 to 4 % of the entries are seen (benchmarks/problems.py).
 
-With more columns than the rank of M, a symmetric problem leaves a principal submatrix free that has
-no entry in Ω, as one unseen entry of the diagonal: for Z with no other rows XXᵀ + ZZᵀ has the same
-entries elsewhere, and the loss does not see Z.
+If Ω misses a whole principal submatrix, for example one entry of the diagonal, and X has more
+columns than the rank of M, the loss does not determine it: ZZᵀ with Z supported there leaves every
+observed entry unchanged.
 
 References:
     Candès, Recht, Exact matrix completion via convex optimization, FoCM 2009. Tong, Ma, Chi,
@@ -80,26 +80,26 @@ class Entries:
 
     @property
     def count(self) -> int:
-        """p = |Ω|."""
+        """The number p = |Ω| of measurements."""
         return self.rows.shape[0]
 
     @property
     def scale(self) -> float:
-        """√(m n / p)."""
+        """The factor √(m n / p) of the map."""
         return (self.shape[0] * self.shape[1] / self.count) ** 0.5
 
     def forward(self, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Float[Array, " p"]:
-        """𝒜(LRᵀ), in O(p r)."""
+        """Return 𝒜(LRᵀ), in O(p r)."""
         return self.scale * jnp.sum(left[self.rows] * right[self.columns], axis=1)
 
     def adjoint(self, weights: Float[Array, " p"]) -> BCOO:
-        """𝒜*(w), a sparse (m, n)."""
+        """Return 𝒜*(w), a sparse (m, n)."""
         indices = jnp.stack([self.rows, self.columns], axis=1)
         return BCOO((self.scale * weights, indices), shape=self.shape)
 
 
 def observed(rows: Any, columns: Any, values: Any, shape: tuple[int, int]) -> Sensing:
-    """The problem of finding M (m, n) of low rank with M[rows, columns] = values.
+    """Return the problem of finding M (m, n) of low rank with M[rows, columns] = values.
 
     f = ¼ mn/p Σ (XXᵀ − M)² over the p entries at X (m, r), ½ mn/p Σ (XYᵀ − M)² at `Factors`.
 
@@ -129,7 +129,7 @@ def observed(rows: Any, columns: Any, values: Any, shape: tuple[int, int]) -> Se
 def bernoulli(
     key: Key[Array, ""], factors: Factors | Float[Array, "m r"], probability: float
 ) -> Sensing:
-    """The problem of M = XXᵀ or XYᵀ of which each entry is seen with the given probability.
+    """Return the problem of M = XXᵀ or XYᵀ, of which each entry is seen with some probability.
 
     How many are seen depends on the key, so this cannot be compiled; `observed` can.
 
@@ -158,11 +158,11 @@ def bernoulli(
 def project_incoherent(
     factors: Factors | Float[Array, "m r"], bound: float | Scalar
 ) -> Factors | Float[Array, "m r"]:
-    """The scaled projection: rows of X shortened until √m·‖xᵢYᵀ‖ ≤ bound, and those of Y alike.
+    """Return factors whose rows are shortened until √m·‖xᵢYᵀ‖ ≤ bound (the scaled projection).
 
     xᵢ ← min(1, bound / (√m ‖xᵢYᵀ‖)) xᵢ and yⱼ ← min(1, bound / (√n ‖yⱼXᵀ‖)) yⱼ, both with the
-    factors given; of a single X, Y = X. It is the projection in the norm of the preconditioner onto
-    factors whose product spreads over all rows, as completion needs.
+    factors before the change. For a single X, Y = X. This is the projection, in the norm of the
+    preconditioner, onto factors whose product spreads over all rows, as completion needs.
 
     Args:
         factors: X (m, r) or `Factors`.

@@ -1,7 +1,8 @@
-"""One-bit sensing: bᵢ is how often the sign of ⟨Aᵢ, M⟩ + logistic noise was seen to be positive.
+"""One-bit sensing: bᵢ is the frequency with which ⟨Aᵢ, M⟩ + logistic noise is positive.
 
 References:
-    Davenport, Plan, van den Berg, Wootters, 1-bit matrix completion, Information and Inference 2014.
+    Davenport, Plan, van den Berg, Wootters, 1-bit matrix completion, Information and Inference
+    2014.
     Zhang, Fattahi, Zhang, NeurIPS 2021 (PrecGD on it, bᵢ = σ(⟨Aᵢ, M⟩)).
 """
 
@@ -30,9 +31,9 @@ class OneBit(sensing.Sensing):
     """f(X, Y) = 4τ² Σᵢ KL(bᵢ ‖ σ(𝒜(XYᵀ)ᵢ/τ)) at `Factors`, half of it with XXᵀ at X (m, r).
 
     KL(b ‖ q) = b log(b/q) + (1−b) log((1−b)/(1−q)) is the logistic loss less its least value: f is
-    zero at a truth that explains b exactly, as `precgd` requires. The factor 4τ² makes the curvature
-    that of `Sensing` where q = ½, and less elsewhere: step sizes and the damping of `precgd` are
-    those of `Sensing`.
+    zero at a truth that explains b exactly, as `precgd` requires. The factor 4τ² makes the
+    curvature that of `Sensing` where q = ½, and less elsewhere: step sizes and the damping of
+    `precgd` are those of `Sensing`.
 
     Args:
         map: the linear map 𝒜, as in `Sensing`.
@@ -59,7 +60,7 @@ class OneBit(sensing.Sensing):
                 raise ValueError(f"b is {low:g} … {high:g}; expected frequencies in [0, 1]")
 
     def misfit(self, predicted: Float[Array, " p"]) -> Scalar:
-        """4τ² Σᵢ KL(bᵢ ‖ σ(zᵢ/τ)) of predicted measurements z."""
+        """Return 4τ² Σᵢ KL(bᵢ ‖ σ(zᵢ/τ)) of predicted measurements z."""
         z, b = predicted / self.noise_scale, self.b
         far = jax.nn.softplus(z) - b * z - entr(b) - entr(1 - b)
         # Near zᵢ = τ logit(bᵢ) that is a difference of numbers of size 1, far larger than itself.
@@ -69,11 +70,11 @@ class OneBit(sensing.Sensing):
         return 4 * self.noise_scale**2 * jnp.sum(jnp.where(jnp.abs(distance) < 1, near, far))
 
     def root_misfit(self, predicted: Float[Array, " p"]) -> Scalar:
-        """The root of `misfit`."""
+        """Return the root of `misfit`."""
         return jnp.sqrt(self.misfit(predicted))
 
     def slope(self, predicted: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The derivative of `misfit`, 4τ(σ(z/τ) − b)."""
+        """Return the derivative of `misfit`, 4τ(σ(z/τ) − b)."""
         return 4 * self.noise_scale * (jax.nn.sigmoid(predicted / self.noise_scale) - self.b)
 
 
@@ -84,17 +85,17 @@ def gaussian(
     num_measurements: int,
     trials: Number | None = None,
 ) -> tuple[OneBit, Float[Array, "m k"]]:
-    """A symmetric problem with Gaussian measurements of a random M of given spectrum.
+    """Return a symmetric problem with Gaussian measurements of a random M of given spectrum.
 
     Aᵢ has entries N(0, 1/p) and τ = p^(−½), so that the arguments of σ are N(0, ‖M‖_F²). The loss
-    at the truth is 0 from exact frequencies, and about 1/trials from more than a few coins.
+    at the truth is 0 from exact frequencies, and about 1/trials from more than a few trials.
 
     Args:
-        key: PRNG key of M, 𝒜 and the coins.
+        key: PRNG key of M, 𝒜 and the trials.
         m: side of M.
         spectrum: the k ≤ m positive eigenvalues of M.
-        num_measurements: p ≥ 1; a few times m k tell M from other matrices of low rank.
-        trials: how many coins are thrown for each bᵢ, may be traced; None for bᵢ = σ(𝒜(M)ᵢ/τ).
+        num_measurements: p ≥ 1; a few times m k distinguish M from other matrices of low rank.
+        trials: the number of observed signs per bᵢ, may be traced; None for bᵢ = σ(𝒜(M)ᵢ/τ).
 
     Returns:
         The problem and X* (m, k) with M = X*X*ᵀ, in JAX's default float.
@@ -120,7 +121,7 @@ def gaussian_factors(
     num_measurements: int,
     trials: Number | None = None,
 ) -> tuple[OneBit, Factors]:
-    """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
+    """Return the same for a rectangular M (m, n) of given singular values, and its factors.
 
     Args:
         key: a PRNG key.
@@ -128,7 +129,7 @@ def gaussian_factors(
         n: the number of columns of M.
         spectrum: the singular values of M (k,), all positive.
         num_measurements: the number p of measurements.
-        trials: the number of flips per measurement; None for exact probabilities.
+        trials: the number of observed signs per measurement; None for exact probabilities.
 
     Examples:
         >>> problem, truth = gaussian_factors(jax.random.key(0), 6, 5, [1.0], num_measurements=40)

@@ -38,7 +38,7 @@ class RankOne:
     Args:
         vectors: aᵢ, stacked, (p, m), float32 or float64. Unlike that of Gaussian matrices, the map
             of Gaussian vectors N(0, I) sees the trace: E‖𝒜(M)‖² = p (2‖M‖_F² + tr(M)²). Divided
-            by p^¼ they want step sizes about a third of those of `sensing.gaussian` at rank one.
+            by p^¼ they require step sizes about a third of those of `sensing.gaussian` at rank one.
 
     Raises:
         ValueError: on an array that is not finite, floating and of two axes.
@@ -63,26 +63,26 @@ class RankOne:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, m)."""
+        """The shape (m, m) of the matrices measured."""
         return self.vectors.shape[1], self.vectors.shape[1]
 
     @property
     def count(self) -> int:
-        """p."""
+        """The number p of measurements."""
         return self.vectors.shape[0]
 
     @property
     def dtype(self) -> Any:
-        """float32 or float64."""
+        """The dtype, float32 or float64."""
         return self.vectors.dtype
 
     @full_precision
     def forward(self, left: Float[Array, "m r"], right: Float[Array, "m r"]) -> Float[Array, " p"]:
-        """𝒜(LRᵀ)."""
+        """Return 𝒜(LRᵀ)."""
         return jnp.sum((self.vectors @ left) * (self.vectors @ right), axis=1)
 
     def adjoint(self, weights: Float[Array, " p"]) -> linalg.Operator:
-        """𝒜*(w) = Σᵢ wᵢaᵢaᵢᵀ, known by its products."""
+        """Return 𝒜*(w) = Σᵢ wᵢaᵢaᵢᵀ, known by its products."""
         product = Partial(_weighted_gram, self.vectors, weights)
         return linalg.Operator(product, product, self.shape, self.dtype)
 
@@ -95,7 +95,7 @@ def _weighted_gram(vectors: Array, weights: Array, x: Array) -> Array:
 def gaussian(
     key: Key[Array, ""], m: int, spectrum: Values, num_measurements: int, noise: Number = 0.0
 ) -> tuple[sensing.Sensing, Float[Array, "m k"]]:
-    """Quadratic measurements of a random M of given spectrum; phase retrieval with one eigenvalue.
+    """Return quadratic measurements of a random M; phase retrieval if M has one eigenvalue.
 
     aᵢ has entries N(0, 1), divided by p^¼, and bᵢ = aᵢᵀMaᵢ + N(0, noise²/p): noise of standard
     deviation `noise` on undivided vectors. The loss at the truth is about noise²/4.
@@ -104,7 +104,7 @@ def gaussian(
         key: PRNG key of M, 𝒜 and the noise.
         m: side of M.
         spectrum: the k ≤ m positive eigenvalues of M.
-        num_measurements: p ≥ 1; a few times m k tell M from other matrices of low rank.
+        num_measurements: p ≥ 1; a few times m k distinguish M from other matrices of low rank.
         noise: σ ≥ 0; may be traced.
 
     Returns:

@@ -2,7 +2,7 @@
 
 T_α[A] keeps the entries of A that are among the largest, by magnitude, of their row and of their
 column, a fraction α of each. At factors (L, R) the residual Y − LRᵀ is read as sparse where T
-finds it large, and the factors answer for the rest alone.
+finds it large, and the factors explain only the remaining entries.
 
 References:
     Tong, Ma, Chi, Accelerating ill-conditioned low-rank matrix estimation via scaled gradient
@@ -67,7 +67,7 @@ def _largest(a: Float[Array, "m n"], fraction: Number) -> Bool[Array, "m n"]:
 
 @reads(a=as_dense)
 def threshold(a: Float[Array, "m n"], fraction: Number) -> Float[Array, "m n"]:
-    """T_α[A]: the entries among the largest of their row and of their column, zero elsewhere.
+    """Return T_α[A]: the entries among the largest of their row and of their column.
 
     Args:
         a: (m, n), float32 or float64.
@@ -90,7 +90,7 @@ def threshold(a: Float[Array, "m n"], fraction: Number) -> Float[Array, "m n"]:
 class RobustPCA:
     """f(L, R) = ½‖LRᵀ + S − Y‖_F² with S = T_γα[Y − LRᵀ], at `Factors`.
 
-    S is constant but where magnitudes tie, so ∇f is that of problem (4) with A = Y − S. A step costs
+    S is constant except where magnitudes tie, so ∇f is that of (4) with A = Y − S. A step costs
     the three products of a dense residual, 6 m n r operations, and 62 passes over it for T (126 in
     float64), which take longer where r is small.
 
@@ -130,37 +130,37 @@ class RobustPCA:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(m, n)."""
+        """The shape (m, n) of Y."""
         return self.observed.shape
 
     @property
     def dtype(self) -> Any:
-        """float32 or float64."""
+        """The dtype, float32 or float64."""
         return self.observed.dtype
 
     @full_precision
     def sparse(self, factors: Factors) -> Float[Array, "m n"]:
-        """S = T_γα[Y − LRᵀ]."""
+        """Return S = T_γα[Y − LRᵀ]."""
         return threshold(-self._residual(factors), self._removed())
 
     @full_precision
     def loss(self, factors: Factors) -> Scalar:
-        """f(L, R), the entries that T leaves to the factors."""
+        """Return f(L, R), of the entries that T leaves to the factors."""
         kept, e = normalized(self._kept(factors))
         return shift(shift(jnp.sum(kept**2) / 2, e), e)
 
     @full_precision
     def root_loss(self, factors: Factors) -> Scalar:
-        """√f, of which f may overflow or underflow."""
+        """Return √f, where f itself may overflow or underflow."""
         return norm(self._kept(factors)) / 2**0.5
 
     def factor_size(self) -> Scalar:
-        """√‖Y‖_F, at least about the size of factors of what is sought."""
+        """Return √‖Y‖_F, at least about the size of factors of what is sought."""
         return jnp.sqrt(norm(self.observed))
 
     @full_precision
     def gradient(self, factors: Factors) -> Factors:
-        """(GR, GᵀL) with G = LRᵀ + S − Y."""
+        """Return (GR, GᵀL) with G = LRᵀ + S − Y."""
         kept = self._kept(factors)
         left, right = as_factors(factors)
         return Factors(kept @ right, transpose_times(kept, left))
@@ -196,7 +196,7 @@ class RobustPCA:
 def corrupted(
     key: Key[Array, ""], m: int, n: int, spectrum: Values, fraction: Number, size: Number = 10.0
 ) -> tuple[RobustPCA, Factors]:
-    """A random M of given singular values, of which a fraction of the entries is grossly wrong.
+    """Return a random M of given singular values, with a fraction of its entries grossly wrong.
 
     S is T_α of a Gaussian matrix, at most a fraction α in any row and column, times `size`.
 
@@ -206,7 +206,8 @@ def corrupted(
         n: columns of M.
         spectrum: the k ≤ min(m, n) positive singular values of M.
         fraction: α in (0, ½), of S and of the problem. May be traced.
-        size: of the entries of S, in root mean squares of those of M. May be traced.
+        size: the scale of the entries of S, in units of the root mean square entry of M. May be
+            traced.
 
     Returns:
         The problem and the balanced factors of M, in JAX's default float.

@@ -44,7 +44,7 @@ class Matrices:
     """𝒜 by its matrices, an array (p, m, n), float32 or float64.
 
     XYᵀ and 𝒜*(w) are formed, m n numbers beside the p m n that are read: each is one pass over the
-    array, whatever r.
+    array, for any r.
 
     Args:
         matrices: Aᵢ, stacked, (p, m, n).
@@ -66,27 +66,27 @@ class Matrices:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(m, n)."""
+        """The shape (m, n) of the matrices measured."""
         return self.matrices.shape[1:]
 
     @property
     def count(self) -> int:
-        """p."""
+        """The number p of measurements."""
         return self.matrices.shape[0]
 
     @property
     def dtype(self) -> Any:
-        """float32 or float64."""
+        """The dtype, float32 or float64."""
         return self.matrices.dtype
 
     @full_precision
     def forward(self, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Float[Array, " p"]:
-        """𝒜(LRᵀ)."""
+        """Return 𝒜(LRᵀ)."""
         return self.matrices.reshape(self.count, -1) @ (left @ right.T).reshape(-1)
 
     @full_precision
     def adjoint(self, weights: Float[Array, " p"]) -> Float[Array, "m n"]:
-        """𝒜*(w)."""
+        """Return 𝒜*(w)."""
         return (weights @ self.matrices.reshape(self.count, -1)).reshape(self.shape)
 
 
@@ -128,40 +128,40 @@ class Sensing:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(m, n), of the matrix looked for."""
+        """The shape (m, n) of the matrix sought."""
         return self.map.shape
 
     @property
     def dtype(self) -> Any:
-        """float32 or float64."""
+        """The dtype, float32 or float64."""
         return self.map.dtype
 
     def misfit(self, predicted: Float[Array, " p"]) -> Scalar:
-        """½‖z − b‖² of predicted measurements z."""
+        """Return ½‖z − b‖² of predicted measurements z."""
         difference, e = normalized(predicted - self.b)
         return shift(shift(jnp.sum(difference**2) / 2, e), e)
 
     def root_misfit(self, predicted: Float[Array, " p"]) -> Scalar:
-        """The root of `misfit`, of which the misfit may overflow or underflow."""
+        """Return the root of `misfit`, where the misfit itself may overflow or underflow."""
         return norm(predicted - self.b) / 2**0.5
 
     def slope(self, predicted: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The derivative of `misfit`, z − b."""
+        """Return the derivative of `misfit`, z − b."""
         return predicted - self.b
 
     def loss(self, point: Any) -> Scalar:
-        """f at X or at `Factors`: the misfit, halved for X."""
+        """Return f at X or at `Factors`: the misfit, halved for X."""
         misfit = self.misfit(self.map.forward(*both(point)))
         return misfit if isinstance(point, Factors) else misfit / 2
 
     def root_loss(self, point: Any) -> Scalar:
-        """√f, of which f may overflow or underflow."""
+        """Return √f, where f itself may overflow or underflow."""
         root = self.root_misfit(self.map.forward(*both(point)))
         return root if isinstance(point, Factors) else root / 2**0.5
 
     @full_precision
     def factor_size(self) -> Scalar:
-        """About √‖M‖_F, the size of factors of what is sought: ‖b‖²/‖𝒜*(b)‖_F is ‖M‖_F at most."""
+        """Return about √‖M‖_F, the size of the factors sought: ‖b‖²/‖𝒜*(b)‖_F is ‖M‖_F at most."""
         seen = self.slope(jnp.zeros_like(self.b))
         size = norm(seen)
         back = linalg.probed_norm(self.map.adjoint(seen))
@@ -169,7 +169,7 @@ class Sensing:
 
     @full_precision
     def gradient(self, point: Any) -> Any:
-        """½(G + Gᵀ)X at X, (GY, GᵀX) at `Factors`, where G = 𝒜*(𝒜(·) − b)."""
+        """Return ½(G + Gᵀ)X at X, (GY, GᵀX) at `Factors`, where G = 𝒜*(𝒜(·) − b)."""
         x, y = both(point)
         g = self.map.adjoint(self.slope(self.map.forward(x, y)))
         if isinstance(point, Factors):
@@ -226,7 +226,7 @@ def _times_adjoint(a: Any, weights: Array, y: Array) -> Array:
 def gaussian(
     key: Key[Array, ""], m: int, spectrum: Values, num_measurements: int, noise: Number = 0.0
 ) -> tuple[Sensing, Float[Array, "m k"]]:
-    """A symmetric problem with Gaussian measurements of a random M of given spectrum.
+    """Return a symmetric problem with Gaussian measurements of a random M of given spectrum.
 
     Aᵢ has entries N(0, 1/p) and bᵢ = ⟨Aᵢ, M⟩ + N(0, noise²/p): a common factor 1/√p on unit
     Gaussian measurements with noise of standard deviation `noise`. The loss at the truth is
@@ -236,7 +236,7 @@ def gaussian(
         key: PRNG key of M, 𝒜 and the noise.
         m: side of M.
         spectrum: the k ≤ m positive eigenvalues of M.
-        num_measurements: p ≥ 1; a few times m k tell M from other matrices of low rank.
+        num_measurements: p ≥ 1; a few times m k distinguish M from other matrices of low rank.
         noise: σ ≥ 0; may be traced.
 
     Returns:
@@ -258,7 +258,7 @@ def gaussian_factors(
     num_measurements: int,
     noise: Number = 0.0,
 ) -> tuple[Sensing, Factors]:
-    """The same of a rectangular M (m, n) with the given singular values, and its balanced factors.
+    """Return the same for a rectangular M (m, n) of given singular values, and its factors.
 
     Args:
         key: a PRNG key.
@@ -283,13 +283,13 @@ def gaussian_factors(
 
 
 def random_array(key: Array, shape: tuple[Any, ...], dtype: Any) -> Array:
-    """N(0, 1) of shape (p, …), where p is the caller's num_measurements."""
+    """Return N(0, 1) entries of shape (p, …), where p is the caller's num_measurements."""
     validation.require_count("num_measurements", shape[0], 1)
     return jax.random.normal(key, shape, dtype)
 
 
 def measured(key: Array, a: MeasurementMap, left: Array, right: Array, noise: Number) -> Sensing:
-    """The problem of LRᵀ seen through 𝒜 with errors N(0, noise²/p)."""
+    """Return the problem of LRᵀ seen through 𝒜 with errors N(0, noise²/p)."""
     validation.require_nonnegative("noise", noise)
     errors = jax.random.normal(key, (a.count,), left.dtype) * (noise / a.count**0.5)
     return Sensing(a, a.forward(left, right) + errors)

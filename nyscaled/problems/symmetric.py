@@ -27,9 +27,9 @@ class Symmetric:
 
     Raises:
         ValueError: if A is not a square, symmetric, finite, non-zero floating matrix. Values are
-            checked by four products with random vectors, and only outside of jit. That A is
-            positive semidefinite is seen where it costs nothing more: in `initializers.nystrom`
-            and in `solvers.scaled_step`.
+            checked by four products with random vectors, and only outside of jit. Whether A is
+            positive semidefinite is checked in `initializers.nystrom` and in
+            `solvers.scaled_step`, where it costs nothing more.
 
     Examples:
         >>> problem = Symmetric(jnp.diag(jnp.array([4.0, 1.0])))
@@ -50,42 +50,42 @@ class Symmetric:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, m)."""
+        """The shape (m, m) of A."""
         return self.a.shape
 
     @property
     def dtype(self) -> Any:
-        """float32 or float64."""
+        """The dtype, float32 or float64."""
         return self.a.dtype
 
     def residual(self, x: Float[Array, "m r"]) -> Scalar:
-        """‖XXᵀ − A‖_F, the paper's optimality error, without cancellation: O(m² r) operations."""
+        """Return ‖XXᵀ − A‖_F, the paper's error, without cancellation: O(m² r) operations."""
         return linalg.residual(self.a, x, x)
 
     def loss(self, x: Float[Array, "m r"]) -> Scalar:
-        """f(X) = ¼‖XXᵀ − A‖_F²."""
+        """Return f(X) = ¼‖XXᵀ − A‖_F²."""
         return linalg.squared_residual(self.a, x, x) / 4
 
     def root_loss(self, x: Float[Array, "m r"]) -> Scalar:
-        """√f, of which f may overflow or underflow."""
+        """Return √f, where f itself may overflow or underflow."""
         return self.residual(x) / 2
 
     def factor_size(self) -> Scalar:
-        """About √‖A‖_F, the size of factors of A."""
+        """Return about √‖A‖_F, the size of factors of A."""
         return jnp.sqrt(linalg.probed_norm(self.a))
 
     @reads(x=as_array)
     @full_precision
     def gradient(self, x: Float[Array, "m r"]) -> Float[Array, "m r"]:
-        """∇f(X) = X(XᵀX) − AX, with no m×m intermediate."""
+        """Return ∇f(X) = X(XᵀX) − AX, with no m×m intermediate."""
         return x @ (x.T @ x) - self.a @ x
 
     def optimum(self, rank: int) -> Float[Array, "m r"]:
-        """The global optimum X* = Q₁Σ₁^{1/2} of Lemma 3 (dense A only; an eigendecomposition)."""
+        """Return the optimum X* = Q₁Σ₁^{1/2} of Lemma 3, by eigenvectors of a dense A."""
         validation.require_rank(rank, self.shape)
         if not isinstance(self.a, jax.Array):
             raise ValueError(
-                f"A is a {type(self.a).__name__}; expected a dense matrix, whose factorization gives the optimum"
+                f"A is a {type(self.a).__name__}; expected a dense matrix, which optimum factorizes"
             )
         values, vectors = eigh(self.a)
         top = jnp.maximum(values[-rank:][::-1], 0)

@@ -84,7 +84,7 @@ def _while(step: Step, params: Params, measure: Any, tol: Any, max_steps: Any) -
     return Solution(step.params(state), None, status, count, value)
 
 
-# `lax.while_loop` has no reverse mode. This says so in our words, before it does in its own.
+# `lax.while_loop` has no reverse mode. This error names the function that the user called.
 _forward_only = jax.extend.core.Primitive("forward_only")
 _forward_only.def_impl(lambda x: x)
 _forward_only.def_abstract_eval(lambda x: x)
@@ -107,7 +107,7 @@ def _no_record(params: Params) -> None:
 
 
 def _require_real(name: str, value: Any) -> Array:
-    """`value` as an array; ValueError unless it is one real number. A truth value is none."""
+    """`value` as an array; ValueError unless it is one real number, and not a truth value."""
     value = as_array(name, value, "expected a real number")
     if value.ndim or value.dtype == bool or jnp.issubdtype(value.dtype, jnp.complexfloating):
         got = f"{value.dtype} of shape {value.shape}"
@@ -162,7 +162,7 @@ def run(
     *,
     throw: bool = True,
 ) -> Solution:
-    """Makes `num_steps` steps in one compiled scan.
+    """Make `num_steps` steps in one compiled scan.
 
     Args:
         step: a step, from `scaled_step`, `gradient_step`, ….
@@ -198,7 +198,7 @@ def run_until(
     *,
     throw: bool = True,
 ) -> Solution:
-    """Steps until `measure(factors) <= tol`, at most `max_steps` times, in one compiled loop.
+    """Step until `measure(factors) <= tol`, at most `max_steps` times, in one compiled loop.
 
     Args:
         step: as in `run`.
@@ -206,7 +206,7 @@ def run_until(
         measure: a pure function of the factors to a scalar; bind arrays as in `run`.
         tol: the tolerance, in units of `measure`.
         max_steps: ≥ 0.
-        throw: as in `run`. Not reaching the tolerance is no failure: read `status`.
+        throw: as in `run`. Reaching `max_steps` does not raise: read `status`.
 
     Returns:
         A `Solution`, whose `value` is the last value of `measure`.
@@ -220,7 +220,8 @@ def run_until(
         >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.5, 0.1])
         >>> problem = nys.problems.Symmetric(a)
         >>> start = nys.initializers.nystrom(jax.random.key(1), a, rank=3)
-        >>> solution = run_until(nys.solvers.scaled_step(problem), start, problem.residual, tol=1e-5)
+        >>> step = nys.solvers.scaled_step(problem)
+        >>> solution = run_until(step, start, problem.residual, tol=1e-5)
         >>> solution.status.name
         'CONVERGED'
     """

@@ -1,9 +1,9 @@
-"""The modified gradient descent of Xiong, Ding and Du: one step of it makes the factors unequal.
+"""The modified gradient descent of Xiong, Ding and Du, which unbalances the factors once.
 
 With more columns than the rank, plain gradient descent on ½‖XYᵀ − A‖² from a small start of scale
-α gains a factor of about 1 − ηα² a step only: XᵀX − YᵀY is nearly conserved, and is of size α² in
-the idle columns. Once XYᵀ is near A, one exact refactoring of the same product makes all singular
-values of X equal to β. The rate is then that of β, whatever α was.
+α gains only a factor of about 1 − ηα² per step: XᵀX − YᵀY is nearly conserved, and is of size α² in
+the columns beyond the rank. Once XYᵀ is near A, one exact refactoring of the same product makes all
+singular values of X equal to β. The rate then depends on β, and not on α.
 
 References:
     Xiong, Ding, Du, How over-parameterization slows down gradient descent in matrix sensing: the
@@ -31,7 +31,7 @@ from nyscaled.typing import Factors, Params, Problem
 
 @full_precision
 def unbalance(factors: Factors, beta: Any) -> Factors:
-    """(X, Y) → (βP, YQΣ/β) with the thin SVD X = PΣQᵀ: the same product, and XᵀX = β²I.
+    """Return (βP, YQΣ/β) with the thin SVD X = PΣQᵀ: the same product, and XᵀX = β²I.
 
     Args:
         factors: X (m, r) and Y (n, r), m ≥ r.
@@ -71,38 +71,38 @@ class ModifiedStep:
     beta: Any
 
     def init(self, params: Params) -> ModifiedState:
-        """The start and the transformation's state; ValueError unless `params` are Factors."""
+        """Return the state at the start; ValueError unless `params` are Factors."""
         return ModifiedState(jnp.zeros((), jnp.int32), self.descent.init(params))
 
     @functools.partial(jax.jit, inline=True)
     def update(self, state: ModifiedState) -> ModifiedState:
-        """One step of descent; before the one with number `at`, the refactoring."""
+        """Return the state after one step of descent, refactored before step number `at`."""
 
         def modify(inner: GradientState) -> GradientState:
-            # The memory of the transformation, if any, belongs to the factors that were.
+            # The memory of the transformation, if any, belongs to the former factors.
             return self.descent.init(unbalance(inner.factors, self.beta))
 
         inner = lax.cond(state.step == self.at, modify, lambda inner: inner, state.inner)
         return ModifiedState(state.step + 1, self.descent.update(inner))
 
     def params(self, state: ModifiedState) -> Params:
-        """The factors."""
+        """Return the factors."""
         return state.inner.factors
 
     def status(self, state: ModifiedState) -> Array:
-        """That of the descent."""
+        """Return the status of the descent."""
         return self.descent.status(state.inner)
 
 
 def modified_step(
     problem: Problem, tx: optax.GradientTransformation, at: Any, beta: Any
 ) -> ModifiedStep:
-    """Modified GD: `gradient_step(problem, tx)` with one refactoring, `unbalance`, on the way.
+    """Return modified GD: `gradient_step(problem, tx)` with one refactoring by `unbalance`.
 
     The start is small and unequal: entries of X_0 of scale α, those of Y_0 of α/3, also where A is
-    symmetric. When XYᵀ is near enough to A cannot be seen from the factors; the reference assumes
+    symmetric. The factors do not show whether XYᵀ is near enough to A; the reference assumes
     ‖XYᵀ − A‖ below a fraction of σ_r(A), which takes about log(1/α)/(ησ_r(A)) steps. Under `vmap`
-    both sides of the condition are computed, an SVD a step: batches are cheaper in two runs with
+    both sides of the condition are computed, an SVD per step: batches are cheaper in two runs with
     `unbalance` between them.
 
     Args:

@@ -1,14 +1,15 @@
 """Accelerated polar iterations as fused steps of problem (1): scaled Newton, and QDWH.
 
-With A = QΣQᵀ and X = QΣ^{1/2}S, step (2) at η = 1/2 reads S⁺ = (S + S⁻ᵀ)/2: Newton's iteration for the
-orthogonal polar factor of S. The singular vectors of S stay for ever and each singular value s moves
-on its own, s⁺ = (s + 1/s)/2. Far from 1 that only halves it: the count of (2) grows like log κ. Weights
-that follow the extreme values of s take that count away: at most 9 steps of Newton's iteration
-(Byers and Xu) and 6 of Halley's (QDWH) for κ(S) ≤ 1e16, which from a Nyström start X_0 = AΩ is about
-κ(A)^{1/2} κ(QᵀΩ). All they need are A X(XᵀX)⁻¹, as (2) does, and r × r matrices.
+With A = QΣQᵀ and X = QΣ^{1/2}S, step (2) at η = 1/2 reads S⁺ = (S + S⁻ᵀ)/2: Newton's iteration for
+the orthogonal polar factor of S. The singular vectors of S do not change, and each singular value s
+follows s⁺ = (s + 1/s)/2. Far from 1 a step only halves s, so the number of steps of (2) grows like
+log κ. Weights that follow the extreme values of s avoid that: at most 9 steps of Newton's iteration
+(Byers and Xu) and 6 of Halley's (QDWH) suffice for κ(S) ≤ 1e16. From a Nyström start X_0 = AΩ, κ(S)
+is about κ(A)^{1/2} κ(QᵀΩ). The steps need A X(XᵀX)⁻¹, as (2) does, and r × r matrices.
 
 References:
-    Higham, Computing the polar decomposition, with applications, SIAM J. Sci. Stat. Comput. 7, 1986.
+    Higham, Computing the polar decomposition, with applications, SIAM J. Sci. Stat. Comput. 7,
+    1986.
     Byers and Xu, A new scaling for Newton's iteration for the polar decomposition and its backward
     stability, SIAM J. Matrix Anal. Appl. 30, 2008.
     Nakatsukasa, Bai and Gygi, Optimizing Halley's iteration for computing the matrix polar
@@ -94,7 +95,7 @@ class _PolarStep:
 
     @full_precision
     def init(self, params: Any) -> PolarState:
-        """The start, its numerical rank cut (see `rank.cut_rank`), and the extremes of σ(S)."""
+        """Return the start, its numerical rank cut (`rank.cut_rank`), and the bounds on σ(S)."""
         cut = cut_rank(self.problem, params)
         f = linalg.factor(cut.factors)
         s, s_dual = _measured(f, cut.factors, self.problem.target() @ f.z)
@@ -103,11 +104,11 @@ class _PolarStep:
 
     @full_precision
     def params(self, state: PolarState) -> Float[Array, "m r"]:
-        """X in the caller's coordinates."""
+        """Return X in the caller's coordinates."""
         return state.factors @ state.rotation.T
 
     def status(self, state: PolarState) -> Array:
-        """INDEFINITE if the start has seen that A is not positive semidefinite."""
+        """Return INDEFINITE if A is not positive semidefinite on the range of the start."""
         return jnp.where(state.indefinite, Status.INDEFINITE, Status.MAX_STEPS)
 
 
@@ -121,7 +122,7 @@ class ScaledNewtonStep(_PolarStep):
     @functools.partial(jax.jit, inline=True)
     @full_precision
     def update(self, state: PolarState) -> PolarState:
-        """One step; A is met only in A @ thin."""
+        """Return the state after one step; A is used only in A @ thin."""
         x, low, high = state.factors, state.low, state.high
         f = linalg.factor(x)
         image = self.problem.target() @ f.z
@@ -151,7 +152,7 @@ class QDWHStep(_PolarStep):
     @functools.partial(jax.jit, inline=True)
     @full_precision
     def update(self, state: PolarState) -> PolarState:
-        """One step; A is met only in A @ thin."""
+        """Return the state after one step; A is used only in A @ thin."""
         x = state.factors / state.high
         eps = jnp.finfo(x.dtype).eps
         low = clipped(state.low / state.high, eps, 1)
@@ -185,23 +186,23 @@ def _require_symmetric(problem: Any) -> None:
 
 
 def scaled_newton_step(problem: Symmetric, scaling: Scaling = "byers_xu") -> ScaledNewtonStep:
-    """Scaled Newton: X⁺ = (μX + μ⁻¹A X(XᵀX)⁻¹)/2, which is (2) at η = 1/2 for μ = 1. r ≥ r_A.
+    """Return scaled Newton: X⁺ = (μX + μ⁻¹A X(XᵀX)⁻¹)/2, (2) at η = 1/2 for μ = 1. r ≥ r_A.
 
     The weight μ follows bounds on σ(S) (see this module), from the start's r × r compression:
 
     - "byers_xu": μ = (low·high)^{-1/2} with bounds that the start gives and a scalar recursion
       carries on, low⁺ = 1, high⁺ = (μ·high + 1/(μ·high))/2. At most 9 steps for κ(S) ≤ 1e16.
-    - "optimal": low and high are measured anew, by an r × r eigenproblem in each step.
+    - "optimal": low and high are measured by an r × r eigenproblem in each step.
     - "frobenius": μ = (‖S⁻¹‖_F/‖S‖_F)^{1/2}, measured too.
 
     Rounding is that of `scaled_step`, in float32 as well: the final error does not depend on κ. A
     measured weight carries the rounding of A's least eigenvalue, eps·κ(A); from about
     κ(A) = 1e-4/eps on that may cost "optimal" and "frobenius" a few steps, and "byers_xu" none.
 
-    Over-parametrized starts are cut once, as in `scaled_step`. Under-parametrized, S belongs to the compression of A
-    to range(X), and after the first steps this is (2) at η = 1/2: it goes on to the
-    global optimum at the rate `dynamics.subspace_rate(spectrum, r, 1/2)`. What a start has outside
-    range(A) is halved in each step, as there.
+    Over-parametrized starts are cut once, as in `scaled_step`. Under-parametrized, S belongs to the
+    compression of A to range(X), and after the first steps this is (2) at η = 1/2: it converges to
+    the global optimum at the rate `dynamics.subspace_rate(spectrum, r, 1/2)`. The part of a start
+    outside range(A) is halved in each step, as there.
 
     Args:
         problem: `problems.Symmetric`.
@@ -221,7 +222,8 @@ def scaled_newton_step(problem: Symmetric, scaling: Scaling = "byers_xu") -> Sca
         >>> measure = problem.residual
         >>> int(nys.solvers.run_until(scaled_newton_step(problem), start, measure, 1e-5).num_steps)
         4
-        >>> int(nys.solvers.run_until(nys.solvers.scaled_step(problem), start, measure, 1e-5).num_steps)
+        >>> unscaled = nys.solvers.scaled_step(problem)
+        >>> int(nys.solvers.run_until(unscaled, start, measure, 1e-5).num_steps)
         10
     """
     _require_symmetric(problem)
@@ -231,7 +233,7 @@ def scaled_newton_step(problem: Symmetric, scaling: Scaling = "byers_xu") -> Sca
 
 
 def qdwh_step(problem: Symmetric) -> QDWHStep:
-    """QDWH: X⁺ = (b/c)X + (a − b/c) A X(XᵀX)⁻¹(C + cI)⁻¹, C = dual(X)ᵀ A dual(X). r ≥ r_A.
+    """Return QDWH: X⁺ = (b/c)X + (a − b/c) A X(XᵀX)⁻¹(C + cI)⁻¹, C = dual(X)ᵀ A dual(X). r ≥ r_A.
 
     On range(A), where A dual(X) = XC, this is the step X(aC + bI)(C + cI)⁻¹ of Halley's iteration
     S⁺ = S(aI + bSᵀS)(I + cSᵀS)⁻¹. The weights a, b, c are the best for σ(S) in [ℓ, 1], and
@@ -244,8 +246,8 @@ def qdwh_step(problem: Symmetric) -> QDWHStep:
 
     Over-parametrized starts are cut once, as in `scaled_step`. Under-parametrized, S belongs to the
     compression of A to range(X), and the step ends as a subspace iteration with η = 2/3: it goes on
-    to the global optimum at the rate `dynamics.subspace_rate(spectrum, r, 2/3)`, faster than (2) does
-    at η = 1/2.
+    to the global optimum at the rate `dynamics.subspace_rate(spectrum, r, 2/3)`, faster than (2) at
+    η = 1/2.
 
     Args:
         problem: `problems.Symmetric`.

@@ -23,7 +23,7 @@ class Cut(NamedTuple):
     Attributes:
         factors: as the start, an array or `Factors`; columns that were cut are zero.
         rotation: (r, r), orthogonal; the identity if nothing was cut.
-        indefinite: whether A is seen to be no PSD matrix (symmetric problems only).
+        indefinite: whether A is not PSD on the range of the start (symmetric problems only).
     """
 
     factors: Params
@@ -33,12 +33,12 @@ class Cut(NamedTuple):
 
 @full_precision
 def cut_rank(problem: Problem, params: Params, enabled: bool | Array = True) -> Cut:
-    """Checks the factors and, if `enabled`, cuts their numerical rank, once and for all.
+    """Check the factors and, if `enabled`, cut their numerical rank for the whole run.
 
     Under (26) and (35) the row space of the factors never changes: X_t = X̃_t Vᵀ with X̃_t an
     iterate of full column rank. A direction is cut when its singular value in X_0 is within √m·eps
     of the largest *and* so is its image under A, less what lies in the images of directions
-    before it: then neither tells it from zero.
+    before it: then neither distinguishes it from zero.
 
     The decision is a constant to derivatives, and the frame V moves as the start does; see
     `linalg.moving_frame`.

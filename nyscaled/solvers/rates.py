@@ -1,4 +1,4 @@
-"""Step sizes that theorems give: the paper's staircase, AltGD's, and Nesterov's with its momentum."""
+"""Step sizes that theorems give: the paper's staircase, AltGD's, and Nesterov's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nyscaled.typing import Scalar
 
 
 def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> optax.Schedule:
-    """η = initial, initial·factor, …, a level every `every` steps, as the paper advises after Theorem 2.
+    """Return η = initial, initial·factor, …, with `every` steps per level (after Theorem 2).
 
     The step sizes have a finite sum: with few steps per level the iteration stops short of a weak
     optimum, which a constant η reaches (claim staircase-stops).
@@ -53,7 +53,7 @@ def altgd_learning_rate(norm: ArrayLike) -> Any:
 @reads(x0=as_dense)
 @full_precision
 def nesterov_parameters(x0: Float[Array, "m r"]) -> tuple[Scalar, Scalar]:
-    """Step size and momentum of Nesterov's method from X_0 = AΩ, Y_0 = 0 (`nystrom_factors`).
+    """Return step size and momentum of Nesterov's method for X_0 = AΩ, Y_0 = 0.
 
     If X_0 is large it hardly moves, and descent in Y is least squares with smoothness L = σ_1(X_0)²
     and, on what it changes, strong convexity μ = σ_min(X_0)², the least singular value that is not

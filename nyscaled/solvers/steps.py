@@ -40,7 +40,7 @@ class ScaledStep:
     damping: Any = None
 
     def init(self, params: Params) -> ScaledState:
-        """The start, its numerical rank cut if there is no damping; see `rank.cut_rank`."""
+        """Return the start, its numerical rank cut if there is no damping (`rank.cut_rank`)."""
         undamped = True if self.damping is None else jnp.asarray(self.damping) == 0
         cut = cut_rank(self.problem, params, undamped)
         return ScaledState(jnp.zeros((), jnp.int32), cut.factors, cut.rotation, cut.indefinite)
@@ -48,7 +48,7 @@ class ScaledStep:
     @functools.partial(jax.jit, inline=True)
     @full_precision
     def update(self, state: ScaledState) -> ScaledState:
-        """One step; A is met only in A @ thin (and Aᵀ @ thin)."""
+        """Return the state after one step; A is used only in A @ thin (and Aᵀ @ thin)."""
         eta = self.learning_rate
         eta = eta(state.step) if callable(eta) else eta
         eta = jnp.asarray(eta, self.problem.dtype)
@@ -59,11 +59,11 @@ class ScaledStep:
 
     @full_precision
     def params(self, state: ScaledState) -> Params:
-        """The factors in the caller's coordinates."""
+        """Return the factors in the caller's coordinates."""
         return jax.tree.map(lambda f: f @ state.rotation.T, state.factors)
 
     def status(self, state: ScaledState) -> Array:
-        """INDEFINITE if the start has seen that a symmetric A is not positive semidefinite."""
+        """Return INDEFINITE if a symmetric A is not PSD on the range of the start."""
         return jnp.where(state.indefinite, Status.INDEFINITE, Status.MAX_STEPS)
 
 
@@ -88,13 +88,13 @@ def scaled_step(
     learning_rate: optax.ScalarOrSchedule = 0.5,
     damping: Any = 0.0,
 ) -> ScaledStep:
-    """ScaledGD, fused: (2) and (26) on a symmetric problem, (6) and (35) on an asymmetric one.
+    """Return fused ScaledGD: (2) and (26) for a symmetric problem, (6) and (35) otherwise.
 
     The update is (1−η)X + ηA X(XᵀX)†, with the dual taken from an orthonormal factor: float32 does
     not lose accuracy with κ, and over a product with A it costs O(m r²). The numerical rank is
     decided once, by `init`: exactly and under-parametrized starts keep all columns; the zero
-    directions of an over-parametrized Nyström start are cut. At Y_0 = 0 the left factor rests,
-    X_1 = X_0, as (6a) asks.
+    directions of an over-parametrized Nyström start are cut. At Y_0 = 0 the left factor does not
+    change, X_1 = X_0, as in (6a).
 
     Args:
         problem: `problems.Symmetric` or `problems.Asymmetric`.
@@ -156,7 +156,7 @@ class GradientStep:
     alternating: bool = field(static=True, default=False)
 
     def init(self, params: Params) -> GradientState:
-        """The start and the transformation's state."""
+        """Return the start and the transformation's state."""
         params = self.problem.check(params)
         if self.alternating and not isinstance(params, Factors):
             got = type(params).__name__
@@ -169,7 +169,7 @@ class GradientStep:
 
     @functools.partial(jax.jit, inline=True)
     def update(self, state: GradientState) -> GradientState:
-        """One step, or one sweep over both factors if alternating."""
+        """Return the state after one step, or after one sweep over both factors if alternating."""
         params, opt_state, step, limit = state
         if self.alternating:
             left, opt_state = self._descend(params, opt_state)
@@ -195,11 +195,11 @@ class GradientStep:
         return optax.apply_updates(params, updates), opt_state
 
     def params(self, state: GradientState) -> Params:
-        """The factors."""
+        """Return the factors."""
         return state.factors
 
     def status(self, state: GradientState) -> Array:
-        """DIVERGED if the norm of the factors is beyond the state's limit."""
+        """Return DIVERGED if the norm of the factors is beyond the state's limit."""
         grown = tree_norm(state.factors) > state.limit
         return jnp.where(grown, Status.DIVERGED, Status.MAX_STEPS)
 
@@ -215,7 +215,7 @@ def gradient_step(
     tx: optax.GradientTransformation,
     project: Callable[[Params], Params] | None = None,
 ) -> GradientStep:
-    """X⁺ = X + tx(∇f(X)), for any optax transformation: `optax.sgd` is GD, `scaled_gd` is ScaledGD.
+    """Return X⁺ = X + tx(∇f(X)) for an optax transformation: `optax.sgd` is GD.
 
     Args:
         problem: one of `nyscaled.problems`, or anything that has the methods of
@@ -229,7 +229,8 @@ def gradient_step(
         >>> import nyscaled as nys
         >>> problem = nys.problems.Symmetric(jnp.eye(3))
         >>> step = gradient_step(problem, optax.sgd(0.1))
-        >>> nys.solvers.run(step, jnp.ones((3, 1)), num_steps=100, record=problem.loss).history.shape
+        >>> solution = nys.solvers.run(step, jnp.ones((3, 1)), 100, record=problem.loss)
+        >>> solution.history.shape
         (101,)
     """
     return GradientStep(problem, tx, None if project is None else as_partial(project))
@@ -240,8 +241,8 @@ def alternating_step(problem: Problem, tx: optax.GradientTransformation) -> Grad
 
     Args:
         problem: a problem of `Factors`.
-        tx: a transformation without memory (`optax.sgd` without momentum, `scaled_gd`). It is called
-            twice per step, and each time the update of one factor is used.
+        tx: a transformation without memory (`optax.sgd` without momentum, `scaled_gd`). It is
+            called twice per step, and each time the update of one factor is used.
 
     Raises:
         ValueError: on a problem whose points must be X.
