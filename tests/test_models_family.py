@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from model_cases import MODELS, arrays, call, expected, load
+from model_cases import DECODERS, MODELS, arrays, call, expected, load
 
 import nyscaled as nys
+from nyscaled.checkpoints.folder import open_folder
 from nyscaled.models import Bert, BertClassifier, Gemma, Llama, LlamaConfig, Opt, family
 
 
@@ -52,11 +53,16 @@ def test_layers_without_a_name(path, index):
         Llama.family.layer_name(path, index)
 
 
-def test_names_are_those_of_the_files():
-    """Of every layer, so that adapters and weights cannot differ in what they call one."""
-    model = load("llama")
-    nys.lora.apply(model, 2, targets=".*up_proj", key=jax.random.key(0))
-    assert model.layer_name("layers.mlp.up_proj", (2,)) == "model.layers.2.mlp.up_proj"
+@pytest.mark.parametrize("name", [*DECODERS, "bert"])
+def test_names_are_those_of_the_files(name):
+    """For every linear layer, so that adapters and weights do not differ in what they call one."""
+    model, names = load(name), set(open_folder(MODELS / name).names)
+    layers = [(p, layer) for p, layer in nnx.iter_modules(model) if isinstance(layer, nnx.Linear)]
+    assert len(layers) >= 6
+    for path, layer in layers:
+        stack = [(i,) for i in range(layer.kernel.shape[0])] if layer.kernel.ndim == 3 else [()]
+        for index in stack:
+            assert f"{model.layer_name('.'.join(map(str, path)), index)}.weight" in names
 
 
 def test_sharding_of_a_state_requires_the_family():
