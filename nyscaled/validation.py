@@ -83,7 +83,7 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
         number = float(value)
     except OverflowError:
         raise ValueError(
-            f"{name} is an integer beyond the range of floats; expected a smaller one"
+            f"{name} is an integer that no float holds; expected a smaller one"
         ) from None
     inside = (low < number if open_low else low <= number) and number <= high
     if not inside or math.isnan(number):
