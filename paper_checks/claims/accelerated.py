@@ -204,7 +204,7 @@ def counts(name: str, steps: int, m: int = common.M, rank: int = RANK) -> np.nda
     "fast-steps",
     "the library's steps reach 1e-12 in at most 9 (Newton) and 6 (QDWH) steps, for every κ and ξ",
     source="ours",
-    derivation="faster-iterations",
+    derivation="polar-iterations",
     hypotheses="Nyström starts, ξ = 1e-3, 1, 1e3; m = 60 with r = r_A = 6 and 1, and m = r = r_A "
     "= 6; κ = 10, 1e4, 1e8, 1e12; geometric, near-constant and repeated eigenvalues; σ_1(A) = "
     "1e-6, 1, 1e6; five seeds; float64",
@@ -226,7 +226,7 @@ def library_counts(plain: bool = False) -> Measured:
     "η = 1/2 from cX_0, c minimizing ‖c²X_0X_0ᵀ − A‖_F, takes the same number of steps to "
     "1e-12 for every ξ",
     source="ours",
-    derivation="exact-trajectories",
+    derivation="symmetric-trajectories",
     hypotheses="the problems of fast-steps with m = 60 and r = 6; ξ = 1e-3, 1, 1e3 with one Ω "
     "for each problem",
     removes="the rescaling",
@@ -249,7 +249,7 @@ def rescaled_start(rescale: bool = True) -> Measured:
     "σ(Σ^{−1/2}QᵀX_t) of the library's steps are the scalars of newton-count and qdwh-count, "
     "each on its own",
     source="ours",
-    derivation="faster-iterations",
+    derivation="polar-iterations",
     hypotheses="m = 60, r = r_A = 6, κ = 1e4, ξ = 0.1, Nyström start, 8 steps in float64; the "
     "scalars with 60 digits from σ of the start",
     removes="the start inside range(A)",
@@ -301,7 +301,7 @@ def _textbook_ends(a: Any, x: Any) -> Any:
     "float32-fast-steps",
     "float32: scaled Newton and QDWH end below 5e-6 for each κ, as ScaledGD does (float32-dual)",
     source="ours",
-    derivation="faster-iterations",
+    derivation="polar-iterations",
     hypotheses="the problems of float32-dual: m = 200, r = r_A = 20, σ_20 = 1/κ, κ = 1e2 … 1e5, "
     "X_8",
     removes="A X(XᵀX)⁻¹ in QDWH's step",

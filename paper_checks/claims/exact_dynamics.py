@@ -51,7 +51,7 @@ _scales = jax.jit(jax.vmap(lambda eta: nys.dynamics.asymmetric_scale(eta, 12)))
     "with d_0 the singular values of Σ^{−1/2}Φ_0 and d⁺ = (1−η)d + η/d, ‖X_tX_tᵀ − A‖_F = "
     "‖Σ^{1/2}V diag(d_t²−1)VᵀΣ^{1/2}‖_F for all t",
     source="ours",
-    derivation="exact-trajectories",
+    derivation="symmetric-trajectories",
     hypotheses="r ≥ r_A, Nyström start; all float64 runs of lem-2i and lem-12 against "
     "dynamics.symmetric_errors; allowed 1e-5 of the closed form plus 1e-13‖A‖_F",
     **LEAVES_RANGE,
@@ -78,7 +78,7 @@ def closed_form(start: Start = "nystrom") -> Measured:
     "η = 1/2: ‖X_tX_tᵀ − A‖_F ≤ ε‖A‖_F after at most log2 max(d_0, 1/d_0) + log2 log2(4/ε) + 2 "
     "steps: the count grows like log κ, not κ³",
     source="ours",
-    derivation="exact-trajectories",
+    derivation="symmetric-trajectories",
     hypotheses="Nyström start; the runs of lem-2i with η = 1/2, with ξ = 1e-3, 1, 1e3; ε = 1e-10",
     removes="η = 1/2",
     instead="η = 0.3",
@@ -109,7 +109,7 @@ def logarithmic_count(eta: float = 0.5) -> Measured:
     "X_tY_tᵀ = c_tA exactly, t ≥ 1, c_1 = η, c⁺ = (1−η)²c + 2η(1−η) + η²/c: no dependence on "
     "A, κ, Ω or the sizes",
     source="ours",
-    derivation="exact-pairs",
+    derivation="asymmetric-trajectories",
     hypotheses="r ≥ r_A, start (5): 60 × 40, (r, r_A) = (5, 5), (8, 5), also in float32, and in "
     "float64 (1, 1), and 60 × 6, (6, 6), (6, 2); spectra, κ, σ_1(A), ξ, η and starts of eq-32, "
     "12 steps; c_t by dynamics.asymmetric_scale",

@@ -161,7 +161,7 @@ def full_errors(a: Any, x: Any, eta: Any, steps: int) -> list[Any]:
     "exact-trajectory-linear",
     "η ≠ 1/2: ‖X_{t+1}X_{t+1}ᵀ − A‖_F/‖X_tX_tᵀ − A‖_F → |1 − 2η|",
     source="ours",
-    derivation="exact-trajectories",
+    derivation="symmetric-trajectories",
     hypotheses="iteration (2) itself with 120 digits, m = 6, r = r_A = 3, κ = 10, η = .2, .3, "
     ".4, .6, .8; ratio after 60 steps",
     removes="the start inside range(A)",
@@ -187,7 +187,7 @@ def linear_rate(noise: float = 0.0) -> Measured:
     "the closed form 4y/(1−y)², y_t = y_0^{2^t}, of dynamics.symmetric_errors is the curve of "
     "(12) down to 1e-300",
     source="ours",
-    derivation="exact-trajectories",
+    derivation="symmetric-trajectories",
     hypotheses="η = 1/2, r = 20, the spectrum of Fig. 1 (a); the closed form in float64, (12) "
     "with 600 digits",
     removes="η = 1/2",

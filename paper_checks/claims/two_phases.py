@@ -384,7 +384,7 @@ def sharp_lemma_8(beyond: bool = False) -> Measured:
     "η = 1/2 from the start reaches ‖X_tX_tᵀ − A‖_F ≤ 1e-10 σ_1 in less than 5 % of the steps "
     "of Theorem 1's phase 1",
     source="ours",
-    derivation="exact-trajectories",
+    derivation="symmetric-trajectories",
     hypotheses="the starts of lem-7 with κ = 5; T₁ = ⌈log(κ²‖B_0 − Σ‖_F)/η⌉ with η = 1/(κ³‖A‖_F)",
     removes="η = 1/2",
     instead="the step size of phase 1 itself",
