@@ -89,18 +89,18 @@ def test_a_lower_bound_is_read_from_below() -> None:
 
 
 def test_worst_is_the_part_nearest_its_bound_and_keeps_nan() -> None:
-    assert worst(a=(1.0, 10.0), b=(3.0, 4.0)).measured == 0.75
-    assert math.isnan(worst(a=(1.0, 10.0), b=(math.nan, 4.0)).measured)
+    assert worst("", {"a": (1.0, 10.0), "b": (3.0, 4.0)}).measured == 0.75
+    assert math.isnan(worst("", {"a": (1.0, 10.0), "b": (math.nan, 4.0)}).measured)
 
 
 def test_worst_shows_formulas_as_they_are() -> None:
-    parts = {"two_words": (1.0, 2.0), "‖E‖_F": (1.0, 2.0)}
-    assert worst(**parts).detail == "two words 1 (allowed 2), ‖E‖_F 1 (allowed 2)"
+    parts = {"two words": (1.0, 2.0), "‖E‖_F": (1.0, 2.0)}
+    assert worst("", parts).detail == "two words 1 (allowed 2), ‖E‖_F 1 (allowed 2)"
 
 
 def test_only_selects_a_group_by_its_prefix() -> None:
     ids = ("thm-1-phase1", "thm-1", "thm-10", "lem-1", "lem-11")
-    claims = dict.fromkeys(ids, CLAIMS["lem-1"])
+    claims: dict[str, Claim] = dict.fromkeys(ids, CLAIMS["lem-1"])
     assert set(select(claims, ("thm-1",))) == {"thm-1-phase1", "thm-1"}
     assert set(select(claims, ("LEM-1",))) == {"lem-1"}
     with pytest.raises(ValueError, match="thm-7"):

@@ -83,9 +83,8 @@ def linear_lora(whitened: bool = True) -> Measured:
             gradients.append(float(frobenius(part - other) / frobenius(other)))
     return worst(
         "relative differences",
+        {"loss": (max(losses), 1e-12), "gradient": (max(gradients), 1e-12)},
         rounding=True,
-        loss=(max(losses), 1e-12),
-        gradient=(max(gradients), 1e-12),
     )
 
 
@@ -111,9 +110,7 @@ def gradient_start_symmetric(ridge: float = 0.0) -> Measured:
                 gaps.append(float(frobenius(x0 - expected) / unit))
         return max(gaps) / eps(dtype)
 
-    return worst(
-        "difference in units of eps·(‖AΩ‖ + (ξ√m)³)", rounding=True, **per_dtype(gap, 10.0)
-    )
+    return worst("difference in units of eps·(‖AΩ‖ + (ξ√m)³)", per_dtype(gap, 10.0), rounding=True)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -154,9 +151,8 @@ def gradient_start_asymmetric(shift: float = 0.0) -> Measured:
 
     return worst(
         "X_0 in units of eps·‖AΩ‖, and the largest entry of Y_0",
+        {**per_dtype(gap, 10.0, "X"), **per_dtype(entry, 1e-300, "Y")},
         rounding=True,
-        **per_dtype(gap, 10.0, "X"),
-        **per_dtype(entry, 1e-300, "Y"),
     )
 
 
@@ -226,7 +222,7 @@ def _departures(symmetric: bool, first_row: float, literal: bool) -> dict[str, t
 def gradient_start_sensing(first_row: float = 1.0) -> Measured:
     """Measure A.4 where 𝒜 stands between A and the gradient; the paper leaves it to future work."""
     parts = _departures(False, first_row, literal=False)
-    return worst("departure of ‖X_0 − MΩ‖_F from √(m/p)‖M‖_F‖Ω‖_F", **parts)
+    return worst("departure of ‖X_0 − MΩ‖_F from √(m/p)‖M‖_F‖Ω‖_F", parts)
 
 
 @claim(
@@ -243,7 +239,7 @@ def gradient_start_sensing(first_row: float = 1.0) -> Measured:
 def gradient_start_sensing_symmetric(literal: bool = False) -> Measured:
     """A.4, symmetric, where 𝒜*𝒜 is not the identity."""
     parts = _departures(True, 1.0, literal)
-    return worst("departure of ‖X_0 − MΩ‖_F from √((m+1)/2p)‖M‖_F‖Ω‖_F", **parts)
+    return worst("departure of ‖X_0 − MΩ‖_F from √((m+1)/2p)‖M‖_F‖Ω‖_F", parts)
 
 
 @claim(
@@ -278,9 +274,8 @@ def joint_deployment(init: str = "nora") -> Measured:
     changed = float(np.array(layer.kernel[...]).tobytes() != kernel.tobytes())
     return worst(
         "‖model − (W_0 + s·XYᵀ)‖_F, and whether W_0 changed",
+        {"difference": (max(gaps), 30.0), "changed": (changed, 0.5)},
         rounding=True,
-        difference=(max(gaps), 30.0),
-        changed=(changed, 0.5),
     )
 
 
@@ -309,9 +304,8 @@ def algorithm_1(spectral: bool = False) -> Measured:
                 outside.append(float(rest / jnp.linalg.norm(x0)) / eps(dtype))
     return worst(
         "whether W_0 + X_0Y_0ᵀ is not W_0, and ‖(I − UUᵀ)X_0‖/‖X_0‖ in eps",
+        {"changed": (changed, 0.5), "outside": (max(outside), 30.0)},
         rounding=True,
-        changed=(changed, 0.5),
-        outside=(max(outside), 30.0),
     )
 
 
@@ -365,7 +359,7 @@ def algorithm_2(normalized: bool = True, first: int = 1) -> Measured:
                     gap = np.linalg.norm(np.asarray(factor, np.float64) - other)
                     gaps.append(float(gap / np.linalg.norm(other)))
         errors[dtype] = (max(gaps), 1e3 * eps(dtype))
-    return worst("relative error of the factors after 4 steps", rounding=True, **errors)
+    return worst("relative error of the factors after 4 steps", errors, rounding=True)
 
 
 @functools.cache

@@ -102,9 +102,11 @@ def lemma_6(start: pairs.Start = "nystrom") -> Measured:
     regimes: tuple[Regime, ...] = ("exact", "under", "over")
     return worst(
         "‖(I − UUᵀ)X_t‖_F and ‖(I − VVᵀ)Y_t‖_F in units of rounding",
+        {
+            **in_eps(regimes, start, lambda f: misalignment(f, of_x=True), 30.0, "X"),
+            **in_eps(regimes, start, lambda f: misalignment(f, of_x=False), 30.0, "Y"),
+        },
         rounding=True,
-        **in_eps(regimes, start, lambda f: misalignment(f, of_x=True), 30.0, "X"),
-        **in_eps(regimes, start, lambda f: misalignment(f, of_x=False), 30.0, "Y"),
     )
 
 
@@ -124,8 +126,8 @@ def one_step(regime: Regime, start: pairs.Start) -> Measured:
 
     return worst(
         "‖X_1Y_1ᵀ − A‖_F in units of eps·(‖X_1‖_F‖Y_1‖_F + ‖A‖_F)",
+        in_eps(regime, start, error, 100.0),
         rounding=True,
-        **in_eps(regime, start, error, 100.0),
     )
 
 
@@ -158,8 +160,8 @@ def theorem_4(start: pairs.Start = "nystrom") -> Measured:
 
     return worst(
         "‖Y_1ᵀA†X_1 − I‖_F in units of eps·κ (A† magnifies rounding by κ)",
+        in_eps("under", start, error, 100.0),
         rounding=True,
-        **in_eps("under", start, error, 100.0),
     )
 
 
@@ -247,11 +249,12 @@ def first_factors(regime: Regime, start: pairs.Start) -> Measured:
         return frobenius(np.asarray(f.psi[:, 1]) - expected) / (unit * conditions(f))
 
     return worst(
-        "‖Φ_1 − Φ_0‖/‖Φ_0‖ in units of eps, and Ψ_1 in units of eps·(‖Ψ_1‖ + η‖A‖‖Φ_0†‖) times the "
-        "condition number of Σ^{−1}Φ_0",
+        (
+            "‖Φ_1 − Φ_0‖/‖Φ_0‖ in units of eps, and Ψ_1 in units of eps·(‖Ψ_1‖ + η‖A‖‖Φ_0†‖) "
+            "times the condition number of Σ^{−1}Φ_0"
+        ),
+        {**in_eps(regime, start, left, 30.0, "Φ"), **in_eps(regime, start, right, 100.0, "Ψ")},
         rounding=True,
-        **in_eps(regime, start, left, 30.0, "Φ"),
-        **in_eps(regime, start, right, 100.0, "Ψ"),
     )
 
 
@@ -292,11 +295,15 @@ def equation_30(start: pairs.Start = "nystrom") -> Measured:
         return frobenius(value[:, 1:] - expected) / unit
 
     return worst(
-        "difference in units of eps·(‖left side‖ + ‖A‖‖inverse‖), times the condition number of "
-        "Σ^{−1}Φ_0, which both inverses have",
+        (
+            "difference in units of eps·(‖left side‖ + ‖A‖‖inverse‖), times the condition number "
+            "of Σ^{−1}Φ_0, which both inverses have"
+        ),
+        {
+            **in_eps("exact", start, lambda f: gap(f, f.phi, f.psi), 100.0, "Φ"),
+            **in_eps("exact", start, lambda f: gap(f, f.psi, f.phi), 100.0, "Ψ"),
+        },
         rounding=True,
-        **in_eps("exact", start, lambda f: gap(f, f.phi, f.psi), 100.0, "Φ"),
-        **in_eps("exact", start, lambda f: gap(f, f.psi, f.phi), 100.0, "Ψ"),
     )
 
 
@@ -336,12 +343,16 @@ def equation_31(start: pairs.Start = "nystrom") -> Measured:
         return max(map(indefinite, pairs.families("exact", dtype, start)))
 
     return worst(
-        "‖Φ_1Ψ_1ᵀ − ηΣ‖_F and skewness in units of eps·‖Φ_t‖‖Ψ_t‖, and η/(2λ_min) of "
-        "Σ^{−1/2}Φ_tΨ_tᵀΣ^{−1/2}",
+        (
+            "‖Φ_1Ψ_1ᵀ − ηΣ‖_F and skewness in units of eps·‖Φ_t‖‖Ψ_t‖, and η/(2λ_min) of "
+            "Σ^{−1/2}Φ_tΨ_tᵀΣ^{−1/2}"
+        ),
+        {
+            **in_eps("exact", start, base, 100.0, "base"),
+            **in_eps("exact", start, skew, 100.0, "skew"),
+            **per_dtype(most_indefinite, 1.0, "η/(2λ_min)"),
+        },
         rounding=True,
-        **in_eps("exact", start, base, 100.0, "base"),
-        **in_eps("exact", start, skew, 100.0, "skew"),
-        **per_dtype(most_indefinite, 1.0, "η/(2λ_min)"),
     )
 
 
@@ -365,8 +376,8 @@ def equation_32(start: pairs.Start = "nystrom") -> Measured:
 
     return worst(
         "difference in units of eps·cond(B_t)·(‖Φ‖‖Ψ‖ + ‖A‖)",
+        in_eps("exact", start, gap, 20.0),
         rounding=True,
-        **in_eps("exact", start, gap, 20.0),
     )
 
 
@@ -394,7 +405,6 @@ def equation_35(start: pairs.Start = "nystrom") -> Measured:
 
     return worst(
         "‖X_1 − X_0‖/‖X_0‖, and Y_1 in units of eps·(‖Y_1‖ + η‖A‖‖X_0†‖)",
+        {**in_eps("over", start, left, 30.0, "X"), **in_eps("over", start, right, 1e3, "Y")},
         rounding=True,
-        **in_eps("over", start, left, 30.0, "X"),
-        **in_eps("over", start, right, 1e3, "Y"),
     )

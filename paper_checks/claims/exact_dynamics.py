@@ -135,6 +135,6 @@ def asymmetric_scale(start: pairs.Start = "nystrom") -> Measured:
 
     return worst(
         "‖X_tY_tᵀ − c_tA‖_F in units of eps·(‖X_t‖‖Y_t‖ + ‖A‖)",
+        per_dtype(gap, 100.0),
         rounding=True,
-        **per_dtype(gap, 100.0),
     )

@@ -38,6 +38,11 @@ def matrix(values: Any) -> Any:
     return mp.matrix(np.asarray(values).tolist())
 
 
+def norm(x: Any) -> Any:
+    """Return the Frobenius norm of an mpmath matrix."""
+    return mp.mnorm(x, "f")  # pyright: ignore[reportArgumentType] (mistyped)
+
+
 @functools.cache
 def core_errors(
     profile: str, rank: int, kappa: float, eta: float, steps: int
@@ -58,9 +63,9 @@ def core_errors(
         core = phi * phi.T
         errors, inverses = [], []
         for _ in range(steps + 1):
-            errors.append(mp.mnorm(core - sigma, "f"))
+            errors.append(norm(core - sigma))
             inverse = core**-1
-            inverses.append(mp.mnorm(inverse, "f"))
+            inverses.append(norm(inverse))
             core = (
                 (1 - step_size) ** 2 * core
                 + 2 * step_size * (1 - step_size) * sigma
@@ -152,7 +157,7 @@ def full_errors(a: Any, x: Any, eta: Any, steps: int) -> list[Any]:
     """
     errors = []
     for _ in range(steps + 1):
-        errors.append(mp.mnorm(x * x.T - a, "f"))
+        errors.append(norm(x * x.T - a))
         x = (1 - eta) * x + eta * a * x * (x.T * x) ** -1
     return errors
 

@@ -32,9 +32,8 @@ def lemma_14(sign: float = 1.0) -> Measured:
         bound.append(np.max((value - power * first - beta / theta) / scale))
     return worst(
         "relative to the terms of the closed form",
+        {"closed form": (max(equal), 1e-13), "excess over the bound": (max(bound), 1e-13)},
         rounding=True,
-        closed_form=(max(equal), 1e-13),
-        excess_over_the_bound=(max(bound), 1e-13),
     )
 
 

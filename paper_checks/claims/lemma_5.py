@@ -154,7 +154,7 @@ def equation_22(stretch: float = 1.0) -> Measured:
         second.append(np.max(trace / rank))
     return worst(
         "largest ratios",
-        **{
+        {
             "‖N‖_F²/σ_{r+1} over the trace": (max(first), 1 + 1e-9),
             "the trace over r": (max(second), 1 + 1e-9),
         },

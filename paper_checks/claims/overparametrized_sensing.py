@@ -118,8 +118,7 @@ def noise_floor(method: str = "PrecGD") -> Measured:
     ratios = last / (noises[:, None] * (M * 2 * RANK / MEASUREMENTS) ** 0.5)
     return worst(
         "last error over σ√(mr/p)",
-        largest=(np.max(ratios), 1.5),
-        one_over_the_least=(1 / np.min(ratios), 2.0),
+        {"largest": (np.max(ratios), 1.5), "one over the least": (1 / np.min(ratios), 2.0)},
     )
 
 
@@ -163,6 +162,5 @@ def sublinear(columns: int = 2 * RANK) -> Measured:
     gains = doubled[..., :-1] / doubled[..., 1:]
     return worst(
         "error at t over error at 2t",
-        largest=(np.max(gains), 2.5),
-        one_over_the_least=(1 / np.min(gains), 1 / 1.5),
+        {"largest": (np.max(gains), 2.5), "one over the least": (1 / np.min(gains), 1 / 1.5)},
     )

@@ -79,9 +79,11 @@ def step_growth(f: Family, dtype: Dtype) -> float:
 def equation_13(start: Start = "nystrom") -> Measured:
     """(13)."""
     return worst(
-        "bound over (1 + 10 eps cond(X))σ_r(B_{t+1}), largest over runs and steps; large "
-        "starts attain it",
-        **everywhere("exact", step_growth, 1.0, start=start),
+        (
+            "bound over (1 + 10 eps cond(X))σ_r(B_{t+1}), largest over runs and steps; large "
+            "starts attain it"
+        ),
+        everywhere("exact", step_growth, 1.0, start=start),
     )
 
 

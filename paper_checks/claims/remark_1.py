@@ -88,8 +88,11 @@ def remark_1(svd: bool = False) -> Measured:
         sides.append(side)
         totals.append(operations)
     result = worst(
-        shorter_side_of_a_factored_matrix=(max(sides), RANK),
-        growth_of_the_operations=(totals[1] / totals[0], 4.0),
+        "",
+        {
+            "shorter side of a factored matrix": (max(sides), RANK),
+            "growth of the operations": (totals[1] / totals[0], 4.0),
+        },
     )
     facts = {f"operations over n²r at n = {SIDES[0]}": totals[0] / (SIDES[0] ** 2 * RANK)}
     return dataclasses.replace(result, facts=facts)

@@ -104,15 +104,16 @@ def gap_rate(blind: bool = False) -> Measured:
         f = gap_family(index, blind)
         top = f.basis[:, :, :rank]
         angles = np.asarray(over_time(nys.optimality.principal_angles, 0, None)(f.x, top))[..., -1]
-        rho = np.asarray(nys.dynamics.subspace_rate(jnp.asarray(spectrum), rank, f.eta))
+        rho = np.asarray(
+            nys.dynamics.subspace_rate(jnp.asarray(spectrum), rank, jnp.asarray(f.eta))
+        )
         # The core inside the subspace obeys d⁺ = (1−η)d + η/d, which is slower near η = 1.
         slowest = np.maximum(rho, np.abs(1 - 2 * f.eta))
         angle.append(np.max(np.abs(decay(angles, 1e-7, 1e-10) - rho)))
         excess.append(np.max(np.abs(decay(excess_loss(f), 1e-12, 1e-17) - slowest**2)))
     return worst(
         "distance of the measured factor from ρ and max(ρ, |1−2η|)², largest over runs",
-        angle=(max(angle), 5e-3),
-        excess=(max(excess), 1e-2),
+        {"angle": (max(angle), 5e-3), "excess": (max(excess), 1e-2)},
     )
 
 

@@ -69,8 +69,8 @@ def lemma_2i(start: Start = "nystrom") -> Measured:
     """Lemma 2 (i)."""
     return worst(
         "‖(I − QQᵀ)X_t‖_F in units of rounding, largest over runs and steps",
+        everywhere("exact", alignment, 100.0, start=start),
         rounding=True,
-        **everywhere("exact", alignment, 100.0, start=start),
     )
 
 
@@ -97,9 +97,11 @@ def growth(f: Family, dtype: Dtype) -> float:
 def lemma_2ii(start: Start = "nystrom") -> Measured:
     """Lemma 2 (ii)."""
     return worst(
-        "bound over (1 + 10 eps cond(X_{t+1}))σ_r(X_{t+1})², largest over runs and steps; "
-        "large starts attain it",
-        **everywhere("exact", growth, 1.0, start=start),
+        (
+            "bound over (1 + 10 eps cond(X_{t+1}))σ_r(X_{t+1})², largest over runs and steps; "
+            "large starts attain it"
+        ),
+        everywhere("exact", growth, 1.0, start=start),
     )
 
 
@@ -126,8 +128,8 @@ def equation_10(start: Start = "nystrom") -> Measured:
     """(10)."""
     return worst(
         "difference of the two sides in units of eps·(‖B‖_F + ‖Σ‖_F)",
+        everywhere("exact", residual_gap, 100.0, start=start),
         rounding=True,
-        **everywhere("exact", residual_gap, 100.0, start=start),
     )
 
 
@@ -154,8 +156,8 @@ def equation_11(start: Start = "nystrom") -> Measured:
     """(11)."""
     return worst(
         "‖Φ_{t+1} − right side‖_F in units of eps·(‖Φ_{t+1}‖_F + σ_1(A)‖Φ_t‖_F‖Φ_t^{−1}‖²)",
+        everywhere("exact", phi_error, 100.0, start=start),
         rounding=True,
-        **everywhere("exact", phi_error, 100.0, start=start),
     )
 
 
@@ -181,8 +183,8 @@ def equation_12(start: Start = "nystrom") -> Measured:
     """(12)."""
     return worst(
         "‖B_{t+1} − right side‖_F in units of eps·cond(B_t)·(‖B_{t+1}‖_F + ‖Σ‖_F)",
+        everywhere("exact", core_error, 100.0, start=start),
         rounding=True,
-        **everywhere("exact", core_error, 100.0, start=start),
     )
 
 

@@ -55,8 +55,8 @@ def lemma_12(start: Start = "nystrom") -> Measured:
     """Measure the first part of Lemma 12."""
     return worst(
         "‖(I − QQᵀ)X_t‖_F in units of rounding, largest over runs and steps",
+        everywhere("over", alignment, 100.0, start=start),
         rounding=True,
-        **everywhere("over", alignment, 100.0, start=start),
     )
 
 
@@ -70,8 +70,8 @@ def equation_27(damping: float = 0.0) -> Measured:
     """Measure (27), the second part of Lemma 12."""
     return worst(
         "‖Φ_{t+1} − right side‖_F in units of eps·(‖Φ_{t+1}‖_F + σ_1(A)‖Φ_t‖_F‖Φ_t†‖²)",
+        everywhere("over", phi_error, 100.0, damping=damping),
         rounding=True,
-        **everywhere("over", phi_error, 100.0, damping=damping),
     )
 
 
@@ -85,8 +85,8 @@ def equation_28(damping: float = 0.0) -> Measured:
     """(28)."""
     return worst(
         "‖B_{t+1} − right side‖_F in units of eps·cond(B_t)·(‖B_{t+1}‖_F + ‖Σ‖_F)",
+        everywhere("over", core_error, 100.0, damping=damping),
         rounding=True,
-        **everywhere("over", core_error, 100.0, damping=damping),
     )
 
 

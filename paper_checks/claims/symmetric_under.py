@@ -78,9 +78,8 @@ def definition_1(stretch: float = 1.0) -> Measured:
             agree.append(np.max(np.abs(library - plain)) / kappa)
     return worst(
         "largest over the points",
+        {"at weak optima": (max(zero), 1e-13), "library minus NumPy over κ": (max(agree), 1e-12)},
         rounding=True,
-        at_weak_optima=(max(zero), 1e-13),
-        library_minus_NumPy_over_κ=(max(agree), 1e-12),
     )
 
 
@@ -117,8 +116,8 @@ def lemma_4(start: Start = "nystrom") -> Measured:
     """Lemma 4."""
     return worst(
         "‖(I − QQᵀ)X_t‖_F in units of rounding, largest over runs and steps",
+        everywhere("under", alignment, 100.0, start=start),
         rounding=True,
-        **everywhere("under", alignment, 100.0, start=start),
     )
 
 
@@ -132,8 +131,8 @@ def equation_15(start: Start = "nystrom") -> Measured:
     """(15)."""
     return worst(
         "‖Φ_{t+1} − right side‖_F in units of eps·(‖Φ_{t+1}‖_F + σ_1(A)‖Φ_t‖_F‖Φ_t†‖²)",
+        everywhere("under", phi_error, 100.0, start=start),
         rounding=True,
-        **everywhere("under", phi_error, 100.0, start=start),
     )
 
 
@@ -157,8 +156,8 @@ def equation_16(start: Start = "nystrom") -> Measured:
     """(16)."""
     return worst(
         "‖B_{t+1} − right side‖_F in units of eps·κ·(‖B_{t+1}‖_F + ‖B_t‖_F + 1)",
+        everywhere("under", weak_gram_error, 100.0, start=start),
         rounding=True,
-        **everywhere("under", weak_gram_error, 100.0, start=start),
     )
 
 
@@ -183,7 +182,9 @@ def weak_growth(f: Family, dtype: Dtype) -> float:
 def lemma_9(start: Start = "nystrom") -> Measured:
     """Lemma 9."""
     return worst(
-        "bound over (1 + 100 eps κ)σ_r(B_{t+1}), largest over runs and steps; large starts "
-        "attain it",
-        **everywhere("under", weak_growth, 1.0, start=start),
+        (
+            "bound over (1 + 100 eps κ)σ_r(B_{t+1}), largest over runs and steps; large starts "
+            "attain it"
+        ),
+        everywhere("under", weak_growth, 1.0, start=start),
     )

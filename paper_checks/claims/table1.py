@@ -83,7 +83,7 @@ def steps_of(step: Any, start: Any, measure: Callable[[Any], Any], tol: Any, cap
 def asymmetric(random: bool = False) -> Measured:
     """Count the rows of Theorems 3, 4 and 6."""
     most = [np.max(counts(_asymmetric(rank), KAPPAS, [random])) for rank in (3, 6, 2)]
-    facts = dict(zip(("EP", "OP", "UP"), map(float, most), strict=True))
+    facts = {name: float(count) for name, count in zip(("EP", "OP", "UP"), most, strict=True)}
     return Measured(float(max(most)), 1, detail="iterations, largest", facts=facts)
 
 
@@ -129,8 +129,7 @@ def symmetric(preconditioned: bool = True) -> Measured:
         extra.append(np.max(steps[0, 1] - steps[0, 0]))
     return worst(
         "iterations, the larger of EP and OP",
-        for_each_doubling_of_κ=(max(growth), 0.5),
-        **{"from ε = 1e-4 to 1e-8": (max(extra), 2)},
+        {"for each doubling of κ": (max(growth), 0.5), "from ε = 1e-4 to 1e-8": (max(extra), 2)},
     )
 
 

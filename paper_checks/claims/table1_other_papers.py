@@ -90,7 +90,7 @@ def gd_symmetric(scale: float = 1e-4) -> Measured:
             of_rank.append(over_bound(steps[:, i], 10 * (kappas**8 + linear)))
         ratios[name] = (max(of_rank), 1.0)
         facts[f"power of κ from κ = 2, {name}"] = power((2.0, 4.0, 8.0), steps[1:, 1])
-    result = worst("iterations over the bound, largest", **ratios)
+    result = worst("iterations over the bound, largest", ratios)
     return Measured(result.measured, 1.0, detail=result.detail, facts=facts)
 
 
@@ -127,7 +127,7 @@ def altgd(divided: bool = False) -> Measured:
         factors.append(np.max(steps[:, 1] / steps[:, 0]))
         facts[f"power of κ, {name}"] = powers[-1]
     result = worst(
-        "the larger of EP and OP", power_of_κ=(max(powers), 2.0), factor=(max(factors), 2.5)
+        "the larger of EP and OP", {"power of κ": (max(powers), 2.0), "factor": (max(factors), 2.5)}
     )
     return Measured(result.measured, 1.0, detail=result.detail, facts=facts)
 

@@ -184,7 +184,7 @@ def lemma_10_repaired(factor: bool = True) -> Measured:
         upper.append(np.max(norms * values[:, -1] / (constant * rank**0.5)))
     return worst(
         "largest ratios",
-        **{
+        {
             "‖B⁻¹‖_F and √r/‖B‖ over ‖ΘᵀΣΘ‖_F": (max(lower), 1 + 1e-6),
             "‖ΘᵀΣΘ‖_F over K‖B⁻¹‖_F": (max(sharp), 1 + 1e-6),
             "‖ΘᵀΣΘ‖_F over K√r/σ_r(B)": (max(upper), 1 + 1e-6),
@@ -231,7 +231,7 @@ def theorem_2_i(kappas: tuple[float, ...] = WELL) -> Measured:
     """Measure Theorem 2 (i) where ‖ΘᵀΣΘ‖_F ≤ r/σ_r(B) follows from lem-10-repaired."""
     body, tail = floor_ratios(SIZES[:1], kappas, False)
     parts = {"t ≥ 1/η": (body, 1.0), "t ≥ 10/η": (tail, 1.0)}
-    return worst("error over the bound, largest over runs", **parts)
+    return worst("error over the bound, largest over runs", parts)
 
 
 @claim(
@@ -252,7 +252,7 @@ def theorem_2_i_repaired(factor: bool = True) -> Measured:
     sharp, _ = floor_ratios(SIZES, ILL, factor, 0.5)
     return worst(
         "error over the bound, largest over runs",
-        **{
+        {
             "3Kηr, t ≥ 1/η": (body, 1.0),
             "3Kηr, t ≥ 10/η": (tail, 1.0),
             "3Kη√r, t ≥ 1/η": (sharp, 1.0),

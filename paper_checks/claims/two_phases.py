@@ -128,7 +128,7 @@ def lemma_7(stretch: float = 1.0) -> Measured:
         tail.append(np.max(ratio[np.arange(len(counts)), counts]))
     return worst(
         "error over the right side, largest over runs",
-        **{"1/η ≤ t ≤ T₁": (max(body), 1.0), "t = T₁": (max(tail), 1.0)},
+        {"1/η ≤ t ≤ T₁": (max(body), 1.0), "t = T₁": (max(tail), 1.0)},
     )
 
 
@@ -152,7 +152,7 @@ def phase_one(regime: Regime, step_size: float | None = None) -> Measured:
         allowed.append(np.max(counts / unit))
     measured = worst(
         "T₁ = ⌈log(κ²‖B_0 − Σ‖_F)/η⌉; largest over runs",
-        **{
+        {
             "κ² × error at T₁": (max(finals), 4.5),
             "steps until it is 2/3, over κ³√r_A log κ": (max(reached), 10.0),
         },
@@ -227,7 +227,7 @@ def phase_two(regime: Regime, eta: float) -> Measured:
         switch_steps.append(np.max(steps))
     part = worst(
         "where the bound is above 1e-12, largest over runs",
-        **{"error over the bound, s ≥ 1": (max(later), 1.0)},
+        {"error over the bound, s ≥ 1": (max(later), 1.0)},
     )
     facts = {
         "error over the bound at s = 0": max(at_switch),

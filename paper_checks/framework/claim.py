@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 Source = Literal["paper", "ours", "literature"]
 """Who states it: the paper, this project, or another paper, which the statement cites."""
@@ -84,32 +84,31 @@ class Measured:
         return top / bottom if bottom else math.inf
 
 
+Parts = dict[str, tuple[float, float]]
+"""Measurements by name, each with its upper bound."""
+
+
 def worst(
-    detail: str = "",
-    *,
-    rounding: bool = False,
-    at_least: float | None = None,
-    **parts: tuple[Any, float],
+    detail: str, parts: Parts, *, rounding: bool = False, at_least: float | None = None
 ) -> Measured:
-    """Return several `name=(measured, upper bound)` as one measurement: the largest ratio, ≤ 1.
+    """Return several measurements as one: the largest ratio of a measurement to its bound, ≤ 1.
 
     Args:
         detail: what the parts are, and what they were maximized over.
+        parts: each measurement with its bound.
         rounding: whether parts within their bounds are rounding errors.
         at_least: the `at_least` of `Measured`, for the largest ratio.
-        **parts: each measurement with its bound.
     """
-    ratios = {name: float(value) / bound for name, (value, bound) in parts.items()}
-    broken = [ratio for ratio in ratios.values() if math.isnan(ratio)]
-    largest = broken[0] if broken else max(ratios.values())
+    ratios = [float(value) / bound for value, bound in parts.values()]
+    broken = [ratio for ratio in ratios if math.isnan(ratio)]
+    largest = broken[0] if broken else max(ratios)
 
     def shown(name: str, value: float, bound: float) -> str:
-        label = name.replace("_", " ") if name.isidentifier() else name  # not "‖E‖_F"
         if rounding and value <= bound:
-            return f"{label} ≤ {bound:.3g}"
-        return f"{label} {value:.3g} (allowed {bound:.3g})"
+            return f"{name} ≤ {bound:.3g}"
+        return f"{name} {value:.3g} (allowed {bound:.3g})"
 
-    text = ", ".join(shown(name, float(v), bound) for name, (v, bound) in parts.items())
+    text = ", ".join(shown(name, float(value), bound) for name, (value, bound) in parts.items())
     detail = f"{detail}; {text}" if detail else text
     return Measured(largest, 1.0, detail=detail, rounding=rounding, at_least=at_least)
 

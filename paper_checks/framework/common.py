@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import nyscaled as nys
+from paper_checks.framework.claim import Parts
 
 SEED = 20250
 M, N = 60, 40
@@ -30,8 +31,6 @@ SEEDS = 3
 
 Dtype = Literal["float64", "float32"]
 DTYPES: tuple[Dtype, ...] = ("float64", "float32")
-Parts = dict[str, tuple[float, float]]
-"""Measurements by name, each with its upper bound, as `worst` takes them."""
 
 
 def short(value: float) -> str:
