@@ -1,4 +1,4 @@
-"""What models read their weights from, whatever the format of the file."""
+"""The interface through which models read weights, for every format of files."""
 
 from __future__ import annotations
 

@@ -47,13 +47,13 @@ class Numerics:
             if dtype is None and name == "compute_dtype":
                 continue
             try:
-                kind = jnp.dtype(dtype)
+                parsed = jnp.dtype(dtype)
             except TypeError:
-                kind = None
+                parsed = None
             if (
-                not kind
-                or not jnp.issubdtype(kind, jnp.floating)
-                or jax.dtypes.canonicalize_dtype(kind) != kind
+                not parsed
+                or not jnp.issubdtype(parsed, jnp.floating)
+                or jax.dtypes.canonicalize_dtype(parsed) != parsed
             ):
                 raise ValueError(
                     f"{name} is {dtype!r}; expected a floating dtype, float64 only with "

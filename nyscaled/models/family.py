@@ -139,7 +139,7 @@ MODELS: dict[str, list[type[LanguageModel]]] = {}
 
 
 def register(model: M) -> M:
-    """Make `nys.models.load`, `save` and whatever reads a `Family` know a class; a decorator.
+    """Decorate a model class so that `load`, `save` and other readers of `Family` know it.
 
     Args:
         model: class with a `family`.

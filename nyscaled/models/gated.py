@@ -134,7 +134,7 @@ class Attention(nnx.Module):
     """Rotary attention with grouped queries."""
 
     def __init__(
-        self, config: GatedConfig, kind: type[GatedDecoder], numerics: Numerics, rngs: nnx.Rngs
+        self, config: GatedConfig, model: type[GatedDecoder], numerics: Numerics, rngs: nnx.Rngs
     ) -> None:
         width, head = config.hidden_size, config.head_dim
         outer, inner = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -143,10 +143,10 @@ class Attention(nnx.Module):
         self.k_proj = nnx.Linear(width, inner, use_bias=config.attention_bias, **options)
         self.v_proj = nnx.Linear(width, inner, use_bias=config.attention_bias, **options)
         self.o_proj = nnx.Linear(outer, width, use_bias=config.output_bias, **options)
-        if kind.head_norms:
+        if model.head_norms:
             self.q_norm = blocks.RMSNorm(head, config.rms_norm_eps, numerics)
             self.k_norm = blocks.RMSNorm(head, config.rms_norm_eps, numerics)
-        self.head_dim, self.head_norms = head, kind.head_norms
+        self.head_dim, self.head_norms = head, model.head_norms
 
     def __call__(
         self,
@@ -184,16 +184,16 @@ class Layer(nnx.Module):
     """Attention and MLP, each after a norm and beside the residual stream."""
 
     def __init__(
-        self, config: GatedConfig, kind: type[GatedDecoder], numerics: Numerics, rngs: nnx.Rngs
+        self, config: GatedConfig, model: type[GatedDecoder], numerics: Numerics, rngs: nnx.Rngs
     ) -> None:
         def norm() -> blocks.RMSNorm:
             return blocks.RMSNorm(
-                config.hidden_size, config.rms_norm_eps, numerics, offset=kind.norm_offset
+                config.hidden_size, config.rms_norm_eps, numerics, offset=model.norm_offset
             )
 
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        self.self_attn = Attention(config, kind, numerics, rngs)
-        self.mlp = GatedMLP(config, kind.activation, numerics, rngs)
+        self.self_attn = Attention(config, model, numerics, rngs)
+        self.mlp = GatedMLP(config, model.activation, numerics, rngs)
 
     def __call__(
         self,
@@ -235,13 +235,13 @@ class GatedDecoder(CausalLM):
     def __init__(
         self, config: GatedConfig, *, numerics: Numerics = FLOAT32, rngs: nnx.Rngs
     ) -> None:
-        kind, width = type(self), config.hidden_size
+        model, width = type(self), config.hidden_size
         self.config, self.numerics = config, numerics
         self.embed_tokens = nnx.Embed(config.vocab_size, width, rngs=rngs, **numerics.dtypes)
         self.layers = blocks.stack(
-            lambda rngs: Layer(config, kind, numerics, rngs), config.num_hidden_layers, rngs
+            lambda rngs: Layer(config, model, numerics, rngs), config.num_hidden_layers, rngs
         )
-        self.norm = blocks.RMSNorm(width, config.rms_norm_eps, numerics, offset=kind.norm_offset)
+        self.norm = blocks.RMSNorm(width, config.rms_norm_eps, numerics, offset=model.norm_offset)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
                 width, config.vocab_size, use_bias=False, rngs=rngs, **numerics.dtypes

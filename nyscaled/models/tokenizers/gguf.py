@@ -52,11 +52,11 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
 
 def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     fields = {k.removeprefix(_PREFIX): v for k, v in metadata.items() if k.startswith(_PREFIX)}
-    kind = fields.get("model")
-    if kind in (None, "none", "no_vocab"):
+    model = fields.get("model")
+    if model in (None, "none", "no_vocab"):
         return None
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"the tokenizer is {kind!r}; expected 'gpt2' or 'llama'")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"the tokenizer is {model!r}; expected 'gpt2' or 'llama'")
     try:
         import tokenizers
     except ModuleNotFoundError as error:
@@ -76,7 +76,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
         i = token_id(metadata, key, len(tokens))
         if i is not None:
             roles[f"{role}_token"] = tokens[i]
-    if kind == "gpt2":
+    if model == "gpt2":
         pre = _required(fields, "pre")
         if pre not in _SPLITS:
             raise ValueError(f"{_PREFIX}pre is {pre!r}; expected one of {', '.join(_SPLITS)}")

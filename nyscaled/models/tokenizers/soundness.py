@@ -40,7 +40,7 @@ def refusing(what: str) -> Iterator[None]:
     except (ValueError, ImportError):
         raise
     except BaseException as error:
-        # A panic of Rust is no Exception, and its class cannot be imported.
+        # A panic of Rust is not an Exception, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{what}: {type(error).__name__}: {files.brief(error)}") from error

@@ -136,18 +136,18 @@ def completed(inner: Any, settings: Mapping[str, Any], folder: Path) -> tuple[An
     Raises:
         ValueError: on tokens or settings of another type.
     """
-    kind = _class(inner, settings, folder)
-    settings = with_sides(inner, _DEFAULTS.get(kind, {}) | dict(settings))
-    if kind and DECODER in settings:
+    class_name = _class(inner, settings, folder)
+    settings = with_sides(inner, _DEFAULTS.get(class_name, {}) | dict(settings))
+    if class_name and DECODER in settings:
         inner = _without_others(inner, settings)
-    if kind == "BertTokenizer":
+    if class_name == "BertTokenizer":
         _normalize(inner, settings)
-    elif kind == "GPT2Tokenizer":
+    elif class_name == "GPT2Tokenizer":
         _begin_with_space(inner, _flag(settings, "add_prefix_space", default=False))
-    elif kind == "LlamaTokenizer" and not _flag(settings, "add_prefix_space", default=True):
+    elif class_name == "LlamaTokenizer" and not _flag(settings, "add_prefix_space", default=True):
         inner = _without_prefix(inner)
     _add(inner, settings)
-    if kind == "BertTokenizer":
+    if class_name == "BertTokenizer":
         _surround(inner, settings)
     if "split_special_tokens" in settings:
         inner.encode_special_tokens = _flag(settings, "split_special_tokens", default=False)
@@ -160,8 +160,8 @@ def _class(inner: Any, settings: Mapping[str, Any], folder: Path) -> str:
     if not isinstance(name, str):
         config = folder / "config.json"
         model = files.read_object(config, "a model") if files.exists(config) else {}
-        kind = model.get("model_type")
-        name = _OF_MODEL.get(kind, "") if isinstance(kind, str) else ""
+        model_type = model.get("model_type")
+        name = _OF_MODEL.get(model_type, "") if isinstance(model_type, str) else ""
     name = name.removesuffix("Fast")
     if name == "LlamaTokenizer" and "ByteLevel" in f"{inner.pre_tokenizer!r}{inner.decoder!r}":
         return ""  # Llama 3's, labelled as before
