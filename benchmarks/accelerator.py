@@ -3,8 +3,8 @@
     python benchmarks/accelerator.py            # prints three tables in Markdown
     python benchmarks/accelerator.py --quick    # small sizes, to see that it runs
 
-Floors: the error at which float32 ends, for each κ. Parity: the same program on the accelerator and on
-the CPU, in units of the rounding of float32. Speeds: a step beside its products with A.
+Floors: the error at which float32 ends, for each κ. Parity: the same program on the accelerator and
+on the CPU, in units of the rounding of float32. Speeds: a step beside its products with A.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 It needs torch and peft. Numbers are float32 and two threads of torch. The time of PEFT is that of
 `LoraLayer.pissa_init` of one `torch.nn.Linear` in a model made by `get_peft_model`, which also
-writes W_0 − s·b·a back. The time of NoRA is that of what `nys.lora.apply` runs for a layer, compiled,
-which leaves W_0 as it is.
+writes W_0 − s·b·a back. The time of NoRA is that of what `nys.lora.apply` runs for a layer,
+compiled, which leaves W_0 as it is.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Gradients of completion, sensing and robust PCA against the passes over data that they cannot avoid.
+"""Gradients of completion, sensing and robust PCA beside the passes over data that they require.
 
     python benchmarks/problems.py
 
-Completion: a gradient of ½‖𝒜(XYᵀ) − b‖² at p = |Ω| random entries, against one gather of the rows of X
-and Y at Ω with their inner products (which any form makes), and against the dense form that masks an
-m × n product. Sensing: against one product 𝒜(XYᵀ). Robust PCA: T_α against sorting, and a gradient
-against its three dense products. Trials under vmap against a loop over them in one compiled call.
-The bounds are printed beside the ratios, and nothing is asserted.
+Completion: a gradient of ½‖𝒜(XYᵀ) − b‖² at p = |Ω| random entries, against one gather of the rows
+of X and Y at Ω with their inner products (which any form makes), and against the dense form that
+masks an m × n product. Sensing: against one product 𝒜(XYᵀ). Robust PCA: T_α against sorting, and a
+gradient against its three dense products. Trials under vmap against a loop over them in one
+compiled call. The bounds are printed beside the ratios, and nothing is asserted.
 """
 
 from __future__ import annotations

@@ -2,21 +2,22 @@
 
     python docs/upstream/batched_lapack_hang.py [seconds] [operation]
 
-jaxlib 0.10.2's CPU kernels of a batch (`lapack_sgesdd_ffi`, `lapack_spotrf_ffi`, `lapack_ssyevd_ffi`,
-…) split it into tasks for XLA's intra-op thread pool and then block until they are done, in the
-thread that called the kernel. The thunk executor runs independent calls of a program on the threads
-of that same pool. When as many calls as the pool has threads have started and none of their tasks
-has, every thread waits for a task that no thread is left to take. On two cores two calls are enough.
+jaxlib 0.10.2's CPU kernels of a batch (`lapack_sgesdd_ffi`, `lapack_spotrf_ffi`,
+`lapack_ssyevd_ffi`, …) split it into tasks for XLA's intra-op thread pool and then block until they
+are done, in the thread that called the kernel. The thunk executor runs independent calls of a
+program on the threads of that same pool. When as many calls as the pool has threads have started
+and none of their tasks has, every thread waits for a task that no thread is left to take. On two
+cores two calls are enough.
 
 It is a matter of timing: most runs end. This program repeats several independent batched calls for
 the given time (60 s by default), and reports a hang, with exit status 1, when one repetition takes
 longer than 30 s. `svd` (the default), `eigh`, `cholesky` and `qr` are the operations. Seen on two
-cores with jax 0.10.2, jaxlib 0.10.2, Linux, CPython 3.11, in a larger program (SVDs of several starts
-of one iteration under `jax.vmap`); this program alone has not met it yet where we ran it.
+cores with jax 0.10.2, jaxlib 0.10.2, Linux, CPython 3.11, in a larger program (SVDs of several
+starts of one iteration under `jax.vmap`); this program alone has not met it yet where we ran it.
 
 None of these hangs: a batch of one matrix, which is not split (`jax.lax.map` over the batch, what
-`nyscaled.lapack` does); `XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`, which has no pool. Making the
-calls depend on one another within a program is not enough, as two programs share the pool.
+`nyscaled.lapack` does); `XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`, which has no pool. Making
+the calls depend on one another within a program is not enough, as two programs share the pool.
 """
 
 import os
