@@ -50,7 +50,12 @@ def adapted_layers(model: nnx.Module) -> dict[str, Any]:
 
 
 def require_name(layers: Mapping[str, Any], name: str | None) -> None:
-    """Raise ValueError unless some layer has an adapter of that name, or of any name if None."""
+    """Raise ValueError unless some layer has an adapter of that name.
+
+    Args:
+        layers: layers with adapters, by path.
+        name: name of the set; None accepts any name.
+    """
     names = sorted({n for layer in layers.values() for n in layer.adapters})
     if not names or (name is not None and name not in names):
         known = names or "none (of `apply` or `load_peft`)"

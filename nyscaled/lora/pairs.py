@@ -62,7 +62,13 @@ def find(paths: Iterable[Path]) -> list[Pair]:
 
 
 def num_shared(a: Shape, b: Shape, layer: str) -> int:
-    """Return how many leading axes factors of these shapes share; `layer` is for messages."""
+    """Return how many leading axes factors share.
+
+    Args:
+        a: shape of the first factor.
+        b: shape of the second factor.
+        layer: path of the layer, for messages.
+    """
     return num_leading_axes(a, b, (f"{layer}: a", "b"))
 
 

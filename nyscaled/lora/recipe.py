@@ -51,7 +51,13 @@ class Origin(NamedTuple):
 
 
 def origin_of(init: str | Init, options: Mapping[str, Any], key: Key[Array, ""]) -> Origin:
-    """Return the record of weights that an init has drawn."""
+    """Return the record of weights that an init has drawn.
+
+    Args:
+        init: name of the init, or the function.
+        options: options of the init.
+        key: the PRNG key from which the keys of the layers were folded.
+    """
     name = init if isinstance(init, str) else getattr(init, "__name__", repr(init))
     return Origin((name, tuple(sorted(options.items()))), jax.random.key_data(key))
 
@@ -155,7 +161,13 @@ def kernel_init(init: str | Init) -> Init:
 
 
 def scaling_of(alpha: float, rank: int, rank_stabilized: bool) -> float:
-    """Return s = α/r, or α/√r if rank-stabilized."""
+    """Return s = α/r, or α/√r if rank-stabilized.
+
+    Args:
+        alpha: α.
+        rank: r.
+        rank_stabilized: whether s is α/√r.
+    """
     return float(alpha) / (rank**0.5 if rank_stabilized else rank)
 
 

@@ -18,6 +18,10 @@ from nyscaled.lora.view import Layer, kernel_of, unstacked_view, view_of
 def sides(path: str, layer: Layer) -> tuple[int, int]:
     """Return (in, out) of the layer's matrix.
 
+    Args:
+        path: path of the layer, for messages.
+        layer: the layer.
+
     Raises:
         ValueError: if the layer holds several matrices (batch axes), which PEFT has no form for.
     """

@@ -197,7 +197,12 @@ class Equations(NamedTuple):
 
 
 def equations(layer: Layer, ndim: int) -> Equations:
-    """Return the two contractions of a layer's adapter for an input of `ndim` axes."""
+    """Return the two contractions of a layer's adapter.
+
+    Args:
+        layer: the layer.
+        ndim: number of axes of the layer's input.
+    """
     if isinstance(layer, nnx.Embed):
         return Equations("", "...r,ro->...o")
     if isinstance(layer, nnx.Einsum):

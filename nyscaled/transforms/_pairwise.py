@@ -61,7 +61,12 @@ def pairwise(
 def before(
     transform: optax.GradientTransformation, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """Return `transform` followed by the optimizer `inner`; either may have extra arguments."""
+    """Return `transform` followed by an optimizer; either may have extra arguments.
+
+    Args:
+        transform: the transform of gradients.
+        inner: the optimizer.
+    """
     return optax.with_extra_args_support(optax.chain(transform, inner))
 
 
@@ -140,7 +145,12 @@ def _shape(leaf: Array, spec: FactorSpec) -> tuple[int, ...]:
 
 
 def canonical(leaf: Array, spec: FactorSpec) -> Array:
-    """Return `leaf` as (batch…, long, rank), in float32 at least."""
+    """Return a leaf as (batch…, long, rank), in float32 at least.
+
+    Args:
+        leaf: the array.
+        spec: how it is read.
+    """
     batch, long_axes, rank = _axes(leaf, spec)
     moved = jnp.transpose(leaf, (*batch, *long_axes, rank))
     return at_least_float32(moved.reshape(_shape(leaf, spec)))
@@ -155,7 +165,13 @@ def _restore(value: Array, leaf: Array, spec: FactorSpec) -> Array:
 
 
 def over_batch(fn: Callable[..., Array], value: Array, *arrays: Array) -> Array:
-    """Call `fn` on the matrices of canonical arrays, over their leading batch axes."""
+    """Call a function on the matrices of canonical arrays, over their leading batch axes.
+
+    Args:
+        fn: the function of matrices.
+        value: a canonical array.
+        *arrays: further arrays with the same batch axes.
+    """
     for _ in range(value.ndim - 2):
         fn = jax.vmap(fn)
     return fn(value, *arrays)
