@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nyscaled.matrices import as_factors
-from nyscaled.typing import Factors
+from nyscaled.typing import Factors, Params
 
 
-def both(point: Any) -> Factors:
+def both(point: Params) -> Factors:
     """Return the left and the right factor of the product: of one factor X, X twice."""
     return as_factors(point if isinstance(point, Factors) else (point, point))

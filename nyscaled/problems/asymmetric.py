@@ -48,7 +48,7 @@ class Asymmetric:
         return self.a.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype, float32 or float64."""
         return self.a.dtype
 

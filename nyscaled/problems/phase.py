@@ -10,7 +10,6 @@ References:
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,7 @@ class RankOne:
         return self.vectors.shape[0]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype, float32 or float64."""
         return self.vectors.dtype
 

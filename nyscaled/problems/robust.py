@@ -115,8 +115,8 @@ class RobustPCA:
     """
 
     observed: Array = field(converter=functools.partial(as_dense, "Y"))
-    fraction: Any
-    slack: Any = 2.0
+    fraction: Number
+    slack: Number = 2.0
     symmetric = False
 
     def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ class RobustPCA:
         return self.observed.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype, float32 or float64."""
         return self.observed.dtype
 
@@ -178,7 +178,7 @@ class RobustPCA:
         left, right = validation.require_factors(factors, self.shape)
         return Factors(jnp.asarray(left, self.dtype), jnp.asarray(right, self.dtype))
 
-    def _removed(self) -> Any:
+    def _removed(self) -> Number:
         return self.fraction * self.slack
 
     def _residual(self, factors: Factors) -> Float[Array, "m n"]:

@@ -28,7 +28,7 @@ from nyscaled.matrices import as_array, require_traced, transpose_times
 from nyscaled.numerics import full_precision, norm, normalized, shift
 from nyscaled.problems._points import both
 from nyscaled.spectra import random_factor
-from nyscaled.typing import Factors, LinearMap, MeasurementMap, Number, Scalar, Values
+from nyscaled.typing import Factors, LinearMap, MeasurementMap, Number, Params, Scalar, Values
 
 __all__ = [
     "Matrices",
@@ -75,7 +75,7 @@ class Matrices:
         return self.matrices.shape[0]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype, float32 or float64."""
         return self.matrices.dtype
 
@@ -132,7 +132,7 @@ class Sensing:
         return self.map.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype, float32 or float64."""
         return self.map.dtype
 
@@ -149,12 +149,12 @@ class Sensing:
         """Return the derivative of `misfit`, z − b."""
         return predicted - self.b
 
-    def loss(self, point: Any) -> Scalar:
+    def loss(self, point: Params) -> Scalar:
         """Return f at X or at `Factors`: the misfit, halved for X."""
         misfit = self.misfit(self.map.forward(*both(point)))
         return misfit if isinstance(point, Factors) else misfit / 2
 
-    def root_loss(self, point: Any) -> Scalar:
+    def root_loss(self, point: Params) -> Scalar:
         """Return √f, where f itself may overflow or underflow."""
         root = self.root_misfit(self.map.forward(*both(point)))
         return root if isinstance(point, Factors) else root / 2**0.5
@@ -168,7 +168,7 @@ class Sensing:
         return jnp.sqrt(size * (size / jnp.where(back > 0, back, 1)))
 
     @full_precision
-    def gradient(self, point: Any) -> Any:
+    def gradient(self, point: Params) -> Params:
         """Return ½(G + Gᵀ)X at X, (GY, GᵀX) at `Factors`, where G = 𝒜*(𝒜(·) − b)."""
         x, y = both(point)
         g = self.map.adjoint(self.slope(self.map.forward(x, y)))
@@ -189,7 +189,7 @@ class Sensing:
         """Return ‖𝒜(XXᵀ)‖."""
         return norm(self.map.forward(x, x))
 
-    def check(self, point: Any) -> Any:
+    def check(self, point: object) -> Params:
         """Return `point` as X or `Factors` of this problem; ValueError if it cannot be one."""
         if isinstance(point, Factors):
             point = validation.require_factors(point, self.shape)
@@ -211,15 +211,15 @@ def _require_map(a: MeasurementMap) -> None:
     require_traced(f"{kind}.adjoint.T @ y", _times_adjoint, (a, weights, left), (n, 2), a.dtype)
 
 
-def _forward(a: Any, left: Array, right: Array) -> Array:
+def _forward(a: MeasurementMap, left: Array, right: Array) -> Array:
     return a.forward(left, right)
 
 
-def _adjoint_times(a: Any, weights: Array, x: Array) -> Array:
+def _adjoint_times(a: MeasurementMap, weights: Array, x: Array) -> Array:
     return a.adjoint(weights) @ x
 
 
-def _times_adjoint(a: Any, weights: Array, y: Array) -> Array:
+def _times_adjoint(a: MeasurementMap, weights: Array, y: Array) -> Array:
     return transpose_times(a.adjoint(weights), y)
 
 

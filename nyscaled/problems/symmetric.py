@@ -54,7 +54,7 @@ class Symmetric:
         return self.a.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype, float32 or float64."""
         return self.a.dtype
 

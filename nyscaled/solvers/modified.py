@@ -26,11 +26,11 @@ from nyscaled._pytree import pytree_dataclass
 from nyscaled.lapack import svd
 from nyscaled.numerics import full_precision
 from nyscaled.solvers.steps import GradientState, GradientStep, gradient_step, require_pairs
-from nyscaled.typing import Factors, Params, Problem
+from nyscaled.typing import Factors, Number, Params, Problem
 
 
 @full_precision
-def unbalance(factors: Factors, beta: Any) -> Factors:
+def unbalance(factors: Factors, beta: Number) -> Factors:
     """Return (βP, YQΣ/β) with the thin SVD X = PΣQᵀ: the same product, and XᵀX = β²I.
 
     Args:
@@ -95,7 +95,7 @@ class ModifiedStep:
 
 
 def modified_step(
-    problem: Problem, tx: optax.GradientTransformation, at: Any, beta: Any
+    problem: Problem, tx: optax.GradientTransformation, at: int | Array, beta: Number
 ) -> ModifiedStep:
     """Return modified GD: `gradient_step(problem, tx)` with one refactoring by `unbalance`.
 

@@ -33,7 +33,7 @@ from nyscaled.numerics import clipped, full_precision, norm
 from nyscaled.problems import Symmetric
 from nyscaled.solvers.rank import cut_rank
 from nyscaled.solvers.status import Status
-from nyscaled.typing import Scalar
+from nyscaled.typing import Params, Scalar
 
 Scaling = Literal["byers_xu", "optimal", "frobenius"]
 
@@ -94,7 +94,7 @@ class _PolarStep:
     problem: Any
 
     @full_precision
-    def init(self, params: Any) -> PolarState:
+    def init(self, params: Params) -> PolarState:
         """Return the start, its numerical rank cut (`rank.cut_rank`), and the bounds on σ(S)."""
         cut = cut_rank(self.problem, params)
         f = linalg.factor(cut.factors)
@@ -135,7 +135,7 @@ class ScaledNewtonStep(_PolarStep):
             # Near the end μ − 1 would be the rounding of S; the bounds are 1 by then.
             mu = clipped(mu, 1 / high, 1 / low)
 
-        def newton(s: Any) -> Any:
+        def newton(s: Array) -> Array:
             return (mu * s + 1 / (mu * s)) / 2
 
         new = (mu * x + f.dual_of(image) / mu) / 2
@@ -177,7 +177,7 @@ def _halley_weights(low: Scalar) -> tuple[Scalar, Scalar, Scalar]:
     return a, b, a + b - 1
 
 
-def _require_symmetric(problem: Any) -> None:
+def _require_symmetric(problem: object) -> None:
     if not isinstance(problem, Symmetric):
         raise ValueError(
             f"problem is a {type(problem).__name__}; expected problems.Symmetric(A) "

@@ -19,14 +19,14 @@ from nyscaled.problems import Asymmetric, Symmetric
 from nyscaled.solvers.rank import cut_rank
 from nyscaled.solvers.status import Status
 from nyscaled.transforms.gram import require_step_size
-from nyscaled.typing import Factors, Objective, Params, Problem
+from nyscaled.typing import Factors, LinearMap, Number, Objective, Params, Problem
 
 
 class ScaledState(NamedTuple):
     """State of `ScaledStep`: factors in rotated coordinates, X = factors · rotationᵀ."""
 
     step: Int[Array, ""]
-    factors: Any
+    factors: Params
     rotation: Float[Array, "r r"]
     indefinite: Bool[Array, ""]
 
@@ -67,13 +67,13 @@ class ScaledStep:
         return jnp.where(state.indefinite, Status.INDEFINITE, Status.MAX_STEPS)
 
 
-def _symmetric(a: Any, x: Array, eta: Array, damping: Any) -> Array:
+def _symmetric(a: LinearMap, x: Array, eta: Array, damping: Number) -> Array:
     """X⁺ = X + η((A + λI) X(XᵀX + λI)⁻¹ − X), which is X − η(XXᵀ − A)X(XᵀX + λI)⁻¹."""
     f = linalg.factor(x, damping)
     return (1 - eta) * x + eta * f.dual_of(a @ f.z + damping * f.z)
 
 
-def _asymmetric(a: Any, factors: Factors, eta: Array, damping: Any) -> Factors:
+def _asymmetric(a: LinearMap, factors: Factors, eta: Array, damping: Number) -> Factors:
     """X⁺ = X + η(A dual(Y) − X P_Y), Y⁺ = Y + η(Aᵀ dual(X) − Y P_X), P_Y = Yᵀ dual(Y)."""
     x, y = factors
     fx, fy = linalg.factor(x, damping), linalg.factor(y, damping)
@@ -86,7 +86,7 @@ def _asymmetric(a: Any, factors: Factors, eta: Array, damping: Any) -> Factors:
 def scaled_step(
     problem: Symmetric | Asymmetric,
     learning_rate: optax.ScalarOrSchedule = 0.5,
-    damping: Any = 0.0,
+    damping: Number = 0.0,
 ) -> ScaledStep:
     """Return fused ScaledGD: (2) and (26) for a symmetric problem, (6) and (35) otherwise.
 
@@ -140,8 +140,8 @@ class GradientState(NamedTuple):
             `factor_size`).
     """
 
-    factors: Any
-    opt_state: Any
+    factors: Params
+    opt_state: optax.OptState
     step: Int[Array, ""]
     limit: Float[Array, ""]
 
