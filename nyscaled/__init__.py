@@ -70,7 +70,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    # Flax and safetensors are wanted by these alone, and imported when first asked for.
+    # Only these rooms require Flax and safetensors, which are imported at the first use.
     if name not in ("lora", "models"):
         raise AttributeError(f"module 'nyscaled' has no attribute {name!r}")
     try:

@@ -31,7 +31,7 @@ FORMS = {"dense": lambda a: a, "bcoo": BCOO.fromdense, "operator": operator}
 
 
 def one_each(names, kinds):
-    """Pairs of a name and a kind as cases of a contract; all but the first of each name are long."""
+    """Pairs of name and kind as cases of a contract; all but the first of each name are long."""
     return [
         pytest.param(name, kind, marks=[pytest.mark.long] if i else [])
         for name in names

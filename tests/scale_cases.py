@@ -1,7 +1,7 @@
 """What must be equivariant in scale: steps, starts, measures and transforms, as functions of c.
 
-Each case is a function of √c, given as an array, that returns what is compared, divided by its power
-of c. It is compiled once for all c. The base matrices have entries of about 1.
+Each case is a function of √c, given as an array, that returns what is compared, divided by its
+power of c. It is compiled once for all c. The base matrices have entries of about 1.
 """
 
 import jax
@@ -256,7 +256,7 @@ MEASURES = {
 
 
 def update(make, damping=False):
-    """The update of a transform at factors of size √c, with gradients of the size that this gives."""
+    """The update of a transform at factors of size √c, with gradients of that size."""
 
     def case(root):
         x, y = (array(normal(s, (side, R)), root) * root for s, side in ((7, M), (8, N)))

@@ -27,16 +27,16 @@ def expected(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_those_of_transformers(name):
-    (tokens, mask, types), wanted = expected(name)
+    (tokens, mask, types), reference = expected(name)
     model = load(name)
     assert type(model) is NAMES[name]
     got = np.asarray(call(model, tokens, mask, types))
     assert np.isfinite(got).all()
     seen = mask if name == "bert_encoder" else ...
-    np.testing.assert_allclose(got[seen], wanted[seen], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(got[seen], reference[seen], atol=2e-5, rtol=0)
     assert not mask[1:].all(1).any()
     others = np.asarray(call(model, tokens, mask, jnp.zeros_like(types)))
-    assert np.abs(others - wanted)[seen].max() > 1e-2
+    assert np.abs(others - reference)[seen].max() > 1e-2
     # Without types, there is the first alone; without a mask, there is no padding.
     np.testing.assert_allclose(call(model, tokens[:1]), others[:1], atol=2e-5, rtol=0)
 
@@ -45,7 +45,7 @@ def test_outputs_are_those_of_transformers(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_do_not_depend_on_the_side_of_padding(name):
     """Nor on how much there is of it, nor on the rows beside."""
-    (tokens, mask, types), wanted = expected(name)
+    (tokens, mask, types), reference = expected(name)
     model = load(name)
     width = tokens.shape[1] + 3
 
@@ -58,13 +58,13 @@ def test_outputs_do_not_depend_on_the_side_of_padding(name):
     left, seen = aside(tokens), aside(mask)
     got = np.asarray(call(model, left, seen, aside(types)))
     if name == "bert_encoder":
-        got, wanted = got[seen], wanted[mask]
+        got, reference = got[seen], reference[mask]
         pooled = BertClassifier(model, ["a"], rngs=nnx.Rngs(0)).bert
         states = pooled(left, seen, aside(types))
         np.testing.assert_allclose(
             pooled.pool(states, seen), pooled.pool(pooled(tokens, mask, types)), atol=2e-6
         )
-    np.testing.assert_allclose(got, wanted, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(got, reference, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,9 +177,9 @@ def fresh(seed, labels=("no", "yes")):
 
 
 @nnx.jit
-def step(model, optimizer, inputs, wanted):
+def step(model, optimizer, inputs, reference):
     def loss(model):
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(*inputs), wanted)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(*inputs), reference)
         return losses.mean()
 
     value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, TRAINED))(model)
@@ -216,8 +216,8 @@ def test_a_trained_head_goes_with_its_adapter(trained):
     again = fresh(1)
     assert (again.classifier.kernel[...] != model.classifier.kernel[...]).all()
     nys.lora.load_peft(again, folder)
-    wanted = call(model, *inputs)
-    np.testing.assert_allclose(call(again, *inputs), wanted, atol=2e-5)
+    reference = call(model, *inputs)
+    np.testing.assert_allclose(call(again, *inputs), reference, atol=2e-5)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
 
@@ -263,8 +263,8 @@ def test_sentence_vectors():
     mask = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
     got = nys.models.sentence_vectors(hidden, jnp.asarray(mask))
     means = [np.asarray(rows)[kept].mean(0) for rows, kept in zip(hidden, mask[:3], strict=False)]
-    wanted = [*(mean / np.linalg.norm(mean) for mean in means), np.zeros(3)]
-    np.testing.assert_allclose(got, np.stack(wanted), atol=1e-6)
+    reference = [*(mean / np.linalg.norm(mean) for mean in means), np.zeros(3)]
+    np.testing.assert_allclose(got, np.stack(reference), atol=1e-6)
     np.testing.assert_allclose(nys.models.sentence_vectors(hidden)[:1], got[:1], atol=1e-6)
     narrow = jax.eval_shape(nys.models.sentence_vectors, hidden.astype(jnp.bfloat16))
     assert narrow.dtype == jnp.float32

@@ -124,7 +124,7 @@ ONES = jnp.ones(2)
 
 
 @pytest.mark.parametrize(
-    ("make", "wanted"),
+    ("make", "expected"),
     [
         (lambda: completion.observed([0, 1], [0], ONES, (2, 2)), "do not go together"),
         (lambda: completion.observed([0, 2], [0, 1], ONES, (2, 2)), "rows are 0 … 2"),
@@ -136,6 +136,6 @@ ONES = jnp.ones(2)
         (lambda: completion.project_incoherent(jnp.ones((3, 1)), 0.0), "bound is 0"),
     ],
 )
-def test_bad_input_is_refused_with_a_reason(make, wanted):
-    with pytest.raises(ValueError, match=wanted):
+def test_bad_input_is_refused_with_a_reason(make, expected):
+    with pytest.raises(ValueError, match=expected):
         make()

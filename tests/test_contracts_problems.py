@@ -175,9 +175,9 @@ def test_it_is_a_problem_of_a_matrix(case):
 
 
 def test_loss_and_its_root_follow_their_definition(case, values):
-    wanted = case.exact_loss(case.point)
-    np.testing.assert_allclose(values[0], wanted, rtol=1e-4)
-    np.testing.assert_allclose(values[1], np.sqrt(wanted), rtol=1e-4)
+    expected = case.exact_loss(case.point)
+    np.testing.assert_allclose(values[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(values[1], np.sqrt(expected), rtol=1e-4)
     chex.assert_shape(values[:2], ())
 
 
@@ -260,8 +260,8 @@ def test_problems_are_batched_by_vmap(name, case, values):
     other = make(name, seed=1)
     both = ((c.problem, c.point) for c in (case, other))
     found = jax.vmap(evaluate)(*jax.tree.map(lambda *x: jnp.stack(x), *both))
-    wanted = jax.tree.map(lambda *x: jnp.stack(x), values, evaluate(other.problem, other.point))
-    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-4)
+    expected = jax.tree.map(lambda *x: jnp.stack(x), values, evaluate(other.problem, other.point))
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.long_beyond(2)

@@ -66,8 +66,8 @@ def test_initializer_has_its_shape_and_dtype_and_is_a_function_of_the_key(name):
 @pytest.mark.parametrize("name", INITIALIZERS)
 def test_initializer_is_linear_in_its_scale(name):
     start = INITIALIZERS[name]
-    wanted = jax.tree.map(lambda x: 0.01 * x, start(jax.random.key(1), 1.0))
-    chex.assert_trees_all_close(start(jax.random.key(1), 0.01), wanted, rtol=1e-3, atol=1e-6)
+    expected = jax.tree.map(lambda x: 0.01 * x, start(jax.random.key(1), 1.0))
+    chex.assert_trees_all_close(start(jax.random.key(1), 0.01), expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.long_beyond(2)
@@ -75,9 +75,9 @@ def test_initializer_is_linear_in_its_scale(name):
 def test_initializer_under_jit_and_vmap_agrees_with_itself(name):
     start = INITIALIZERS[name]
     keys = jax.random.split(jax.random.key(3), 2)
-    wanted = jax.tree.map(lambda *x: jnp.stack(x), *(start(k, 0.5) for k in keys))
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *(start(k, 0.5) for k in keys))
     found = jax.jit(jax.vmap(lambda k: start(k, 0.5)))(keys)
-    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- Steps ---------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def test_step_is_a_triple_of_pure_functions_that_run_agrees_with(kind, name):
         rows.append(step.params(state))
     assert step.status(state) == nys.solvers.Status.MAX_STEPS
     solution = nys.solvers.run(step, start, 2, record=lambda x: x)
-    wanted = jax.tree.map(lambda *x: jnp.stack(x), *rows)
-    chex.assert_trees_all_close(solution.history, wanted, rtol=1e-3, atol=1e-4)
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    chex.assert_trees_all_close(solution.history, expected, rtol=1e-3, atol=1e-4)
     assert jax.tree.leaves(solution.history)[0].shape[0] == 3
     assert not np.allclose(jax.tree.leaves(rows[0])[0], jax.tree.leaves(rows[-1])[0])
 
@@ -151,8 +151,8 @@ def test_steps_are_batched_over_matrices_and_starts_by_vmap(kind, name):
 
     stack = [jax.tree.map(lambda *x: jnp.stack(x), *t) for t in (matrices, starts)]
     found = jax.jit(jax.vmap(final))(*stack)
-    wanted = jax.tree.map(lambda *x: jnp.stack(x), *map(final, matrices, starts))
-    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-4)
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *map(final, matrices, starts))
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture

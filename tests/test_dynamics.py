@@ -57,17 +57,19 @@ def test_core_step_is_the_over_parametrized_phi_step_squared(seed, rate):
 @given(seeds, rates)
 def test_relative_core_step_is_the_core_step_in_units_of_the_spectrum(seed, rate):
     b = core(seed) @ core(seed).T
-    wanted = jnp.linalg.inv(SIGMA) @ dynamics.core_step(b, SPECTRUM, rate)
+    expected = jnp.linalg.inv(SIGMA) @ dynamics.core_step(b, SPECTRUM, rate)
     found = dynamics.relative_core_step(jnp.linalg.inv(SIGMA) @ b, rate)
-    np.testing.assert_allclose(found, wanted, rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(found, expected, rtol=5e-3, atol=5e-3)
 
 
 @given(seeds)
 def test_relative_core_step_squares_the_error_at_one_half(seed):
     c = jnp.eye(R) + 0.1 * core(seed)
     error = c - jnp.eye(R)
-    wanted = 0.25 * jnp.linalg.solve(c, error @ error)  # Lemma 8
-    np.testing.assert_allclose(dynamics.relative_core_step(c, 0.5) - jnp.eye(R), wanted, atol=2e-6)
+    expected = 0.25 * jnp.linalg.solve(c, error @ error)  # Lemma 8
+    np.testing.assert_allclose(
+        dynamics.relative_core_step(c, 0.5) - jnp.eye(R), expected, atol=2e-6
+    )
 
 
 @given(seeds, rates)
@@ -75,8 +77,8 @@ def test_weak_gram_step_is_the_weak_gram_of_the_phi_step(seed, rate):
     phi = jnp.asarray(conditioned(seed, R, R - 2, 5.0, np.float32))
     gram = dynamics.weak_gram(phi, SPECTRUM)
     found = dynamics.weak_gram_step(gram, phi, SPECTRUM, rate)
-    wanted = dynamics.weak_gram(dynamics.phi_step(phi, SPECTRUM, rate), SPECTRUM)
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+    expected = dynamics.weak_gram(dynamics.phi_step(phi, SPECTRUM, rate), SPECTRUM)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @given(seeds, rates)
@@ -87,12 +89,12 @@ def test_product_of_a_pair_obeys_the_core_step(seed, rate):
     psi = jnp.linalg.solve(phi, b).T
     new = dynamics.pair_step(nys.Factors(phi, psi), SPECTRUM, rate)
     # (30) multiplied out is (31), which is symmetric only where Σ and B commute.
-    wanted = (
+    expected = (
         (1 - rate) ** 2 * b
         + 2 * rate * (1 - rate) * SIGMA
         + rate**2 * SIGMA @ jnp.linalg.inv(b).T @ SIGMA
     )
-    np.testing.assert_allclose(new.left @ new.right.T, wanted, rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(new.left @ new.right.T, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("step", [dynamics.phi_step, dynamics.phi_step_over])
@@ -108,17 +110,17 @@ def test_error_curve_is_predicted_from_the_start(seed, rate, rank):
     record = Partial(lambda q, s, x: nys.optimality.residual_in_basis(x, q, s), basis, SPECTRUM)
     step = nys.solvers.scaled_step(nys.problems.Symmetric(a), rate)
     found = nys.solvers.run(step, x, 8, record).history
-    wanted = dynamics.symmetric_errors(basis.T @ x, SPECTRUM, rate, 8)
+    expected = dynamics.symmetric_errors(basis.T @ x, SPECTRUM, rate, 8)
     # A small direction 1/d of the start comes with rounding eps·d², and grows to d.
-    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-5)
 
 
 def test_error_curve_is_traceable_in_the_learning_rate():
     phi = core(0)
     rates = jnp.array([0.5, 0.3])
     found = jax.jit(jax.vmap(lambda eta: dynamics.symmetric_errors(phi, SPECTRUM, eta, 5)))(rates)
-    wanted = jnp.stack([dynamics.symmetric_errors(phi, SPECTRUM, e, 5) for e in (0.5, 0.3)])
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+    expected = jnp.stack([dynamics.symmetric_errors(phi, SPECTRUM, e, 5) for e in (0.5, 0.3)])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_scalar_step_is_quadratic_at_one_half_and_linear_elsewhere():
@@ -139,8 +141,8 @@ def test_product_of_an_asymmetric_run_is_a_multiple_of_the_matrix(seed, rate):
 
 
 def test_asymmetric_scale_does_not_cancel():
-    wanted = [-0.5, 0.125, 1 / 288, 3.0037e-06, 2.2556e-12]
-    np.testing.assert_allclose(dynamics.asymmetric_scale(0.5, 5), wanted, rtol=1e-3)
+    expected = [-0.5, 0.125, 1 / 288, 3.0037e-06, 2.2556e-12]
+    np.testing.assert_allclose(dynamics.asymmetric_scale(0.5, 5), expected, rtol=1e-3)
     chex.assert_trees_all_equal(dynamics.asymmetric_scale(1.0, 3)[0], jnp.float32(0))
 
 

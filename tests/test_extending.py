@@ -120,8 +120,8 @@ def test_a_transform_is_a_rule_for_one_gradient():
     factors = nys.Factors(normal(1, (5, 2)), normal(2, (4, 2)))
     tx = optax.chain(scale_by_partner_norm(), optax.scale(-1.0))
     updates, _ = tx.update(factors, tx.init(factors), factors)
-    wanted = -factors.left / jnp.sum(factors.right**2)
-    np.testing.assert_allclose(updates.left, wanted, rtol=1e-5)
+    expected = -factors.left / jnp.sum(factors.right**2)
+    np.testing.assert_allclose(updates.left, expected, rtol=1e-5)
 
 
 def ones(key, kernel, rank, scaling):

@@ -42,10 +42,10 @@ def test_tensors_are_read_as_they_are(kind, request):
     opened = open_folder(request.getfixturevalue(kind))
     assert sorted(opened.names) == ["a", "b"]
     assert opened.shape("a") == (2, 3)
-    for name, wanted in (("a", A), ("b", B)):
+    for name, expected in (("a", A), ("b", B)):
         got = opened.read(name)
-        assert got.dtype == wanted.dtype
-        np.testing.assert_array_equal(got, wanted)
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
     for ask in (opened.shape, opened.read):
         with pytest.raises(ValueError, match="has no tensor c"):
             ask("c")
@@ -64,10 +64,10 @@ def test_tensors_in_blocks_of_rows(kind, tmp_path, monkeypatch):
         got = np.concatenate([block for _, block in blocks])
         assert got.dtype == value.dtype
         np.testing.assert_array_equal(got, value)
-    for name, wanted in (("scalar", scalar), ("empty", empty)):
+    for name, expected in (("scalar", scalar), ("empty", empty)):
         ((first, got),) = opened.blocks(name, 1)
-        assert (first, got.dtype) == (0, wanted.dtype)
-        np.testing.assert_array_equal(got, wanted)
+        assert (first, got.dtype) == (0, expected.dtype)
+        np.testing.assert_array_equal(got, expected)
     # A block is all that is read at a time.
     monkeypatch.setattr(type(opened), "read", None)
     assert next(opened.blocks("a", row))[1].nbytes == row
@@ -84,8 +84,8 @@ def test_blocks_are_refused_as_whole_tensors_are(tmp_path):
 
 def test_others_may_read_what_they_may_read_elsewhere(folder, tmp_path):
     (tmp_path / "plain").write_text("")
-    wanted = (tmp_path / "plain").stat().st_mode
-    assert {(folder / name).stat().st_mode for name in (CONFIG, TENSORS)} == {wanted}
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {(folder / name).stat().st_mode for name in (CONFIG, TENSORS)} == {expected}
 
 
 def test_an_array_that_is_not_contiguous_is_written_as_it_reads(tmp_path):
@@ -216,8 +216,8 @@ def test_large_models_are_written_in_shards_that_replace_what_was_there(folder):
     ]
     opened = open_folder(folder)
     assert opened.names == ("a", "b", "c", "d")
-    for name, wanted in tensors.items():
-        np.testing.assert_array_equal(opened.read(name), wanted)
+    for name, expected in tensors.items():
+        np.testing.assert_array_equal(opened.read(name), expected)
     write(folder, {}, tensors.items(), max_shard_size=1)  # a file each
     assert len(files_of(folder)) == 7
     assert open_folder(folder).names == ("a", "b", "c", "d")

@@ -57,8 +57,8 @@ def test_logits_with_a_cache_are_those_of_the_whole(name):
     assert not pieces[1][0, 2].any()
     graphdef, state = nnx.split(model)
     logits, cache = piecewise(graphdef, nnx.as_pure(state), *pieces)
-    got, wanted = np.concatenate(list(logits), axis=1), call(model, tokens, mask)
-    np.testing.assert_allclose(got[mask], wanted[mask], atol=2e-5, rtol=0)
+    got, expected = np.concatenate(list(logits), axis=1), call(model, tokens, mask)
+    np.testing.assert_allclose(got[mask], expected[mask], atol=2e-5, rtol=0)
     assert cache.length == 12
     np.testing.assert_array_equal(cache.mask[:, :12], mask)
 
@@ -109,9 +109,9 @@ def test_rows_end_with_their_stop_token():
     free = generate(stop_tokens=NONE)
     stop = int(free[0, 2])
     stopped = generate(stop_tokens=stop, pad_token=NONE)
-    for row, wanted in zip(stopped, free, strict=True):
-        end = [*np.flatnonzero(wanted == stop), NEW][0] + 1
-        np.testing.assert_array_equal(row[:end], wanted[:end])
+    for row, expected in zip(stopped, free, strict=True):
+        end = [*np.flatnonzero(expected == stop), NEW][0] + 1
+        np.testing.assert_array_equal(row[:end], expected[:end])
         assert (row[end:] == NONE).all()
     assert (stopped[0, 3:] == NONE).all()
     # By the configuration, padded with the stop token itself where it has no token for that.
@@ -173,9 +173,9 @@ CHANCES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
 )
 def test_draws_have_the_chances_asked_for(temperature, top_k, top_p, kept):
     draws = 20_000
-    wanted = np.zeros(5)
-    wanted[kept] = (CHANCES[kept] / CHANCES.max()) ** (1 / temperature)
-    wanted /= wanted.sum()
+    expected = np.zeros(5)
+    expected[kept] = (CHANCES[kept] / CHANCES.max()) ** (1 / temperature)
+    expected /= expected.sum()
     sampling = Sampling(
         KEY,
         jnp.float32(temperature),
@@ -185,9 +185,9 @@ def test_draws_have_the_chances_asked_for(temperature, top_k, top_p, kept):
     logits = jnp.broadcast_to(jnp.log(CHANCES) + 3.0, (draws, 5))
     drawn = np.asarray(jax.jit(choose)(logits, sampling, 0))
     got = np.bincount(drawn, minlength=5) / draws
-    assert (got[wanted == 0] == 0).all()
-    deviation = np.sqrt(wanted * (1 - wanted) / draws)
-    assert (np.abs(got - wanted) <= 4 * deviation).all()
+    assert (got[expected == 0] == 0).all()
+    deviation = np.sqrt(expected * (1 - expected) / draws)
+    assert (np.abs(got - expected) <= 4 * deviation).all()
 
 
 def test_equal_logits_stay_together():

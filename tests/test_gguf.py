@@ -22,18 +22,18 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "llama_bias", "gemma", "qwen2", "qwen3"])
 def test_the_model_is_that_of_the_folder(name, path, tmp_path):
-    wanted, _ = nys.models.load(MODELS / name)
+    expected, _ = nys.models.load(MODELS / name)
     got, tokenizer = nys.models.load(write(path, name))
     assert tokenizer is None
-    assert got.config == wanted.config
+    assert got.config == expected.config
     # 1 + w was rounded where norms are stored so.
     options = {"atol": 1e-7, "rtol": 0} if name == "gemma" else {"atol": 0, "rtol": 0}
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, **options), arrays(got), arrays(wanted)
+        lambda a, b: np.testing.assert_allclose(a, b, **options), arrays(got), arrays(expected)
     )
     nys.models.save(got, tmp_path / "folder")
     again, _ = nys.models.load(tmp_path / "folder")
-    assert again.config == wanted.config
+    assert again.config == expected.config
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.F16, Kind.BF16])
@@ -53,10 +53,10 @@ def test_tensors_are_dequantized(kind, path):
 def test_tensors_in_blocks_of_rows(kind, path):
     read = open_gguf(write(path, "llama", kind))
     for name in read.names:
-        wanted = read.read(name)
-        blocks = list(read.blocks(name, 3 * wanted[0].nbytes))
-        assert [first for first, _ in blocks] == list(range(0, len(wanted), 3))
-        np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), wanted)
+        expected = read.read(name)
+        blocks = list(read.blocks(name, 3 * expected[0].nbytes))
+        assert [first for first, _ in blocks] == list(range(0, len(expected), 3))
+        np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), expected)
     with pytest.raises(ValueError, match="has no tensor x"):
         next(read.blocks("x", 1))
 
@@ -68,8 +68,8 @@ def test_a_quantized_layer_is_put_in_order_after_its_dequantization(path):
     source = open_folder(MODELS / "llama")
     name, permuted = converted("model.layers.0.self_attn.q_proj.weight", wide, source)
     read = open_gguf(write(path, "llama", Kind.Q8_0, tensors={name: permuted}))
-    wanted = gguf.dequantize(gguf.quantize(wide, Kind.Q8_0), Kind.Q8_0)
-    np.testing.assert_array_equal(read.read("model.layers.0.self_attn.q_proj.weight"), wanted)
+    expected = gguf.dequantize(gguf.quantize(wide, Kind.Q8_0), Kind.Q8_0)
+    np.testing.assert_array_equal(read.read("model.layers.0.self_attn.q_proj.weight"), expected)
 
 
 def test_settings_that_have_defaults(path):
@@ -205,8 +205,8 @@ def test_a_vocabulary_that_is_not_read_leaves_the_model(metadata, message, path)
     with pytest.warns(UserWarning, match=f"model.gguf has a vocabulary of which no.*{message}"):
         got, tokenizer = nys.models.load(path)
     assert tokenizer is None
-    wanted, _ = nys.models.load(MODELS / "llama")
-    jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(wanted))
+    expected, _ = nys.models.load(MODELS / "llama")
+    jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(expected))
 
 
 @pytest.mark.parametrize(

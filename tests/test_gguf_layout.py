@@ -84,9 +84,9 @@ def test_tensors_lie_where_the_ones_before_them_end(name, path):
 def test_alignments(alignment, path):
     """A power of two, for which all offsets are then right."""
     opened = open_gguf(write(path, "llama"))
-    wanted = {name: opened.read(name).copy() for name in opened.names}
+    expected = {name: opened.read(name).copy() for name in opened.names}
     got = open_gguf(write(path, "llama", metadata={"general.alignment": alignment}))
-    for name, value in wanted.items():
+    for name, value in expected.items():
         np.testing.assert_array_equal(got.read(name), value)
 
 

@@ -53,12 +53,12 @@ class Hub:
 def test_models_of_the_hub(monkeypatch, tmp_path):
     hub = Hub(monkeypatch, tmp_path)
     got, _ = nys.models.load("owner/llama", revision="v1")
-    wanted, _ = nys.models.load(MODELS / "llama")
-    jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(wanted))
+    expected, _ = nys.models.load(MODELS / "llama")
+    jax.tree.map(np.testing.assert_array_equal, arrays(got), arrays(expected))
     assert hub.asked == [("owner/llama", "v1")]
-    wanted = {"config.json", "model.safetensors", "merges.txt", TOOLS}
+    expected = {"config.json", "model.safetensors", "merges.txt", TOOLS}
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert files == wanted
+    assert files == expected
     with pytest.raises(ValueError, match=r"owner/other is no folder here.*no network"):
         nys.models.load("owner/other")
     with pytest.raises(ValueError, match=r"owner/broken is no folder here.*connection broke"):

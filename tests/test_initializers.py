@@ -148,10 +148,10 @@ def test_derivatives_of_the_spectral_start_by_products_are_those_of_the_factoriz
         x = initializers.spectral(problem, rank)
         return jnp.sum(weights * (x @ x.T if symmetric else x.left @ x.right.T))
 
-    found, wanted = (
+    found, expected = (
         jax.jit(jax.grad(functools.partial(loss, FORMS[f])))(b) for f in ("operator", "dense")
     )
-    np.testing.assert_allclose(found, wanted, atol=1e-2 * float(jnp.max(jnp.abs(wanted))))
+    np.testing.assert_allclose(found, expected, atol=1e-2 * float(jnp.max(jnp.abs(expected))))
 
 
 def test_start_of_altgd_has_the_sizes_of_ward_and_kolda():

@@ -18,7 +18,7 @@ CALL = re.compile(r"custom_call @(lapack_\w+|blas_\w+)\(.*?: \((.*?)\) -> ")
 
 
 def batched_calls(fn, *args):
-    """LAPACK's calls of more than one matrix in the program of `fn`, and how many calls there are."""
+    """LAPACK's calls of more than one matrix in the program of `fn`, and the number of calls."""
     calls = CALL.findall(jax.jit(fn).lower(*args).as_text())
     batched = [
         (name, operands)
@@ -126,7 +126,8 @@ def one(key):
         for make in (nys.solvers.scaled_step, nys.solvers.qdwh_step):
             runs.append(nys.solvers.run(make(nys.problems.Symmetric(a)), start, 4).params)
         start = nys.initializers.nystrom_factors(key, a, rank)
-        runs.append(nys.solvers.run(nys.solvers.scaled_step(nys.problems.Asymmetric(a)), start, 4).params)
+        runs.append(nys.solvers.run(nys.solvers.scaled_step(nys.problems.Asymmetric(a)), start,
+        4).params)
     return runs
 
 program, end = jax.jit(jax.vmap(one)), time.monotonic() + 60
@@ -154,6 +155,6 @@ def test_second_derivatives_in_a_scalar_pass_through_factorizations():
     def scanned(fn):
         return lambda d: jax.lax.scan(lambda c, _: (c + fn(c), None), d, length=2)[0]
 
-    found, wanted = (jax.jit(jax.hessian(scanned(fn)))(0.3) for fn in (value, plain))
-    np.testing.assert_allclose(found, wanted, rtol=1e-2)
+    found, expected = (jax.jit(jax.hessian(scanned(fn)))(0.3) for fn in (value, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-2)
     assert not batched_calls(jax.hessian(scanned(value)), 0.3)[0]

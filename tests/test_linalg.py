@@ -34,19 +34,19 @@ def test_dual_transposed_times_factor_is_the_identity(seed, kappa):
 @given(seeds, conditions)
 def test_dual_is_as_accurate_as_householder_qr(seed, kappa):
     x = conditioned(seed, M, R, kappa, np.float32)
-    wanted = np.linalg.pinv(x.astype(np.float64)).T
+    reference = np.linalg.pinv(x.astype(np.float64)).T
     q, r = np.linalg.qr(x)
-    peer = np.linalg.norm(np.linalg.solve(r, q.T).T - wanted)
-    error = np.linalg.norm(dual(jnp.asarray(x)) - wanted)
-    assert error <= 10 * peer + (10 + kappa) * EPS * np.linalg.norm(wanted)
+    peer = np.linalg.norm(np.linalg.solve(r, q.T).T - reference)
+    error = np.linalg.norm(dual(jnp.asarray(x)) - reference)
+    assert error <= 10 * peer + (10 + kappa) * EPS * np.linalg.norm(reference)
 
 
 def test_dual_keeps_the_digits_that_the_inverse_gram_matrix_loses():
     x = conditioned(0, M, R, 1e4, np.float32)
-    wanted = np.linalg.pinv(x.astype(np.float64)).T
+    reference = np.linalg.pinv(x.astype(np.float64)).T
 
     def error(d):
-        return np.linalg.norm(np.asarray(d, np.float64) - wanted) / np.linalg.norm(wanted)
+        return np.linalg.norm(np.asarray(d, np.float64) - reference) / np.linalg.norm(reference)
 
     assert error(dual(jnp.asarray(x))) < 1e-2
     assert error(x @ np.linalg.inv(x.T @ x)) > 1e-1
@@ -54,9 +54,9 @@ def test_dual_keeps_the_digits_that_the_inverse_gram_matrix_loses():
 
 @given(seeds, st.sampled_from([0.0, 1e-3, 1.0]))
 def test_gram_solve_undoes_the_damped_gram_matrix(seed, damping):
-    x, wanted = normal(seed, (M, R)), normal(seed // 2, (N, R))
-    g = wanted @ (x.T @ x + damping * jnp.eye(R))
-    np.testing.assert_allclose(gram_solve(x, g, damping), wanted, atol=1e-4)
+    x, reference = normal(seed, (M, R)), normal(seed // 2, (N, R))
+    g = reference @ (x.T @ x + damping * jnp.eye(R))
+    np.testing.assert_allclose(gram_solve(x, g, damping), reference, atol=1e-4)
 
 
 @given(seeds, st.sampled_from([0.0, 1e-2]))
@@ -68,8 +68,8 @@ def test_gram_solve_of_the_factor_is_its_dual(seed, damping):
 @given(seeds)
 def test_dual_is_equivariant_under_the_general_linear_group(seed):
     x, g = normal(seed, (M, R)), jnp.asarray(conditioned(seed, R, R, 10.0, np.float32))
-    wanted = dual(x) @ jnp.linalg.inv(g).T
-    np.testing.assert_allclose(dual(x @ g), wanted, rtol=1e-3, atol=1e-5)
+    reference = dual(x) @ jnp.linalg.inv(g).T
+    np.testing.assert_allclose(dual(x @ g), reference, rtol=1e-3, atol=1e-5)
 
 
 def test_zero_columns_have_zero_duals_and_the_others_are_not_disturbed():
@@ -233,8 +233,8 @@ def test_derivative_in_the_damping_is_that_of_the_formula_at_zero_too(damping):
         return jnp.sum(g * (g @ inverse)) + x.T @ x @ inverse
 
     one = (jnp.float32(damping),), (jnp.float32(1.0),)
-    values, wanted = (jax.jit(functools.partial(jax.jvp, f))(*one) for f in (found, expected))
-    chex.assert_trees_all_close(values, wanted, rtol=1e-3, atol=1e-4)
+    values, reference = (jax.jit(functools.partial(jax.jvp, f))(*one) for f in (found, expected))
+    chex.assert_trees_all_close(values, reference, rtol=1e-3, atol=1e-4)
 
 
 def test_second_derivative_of_the_loss_is_that_of_the_gradient_at_a_solution_too():
@@ -242,6 +242,6 @@ def test_second_derivative_of_the_loss_is_that_of_the_gradient_at_a_solution_too
     problem = nys.problems.Symmetric(jnp.diag(jnp.array([4.0, 1.0, 0.0, 0.0])))
     direction = normal(0, (4, 2))
     along = jax.jit(lambda x, d: jax.jvp(jax.grad(problem.loss), (x,), (d,))[1])
-    wanted = jax.jvp(problem.gradient, (x,), (direction,))[1]
+    reference = jax.jvp(problem.gradient, (x,), (direction,))[1]
     assert problem.loss(x) == 0
-    chex.assert_trees_all_close(along(x, direction), wanted, atol=1e-4)
+    chex.assert_trees_all_close(along(x, direction), reference, atol=1e-4)

@@ -52,17 +52,17 @@ def test_some_layers_and_ranks_of_their_own(updates, rank_stabilized, tmp_path):
     peft.write(tmp_path, updates, base_model="mine", rank_stabilized=rank_stabilized)
     model = Model()
     nys.lora.load_peft(model, tmp_path, names=NAMES)
-    wanted = expected(updates, rank_stabilized)
-    np.testing.assert_allclose(model(X), wanted, atol=1e-5)
+    reference = expected(updates, rank_stabilized)
+    np.testing.assert_allclose(model(X), reference, atol=1e-5)
     # Saved again, the file has the same modules with the same ranks, and the same meaning.
     save(model, tmp_path / "again")
     read = peft.read(tmp_path / "again")
     ranks = {name: u.down.shape[0] for name, u in read.updates.items()}
     assert ranks == {name: u.down.shape[0] for name, u in updates.items()}
-    np.testing.assert_allclose(expected(read.updates, read.rank_stabilized), wanted, atol=1e-5)
+    np.testing.assert_allclose(expected(read.updates, read.rank_stabilized), reference, atol=1e-5)
     again = Model()
     nys.lora.load_peft(again, tmp_path / "again", names=NAMES)
-    np.testing.assert_allclose(again(X), wanted, atol=1e-5)
+    np.testing.assert_allclose(again(X), reference, atol=1e-5)
 
 
 def test_layers_of_one_rank_and_scaling_keep_their_bits(tmp_path):

@@ -57,8 +57,8 @@ def test_heads_and_embeddings_are_adapted(name, init, tmp_path):
     assert set(layers) == {"lm_head", "embed_tokens"}
     np.testing.assert_array_equal(call(model, tokens, mask), before)
     moved(model)
-    wanted = call(model, tokens, mask)
-    assert jnp.max(jnp.abs(wanted - before)[mask]) > 0.01
+    reference = call(model, tokens, mask)
+    assert jnp.max(jnp.abs(reference - before)[mask]) > 0.01
     embed = model.embed_tokens
     a, b = (getattr(embed.adapters["default"], side)[...] for side in ("lora_a", "lora_b"))
     if init == "lora":
@@ -69,9 +69,9 @@ def test_heads_and_embeddings_are_adapted(name, init, tmp_path):
     assert tensors[embedding].shape[1] == model.config.vocab_size
     assert "base_model.model.lm_head.lora_B.weight" in tensors
     loaded = again(tmp_path, name)
-    np.testing.assert_allclose(call(loaded, tokens, mask)[mask], wanted[mask], atol=1e-5)
+    np.testing.assert_allclose(call(loaded, tokens, mask)[mask], reference[mask], atol=1e-5)
     nys.lora.merge(model)
-    np.testing.assert_allclose(call(model, tokens, mask)[mask], wanted[mask], atol=1e-5)
+    np.testing.assert_allclose(call(model, tokens, mask)[mask], reference[mask], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -82,13 +82,13 @@ def test_an_adapted_embedding_leaves_the_tied_head_and_is_not_merged(name, tmp_p
     save(model, tmp_path)
     loaded = again(tmp_path, name)
     assert loaded.config.tie_word_embeddings
-    wanted = call(model, tokens, mask)
-    np.testing.assert_array_equal(call(loaded, tokens, mask)[mask], wanted[mask])
+    reference = call(model, tokens, mask)
+    np.testing.assert_array_equal(call(loaded, tokens, mask)[mask], reference[mask])
     with pytest.raises(ValueError, match=r"expected a head of its own before merging"):
         nys.lora.merge(model)
     model.untie()
     nys.lora.merge(model)
-    np.testing.assert_allclose(call(model, tokens, mask)[mask], wanted[mask], atol=1e-5)
+    np.testing.assert_allclose(call(model, tokens, mask)[mask], reference[mask], atol=1e-5)
 
 
 @pytest.mark.long_beyond(1)

@@ -466,7 +466,7 @@ PRODUCTS = {
 
 
 def transposed(fn):
-    """The products of XLA's program that contract the rows of A from the left, and copy it there."""
+    """The products of XLA's program that contract the rows of A from the left and copy it."""
     text = jax.jit(fn).lower(WIDE).compile().as_text()
     assert " dot(" in text
     # With x from the left the result is (k, n), or this in the order of columns.

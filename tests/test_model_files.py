@@ -201,7 +201,7 @@ def test_tensors_that_are_refused(tensors, message, folder):
 
 
 def test_forms_that_older_files_have(folder):
-    """Constants among the weights, a head that repeats a tied embedding, names without their root."""
+    """Constants among the weights, a head equal to a tied embedding, names without their root."""
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     bare = {k.removeprefix("model."): v for k, v in tensors.items()}
     bare["lm_head.weight"] = tensors["model.embed_tokens.weight"]

@@ -65,7 +65,7 @@ def test_merged_adapters_are_saved_and_others_refused(tmp_path):
     layers = nys.lora.apply(model, 2, targets=".*[qv]_proj", key=KEY)
     for layer in layers.values():
         layer.adapters["default"].lora_b[...] += 0.1
-    wanted = call(model, tokens, mask)
+    reference = call(model, tokens, mask)
     with pytest.raises(ValueError, match=r"has layers\.self_attn.*adapters.*nys\.lora\.merge"):
         nys.models.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -77,7 +77,7 @@ def test_merged_adapters_are_saved_and_others_refused(tmp_path):
     nys.lora.remove(model)
     nys.models.save(model, tmp_path)
     again, _ = nys.models.load(tmp_path)
-    np.testing.assert_allclose(call(again, tokens, mask), wanted, atol=2e-5)
+    np.testing.assert_allclose(call(again, tokens, mask), reference, atol=2e-5)
 
 
 def test_calls_outside_of_jit_compile_once():
@@ -140,14 +140,14 @@ def test_norms_keep_their_digits():
     narrow = jnp.asarray(x * np.linspace(0.3, 30, 32)[:, None], jnp.bfloat16)
     norm = blocks.RMSNorm(256, 1e-6, nys.models.Numerics(jnp.bfloat16))
     wide = np.asarray(narrow, float)
-    wanted = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(np.asarray(norm(narrow), float), wanted, rtol=1.01 * 2**-8)
+    reference = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(np.asarray(norm(narrow), float), reference, rtol=1.01 * 2**-8)
     large = jnp.asarray(x + 1e3, jnp.float32)
     wide = np.asarray(large, float)
     wide = wide - wide.mean(-1, keepdims=True)
-    wanted = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-5)
+    reference = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-5)
     norm = blocks.layer_norm(256, 1e-5, nys.models.Numerics(), nnx.Rngs(0))
-    np.testing.assert_allclose(norm(large), wanted, atol=1e-3)
+    np.testing.assert_allclose(norm(large), reference, atol=1e-3)
 
 
 @pytest.mark.long
@@ -203,14 +203,16 @@ def test_remat_is_in_the_program(name):
 @pytest.mark.long
 def test_remat_has_the_same_gradients():
     tokens, mask, _ = expected("llama")
-    wanted, got = (
+    reference, got = (
         lowered.compile()(state)
         for lowered, state in (
             gradients(model, tokens, mask)
             for model in (load("llama"), nys.models.load(MODELS / "llama", remat=True)[0])
         )
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), wanted, got)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), reference, got
+    )
 
 
 def test_the_program_does_not_grow_with_depth():

@@ -28,10 +28,10 @@ def test_frequencies_are_those_of_transformers(case):
     theta, scaling = rope.read_rope(case["config"], LONGEST)
     compute = functools.partial(rope.inverse_frequencies, WIDTH, theta, scaling)
     assert case["frequencies"]
-    for length, wanted in case["frequencies"].items():
-        np.testing.assert_allclose(compute(int(length)), wanted, rtol=2e-6)
+    for length, expected in case["frequencies"].items():
+        np.testing.assert_allclose(compute(int(length)), expected, rtol=2e-6)
         traced = jax.jit(compute)(jnp.int32(int(length)))
-        np.testing.assert_allclose(traced, wanted, rtol=1e-5)
+        np.testing.assert_allclose(traced, expected, rtol=1e-5)
     factor = 1.0 if scaling is None else scaling.attention_factor
     np.testing.assert_allclose(factor, case["factor"], rtol=1e-12)
     # What is written says all of it.
@@ -136,10 +136,10 @@ def test_dynamic_scaling_while_tokens_come_one_by_one(tmp_path):
             logits.append(model.logits(x))
         return jnp.concatenate(logits, axis=1), cache
 
-    wanted, cache = piecewise(model, tokens, np.ones((1, 7), bool))
+    expected, cache = piecewise(model, tokens, np.ones((1, 7), bool))
     padded, seen = np.pad(tokens, ((0, 0), (5, 0))), np.arange(12)[None] >= 5
     got, _ = piecewise(model, padded, seen)
-    np.testing.assert_allclose(got[:, 5:], wanted, atol=2e-5)
+    np.testing.assert_allclose(got[:, 5:], expected, atol=2e-5)
     # Of the key at position p, without its rotation, the rotated one by the length p + 1 is made.
     plain = model_with(tmp_path, rope_scaling=None)
     first = piecewise(plain, tokens, np.ones((1, 7), bool))[1].keys[0, 0]

@@ -98,7 +98,7 @@ def test_coins_give_frequencies_and_a_loss_of_one_over_their_number():
 
 
 @pytest.mark.parametrize(
-    ("make", "wanted"),
+    ("make", "expected"),
     [
         (lambda: onebit.OneBit(jnp.ones((1, 4, 4)), jnp.full(1, 1.5)), "frequencies"),
         (lambda: onebit.OneBit(jnp.ones((1, 4, 4)), jnp.full(1, 0.5), 0.0), "noise_scale is 0"),
@@ -106,6 +106,6 @@ def test_coins_give_frequencies_and_a_loss_of_one_over_their_number():
         (lambda: onebit.gaussian(KEY, M, SPECTRUM, 0), "num_measurements is 0"),
     ],
 )
-def test_bad_problems_are_refused_with_a_reason(make, wanted):
-    with pytest.raises(ValueError, match=wanted):
+def test_bad_problems_are_refused_with_a_reason(make, expected):
+    with pytest.raises(ValueError, match=expected):
         make()

@@ -47,8 +47,8 @@ def test_weak_optimality_is_its_definition():
     x = normal(1, (M, 3))
     gram = x.T @ np.linalg.pinv(np.asarray(a, np.float64), rcond=1e-4) @ x
     np.testing.assert_allclose(optimality.weak_gram(x, basis, SPECTRUM), gram, rtol=1e-3, atol=1e-3)
-    wanted = np.linalg.norm(gram - np.eye(3))
-    np.testing.assert_allclose(optimality.weak_optimality(x, basis, SPECTRUM), wanted, rtol=1e-4)
+    expected = np.linalg.norm(gram - np.eye(3))
+    np.testing.assert_allclose(optimality.weak_optimality(x, basis, SPECTRUM), expected, rtol=1e-4)
 
 
 def test_generalized_weak_optimality_is_its_definition():

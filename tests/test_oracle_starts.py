@@ -51,9 +51,9 @@ def dense_target(problem):
     return -jax.grad(lambda z: problem.misfit(predicted(z)))(jnp.zeros((m, n)))
 
 
-def relative(x, wanted):
-    x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
-    return np.linalg.norm(x - wanted) / np.linalg.norm(wanted)
+def relative(x, expected):
+    x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(x - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.long_beyond(1)
@@ -87,11 +87,11 @@ def test_gradient_at_zero_and_a_sketch_gives_its_image(name):
 def test_target_is_minus_the_gradient_at_zero(name):
     problem = SQUARE[name]()
     b = dense_target(problem)
-    for symmetric, wanted in ((False, b), (True, (b + b.T) / 2)):
+    for symmetric, expected in ((False, b), (True, (b + b.T) / 2)):
         found = problem.target()
         found = nys.linalg.symmetric_part(found) if symmetric else found
-        assert relative(found @ jnp.eye(M), wanted) < 1e-5
-        assert relative(found.T @ jnp.eye(M), wanted.T) < 1e-5
+        assert relative(found @ jnp.eye(M), expected) < 1e-5
+        assert relative(found.T @ jnp.eye(M), expected.T) < 1e-5
 
 
 @pytest.mark.long
@@ -101,12 +101,12 @@ def test_full_information_gives_the_start_of_the_paper():
     a = truth @ truth.T
     problem = completion.observed(rows, columns, a.ravel(), (M, M))
     for scale in (1e-3, 1.0, 1e3):
-        wanted = initializers.nystrom(KEY, a, 2, scale)
+        expected = initializers.nystrom(KEY, a, 2, scale)
         found = initializers.nystrom_from_gradient(KEY, problem.gradient, M, 2, scale)
-        assert relative(found, wanted) < 1e-5
-        assert relative(initializers.rescaled(found, problem), initializers.rescaled(wanted, a)) < (
-            1e-5
-        )
+        assert relative(found, expected) < 1e-5
+        assert relative(
+            initializers.rescaled(found, problem), initializers.rescaled(expected, a)
+        ) < (1e-5)
     x, y = initializers.spectral(problem, 2)
     assert relative(x @ y.T, a) < 1e-5
 
@@ -169,7 +169,7 @@ def test_rescaled_start_has_the_least_loss_on_its_ray():
 
 
 @pytest.mark.parametrize(
-    ("make", "wanted"),
+    ("make", "expected"),
     [
         (lambda: initializers.spectral(RECTANGULAR["sensing"](), 2, symmetric=True), "square"),
         (lambda: initializers.spectral(RECTANGULAR["completion"](), 0), "rank is 0"),
@@ -180,6 +180,6 @@ def test_rescaled_start_has_the_least_loss_on_its_ray():
         (lambda: initializers.rescaled(X[1:], SQUARE["sensing"]()), "expected"),
     ],
 )
-def test_bad_input_is_refused_with_a_reason(make, wanted):
-    with pytest.raises(ValueError, match=wanted):
+def test_bad_input_is_refused_with_a_reason(make, expected):
+    with pytest.raises(ValueError, match=expected):
         make()

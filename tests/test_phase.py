@@ -1,4 +1,4 @@
-"""problems.phase: quadratic measurements against their matrices, and what is recovered from them."""
+"""problems.phase: quadratic measurements against their matrices, and recovery from them."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ phase = nys.problems.phase
 def test_measurements_are_squares_of_projections_and_the_truth_explains_them():
     problem, truth = phase.gaussian(KEY, M, (2.0, 0.5), P)
     vectors = np.asarray(problem.map.vectors, np.float64)
-    wanted = np.sum((vectors @ np.asarray(truth, np.float64)) ** 2, axis=1)
-    np.testing.assert_allclose(problem.b, wanted, rtol=1e-4, atol=1e-6)
+    expected = np.sum((vectors @ np.asarray(truth, np.float64)) ** 2, axis=1)
+    np.testing.assert_allclose(problem.b, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(np.linalg.eigvalsh(truth.T @ truth), [0.5, 2.0], rtol=1e-5)
     assert problem.loss(truth) < 1e-10
     # aᵢ = N(0, I) p^(−¼): the mean of ‖aᵢ‖² is m/√p
@@ -60,7 +60,7 @@ def test_rank_one_measurements_give_the_same_run_as_their_matrices():
 
 
 @pytest.mark.parametrize(
-    ("make", "wanted"),
+    ("make", "expected"),
     [
         (lambda: phase.RankOne(jnp.ones(3)), r"expected \(p, m\)"),
         (lambda: phase.gaussian(KEY, M, (1.0, -1.0), P), "positive"),
@@ -68,6 +68,6 @@ def test_rank_one_measurements_give_the_same_run_as_their_matrices():
         (lambda: phase.gaussian(KEY, M, (1.0,), P, -1.0), "noise is -1"),
     ],
 )
-def test_bad_problems_are_refused_with_a_reason(make, wanted):
-    with pytest.raises(ValueError, match=wanted):
+def test_bad_problems_are_refused_with_a_reason(make, expected):
+    with pytest.raises(ValueError, match=expected):
         make()

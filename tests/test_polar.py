@@ -1,4 +1,4 @@
-"""solvers.polar: scaled Newton and QDWH are their formulas, keep float32's digits, and need few steps."""
+"""solvers.polar: scaled Newton and QDWH follow their formulas and need few steps."""
 
 import functools
 
@@ -110,8 +110,8 @@ def test_float32_ends_at_rounding_after_few_steps_for_every_condition(method, ra
 def test_steps_agree_for_other_forms_of_the_matrix(method, form):
     a, _ = psd()
     x0 = nys.initializers.nystrom(jax.random.key(1), a, R)
-    found, wanted = (solve(method, f(a), x0).params for f in (FORMS[form], FORMS["dense"]))
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    found, expected = (solve(method, f(a), x0).params for f in (FORMS[form], FORMS["dense"]))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""problems.robust: thresholding by its definition, and recovery from gross errors at a rate free of κ."""
+"""problems.robust: thresholding, and recovery from gross errors at a rate free of κ."""
 
 import functools
 
@@ -147,7 +147,7 @@ ONES = jnp.ones((3, 4))
 
 
 @pytest.mark.parametrize(
-    ("make", "wanted"),
+    ("make", "expected"),
     [
         (lambda: robust.RobustPCA(jnp.ones(3), 0.1), r"expected a matrix, \(m, n\)"),
         (lambda: robust.RobustPCA(jnp.ones((3, 4), int), 0.1), "dtype int32"),
@@ -165,6 +165,6 @@ ONES = jnp.ones((3, 4))
         (lambda: robust.corrupted(jax.random.key(0), 3, 4, [1.0], 0.1, size=0.0), "size is 0"),
     ],
 )
-def test_bad_input_is_refused_with_a_reason(make, wanted):
-    with pytest.raises(ValueError, match=wanted):
+def test_bad_input_is_refused_with_a_reason(make, expected):
+    with pytest.raises(ValueError, match=expected):
         make()

@@ -1,4 +1,4 @@
-"""The report is the same on every processor: another rounding, instruction set, number of threads."""
+"""The report does not depend on rounding, instruction set and number of threads."""
 
 import os
 import subprocess

@@ -20,10 +20,10 @@ def compiled(case):
 
 
 def agree(case, roots, rtol):
-    wanted = compiled(case)(jnp.float32(1.0))
+    expected = compiled(case)(jnp.float32(1.0))
     for root in roots:
         found = compiled(case)(jnp.float32(root))
-        for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             if jnp.issubdtype(w.dtype, jnp.integer):
                 np.testing.assert_array_equal(f, w)
                 continue

@@ -105,7 +105,7 @@ def key_and(*args, make=sensing.gaussian, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("make", "wanted"),
+    ("make", "expected"),
     [
         (lambda: nys.problems.Sensing(jnp.ones((3, 4)), jnp.ones(3)), r"expected \(p, m, n\)"),
         (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4), int), jnp.ones(3)), "dtype int32"),
@@ -118,8 +118,8 @@ def key_and(*args, make=sensing.gaussian, **kwargs):
         (key_and(M, SPECTRUM, P, noise=-1.0), "noise is -1"),
     ],
 )
-def test_bad_problems_are_refused_with_a_reason(make, wanted):
-    with pytest.raises(ValueError, match=wanted):
+def test_bad_problems_are_refused_with_a_reason(make, expected):
+    with pytest.raises(ValueError, match=expected):
         make()
 
 

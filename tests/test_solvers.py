@@ -1,4 +1,4 @@
-"""solvers: the steps converge as the theorems say, keep float32's digits, compile once, end typed."""
+"""solvers: steps converge as the theorems say, keep float32's digits, compile once, end typed."""
 
 import chex
 import jax
@@ -29,8 +29,8 @@ def test_symmetric_step_is_the_papers_update():
     a, _ = psd()
     x = normal(1, (M, R))
     gram = np.linalg.inv(np.asarray(x, np.float64).T @ x)
-    wanted = 0.7 * x + 0.3 * np.asarray(a, np.float64) @ x @ gram
-    np.testing.assert_allclose(solve(a, x, 1, 0.3), wanted, rtol=1e-4, atol=1e-5)
+    expected = 0.7 * x + 0.3 * np.asarray(a, np.float64) @ x @ gram
+    np.testing.assert_allclose(solve(a, x, 1, 0.3), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_damped_symmetric_step_is_the_damped_update():
@@ -38,8 +38,8 @@ def test_damped_symmetric_step_is_the_damped_update():
     x, lam = normal(1, (M, R)), 0.3
     wide = np.asarray(x, np.float64)
     gram = np.linalg.inv(wide.T @ wide + lam * np.eye(R))
-    wanted = wide - 0.5 * (wide @ wide.T - a) @ wide @ gram
-    np.testing.assert_allclose(solve(a, x, 1, damping=lam), wanted, rtol=1e-4, atol=1e-5)
+    expected = wide - 0.5 * (wide @ wide.T - a) @ wide @ gram
+    np.testing.assert_allclose(solve(a, x, 1, damping=lam), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.long_beyond(1)
@@ -51,11 +51,11 @@ def test_asymmetric_step_updates_both_factors_from_the_old_ones(damping):
     found = nys.solvers.run(step, nys.Factors(x, y), 1).params
     x64, y64 = np.asarray(x, np.float64), np.asarray(y, np.float64)
     rest, lam = x64 @ y64.T - a, damping * np.eye(R)
-    wanted = nys.Factors(
+    expected = nys.Factors(
         x64 - 0.5 * rest @ y64 @ np.linalg.inv(y64.T @ y64 + lam),
         y64 - 0.5 * rest.T @ x64 @ np.linalg.inv(x64.T @ x64 + lam),
     )
-    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [R, R + 3])
@@ -93,11 +93,11 @@ def test_fused_step_is_equivariant_under_rotations(rank, seed):
     x = nys.initializers.nystrom(jax.random.key(1), a, rank)
     rotated = u @ a @ u.T
     found = solve((rotated + rotated.T) / 2, u @ x @ v, 3)
-    wanted = u @ solve(a, x, 3) @ v
+    expected = u @ solve(a, x, 3) @ v
     # Over-parametrized, X is compared through XXᵀ: its small directions are those of rounding.
-    np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, atol=1e-4)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-4)
     if rank <= R:
-        np.testing.assert_allclose(found, wanted, atol=1e-3)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 # --- Accuracy in float32 -------------------------------------------------------------------------
@@ -278,9 +278,9 @@ def test_runs_agree_for_every_form_of_a_symmetric_matrix(form, kind):
             step = nys.solvers.gradient_step(problem, nys.scaled_gd(0.5))
         return nys.solvers.run(step, x0, 4, problem.loss)
 
-    found, wanted = final(FORMS[form](a)), final(a)
-    np.testing.assert_allclose(found.params, wanted.params, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(found.history, wanted.history, rtol=1e-3, atol=1e-6)
+    found, expected = final(FORMS[form](a)), final(a)
+    np.testing.assert_allclose(found.params, expected.params, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.history, expected.history, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.long
@@ -300,6 +300,6 @@ def test_runs_agree_for_every_form_of_a_rectangular_matrix(form, kind):
             step = nys.solvers.alternating_step(problem, optax.sgd(0.005))
         return nys.solvers.run(step, start, 4, problem.loss)
 
-    found, wanted = final(FORMS[form](a)), final(a)
-    chex.assert_trees_all_close(found.params, wanted.params, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(found.history, wanted.history, rtol=1e-3, atol=1e-6)
+    found, expected = final(FORMS[form](a)), final(a)
+    chex.assert_trees_all_close(found.params, expected.params, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.history, expected.history, rtol=1e-3, atol=1e-6)

@@ -76,8 +76,8 @@ def test_bert_normalizes_as_its_settings_say(settings, ids, tmp_path):
     inner = word_piece(lowercase=False, strip_accents=False)
     tokenizer = opened(tmp_path, inner, settings, "bert")
     general = "tokenizer_class" in settings
-    for text, wanted in ids.items():
-        assert tokenizer.encode(text).ids == (wanted if general else [2, *wanted, 3])
+    for text, expected in ids.items():
+        assert tokenizer.encode(text).ids == (expected if general else [2, *expected, 3])
     if not general:
         assert tokenizer.pad_id == 0
         assert tokenizer.encode("Hello", "hello").type_ids == [0, 0, 0, 1, 1]
@@ -95,7 +95,7 @@ def test_bert_begins_and_ends_with_the_tokens_of_its_settings(tmp_path):
 def test_a_space_before_the_text(prefix, tmp_path):
     """By the settings of GPT-2's class and of LLaMA's; the general one follows the file."""
     inner = byte_level(prefix)
-    for name, settings, wanted in (
+    for name, settings, expected in (
         ("GPT2TokenizerFast", {}, False),
         ("GPT2Tokenizer", {"add_prefix_space": True}, True),
         ("GPT2Tokenizer", {"add_prefix_space": None}, False),
@@ -103,11 +103,11 @@ def test_a_space_before_the_text(prefix, tmp_path):
         ("LlamaTokenizer", {"add_prefix_space": not prefix}, prefix),  # Llama 3's, so labelled
     ):
         tokenizer = opened(tmp_path, inner, {"tokenizer_class": name, **settings})
-        assert (tokenizer.encode("he").tokens[0] == "Ġ") == wanted, name
-    for settings, wanted in (({}, True), ({"add_prefix_space": prefix}, prefix)):
+        assert (tokenizer.encode("he").tokens[0] == "Ġ") == expected, name
+    for settings, expected in (({}, True), ({"add_prefix_space": prefix}, prefix)):
         settings["tokenizer_class"] = "LlamaTokenizerFast"
         tokenizer = opened(tmp_path, sentence_piece(), settings)
-        assert tokenizer.encode("he").tokens == (["▁he"] if wanted else ["he"])
+        assert tokenizer.encode("he").tokens == (["▁he"] if expected else ["he"])
         assert tokenizer.decode(tokenizer.encode("he he").ids) == "he he"
 
 

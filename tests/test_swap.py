@@ -384,7 +384,7 @@ def test_a_model_is_loaded_from_one_save(place, tmp_path, monkeypatch):
 
 
 def test_a_save_of_which_nothing_is_left_stops_no_reader(tmp_path, monkeypatch):
-    """A process was killed before it removed the last, empty folder, which cannot be removed now."""
+    """A process was killed before it removed the last, empty folder, which now stays."""
     save_model(tmp_path, 1)
     (tmp_path / swap.SAVE).mkdir()
 

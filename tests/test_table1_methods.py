@@ -23,8 +23,8 @@ def pair(seed, scale=1.0, columns=R):
 def test_unbalance_keeps_the_product_and_makes_the_left_factor_orthonormal_times_beta():
     before = pair(3)
     x, y = nys.solvers.unbalance(before, 0.25)
-    wanted = np.asarray(before.left) @ np.asarray(before.right).T
-    np.testing.assert_allclose(x @ y.T, wanted, atol=1e-4)
+    expected = np.asarray(before.left) @ np.asarray(before.right).T
+    np.testing.assert_allclose(x @ y.T, expected, atol=1e-4)
     np.testing.assert_allclose(x.T @ x, 0.25**2 * np.eye(R), atol=1e-6)
 
 
@@ -57,8 +57,8 @@ def test_modified_step_is_descent_with_one_refactoring(at):
     x, y = numpy_modified(*arrays, rate, at, beta, steps)
     # The signs of singular vectors are free; the product and the Gram matrices' spectra are not.
     np.testing.assert_allclose(found.left @ found.right.T, x @ y.T, atol=1e-4)
-    for mine, wanted in zip(found, (x, y), strict=True):
-        values = [np.linalg.svd(v, compute_uv=False) for v in (np.asarray(mine), wanted)]
+    for mine, expected in zip(found, (x, y), strict=True):
+        values = [np.linalg.svd(v, compute_uv=False) for v in (np.asarray(mine), expected)]
         np.testing.assert_allclose(*values, atol=1e-4)
 
 
@@ -127,8 +127,8 @@ def test_optax_sgd_is_nesterovs_method_at_its_extrapolated_points():
     step = nys.solvers.gradient_step(nys.problems.Asymmetric(a), tx)
     found = nys.solvers.run(step, start, 30).params
     arrays = [np.asarray(v, np.float64) for v in (a, *start)]
-    wanted = numpy_nesterov(*arrays, float(rate), float(momentum), 30)
-    for mine, reference in zip(found, wanted, strict=True):
+    expected = numpy_nesterov(*arrays, float(rate), float(momentum), 30)
+    for mine, reference in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, reference, atol=1e-4 * np.abs(reference).max())
     assert exact_residual(found.left, a, found.right) < exact_residual(
         *(start.left, a, start.right)

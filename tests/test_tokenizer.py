@@ -91,9 +91,9 @@ def test_texts_are_cut_as_the_library_cuts_them(make, first, second, length):
     for special in (True, False):
         tokens, mask = tokenizer([first], max_length=length, add_special_tokens=special)
         assert list(tokens[mask]) == library.encode(first, add_special_tokens=special).ids
-    wanted = library.encode(first, second)
+    expected = library.encode(first, second)
     tokens, mask, types = tokenizer.pairs([first], [second], max_length=length)
-    assert (list(tokens[mask]), list(types[mask])) == (wanted.ids, wanted.type_ids)
+    assert (list(tokens[mask]), list(types[mask])) == (expected.ids, expected.type_ids)
 
 
 def test_calls_at_once_do_not_cut_one_another(tokenizer):

@@ -26,7 +26,7 @@ from nyscaled.solvers import Status
 
 
 def raises(*words):
-    """A ValueError whose message has all the words in this order: what was got, what was expected."""
+    """A ValueError whose message has all the words in this order."""
     return pytest.raises(ValueError, match="(?s)" + ".*".join(words))
 
 

@@ -86,7 +86,7 @@ def changed_files(folder: Path) -> Files:
 
 
 def run(seconds: float, seed: str, targets: list[str]) -> list[Fault]:
-    """Change and read files until the time is up; a line for each target says what became of them."""
+    """Change and read files until the time is up; a line per target says what became of them."""
     faults: list[Fault] = []
     reader = Reader()
     campaigns = [Campaign(target, reader) for target in targets]

@@ -79,13 +79,13 @@ def test_losses_are_those_of_one_device(init, tx):
 def test_factors_lie_as_their_kernel_does():
     model = build(sharded=True)
     nys.lora.apply(model, 2, targets=".*", key=jax.random.key(1))
-    wanted = {
+    expected = {
         "up": (P("fsdp", None), P(None, "tensor")),
         "query": (P("fsdp", None), P(None, "tensor")),
         "out": (P("tensor", None), P(None, "fsdp")),
     }
     for block, lead in ((model.blocks[0], ()), (model.layers, (None,))):
-        for name, specs in wanted.items():
+        for name, specs in expected.items():
             adapter = getattr(block, name).adapters["default"]
             for factor, spec in zip((adapter.lora_a, adapter.lora_b), specs, strict=True):
                 place = NamedSharding(mesh(), PartitionSpec(*lead, *spec))

@@ -29,12 +29,12 @@ def test_symmetric_iterates_agree_with_one_device(rows):
         step = nys.solvers.scaled_step(nys.problems.Symmetric(a), 0.5)
         return nys.solvers.run(step, x0, 8, record=lambda x: x).history
 
-    wanted = history(a, x0)
+    expected = history(a, x0)
     sharded = jax.device_put(a, rows)
     assert len(sharded.sharding.device_set) == 8
     found = jax.jit(history)(sharded, jax.device_put(x0, rows))
     np.testing.assert_allclose(
-        found, wanted, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(wanted)))
+        found, expected, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(expected)))
     )
 
 

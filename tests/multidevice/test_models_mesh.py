@@ -60,10 +60,10 @@ def test_logits_are_those_of_transformers(name, axes):
         held = {shard.data.nbytes for shard in value[...].addressable_shards}
         parts = 8 if path[-1] in ("kernel", "embedding") else 1
         assert held == {value[...].nbytes // parts}, path
-    inputs, wanted = batch(name, axes)
+    inputs, expected = batch(name, axes)
     compiled = jax.jit(lambda m, *x: m(*x)).lower(model, *inputs).compile()
     got, seen = compiled(model, *inputs), np.asarray(inputs[1])
-    np.testing.assert_allclose(np.asarray(got)[seen], wanted[seen], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(np.asarray(got)[seen], expected[seen], atol=2e-5, rtol=0)
     whole = sum(v[...].nbytes for v in state(model).values())
     assert compiled.memory_analysis().argument_size_in_bytes < whole / 4
 

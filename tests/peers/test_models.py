@@ -79,17 +79,17 @@ def wanted_of(name):
     return tokens[:, 1:], mask[:, 1:]
 
 
-def loss_of(logits, wanted, mask):
+def loss_of(logits, expected, mask):
     if mask is not None:
         logits = logits[:, :-1]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, expected)
     return jnp.mean(losses, where=mask)
 
 
 @nnx.jit
-def step(model, optimizer, inputs, wanted):
+def step(model, optimizer, inputs, expected):
     def loss(model):
-        return loss_of(model(*inputs), *wanted)
+        return loss_of(model(*inputs), *expected)
 
     value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
     optimizer.update(model, grads)
@@ -109,16 +109,16 @@ def test_saved_models_load_in_transformers(name, tmp_path):
     original = reference(name)
     np.testing.assert_array_equal(theirs(again, name), theirs(original, name))
     assert again.dtype == torch.float32
-    got, wanted = (model.config.to_dict() for model in (again, original))
+    got, expected = (model.config.to_dict() for model in (again, original))
     # Where a file came from, what it was saved as, and how training is regularized.
     others = {"_name_or_path", "transformers_version", "dropout"}
     if name == "bert_encoder":
         others |= {"architectures"}
-    for setting in wanted.keys() - others:
+    for setting in expected.keys() - others:
         if setting == "rope_parameters":  # what a file leaves to defaults is written out
-            assert got[setting].items() >= wanted[setting].items()
+            assert got[setting].items() >= expected[setting].items()
         else:
-            assert got[setting] == wanted[setting], setting
+            assert got[setting] == expected[setting], setting
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in CLASSES])
@@ -129,9 +129,9 @@ def test_rows_are_continued_as_in_transformers(name):
     new = nys.models.generate(model, tokens, mask, max_new_tokens=12, pad_token=1)
     ids = {"input_ids": torch.tensor(tokens).long(), "attention_mask": torch.tensor(mask).long()}
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
-    wanted = reference(name).eval().generate(**ids, **options).numpy()[:, tokens.shape[1] :]
-    np.testing.assert_array_equal(new[:, : wanted.shape[1]], wanted)
-    assert (new[:, wanted.shape[1] :] == 1).all()
+    expected = reference(name).eval().generate(**ids, **options).numpy()[:, tokens.shape[1] :]
+    np.testing.assert_array_equal(new[:, : expected.shape[1]], expected)
+    assert (new[:, expected.shape[1] :] == 1).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "opt_post"])
@@ -149,8 +149,8 @@ def test_generation_ends_as_in_transformers(name, tmp_path):
         nys.models.save(model, tmp_path / "saved")
         new = nys.models.generate(model, tokens, max_new_tokens=6)[0]
         for where in (folder, tmp_path / "saved"):
-            wanted = reference(name, where).generate(ids, **options)[0, tokens.shape[1] :].numpy()
-            np.testing.assert_array_equal(new, np.append(wanted, [30] * (6 - len(wanted))))
+            expected = reference(name, where).generate(ids, **options)[0, tokens.shape[1] :].numpy()
+            np.testing.assert_array_equal(new, np.append(expected, [30] * (6 - len(expected))))
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
@@ -200,19 +200,21 @@ def test_settings_of_rotations_and_biases(family, what, tmp_path):
     tokens, mask = inputs(family)
     got = meant(family, ours(here, jnp.asarray(tokens), jnp.asarray(mask)))
     for where in ("model", "saved"):
-        wanted = theirs(reference(family, tmp_path / where), family)
-        np.testing.assert_allclose(got, wanted, atol=2e-5 * max(1, np.abs(wanted).max()), rtol=0)
+        expected = theirs(reference(family, tmp_path / where), family)
+        np.testing.assert_allclose(
+            got, expected, atol=2e-5 * max(1, np.abs(expected).max()), rtol=0
+        )
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": 31}
     ids = {
         "input_ids": torch.tensor(tokens[:2]).long(),
         "attention_mask": torch.tensor(mask[:2]).long(),
     }
-    wanted = reference(family, tmp_path / "model").eval().generate(**ids, **options).numpy()
+    expected = reference(family, tmp_path / "model").eval().generate(**ids, **options).numpy()
     new = nys.models.generate(
         here, tokens[:2], mask[:2], max_new_tokens=9, stop_tokens=31, pad_token=0
     )
     np.testing.assert_array_equal(
-        new[:, : wanted.shape[1] - tokens.shape[1]], wanted[:, tokens.shape[1] :]
+        new[:, : expected.shape[1] - tokens.shape[1]], expected[:, tokens.shape[1] :]
     )
 
 
@@ -288,10 +290,10 @@ def test_adapters_trained_in_peft_load_here(name, tmp_path):
     optimizer = torch.optim.AdamW(trained, lr=0.02)
     for _ in range(4):
         logits = their.eval()(**tensors(name)).logits
-        wanted, mask = wanted_of(name)
+        expected, mask = wanted_of(name)
         if mask is not None:
-            logits, wanted = logits[:, :-1][torch.tensor(mask)], wanted[mask]
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(wanted))
+            logits, expected = logits[:, :-1][torch.tensor(mask)], expected[mask]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(expected))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -80,8 +80,8 @@ def test_tokens_are_those_of_transformers(ours, their_tokenizer, lines):
     assert all(tokenizer.decode(ids, False) == line for ids, line in zip(got, lines, strict=True))
     # transformers 5.23 reads "smollm" as "gpt-2": its digits are not apart from what precedes them.
     # That matters where the spaces before a digit are several. Elsewhere the two agree:
-    wanted = their_tokenizer(lines)["input_ids"]
-    differ = [line for line, a, b in zip(lines, got, wanted, strict=True) if a != b]
+    expected = their_tokenizer(lines)["input_ids"]
+    differ = [line for line, a, b in zip(lines, got, expected, strict=True) if a != b]
     assert all(any(c.isnumeric() for c in line) for line in differ)
     assert len(differ) < 50 < len([line for line in lines if any(map(str.isnumeric, line))])
     # … and everywhere, once it is given the digits of the model's own tokenizer.json.
@@ -98,9 +98,9 @@ def test_tokens_are_those_of_transformers(ours, their_tokenizer, lines):
 @pytest.mark.parametrize("prompt", [False, True])
 def test_chats_are_those_of_transformers(prompt, ours, their_tokenizer):
     options = {"add_generation_prompt": prompt}
-    wanted = their_tokenizer.apply_chat_template(CHAT, tokenize=False, **options)
-    assert ours[1].chat(CHAT, **options) == wanted
-    assert wanted.count("<|im_start|>") == 4 + prompt
+    expected = their_tokenizer.apply_chat_template(CHAT, tokenize=False, **options)
+    assert ours[1].chat(CHAT, **options) == expected
+    assert expected.count("<|im_start|>") == 4 + prompt
 
 
 def test_logits_are_those_of_transformers(ours, theirs):
@@ -108,11 +108,11 @@ def test_logits_are_those_of_transformers(ours, theirs):
     tokens, _ = tokenizer([PARAGRAPH])
     got = np.asarray(logits(model, tokens))
     with torch.no_grad():
-        wanted = theirs(input_ids=torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(got, wanted, atol=1e-3, rtol=0)  # of up to 35; 2e-4 was seen
+        expected = theirs(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-3, rtol=0)  # of up to 35; 2e-4 was seen
     losses = [
         optax.softmax_cross_entropy_with_integer_labels(x[0, :-1], tokens[0, 1:]).mean()
-        for x in (got, wanted)
+        for x in (got, expected)
     ]
     np.testing.assert_allclose(*losses, atol=1e-5, rtol=0)
     assert losses[0] < 2  # 1.90 was seen, and 3.59 with q and k in llama.cpp's order
@@ -127,8 +127,8 @@ def test_prompts_are_continued_as_in_transformers(ours, theirs):
     new = nys.models.generate(model, tokens, mask, max_new_tokens=20)
     ids, seen = torch.tensor(tokens).long(), torch.tensor(mask).long()
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": tokenizer.pad_id}
-    wanted = theirs.generate(ids, attention_mask=seen, **options).numpy()[:, tokens.shape[1] :]
-    np.testing.assert_array_equal(new, wanted)
+    expected = theirs.generate(ids, attention_mask=seen, **options).numpy()[:, tokens.shape[1] :]
+    np.testing.assert_array_equal(new, expected)
     assert tokenizer.decode(new[0]).startswith(" Paris")
 
 

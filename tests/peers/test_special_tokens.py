@@ -118,11 +118,11 @@ def test_ids_are_those_of_transformers(block, tmp_path):
         shutil.copy(folder / "config.json", tmp_path / "saved")
         again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
         for text in TEXTS:
-            wanted = theirs(text)["input_ids"]
-            assert ours.encode(text).ids == wanted, (seed, text)
-            assert again(text)["input_ids"] == wanted, (seed, text)
-            skipped = theirs.decode(wanted, skip_special_tokens=True)
-            assert ours.decode(wanted) == skipped, (seed, text)
+            expected = theirs(text)["input_ids"]
+            assert ours.encode(text).ids == expected, (seed, text)
+            assert again(text)["input_ids"] == expected, (seed, text)
+            skipped = theirs.decode(expected, skip_special_tokens=True)
+            assert ours.decode(expected) == skipped, (seed, text)
         if theirs.pad_token_id is not None:
             assert ours.pad_id == theirs.pad_token_id, seed
             batch = theirs(TEXTS, padding=True, return_tensors="np")
@@ -195,10 +195,10 @@ def test_templates_by_name(tmp_path):
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
     messages = [{"role": "user", "content": "hi"}]
     for options in ({}, {"tools": [{}]}):
-        wanted = theirs.apply_chat_template(messages, tokenize=False, **options)
-        assert ours.chat(messages, **options) == wanted
-        assert again.apply_chat_template(messages, tokenize=False, **options) == wanted
+        expected = theirs.apply_chat_template(messages, tokenize=False, **options)
+        assert ours.chat(messages, **options) == expected
+        assert again.apply_chat_template(messages, tokenize=False, **options) == expected
     for name in ("default", "tool_use", "rag"):
-        wanted = theirs.apply_chat_template(messages, tokenize=False, chat_template=name)
-        assert ours.chat(messages, template=name) == wanted
-        assert again.get_chat_template(name) == wanted
+        expected = theirs.apply_chat_template(messages, tokenize=False, chat_template=name)
+        assert ours.chat(messages, template=name) == expected
+        assert again.get_chat_template(name) == expected

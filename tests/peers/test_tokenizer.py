@@ -56,14 +56,14 @@ def test_batches_and_pairs():
     options = {"padding": True, "truncation": True, "return_tensors": "np"}
     for length in (*range(3, 14), 64):
         for side in ("left", "right"):
-            wanted = theirs(TEXTS, max_length=length, padding_side=side, **options)
+            expected = theirs(TEXTS, max_length=length, padding_side=side, **options)
             tokens, mask = ours(TEXTS, max_length=length, side=side)
-            np.testing.assert_array_equal(tokens, wanted["input_ids"])
-            np.testing.assert_array_equal(mask, wanted["attention_mask"])
-        wanted = theirs(TEXTS, TEXTS[::-1], max_length=length, **options)
+            np.testing.assert_array_equal(tokens, expected["input_ids"])
+            np.testing.assert_array_equal(mask, expected["attention_mask"])
+        expected = theirs(TEXTS, TEXTS[::-1], max_length=length, **options)
         names = ("input_ids", "attention_mask", "token_type_ids")
         for got, name in zip(ours.pairs(TEXTS, TEXTS[::-1], max_length=length), names, strict=True):
-            np.testing.assert_array_equal(got, wanted[name])
+            np.testing.assert_array_equal(got, expected[name])
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -90,16 +90,16 @@ def test_a_vocabulary_with_merges_as_opt_has(prefix, tmp_path):
     ours = open_tokenizer(tmp_path)
     texts = [*TEXTS, *readme.splitlines(), "a</s> <pad>b <s>"]
     options = {"padding": True, "return_tensors": "np"}
-    wanted = theirs(texts, padding_side="left", **options)
+    expected = theirs(texts, padding_side="left", **options)
     tokens, mask = ours(texts)
-    np.testing.assert_array_equal(tokens, wanted["input_ids"])
-    np.testing.assert_array_equal(mask, wanted["attention_mask"])
+    np.testing.assert_array_equal(tokens, expected["input_ids"])
+    np.testing.assert_array_equal(mask, expected["attention_mask"])
     for row in tokens:
         for skip in (True, False):
             got = ours.decode(list(row), skip_special_tokens=skip)
             assert got == theirs.decode(row, skip_special_tokens=skip)
-    wanted = theirs(texts, texts[::-1], padding_side="right", **options)
-    np.testing.assert_array_equal(ours.pairs(texts, texts[::-1])[0], wanted["input_ids"])
+    expected = theirs(texts, texts[::-1], padding_side="right", **options)
+    np.testing.assert_array_equal(ours.pairs(texts, texts[::-1])[0], expected["input_ids"])
     # Once saved it has a tokenizer.json, and is the same to transformers.
     ours.save(tmp_path / "saved")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -120,9 +120,9 @@ def test_chats(template):
         {"tools": [test_chat.search]},
         {"documents": [{"title": "a", "text": "b"}], "enable_thinking": True},
     ):
-        wanted = theirs.apply_chat_template(MESSAGES, tokenize=False, **options)
-        assert ours.chat(MESSAGES, **options) == wanted
-        assert wanted
+        expected = theirs.apply_chat_template(MESSAGES, tokenize=False, **options)
+        assert ours.chat(MESSAGES, **options) == expected
+        assert expected
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES[:3], test_chat.TURNS, test_chat.PARTS])
@@ -143,13 +143,15 @@ def test_messages_that_go_on(template):
     for final, field in cases:
         talk = [*MESSAGES[:2], {"role": "assistant", **final}]
         try:
-            wanted = theirs.apply_chat_template(talk, tokenize=False, continue_final_message=field)
+            expected = theirs.apply_chat_template(
+                talk, tokenize=False, continue_final_message=field
+            )
         except (ValueError, TypeError):
             with pytest.raises(ValueError, match=r"message|template"):
                 ours.chat(talk, continue_final_message=field)
             outcomes.append(False)
         else:
-            assert ours.chat(talk, continue_final_message=field) == wanted, (final, field)
+            assert ours.chat(talk, continue_final_message=field) == expected, (final, field)
             outcomes.append(True)
     assert set(outcomes) == {True, False}
 
@@ -239,12 +241,12 @@ class Tools:
 )
 def test_schemas_of_functions(tool):
     try:
-        wanted = transformers.utils.get_json_schema(tool)
+        expected = transformers.utils.get_json_schema(tool)
     except Exception:  # of several classes
         with pytest.raises(ValueError, match=f"the tool {tool.__name__} has no schema"):
             tool_schema(tool)
     else:
-        assert json.dumps(tool_schema(tool)) == json.dumps(wanted)
+        assert json.dumps(tool_schema(tool)) == json.dumps(expected)
 
 
 def test_the_vocabulary_of_a_gguf_file_of_qwen():

@@ -35,9 +35,9 @@ def test_symmetric_iterates(rank):
     a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.6, 0.2])
     start = nys.initializers.nystrom(jax.random.key(1), a, rank)
     target = torch.tensor(np.array(a))
-    (wanted,) = torch_scaled_gd(lambda x: ((x @ x.T - target) ** 2).sum() / 4, [start], 0.5)
+    (expected,) = torch_scaled_gd(lambda x: ((x @ x.T - target) ** 2).sum() / 4, [start], 0.5)
     step = nys.solvers.scaled_step(nys.problems.Symmetric(a), 0.5)
-    np.testing.assert_allclose(nys.solvers.run(step, start, STEPS).params, wanted, atol=1e-10)
+    np.testing.assert_allclose(nys.solvers.run(step, start, STEPS).params, expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("rank", [3, 2], ids=["exactly", "under"])
@@ -46,12 +46,12 @@ def test_asymmetric_iterates(rank, fused):
     a, _, _ = nys.spectra.rectangular(jax.random.key(0), 30, 20, [1.0, 0.6, 0.2])
     start = nys.initializers.nystrom_factors(jax.random.key(1), a, rank)
     target = torch.tensor(np.array(a))
-    wanted = torch_scaled_gd(lambda x, y: ((x @ y.T - target) ** 2).sum() / 2, start, 0.5)
+    expected = torch_scaled_gd(lambda x, y: ((x @ y.T - target) ** 2).sum() / 2, start, 0.5)
     problem = nys.problems.Asymmetric(a)
     if fused:
         step = nys.solvers.scaled_step(problem, 0.5)
     else:
         step = nys.solvers.gradient_step(problem, nys.scaled_gd(0.5))
     got = nys.solvers.run(step, start, STEPS).params
-    for mine, theirs in zip(got, wanted, strict=True):
+    for mine, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-10)

@@ -1,4 +1,4 @@
-"""Training an adapted layer on whitened data is the solver's iteration on problem (4), to rounding."""
+"""Training an adapted layer on whitened data is the solver's iteration on problem (4)."""
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,8 @@ def test_layer_and_solver_agree_to_rounding(name):
         step = nys.solvers.gradient_step(problem, tx)
     found = trained(model, a, x, tx)
     start = nys.Factors(*(f[0] for f in found))
-    wanted = nys.solvers.run(step, start, STEPS, record=lambda f: f).history
-    for mine, other in zip(found, wanted, strict=True):
+    expected = nys.solvers.run(step, start, STEPS, record=lambda f: f).history
+    for mine, other in zip(found, expected, strict=True):
         size = jnp.max(jnp.linalg.norm(other, axis=(1, 2)))
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-12 * size)
     assert jnp.linalg.norm(found[1][-1]) > 1e-2  # it did move

@@ -1,4 +1,4 @@
-"""float64: the polar steps' counts and floors up to κ = 1e13, and their rates under-parametrized."""
+"""float64: counts and floors of the polar steps up to κ = 1e13, and rates where r < r_A."""
 
 import functools
 

@@ -75,15 +75,15 @@ def test_exact_gram_step_maps_equivariantly_under_the_general_linear_group(seed)
     x = normal(seed, (M, R))
     grads = nys.problems.Symmetric(a).gradient(x)
     found = tx.update(grads @ g, tx.init(x), x @ g)[0]
-    wanted = tx.update(grads, tx.init(x), x)[0] @ inverse.T
-    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-11)
+    expected = tx.update(grads, tx.init(x), x)[0] @ inverse.T
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-11)
     # X Yᵀ = (XG)(YG⁻ᵀ)ᵀ: the step of a pair sees the product only.
     problem = nys.problems.Asymmetric(b)
     pair = nys.Factors(x, normal(seed // 2, (N, R)))
     moved = nys.Factors(pair.left @ g, pair.right @ inverse.T)
-    wanted = update(problem.gradient, pair)
-    wanted = nys.Factors(wanted.left @ g, wanted.right @ inverse.T)
-    chex.assert_trees_all_close(update(problem.gradient, moved), wanted, rtol=1e-9, atol=1e-11)
+    expected = update(problem.gradient, pair)
+    expected = nys.Factors(expected.left @ g, expected.right @ inverse.T)
+    chex.assert_trees_all_close(update(problem.gradient, moved), expected, rtol=1e-9, atol=1e-11)
 
 
 # --- Floors --------------------------------------------------------------------------------------
@@ -146,9 +146,9 @@ def test_symmetric_run_follows_its_closed_form_to_rounding(seed, learning_rate, 
     record = Partial(lambda q, s, x: nys.optimality.residual_in_basis(x, q, s), basis, spectrum)
     step = nys.solvers.scaled_step(nys.problems.Symmetric(a), learning_rate)
     found = np.asarray(nys.solvers.run(step, x0, 12, record).history)
-    wanted = np.asarray(nys.dynamics.symmetric_errors(basis.T @ x0, spectrum, learning_rate, 12))
+    expected = np.asarray(nys.dynamics.symmetric_errors(basis.T @ x0, spectrum, learning_rate, 12))
     # Rounding of the start: a direction of size 1/d grows to d in the first step.
-    np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-12 * (1 + wanted.max()))
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-12 * (1 + expected.max()))
 
 
 def test_closed_form_goes_on_below_rounding_and_squares():

@@ -14,10 +14,10 @@ MIDDLE = (1e-90, 7e-51, 3e40, 1e90)
 
 def agree(case, roots):
     compiled = jax.jit(case)
-    wanted = compiled(jnp.float64(1.0))
+    expected = compiled(jnp.float64(1.0))
     for root in roots:
         found = compiled(jnp.float64(root))
-        for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             if jnp.issubdtype(w.dtype, jnp.integer):
                 np.testing.assert_array_equal(f, w)
             else:
