@@ -35,6 +35,10 @@ def random_sketch(
             frame.
         sketch: "gaussian", or "stiefel" for a uniform orthonormal frame.
         dtype: float32 or float64, the dtype of the result.
+
+    Examples:
+        >>> random_sketch(jax.random.key(0), 50, 4, 1.0, "gaussian", jnp.float32).shape
+        (50, 4)
     """
     validation.require_positive("scale", scale)
     if sketch == "gaussian":
@@ -176,6 +180,13 @@ def nystrom_factors_from_gradient(
         scale: ξ, the standard deviation of the entries of Ω.
         sketch: "gaussian", or "stiefel" for a uniform orthonormal frame.
         dtype: float32 or float64, the dtype of the result.
+
+    Examples:
+        >>> a = jnp.ones((6, 5))
+        >>> gradient = Asymmetric(a).gradient
+        >>> x, y = nystrom_factors_from_gradient(jax.random.key(0), gradient, a.shape, rank=2)
+        >>> bool(jnp.allclose(x, nystrom_factors(jax.random.key(0), a, rank=2).left, rtol=1e-4))
+        True
     """
     validation.require_rank(rank, shape)
     m, n = shape
@@ -211,6 +222,12 @@ def perturbed(
         rank: the number of columns r ≥ 1.
         scale: ξ, the standard deviation of the entries of Ω.
         noise: ξ_n ≥ 0, the standard deviation of the entries of N.
+
+    Examples:
+        >>> a, key = jnp.diag(jnp.array([2.0, 1.0, 0.0])), jax.random.key(0)
+        >>> x, exact = perturbed(key, a, 2), nystrom(key, a, 2)
+        >>> bool(0 < jnp.abs(x - exact).max() < 1e-3)
+        True
     """
     validation.require_nonnegative("noise", noise)
     x0 = nystrom(key, a, rank, scale)

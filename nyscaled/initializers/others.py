@@ -52,6 +52,11 @@ def small_factors(
         rank: the number of columns r ≥ 1.
         scale: ζ, the standard deviation of the entries.
         dtype: float32 or float64, the dtype of the result.
+
+    Examples:
+        >>> x, y = small_factors(jax.random.key(0), (6, 5), rank=2)
+        >>> x.shape, y.shape, bool(jnp.abs(x).max() < 0.01)
+        ((6, 2), (5, 2), True)
     """
     validation.require_rank(rank, shape)
     keys = jax.random.split(key)
@@ -130,6 +135,11 @@ def altgd(key: Key[Array, ""], a: Any, rank: int, norm: float | Scalar) -> Facto
         a: A (m, n).
         rank: columns of the factors.
         norm: ‖A‖, the largest singular value (`linalg.spectral_norm` estimates it).
+
+    Examples:
+        >>> x, y = altgd(jax.random.key(0), jnp.ones((6, 5)), rank=2, norm=30**0.5)
+        >>> x.shape, y.shape
+        ((6, 2), (5, 2))
 
     References:
         Ward and Kolda, Convergence of alternating gradient descent for matrix factorization,

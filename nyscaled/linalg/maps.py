@@ -25,6 +25,10 @@ def residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> S
         a: A (m, n), in any form that problems take.
         left: L (m, r).
         right: R (n, r).
+
+    Examples:
+        >>> residual(4 * jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.ones((1, 1)))
+        Array(3., dtype=float32)
     """
     total, e = _residual(a, left, right)
     return shift(root(total), e)
@@ -41,6 +45,11 @@ def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r
         a: A (m, n), in any form that problems take.
         left: L (m, r).
         right: R (n, r).
+
+    Examples:
+        >>> x = jnp.ones((2, 1))
+        >>> squared_residual(jnp.ones((2, 2)), x, x)
+        Array(0., dtype=float32)
     """
     total, e = _residual(a, left, right)
     return shift(shift(total, e), e)
@@ -98,6 +107,10 @@ def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50
         a: a matrix or operator (m, n).
         key: for the starting vector; `jax.random.key(0)` by default.
         num_steps: pairs of products with A and Aᵀ.
+
+    Examples:
+        >>> f"{float(spectral_norm(jnp.diag(jnp.array([2.0, 1.0])))):.2f}"
+        '2.00'
     """
     key = jax.random.key(0) if key is None else key
 
@@ -115,6 +128,14 @@ def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50
 @reads(a=as_matrix)
 @full_precision
 def probed_norm(a: Any) -> Scalar:
-    """Return ‖A‖_F to within a factor of about 2, by a product with four random vectors."""
+    """Return ‖A‖_F to within a factor of about 2, by a product with four random vectors.
+
+    Args:
+        a: A (m, n), in any form that problems take.
+
+    Examples:
+        >>> bool(5 < probed_norm(jnp.eye(100)) < 20)
+        True
+    """
     probe = jax.random.normal(jax.random.key(0), (a.shape[1], 4), a.dtype)
     return norm(a @ probe) / 2

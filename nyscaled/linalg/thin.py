@@ -88,6 +88,12 @@ def factor(x: Float[Array, "m r"], damping: float | Scalar = 0.0) -> ThinFactori
 
     Returns:
         The factorization; see `ThinFactorization`.
+
+    Examples:
+        >>> x = jnp.array([[3.0], [4.0]])
+        >>> f = factor(x)
+        >>> bool(jnp.allclose(f.z.T @ f.z, jnp.eye(1), atol=1e-6))
+        True
     """
     m, r = x.shape
     if not _is_zero(damping):
@@ -195,6 +201,10 @@ def default_rcond(m: int, dtype: Any) -> float:
     Args:
         m: the number of rows.
         dtype: the dtype of the matrix.
+
+    Examples:
+        >>> f"{default_rcond(100, jnp.float32):.1e}"
+        '1.2e-06'
     """
     return float(m**0.5 * jnp.finfo(dtype).eps)
 

@@ -143,6 +143,11 @@ def register(model: M) -> M:
 
     Args:
         model: class with a `family`.
+
+    Examples:
+        >>> from nyscaled.models import Llama
+        >>> Llama in MODELS["llama"]  # `@register` stands above the class
+        True
     """
     MODELS.setdefault(model.family.model_type, []).append(model)
     return model

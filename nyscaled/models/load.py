@@ -155,6 +155,18 @@ def save(
             file.
         OSError: if a file cannot be written, and nothing has changed; or if the final replacement
             fails, and the message says how to end it.
+
+    Examples:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> from nyscaled.models import Llama, LlamaConfig, load
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
+        >>> config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Llama(config, rngs=nnx.Rngs(0)), folder)
+        ...     model, tokenizer = load(folder)
+        >>> model.config.hidden_size, tokenizer is None
+        (8, True)
     """
     known = [known for models in MODELS.values() for known in models]
     if type(model) not in known:

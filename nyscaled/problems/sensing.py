@@ -244,6 +244,11 @@ def gaussian(
 
     Raises:
         ValueError: on a bad spectrum, p or σ.
+
+    Examples:
+        >>> problem, truth = gaussian(jax.random.key(0), 20, [1.0, 0.5], num_measurements=200)
+        >>> truth.shape, bool(problem.loss(truth) < 1e-9)
+        ((20, 2), True)
     """
     truth_key, measurement_key = jax.random.split(key)
     truth = random_factor(truth_key, m, spectrum, m)

@@ -180,6 +180,16 @@ def run(
 
     Raises:
         ValueError: on a start that does not fit, is not finite or is zero, and on failed runs.
+
+    Examples:
+        >>> import nyscaled as nys
+        >>> a, _ = nys.spectra.psd(jax.random.key(0), 30, [1.0, 0.5])
+        >>> problem = nys.problems.Symmetric(a)
+        >>> x0 = nys.initializers.nystrom(jax.random.key(1), a, rank=2)
+        >>> step = nys.solvers.scaled_step(problem, learning_rate=0.5)
+        >>> solution = run(step, x0, num_steps=12, record=problem.residual)
+        >>> solution.history.shape, bool(solution.history[-1] < 1e-5)
+        ((13,), True)
     """
     count = validation.require_count("num_steps", num_steps)
     recorder = _no_record if record is None else record
