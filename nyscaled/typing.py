@@ -79,7 +79,7 @@ class MeasurementMap(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """What `solvers.gradient_step` asks of a problem.
+    """What `solvers.gradient_step` asks of a problem, which is a pytree of arrays.
 
     It also calls two methods where a problem has them. `factor_size()` is about the norm of the
     factors of a solution: growth far beyond it ends a run as DIVERGED. `root_loss(params)` is the
@@ -101,9 +101,9 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Problem(Objective, Protocol):
-    """A loss of the product of thin factors, about a matrix that products are known of.
+    """A loss of the product of thin factors, which should approximate a matrix.
 
-    A problem is a pytree. `tests/test_contracts_problems.py` holds all that every problem meets.
+    `tests/test_contracts_problems.py` holds all that every problem meets.
     """
 
     @property

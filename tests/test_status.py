@@ -126,6 +126,17 @@ def test_a_matrix_that_is_a_little_indefinite_is_seen():
     assert step.status(step.init(normal(0, (M, R + 1)))) == Status.MAX_STEPS
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-5])
+def test_a_semidefinite_matrix_is_not_called_indefinite_from_a_start_outside_its_range(size):
+    a, basis = psd()
+    outside = jnp.linalg.svd(basis)[0][:, R:]
+    rounding = jnp.finfo(a.dtype).eps * normal(3, (M, M)) / M
+    noisy = size * (a + rounding + rounding.T)
+    step = nys.solvers.scaled_step(nys.problems.Symmetric(noisy))
+    for start in (outside[:, :1], outside[:, :R], outside[:, :R] + 1e-4 * basis):
+        assert step.status(step.init(start)) == Status.MAX_STEPS
+
+
 @pytest.mark.long
 def test_tolerance_that_the_measure_meets_exactly_is_reached():
     a, _ = psd()
@@ -172,9 +183,38 @@ def test_what_is_in_another_s_place_is_named():
     step, x = nys.solvers.scaled_step(problem), normal(1, (M, R))
     for bad in (None, problem, optax.sgd(0.1)):
         refused("step is a .*; expected one of nyscaled.solvers", bad, x, jnp.sum, 1.0)
+    refused("a GradientTransform.*has no params, no status;", optax.sgd(0.1), x, jnp.sum, 1.0)
     refused("the start is a NoneType", step, None, jnp.sum, 1.0)
     refused("measure is a float; expected a function", step, x, 1e-3, jnp.sum)
     for steps in (2**31, 10**30, True, 3.0, None):
         refused("max_steps is .*; expected an integer", step, x, jnp.sum, 1.0, steps)
     pair = nys.solvers.scaled_step(nys.problems.Asymmetric(a))
     refused("factors are an array; expected nyscaled.Factors", pair, x, jnp.sum, 1.0)
+
+
+class Distance:
+    """‖X − 1‖², without `check`."""
+
+    def loss(self, x):
+        return jnp.sum((x - 1) ** 2)
+
+    def gradient(self, x):
+        return 2 * (x - 1)
+
+
+class CheckedDistance(Distance):
+    """The same, not a pytree."""
+
+    def check(self, x):
+        return x
+
+
+def test_a_problem_of_the_caller_is_refused_with_what_it_lacks():
+    gradient_step = inspect.unwrap(nys.solvers.gradient_step)
+    with pytest.raises(ValueError, match=r"problem is a Distance; expected .* and check"):
+        gradient_step(Distance(), optax.sgd(0.1))
+    step = gradient_step(CheckedDistance(), optax.sgd(0.1))
+    refused(r"step.problem is a CheckedDistance; expected a pytree", step, jnp.ones(3), jnp.sum, 0)
+    for make in (gradient_step, inspect.unwrap(nys.solvers.alternating_step)):
+        with pytest.raises(ValueError, match="tx is a float; expected an optax transformation"):
+            make(nys.problems.Asymmetric(psd()[0]), 0.1)

@@ -28,8 +28,8 @@ class Symmetric:
     Raises:
         ValueError: if A is not a square, symmetric, finite, non-zero floating matrix. Values are
             checked by four products with random vectors, and only outside of jit. Whether A is
-            positive semidefinite is checked in `initializers.nystrom` and in
-            `solvers.scaled_step`, where it costs nothing more.
+            positive semidefinite is checked by `initializers.nystrom`, and at the start of a run
+            of `solvers.scaled_step`.
 
     Examples:
         >>> problem = Symmetric(jnp.diag(jnp.array([4.0, 1.0])))

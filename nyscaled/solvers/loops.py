@@ -117,11 +117,20 @@ def _require_real(name: str, value: Any) -> Array:
 
 def _require_run(step: Any, params: Any, **functions: Any) -> None:
     """ValueError unless a step, a start and functions are given in their places."""
-    if not isinstance(step, Step):
+    methods = ("init", "update", "params", "status")
+    missing = [name for name in methods if not callable(getattr(step, name, None))]
+    if missing:
         raise ValueError(
-            f"step is a {type(step).__name__}; expected one of nyscaled.solvers, such as "
-            "scaled_step(problem)"
+            f"step is a {type(step).__name__}, which has no {', no '.join(missing)}; expected one "
+            "of nyscaled.solvers, such as scaled_step(problem), or the methods of nyscaled.typing."
+            "Step"
         )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(step):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)):
+            raise ValueError(
+                f"step{jax.tree_util.keystr(path)} is a {type(leaf).__name__}; expected a pytree "
+                "of arrays (jax.tree_util.register_dataclass makes one of a dataclass)"
+            )
     if not jax.tree.leaves(params):
         raise ValueError(f"the start is a {type(params).__name__}; expected an array or Factors")
     for name, fn in functions.items():

@@ -67,7 +67,10 @@ def cut_rank(problem: Problem, params: Params, enabled: bool | Array = True) -> 
     indefinite = jnp.zeros((), bool)
     if problem.symmetric:
         values, _ = eigh(directions[0].T @ images[0])
-        indefinite = values[0] < -10 * tol * jnp.max(jnp.abs(values))
+        # A start orthogonal to range(A) sees only the rounding of A, which has either sign.
+        rounding = jnp.finfo(dtype).eps * linalg.probed_norm(problem.target())
+        threshold = 10 * jnp.maximum(tol * jnp.max(jnp.abs(values)), 2 * rounding)
+        indefinite = values[0] < -lax.stop_gradient(threshold)
     noise &= jnp.asarray(enabled)
     cut = jnp.any(noise)
     inverse = jnp.where(noise, 0, u / jnp.where(noise | (singular == 0), 1, singular)).T

@@ -225,6 +225,9 @@ def gradient_step(
         project: a pure function of the factors, applied after each step. For completion,
             `Partial(nys.problems.completion.project_incoherent, bound=…)` with jax's Partial.
 
+    Raises:
+        ValueError: on a problem without these methods, and on a `tx` that is not a transformation.
+
     Examples:
         >>> import nyscaled as nys
         >>> problem = nys.problems.Symmetric(jnp.eye(3))
@@ -233,6 +236,12 @@ def gradient_step(
         >>> solution.history.shape
         (101,)
     """
+    if not isinstance(problem, Objective):
+        raise ValueError(
+            f"problem is a {type(problem).__name__}; expected one of nyscaled.problems, or a "
+            "pytree with the methods loss, gradient and check"
+        )
+    _require_transformation(tx)
     return GradientStep(problem, tx, None if project is None else as_partial(project))
 
 
@@ -245,7 +254,7 @@ def alternating_step(problem: Problem, tx: optax.GradientTransformation) -> Grad
             called twice per step, and each time the update of one factor is used.
 
     Raises:
-        ValueError: on a problem whose points must be X.
+        ValueError: on a problem whose points must be X; on a `tx` that is not a transformation.
 
     Examples:
         >>> import nyscaled as nys
@@ -256,7 +265,15 @@ def alternating_step(problem: Problem, tx: optax.GradientTransformation) -> Grad
         (2, 1)
     """
     require_pairs(problem)
+    _require_transformation(tx)
     return GradientStep(problem, tx, alternating=True)
+
+
+def _require_transformation(tx: object) -> None:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(
+            f"tx is a {type(tx).__name__}; expected an optax transformation, such as optax.sgd(0.1)"
+        )
 
 
 def require_pairs(problem: object) -> None:
