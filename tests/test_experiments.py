@@ -1,6 +1,8 @@
 """The quick forms of the scripts of figures: they run from the command line and show the claims."""
 
+import dataclasses
 import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -131,6 +133,15 @@ def test_committed_figures_belong_to_the_code():
         panel = curves["order" if name == "order" else "a"]
         best = min(e.min() for s, e in panel.items() if "Nyström" in s)
         assert best < 1e-12
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "figures").glob("*.json")), ids=lambda p: p.stem)
+def test_committed_record_has_the_options_of_its_script_in_their_order(path):
+    """Otherwise `make fig1` in a fresh clone changes the record."""
+    how = json.loads(path.read_text())
+    script = Path(how["command"].split()[1])
+    config = importlib.import_module(f"experiments.{script.stem}").Config
+    assert list(how["config"]) == [field.name for field in dataclasses.fields(config)]
 
 
 def decaying_matrix():
