@@ -12,7 +12,8 @@ from cases import skip_without_float16
 from model_cases import MODELS, change, load
 
 import nyscaled as nys
-from nyscaled.models import rope
+from nyscaled.models import Qwen2Config, rope
+from nyscaled.models.config import LARGEST
 
 SCALING = [field.name for field in dataclasses.fields(rope.RopeScaling)]
 
@@ -40,7 +41,7 @@ def folder(tmp_path):
         ("mistral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; for mistral only 'silu'"),
         ("qwen2_window", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*expected"),
         ("qwen2_window", {"layer_types": ["full_attention"]}, "for each of 3 layers"),
-        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "expected a sliding_window with it"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "expected use_sliding_window and a"),
         ("qwen2", {"max_window_layers": -1}, "max_window_layers is -1; expected an integer from 0"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; for qwen2 only 'silu'"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; for qwen3 only 'silu'"),
@@ -59,6 +60,33 @@ def test_configurations_made_by_hand():
     assert dataclasses.replace(config, eos_token_id=[2, 3]).eos_token_id == (2, 3)
     with pytest.raises(ValueError, match="num_key_value_heads is 0; expected a positive integer"):
         dataclasses.replace(config, num_key_value_heads=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({"sliding_window": 4, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "sliding_window": None}, None),
+        (
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+            (LARGEST, LARGEST, 5),
+        ),
+        ({"layer_types": ("full_attention",) * 3}, None),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+            },
+            (4, LARGEST, 4),
+        ),
+    ],
+)
+def test_windows_made_by_hand_are_those_of_the_file(settings, windows):
+    config = dataclasses.replace(load("qwen2").config, **settings)
+    assert config.windows == windows
+    assert Qwen2Config.from_json(config.to_json()) == config
+    assert Qwen2Config.from_json(config.to_json() | settings) == config
 
 
 @pytest.mark.parametrize(

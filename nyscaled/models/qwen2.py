@@ -18,11 +18,11 @@ class Qwen2Config(GatedConfig):
     """See `GatedConfig`.
 
     Attributes:
-        use_sliding_window: whether there is a sliding window.
+        use_sliding_window: whether there is a window; if not, `sliding_window` becomes None.
         sliding_window: number of tokens that a token sees in a layer with a window, itself and the
             ones before it.
-        max_window_layers: number of first layers without a window, unless `layer_types` says it.
-        layer_types: "full_attention" or "sliding_attention" for each layer, or None.
+        max_window_layers: number of first layers without a window, where `layer_types` is None.
+        layer_types: "full_attention" or "sliding_attention" for each layer; None without windows.
 
     Examples:
         >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=3)
@@ -43,7 +43,7 @@ class Qwen2Config(GatedConfig):
     eos_token_id: TokenId = None
     max_position_embeddings: int = 32768
     use_sliding_window: bool = False
-    sliding_window: int | None = None
+    sliding_window: int | None = 4096
     max_window_layers: int = 28
     layer_types: tuple[str, ...] | None = None
 
@@ -52,29 +52,29 @@ class Qwen2Config(GatedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        window = self.sliding_window if self.use_sliding_window else None
+        object.__setattr__(self, "sliding_window", window)
         types = self.layer_types
         if types is None:
             return
-        known = isinstance(types, tuple) and all(kind in [FULL, SLIDING] for kind in types)
+        known = isinstance(types, tuple) and all(name in [FULL, SLIDING] for name in types)
         if not known or len(types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types is {types!r:.80}; expected {FULL!r} or {SLIDING!r} for each of "
-                f"{self.num_hidden_layers} layers"
+                f"layer_types is {types!r:.80}; expected a tuple of {FULL!r} or {SLIDING!r} for "
+                f"each of {self.num_hidden_layers} layers"
             )
         if SLIDING in types and self.sliding_window is None:
-            raise ValueError(f"layer_types has {SLIDING!r}; expected a sliding_window with it")
+            raise ValueError(
+                f"layer_types has {SLIDING!r}; expected use_sliding_window and a sliding_window"
+            )
+        object.__setattr__(self, "layer_types", None if window is None else types)
 
     @classmethod
     def settings(cls, config: JsonObject) -> JsonObject:
         """Return the fields, and those that follow from others."""
         settings = with_heads(cls.derived | super().settings(config))
-        if not settings.get("use_sliding_window", False):
-            settings["sliding_window"] = None
-        elif "sliding_window" not in settings:
-            settings["sliding_window"] = 4096
         if isinstance(types := settings.get("layer_types"), list):
-            none = settings["sliding_window"] is None and {*map(str, types)} == {FULL}
-            settings["layer_types"] = None if none else tuple(types)
+            settings["layer_types"] = tuple(types)
         return settings
 
     @property
@@ -90,7 +90,7 @@ class Qwen2Config(GatedConfig):
         types = self.layer_types or tuple(
             SLIDING if i >= self.max_window_layers else FULL for i in range(self.num_hidden_layers)
         )
-        return tuple(self.sliding_window if kind == SLIDING else LARGEST for kind in types)
+        return tuple(self.sliding_window if name == SLIDING else LARGEST for name in types)
 
 
 @register
