@@ -119,7 +119,7 @@ def theirs(model: Any, config: Any, tokens: np.ndarray) -> dict[str, Callable[[]
 
     def generate(batch: int) -> Callable[[], Any]:
         prompt = ids[:batch, :PROMPT]
-        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
         options["attention_mask"] = torch.ones_like(prompt)
         return torch.no_grad()(lambda: model.generate(prompt, **options))
 

@@ -225,7 +225,13 @@ def main(config: Config) -> None:
             add("c", lows, label, np.asarray(curves)[..., -1])
             bar.update()
     axes = {"a": ["kappa", "steps"], "b": ["xi", "steps"], "c": ["kappa", "relative error"]}
-    notes = {"axes": axes, "tolerance": TOLERANCE, "steps": STEPS, "xi": SCALE, "kappa": KAPPA}
+    notes: dict[str, Any] = {
+        "axes": axes,
+        "tolerance": TOLERANCE,
+        "steps": STEPS,
+        "xi": SCALE,
+        "kappa": KAPPA,
+    }
     figure = picture(panels, rank)
     save(config.out, "fastest", figure, panels, config, columns=("x", "y"), **notes)
 

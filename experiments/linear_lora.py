@@ -175,7 +175,9 @@ def steps_to_target(values: np.ndarray) -> np.ndarray:
     return np.where(reached.any(-1), np.argmax(reached, axis=-1), np.inf)
 
 
-def tune(values: np.ndarray, method: Method, sizes: Any) -> tuple[np.ndarray, np.ndarray, dict]:
+def tune(
+    values: np.ndarray, method: Method, sizes: Any
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return the losses of the best run, (seed, step), the fewest steps by size, and the choice.
 
     The best run has the fewest steps in the median, among equals in the mean. All seeds must reach
@@ -299,7 +301,11 @@ def main(config: Config) -> None:
     axes[2].set_title("(c) size of the start, learning rate tuned")
     for panel in ("a", "b"):
         curves[f"c, as {panel}"] = by_size[panel]
-    notes = {"chosen": chosen, "sizes": [float(f"{s:g}") for s in sizes], "target": TARGET}
+    notes: dict[str, Any] = {
+        "chosen": chosen,
+        "sizes": [float(f"{s:g}") for s in sizes],
+        "target": TARGET,
+    }
     save(config.out, "linear_lora", figure, curves, config, **notes)
     for panel, series in chosen.items():
         for label, choice in series.items():

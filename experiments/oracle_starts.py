@@ -215,7 +215,9 @@ def cell(
     return results
 
 
-def measure_problem(name: str, oversampling: Any, max_steps: int, keys: Any, bar: Any) -> dict:
+def measure_problem(
+    name: str, oversampling: Any, max_steps: int, keys: Any, bar: Any
+) -> dict[str, Any]:
     """Return the numbers of a column of the picture: errors, cells by p/d, by method and κ.
 
     Args:

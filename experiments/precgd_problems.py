@@ -175,7 +175,7 @@ def main(config: Config) -> None:
                 cases = instances(functools.partial(make, diagonal=False), keys, (KAPPA,), (0.0,))
                 errors, picks = measure("PrecGD", cases, starts)
                 panels[panel][UNSEEN], rates[panel][UNSEEN] = errors[0], picks[0]
-    record = {"grid": grid._asdict(), "learning_rates": rates, "last_errors": lasts}
+    record: dict[str, Any] = {"grid": grid._asdict(), "learning_rates": rates, "last_errors": lasts}
     figure = picture(panels, lasts, grid)
     save(config.out, "precgd_problems", figure, panels, config, **record)
 

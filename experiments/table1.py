@@ -370,7 +370,7 @@ def main(config: Config) -> None:
         p: {name: fits(f, least) for name, f in methods.items()} for p, methods in results.items()
     }
     rates = {p: {name: f["rates"] for name, f in methods.items()} for p, methods in results.items()}
-    notes = {
+    notes: dict[str, Any] = {
         "fits": slopes,
         "fitted from kappa": least,
         "caps": {name: m.cap for name, m in METHODS.items()},

@@ -7,5 +7,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _names(doctest_namespace):
+def _names(doctest_namespace: dict[str, object]) -> None:  # pyright: ignore[reportUnusedFunction]
     doctest_namespace.update(jax=jax, jnp=jnp, optax=optax)

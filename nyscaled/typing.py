@@ -16,6 +16,9 @@ Number = float | Num[Array, ""]
 Values = ArrayLike | Sequence[Number]
 """A vector (k,): an array, or a sequence of numbers."""
 
+MatrixLike = Any
+"""A: a NumPy or JAX array, a sparse matrix of SciPy or JAX, or a `linalg.Operator`."""
+
 Sketch = Literal["gaussian", "stiefel"]
 """How Ω is drawn: Gaussian entries, or a uniform orthonormal frame."""
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_each_derivation_is_an_anchor_of_the_findings() -> None:
 
 
 def test_a_claim_of_ours_without_a_derivation_is_refused() -> None:
-    words = {"hypotheses": "none", "removes": "x", "instead": "y", "step": 1}
+    words: dict[str, Any] = {"hypotheses": "none", "removes": "x", "instead": "y", "step": 1}
     with pytest.raises(ValueError, match="expected an anchor"):
         claim("made-up", "x ≤ 1", source="ours", **words)
     with pytest.raises(ValueError, match="expected an anchor"):

@@ -18,7 +18,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.lib import style  # noqa: F401 (sets fonts and resolution)
+from experiments.lib import style  # noqa: F401  # pyright: ignore[reportUnusedImport]  # sets fonts
 from experiments.lib.curves import Curve, Curves, kept_iterations
 from experiments.lib.files import write_atomically
 

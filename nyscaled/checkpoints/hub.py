@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Pickled weights can run code and are not fetched; other forms of the same weights are not needed.
@@ -37,7 +38,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
         raise ImportError(
             f"{name} needs huggingface_hub: pip install 'nyscaled[models]'"
         ) from error
-    options = {
+    options: dict[str, Any] = {
         "revision": revision,
         "allow_patterns": list(FILES),
         "ignore_patterns": ["model*/*"],

@@ -68,7 +68,7 @@ class Rules:
         excluded = config.get("exclude_modules")
         self._exclusion = _expression(excluded, budget)
         self._excluded = set() if isinstance(excluded, str) else set(excluded or ())
-        self._whole = set(config.get("modules_to_save") or ())
+        self._whole: set[str] = set(config.get("modules_to_save") or ())
         indices = config.get("layers_to_transform")
         self._layers = (
             None if indices in (None, []) else {indices} if type(indices) is int else set(indices)

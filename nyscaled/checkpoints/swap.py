@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,7 +50,7 @@ def replacing(
     *,
     last: str,
     stale: Sequence[str] = (),
-) -> Iterator[Path]:
+) -> Generator[Path, None, None]:
     """Yield a staging folder to write files into, which then replace those in `folder`.
 
     Nothing has changed if the body raises. If the process is killed, the next process that opens
@@ -260,7 +260,7 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _staging_folder(folder: Path) -> Iterator[Path]:
+def _staging_folder(folder: Path) -> Generator[Path, None, None]:
     """A new folder, locked while its process lives: others do not remove it as a leftover."""
     for _ in range(TRIES):
         staging = Path(tempfile.mkdtemp(dir=folder, prefix=STAGING))
@@ -310,7 +310,7 @@ def _unlock(descriptor: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _unless(*numbers: int) -> Iterator[None]:
+def _unless(*numbers: int) -> Generator[None, None, None]:
     """Suppress an OSError of these numbers."""
     try:
         yield

@@ -19,7 +19,7 @@ from nyscaled.linalg import default_rcond
 from nyscaled.matrices import as_array
 from nyscaled.numerics import full_precision, norm
 from nyscaled.problems import Asymmetric, Symmetric
-from nyscaled.typing import Factors, Number, Problem, Sketch
+from nyscaled.typing import Factors, MatrixLike, Number, Problem, Sketch
 
 
 def random_sketch(
@@ -50,7 +50,12 @@ def random_sketch(
 
 @full_precision
 def nystrom(
-    key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, *, sketch: Sketch = "gaussian"
+    key: Key[Array, ""],
+    a: MatrixLike,
+    rank: int,
+    scale: Number = 1.0,
+    *,
+    sketch: Sketch = "gaussian",
 ) -> Float[Array, "m r"]:
     """Return the Nyström initialization (3) of a symmetric problem: X_0 = AΩ.
 
@@ -85,7 +90,12 @@ def nystrom(
 
 @full_precision
 def nystrom_factors(
-    key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, *, sketch: Sketch = "gaussian"
+    key: Key[Array, ""],
+    a: MatrixLike,
+    rank: int,
+    scale: Number = 1.0,
+    *,
+    sketch: Sketch = "gaussian",
 ) -> Factors:
     """Return the Nyström initialization (5) of an asymmetric problem: X_0 = AΩ, Y_0 = 0.
 
@@ -209,7 +219,7 @@ def _gradient(value: Any, shape: tuple[int, ...]) -> Array:
 
 @full_precision
 def perturbed(
-    key: Key[Array, ""], a: Any, rank: int, scale: Number = 1.0, noise: Number = 1e-4
+    key: Key[Array, ""], a: MatrixLike, rank: int, scale: Number = 1.0, noise: Number = 1e-4
 ) -> Float[Array, "m r"]:
     """Return a perturbed Nyström start, Fig. 1 (b) and 4 (b): X_0 = AΩ + N, N_ij ~ N(0, noise²).
 
@@ -235,7 +245,7 @@ def perturbed(
 
 
 @full_precision
-def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
+def rescaled(x0: Float[Array, "m r"], a: MatrixLike) -> Float[Array, "m r"]:
     """Return cX_0 with the c that minimizes ‖c²X_0X_0ᵀ − A‖_F, or ‖c²𝒜(X_0X_0ᵀ) − b‖ for sensing.
 
     c² = tr(X_0ᵀAX_0)/‖X_0ᵀX_0‖_F², and tr(X_0ᵀ𝒜*(b)X_0)/‖𝒜(X_0X_0ᵀ)‖², by one product with A or
@@ -280,7 +290,7 @@ def rescaled(x0: Float[Array, "m r"], a: Any) -> Float[Array, "m r"]:
 
 @full_precision
 def nystrom_approximation(
-    key: Key[Array, ""], a: Any, rank: int, *, sketch: Sketch = "gaussian"
+    key: Key[Array, ""], a: MatrixLike, rank: int, *, sketch: Sketch = "gaussian"
 ) -> Float[Array, "m r"]:
     """Return the Nyström approximation of A as a factor X = AQ L⁻ᵀ, LLᵀ = QᵀAQ.
 

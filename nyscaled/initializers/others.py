@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -14,7 +12,7 @@ from nyscaled.initializers.nystrom import random_sketch
 from nyscaled.linalg import leading_factors, symmetric_part
 from nyscaled.numerics import full_precision
 from nyscaled.problems import Asymmetric, Symmetric
-from nyscaled.typing import Factors, Number, Problem, Scalar
+from nyscaled.typing import Factors, MatrixLike, Number, Problem, Scalar
 
 
 def small(
@@ -122,7 +120,7 @@ def spectral(
 
 
 @full_precision
-def altgd(key: Key[Array, ""], a: Any, rank: int, norm: float | Scalar) -> Factors:
+def altgd(key: Key[Array, ""], a: MatrixLike, rank: int, norm: float | Scalar) -> Factors:
     """Return the start of alternating gradient descent: X_0 = AΦ₁/(6 √‖A‖), Y_0 = √‖A‖ Φ₂/3.
 
     In the reference X_0 = AΦ₁/(√η C ‖A‖) and Y_0 = √η D ‖A‖ Φ₂ with D = Cν/9. Here C = 8, ν = ½ and

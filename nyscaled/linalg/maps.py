@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from nyscaled.matrices import as_dense, as_matrix, reads, transpose_times
 from nyscaled.numerics import exponent, full_precision, norm, normalized, root, shift
-from nyscaled.typing import Scalar
+from nyscaled.typing import MatrixLike, Scalar
 
 _BLOCK = 512  # rows of a residual held at once
 
 
 @reads(a=as_matrix, left=as_dense, right=as_dense)
-def residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
+def residual(a: MatrixLike, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
     """Return ‖L Rᵀ − A‖_F; see `squared_residual`.
 
     Args:
@@ -35,7 +35,9 @@ def residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> S
 
 
 @reads(a=as_matrix, left=as_dense, right=as_dense)
-def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]) -> Scalar:
+def squared_residual(
+    a: MatrixLike, left: Float[Array, "m r"], right: Float[Array, "n r"]
+) -> Scalar:
     """Return ‖L Rᵀ − A‖_F², by blocks of entries: O(512·(m + n)) memory and no cancellation.
 
     The expansion ‖A‖² − 2⟨A, LRᵀ⟩ + ‖LRᵀ‖² would lose every residual under √eps·‖A‖. An operator
@@ -58,7 +60,7 @@ def squared_residual(a: Any, left: Float[Array, "m r"], right: Float[Array, "n r
 @jax.jit
 @full_precision
 def _residual(
-    a: Any, left: Float[Array, "m r"], right: Float[Array, "n r"]
+    a: MatrixLike, left: Float[Array, "m r"], right: Float[Array, "n r"]
 ) -> tuple[Scalar, Int[Array, ""]]:
     """s and e of ‖LRᵀ − A‖_F² = s · 4^e, whose square of a block is scaled by its largest entry."""
     m, n = a.shape
@@ -100,7 +102,7 @@ def _residual(
 @reads(a=as_matrix)
 @functools.partial(jax.jit, static_argnames="num_steps")
 @full_precision
-def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50) -> Scalar:
+def spectral_norm(a: MatrixLike, key: Key[Array, ""] | None = None, num_steps: int = 50) -> Scalar:
     """Return ‖A‖ by power iteration on AᵀA: a lower bound, tight to about 1 % or better.
 
     Args:
@@ -127,7 +129,7 @@ def spectral_norm(a: Any, key: Key[Array, ""] | None = None, num_steps: int = 50
 
 @reads(a=as_matrix)
 @full_precision
-def probed_norm(a: Any) -> Scalar:
+def probed_norm(a: MatrixLike) -> Scalar:
     """Return ‖A‖_F to within a factor of about 2, by a product with four random vectors.
 
     Args:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 from nyscaled.lapack import eigh, qr, reciprocal, svd
 from nyscaled.matrices import as_matrix, reads, transpose_times
 from nyscaled.numerics import full_precision, normalized, shift
-from nyscaled.typing import Factors
+from nyscaled.typing import Factors, MatrixLike
 
 OVERSAMPLING = 8  # columns of a sketch beyond those that are needed
 _ROUNDS = 10
@@ -49,7 +49,9 @@ def range_basis(
 @reads(a=as_matrix)
 @functools.partial(jax.jit, static_argnames=("rank", "symmetric"))
 @full_precision
-def leading_factors(key: Key[Array, ""], a: Any, rank: int, symmetric: bool = False) -> Factors:
+def leading_factors(
+    key: Key[Array, ""], a: MatrixLike, rank: int, symmetric: bool = False
+) -> Factors:
     """Return (U₁Σ₁^{1/2}, V₁Σ₁^{1/2}) of A; for a symmetric A, Q₁Λ₁^{1/2} twice.
 
     Subspace iteration with k = 2r + 8 columns (at most min(m, n)): a product with A, ten rounds of
@@ -113,14 +115,14 @@ def _halved(vectors: Float[Array, "m k"], values: Float[Array, " k"]) -> Float[A
     )
 
 
-def _product(fn: Callable[[Any], Array], a: Any, change: Any, e: Array) -> Array:
+def _product(fn: Callable[[Any], Array], a: MatrixLike, change: Any, e: Array) -> Array:
     """The derivative of a product with A along a change of A, times 2^(−e)."""
     return shift(jax.jvp(fn, (a,), (change,))[1], -e)
 
 
 @jax.custom_jvp
 def _triples(
-    a: Any, u: Float[Array, "m k"], s: Float[Array, " k"], v: Float[Array, "n k"]
+    a: MatrixLike, u: Float[Array, "m k"], s: Float[Array, " k"], v: Float[Array, "n k"]
 ) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "n k"]]:
     """The given singular triples of A, with the derivatives of an A that has no others."""
     return u, s, v
@@ -144,7 +146,7 @@ def _triples_jvp(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def _eigenpairs(
-    a: Any, vectors: Float[Array, "m k"], values: Float[Array, " k"]
+    a: MatrixLike, vectors: Float[Array, "m k"], values: Float[Array, " k"]
 ) -> tuple[Float[Array, "m k"], Float[Array, " k"]]:
     """The given eigenpairs of A = Aᵀ, with the derivatives of an A that has no others."""
     return vectors, values

@@ -54,7 +54,7 @@ class Contraction(NamedTuple):
     out_sharding: Any
 
 
-class AdapterState(nnx.Variable):
+class AdapterState(nnx.Variable[Any]):
     """What an adapter keeps and does not train."""
 
 
@@ -224,7 +224,7 @@ def dropout_of(
 class Adapted(nnx.Module):
     """The class that `apply` mixes into that of a layer: it adds the updates of its adapters."""
 
-    adapters: nnx.Dict
+    adapters: nnx.Dict[Any]
     kernel: Any
     dtype: Any
     precision: Any

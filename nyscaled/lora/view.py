@@ -134,7 +134,7 @@ def unstacked_view(layer: Layer) -> KernelView:
     return KernelView(declared_shape(layer), roles_of(layer))
 
 
-def kernel_of(layer: Layer) -> nnx.Variable:
+def kernel_of(layer: Layer) -> nnx.Variable[Any]:
     """Return the variable that holds W_0."""
     return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
 
@@ -176,7 +176,7 @@ def roles_of(layer: Layer) -> AxisRoles:
 
 def _operands(layer: nnx.Einsum) -> tuple[str, str, str]:
     equation = layer.einsum_str
-    if equation is None:
+    if not equation:  # None, which flax allows and does not declare
         raise ValueError(
             "the layer is an nnx.Einsum without einsum_str, whose axes are known only when it is "
             "called; expected the equation given to its constructor"

@@ -202,7 +202,7 @@ def replaced(
     saved: Saved,
     to_name: Namer,
     head: Mapping[str, Any],
-) -> list[tuple[nnx.Variable, Array]]:
+) -> list[tuple[nnx.Variable[Any], Array]]:
     """Return the parameters that the folder's tensors replace, and their new values.
 
     Args:

@@ -166,7 +166,8 @@ class SelfAttention(nnx.Module):
     """Each token sees all others except padding."""
 
     def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
-        width, options = config.hidden_size, {"rngs": rngs, **numerics.dtypes}
+        width = config.hidden_size
+        options: dict[str, Any] = {"rngs": rngs, **numerics.dtypes}
         self.query = nnx.Linear(width, width, **options)
         self.key = nnx.Linear(width, width, **options)
         self.value = nnx.Linear(width, width, **options)
@@ -216,7 +217,8 @@ class Embeddings(nnx.Module):
     """The norm of the sum of a token's, its position's and its type's embeddings."""
 
     def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
-        width, options = config.hidden_size, {"rngs": rngs, **numerics.dtypes}
+        width = config.hidden_size
+        options: dict[str, Any] = {"rngs": rngs, **numerics.dtypes}
         self.word_embeddings = nnx.Embed(config.vocab_size, width, **options)
         self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, **options)
         self.token_type_embeddings = nnx.Embed(config.type_vocab_size, width, **options)

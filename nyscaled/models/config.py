@@ -96,7 +96,7 @@ class Config:
         }
 
 
-def sound(field: dataclasses.Field, value: Any) -> Any:
+def sound(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return the value of a field, checked against its annotation.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ class Attention(nnx.Module):
     ) -> None:
         width, head = config.hidden_size, config.head_dim
         outer, inner = config.num_attention_heads * head, config.num_key_value_heads * head
-        options = {"rngs": rngs, **numerics.dtypes}
+        options: dict[str, Any] = {"rngs": rngs, **numerics.dtypes}
         self.q_proj = nnx.Linear(width, outer, use_bias=config.attention_bias, **options)
         self.k_proj = nnx.Linear(width, inner, use_bias=config.attention_bias, **options)
         self.v_proj = nnx.Linear(width, inner, use_bias=config.attention_bias, **options)
@@ -167,10 +167,18 @@ class GatedMLP(nnx.Module):
     """down(f(gate(x)) · up(x)) (Shazeer, 2020)."""
 
     def __init__(
-        self, config: GatedConfig, activation: Callable, numerics: Numerics, rngs: nnx.Rngs
+        self,
+        config: GatedConfig,
+        activation: Callable[[Array], Array],
+        numerics: Numerics,
+        rngs: nnx.Rngs,
     ) -> None:
         width, inner = config.hidden_size, config.intermediate_size
-        options = {"use_bias": config.mlp_bias, "rngs": rngs, **numerics.dtypes}
+        options: dict[str, Any] = {
+            "use_bias": config.mlp_bias,
+            "rngs": rngs,
+            **numerics.dtypes,
+        }
         self.gate_proj = nnx.Linear(width, inner, **options)
         self.up_proj = nnx.Linear(width, inner, **options)
         self.down_proj = nnx.Linear(inner, width, **options)

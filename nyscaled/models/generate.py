@@ -153,11 +153,11 @@ def _generate(
         logits = model.logits(x[:, -1]).astype(jnp.float32)
         return choose(logits, sampling, i), cache
 
-    def unfinished(carry: tuple) -> Array:
+    def unfinished(carry: tuple[Any, ...]) -> Array:
         i, done, *_ = carry
         return (i < limit) & ~jnp.all(done)
 
-    def step(carry: tuple) -> tuple:
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, done, last, cache, new = carry
         token, cache = after(last[:, None], None, cache, i)
         token = jnp.where(done, pad, token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,8 @@ class Attention(nnx.Module):
     """Attention with as many key as query heads, and biases."""
 
     def __init__(self, config: OptConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
-        width, options = config.hidden_size, {"rngs": rngs, **numerics.dtypes}
+        width = config.hidden_size
+        options: dict[str, Any] = {"rngs": rngs, **numerics.dtypes}
         self.q_proj = nnx.Linear(width, width, **options)
         self.k_proj = nnx.Linear(width, width, **options)
         self.v_proj = nnx.Linear(width, width, **options)

@@ -207,7 +207,7 @@ def write_rope(scaling: Scaling | None) -> dict[str, Any] | None:
     return {"rope_type": scaling.rope_type, **fields}
 
 
-def _needed(field: dataclasses.Field) -> bool:
+def _needed(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING
 
 

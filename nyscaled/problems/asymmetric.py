@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.lapack import svd
 from nyscaled.matrices import as_factors, as_matrix, transpose_times
 from nyscaled.numerics import full_precision
-from nyscaled.typing import Factors, LinearMap, Scalar
+from nyscaled.typing import Factors, LinearMap, MatrixLike, Scalar
 
 
 @pytree_dataclass
@@ -36,7 +35,7 @@ class Asymmetric:
         Array(0.5, dtype=float32)
     """
 
-    a: Any = field(converter=functools.partial(as_matrix, "A"))
+    a: MatrixLike = field(converter=functools.partial(as_matrix, "A"))
     symmetric = False
 
     def __post_init__(self) -> None:

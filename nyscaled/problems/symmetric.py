@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from nyscaled._pytree import field, pytree_dataclass
 from nyscaled.lapack import eigh
 from nyscaled.matrices import as_array, as_matrix, reads
 from nyscaled.numerics import full_precision, norm
-from nyscaled.typing import LinearMap, Scalar
+from nyscaled.typing import LinearMap, MatrixLike, Scalar
 
 
 @pytree_dataclass
@@ -37,7 +36,7 @@ class Symmetric:
         Array(0.25, dtype=float32)
     """
 
-    a: Any = field(converter=functools.partial(as_matrix, "A"))
+    a: MatrixLike = field(converter=functools.partial(as_matrix, "A"))
     symmetric = True
 
     def __post_init__(self) -> None:

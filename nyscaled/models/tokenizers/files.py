@@ -62,7 +62,7 @@ def _open(folder: Path) -> Tokenizer | None:
         )
         return None
     try:
-        import tokenizers  # noqa: F401
+        import tokenizers  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ModuleNotFoundError as error:
         raise ImportError(
             f"{folder / present[0]} needs tokenizers: pip install 'nyscaled[models]'"

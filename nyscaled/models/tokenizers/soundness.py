@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from nyscaled.checkpoints import files
@@ -22,7 +22,7 @@ _PROBES = "", "a b", "Hello, world's 12\n", "é你\U0001f600\U0010ffff"
 
 
 @contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
+def refusing(what: str) -> Generator[None, None, None]:
     """Raise ValueError for everything that the library raises.
 
     Args:

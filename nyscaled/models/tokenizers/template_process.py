@@ -89,8 +89,9 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=extensions
     )
     environment.filters["tojson"] = to_json  # Jinja's own escapes HTML
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    names: dict[str, Any] = environment.globals
+    names["raise_exception"] = refuse
+    names["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
 
 
