@@ -14,7 +14,7 @@ from flax import nnx
 from model_cases import DECODERS, MODELS, call, change, load
 
 import nyscaled as nys
-from nyscaled.models.generate import Sampling, _generate, choose, restricted
+from nyscaled.models.generation import Sampling, _generate, choose, restricted
 
 KEY = jax.random.key(0)
 ROWS, LENGTH, NEW = 3, 7, 5

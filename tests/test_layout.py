@@ -1,9 +1,11 @@
 """The house: a module imports only from floors below it, and `import nyscaled` needs little."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,15 @@ def test_imports_only_from_floors_below(path):
     for other in imported_rooms(path) - {mine}:
         below = FLOORS[other] < FLOORS[mine]
         assert below or (FLOORS[other] == FLOORS[mine] and other in SHARED), f"{mine} → {other}"
+
+
+def test_no_function_of_a_room_has_the_name_of_a_module_in_it():
+    """The reference would leave it out, because the module of that name hides it."""
+    for init in PACKAGE.rglob("__init__.py"):
+        room = importlib.import_module(".".join(init.parent.relative_to(ROOT).parts))
+        for name in getattr(room, "__all__", ()):
+            if (init.parent / f"{name}.py").exists():
+                assert isinstance(getattr(room, name), types.ModuleType), f"{room.__name__}.{name}"
 
 
 def test_library_needs_only_jax_optax_jaxtyping_numpy():

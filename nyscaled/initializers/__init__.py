@@ -1,6 +1,6 @@
 """Starting points: Nyström's, from products with A or from gradients, and others."""
 
-from nyscaled.initializers.nystrom import (
+from nyscaled.initializers.nystrom_starts import (
     nystrom,
     nystrom_approximation,
     nystrom_factors,

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
-from nyscaled.initializers.nystrom import random_sketch
+from nyscaled.initializers.nystrom_starts import random_sketch
 from nyscaled.linalg import leading_factors, symmetric_part
 from nyscaled.numerics import full_precision
 from nyscaled.problems import Asymmetric, Symmetric

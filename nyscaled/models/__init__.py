@@ -7,9 +7,9 @@ from nyscaled.models.embeddings import resize_token_embeddings
 from nyscaled.models.family import Family, register
 from nyscaled.models.gated import GatedConfig
 from nyscaled.models.gemma import Gemma, GemmaConfig
-from nyscaled.models.generate import generate
+from nyscaled.models.generation import generate
 from nyscaled.models.llama import Llama, LlamaConfig
-from nyscaled.models.load import load, save
+from nyscaled.models.loading import load, save
 from nyscaled.models.mistral import Mistral, MistralConfig
 from nyscaled.models.opt import Opt, OptConfig
 from nyscaled.models.qwen2 import Qwen2, Qwen2Config

@@ -198,7 +198,7 @@ def _make_model(folder: Path) -> None:
 
 def _read_model(folder: Path, full: bool) -> Any:
     import nyscaled as nys
-    from nyscaled.models.load import _read_all
+    from nyscaled.models.loading import _read_all
 
     if full:
         model, _ = nys.models.load(folder)
