@@ -134,8 +134,8 @@ def unstacked_view(layer: Layer) -> KernelView:
     return KernelView(declared_shape(layer), roles_of(layer))
 
 
-def kernel_of(layer: Layer) -> nnx.Variable[Any]:
-    """Return the variable that holds W_0."""
+def kernel_of(layer: Layer) -> Any:
+    """Return the variable that holds W_0, or what qwix has in its place when it is quantized."""
     return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
 
 
