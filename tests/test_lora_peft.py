@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from flax import nnx
 from peft_cases import (
     CONFIG,
     KEY,
@@ -215,3 +216,18 @@ def test_names_by_a_function(tmp_path):
     assert set(nys.lora.load_peft(Model(), tmp_path, names=names)) == {"layers.up", "layers.down"}
     with pytest.raises(ValueError, match="have the same name"):
         nys.lora.load_peft(Model(), tmp_path, names=lambda path, index: f"h.{sum(index)}")
+
+
+def test_a_layer_whose_name_ends_with_that_of_an_adapted_one(tmp_path):
+    """PEFT takes the end of a name for the name."""
+
+    def make():
+        return nnx.Dict(out=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), inner=Model())
+
+    model = make()
+    nys.lora.apply(model, 2, targets="out", key=KEY)
+    names = {"out": "out"} | {f"inner.{path}": f"inner.{name}" for path, name in NAMES.items()}
+    nys.lora.save_peft(model, tmp_path, base_model="mine", names=names)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["target_modules"], config["exclude_modules"]) == (["out"], ["inner.out"])
+    assert set(nys.lora.load_peft(make(), tmp_path, names=names)) == {"out"}

@@ -13,7 +13,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nyscaled.checkpoints import files, swap
-from nyscaled.checkpoints.peft_config import CONFIG, Rules
+from nyscaled.checkpoints.peft_config import CONFIG, Rules, ends
 
 TENSORS = "adapter_model.safetensors"
 MAX_KEY = 500  # characters of a tensor's name, which messages repeat
@@ -86,6 +86,7 @@ def write(
     updates: Mapping[str, Update],
     *,
     base_model: str,
+    others: Collection[str] = (),
     whole: Mapping[str, np.ndarray] | None = None,
     rank_stabilized: bool = False,
     dropout: float = 0.0,
@@ -101,6 +102,8 @@ def write(
         folder: the folder; made if missing. Other files in it are not changed.
         updates: updates by the full names of their modules.
         base_model: name or path of the base, which PEFT may look up.
+        others: names of the modules without updates. PEFT takes an end of a name for the name, and
+            so the configuration excludes modules whose names end with that of an updated one.
         whole: tensors of modules that are saved whole, by full name.
         rank_stabilized: whether the scaling is α/√r.
         dropout: rate of dropout, which the configuration records.
@@ -146,6 +149,8 @@ def write(
         "bias": "none",
         "fan_in_fan_out": False,
     }
+    if excluded := sorted(m for m in others if not updates.keys().isdisjoint(ends(m))):
+        config["exclude_modules"] = excluded
     metadata = {"format": "pt", **(metadata or {})}
     with swap.replacing(folder, {CONFIG: files.as_json(config)}, last=CONFIG) as staging:
         files.write_tensors(staging / TENSORS, _named_tensors(updates, whole), metadata)

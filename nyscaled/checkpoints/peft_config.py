@@ -83,7 +83,7 @@ class Rules:
         """Return whether PEFT would adapt the module; None if that depends on its class."""
         if self._exclusion is not None and self._exclusion.fullmatch(module):
             return False
-        if not self._excluded.isdisjoint(_ends(module)) or self._is_part(module):
+        if not self._excluded.isdisjoint(ends(module)) or self._is_part(module):
             return False
         if not self._knows_targets:
             return None
@@ -91,7 +91,7 @@ class Rules:
             return self._target.fullmatch(module)
         if module in self._targets:
             return True
-        return not self._targets.isdisjoint(_ends(module)) and self._is_in_layers(module)
+        return not self._targets.isdisjoint(ends(module)) and self._is_in_layers(module)
 
     def is_whole(self, module: str) -> bool:
         """Return whether PEFT saves the module whole: modules_to_save has an end of its name.
@@ -107,7 +107,7 @@ class Rules:
         """Return the tokens whose rows of an embedding PEFT trains, or None if it trains none."""
         indices = self.config.get("trainable_token_indices")
         if isinstance(indices, dict):
-            return next((i for m, i in indices.items() if m in _ends(module)), None)
+            return next((i for m, i in indices.items() if m in ends(module)), None)
         return indices or None
 
     def _is_part(self, module: str) -> bool:
@@ -131,8 +131,13 @@ class Rules:
         return False
 
 
-def _ends(module: str) -> list[str]:
-    """The module's name, and what is after each dot in it."""
+def ends(module: str) -> list[str]:
+    """Return a module's name, and what is after each dot in it.
+
+    Examples:
+        >>> ends("layers.0.fc")
+        ['layers.0.fc', '0.fc', 'fc']
+    """
     parts = module.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
 

@@ -98,6 +98,7 @@ def save_peft(
         folder,
         saved,
         base_model=base_model,
+        others=_other_names(model, to_name, saved),
         whole=tensors,
         rank_stabilized=stabilized,
         # One field for all layers, which matters in training only.
@@ -121,6 +122,23 @@ def _own_updates(
         saved |= of_path
         owners |= dict.fromkeys(of_path, adapter)
     return saved, owners
+
+
+def _other_names(model: nnx.Module, to_name: Namer, saved: Mapping[str, peft.Update]) -> set[str]:
+    """What PEFT calls the layers of which nothing is saved."""
+    layers = ((inject.dotted(parts), layer) for parts, layer in nnx.iter_modules(model))
+    names = (_names(path, layer, to_name) for path, layer in layers)
+    return {name for of_layer in names for name in of_layer} - saved.keys()
+
+
+def _names(path: str, layer: nnx.Module, to_name: Namer) -> list[str]:
+    """What PEFT calls the matrices of a layer; none if it cannot carry adapters or has no name."""
+    if not isinstance(layer, ADAPTABLE):
+        return []
+    try:
+        return [to_name(path, index) for index in np.ndindex(view_of(layer).stack)]
+    except ValueError:
+        return []
 
 
 def _add_foreign(saved: dict[str, peft.Update], other: foreign.Foreign, to_name: Namer) -> None:
@@ -254,19 +272,15 @@ def _to_adapter(
 
 def _modules(
     model: nnx.Module, to_name: Namer, head: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, list[str]]]:
+) -> tuple[dict[str, Layer], dict[str, list[str]]]:
     """The layers of a model and a new head that have names, and what PEFT calls their matrices."""
     layers, modules, owners = {}, {}, {}
     of_model = [(inject.dotted(parts), layer) for parts, layer in nnx.iter_modules(model)]
     for path, layer in [*of_model, *head.items()]:
-        if not isinstance(layer, ADAPTABLE):
-            continue
-        try:
-            names = [to_name(path, index) for index in np.ndindex(view_of(layer).stack)]
-        except ValueError:
-            continue
+        names = _names(path, layer, to_name)
         for module in names:
             if owners.setdefault(module, path) != path:
                 raise ValueError(f"{path} and {owners[module]} have the same name, {module!r}")
-        layers[path], modules[path] = layer, names
+        if names:
+            layers[path], modules[path] = layer, names
     return layers, modules

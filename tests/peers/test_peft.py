@@ -207,6 +207,15 @@ def test_starts_that_change_the_base(init, tmp_path):
     close(ours(model), expected)
 
 
+def test_a_layer_whose_name_ends_with_that_of_an_adapted_one(tmp_path):
+    model = nnx.Dict(q_proj=nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)), net=Net())
+    nys.lora.apply(model, 2, targets="q_proj", key=KEY)
+    nys.lora.save_peft(model, tmp_path, base_model="net")
+    base = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(WIDTH, WIDTH), "net": TorchNet()})
+    loaded = strictly(peft.PeftModel.from_pretrained, base, tmp_path)
+    assert loaded.targeted_module_names == ["q_proj"]
+
+
 def test_two_adapters_on_one_base(tmp_path):
     model = Net()
     for name, init, targets in (("first", "nora", ".*(q|v)_proj"), ("second", "lora", ".*")):
