@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen, nnx
+from flax.traverse_util import flatten_dict
 
 import nyscaled as nys
 from nyscaled.transforms.leaf_names import names_of, parse
@@ -44,13 +46,14 @@ def test_boxes_are_not_part_of_a_name():
     assert [names_of(path) for path, _ in leaves] == [("list", "0"), ("w", "linen"), ("w", "nnx")]
 
 
-def test_flattened_trees_have_the_pairs_of_nested_ones():
-    a, b = jnp.ones((6, 2)), jnp.ones((2, 4))
-    spec = nys.pair_spec(
-        {
-            f"layers/{i}/lora_{side}": x
-            for i in range(2)
-            for side, x in zip("ab", (a, b), strict=True)
-        }
-    )
-    assert len({leaf.pair for leaf in spec.values()}) == 2
+@pytest.mark.parametrize("separator", ["/", ".", None], ids=["slash", "dot", "tuple"])
+def test_flattened_trees_have_the_pairs_of_nested_ones(separator):
+    shapes = {"kernel": (6, 4), "lora_a": (6, 2), "lora_b": (2, 4)}
+    nested = {"layers": {str(i): {k: jnp.ones(s) for k, s in shapes.items()} for i in range(2)}}
+    params = flatten_dict(nested, sep=separator)
+    specs = [spec for spec in nys.pair_spec(params).values() if spec is not None]
+    assert len(specs) == 4
+    assert len({spec.pair for spec in specs}) == 2
+    started = nys.lora.initialize_params(params, key=jax.random.key(0))
+    expected = nys.lora.initialize_params(nested, key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, started, flatten_dict(expected, sep=separator))

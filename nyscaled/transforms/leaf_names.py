@@ -105,11 +105,24 @@ def _read(convention: Convention, path: Path, above: Path, last: re.Match[str]) 
 def names_of(path: tuple[Any, ...]) -> Path:
     """Return the names in a path of `jax.tree_util`, without the `.value` of a box.
 
-    Boxes are flax's `Variable` and `Partitioned`.
+    Boxes are flax's `Variable` and `Partitioned`. A key of a flattened tree holds several names: as
+    a tuple, or joined by "/" or ".".
+
+    Examples:
+        >>> params = {("mlp", "up"): {"lora/a": 0}}
+        >>> [names_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        [('mlp', 'up', 'lora', 'a')]
     """
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+    keys = (getattr(entry, "key", entry) for entry in path)
+    joined = (
+        "/".join(map(str, key))
+        if isinstance(key, tuple)
+        else jax.tree_util.keystr((entry,), simple=True)
+        for entry, key in zip(path, keys, strict=True)
+    )
+    return tuple(name for names in joined for name in re.split("[/.]", names))
 
 
 def num_leading_axes(first: Shape, second: Shape, names: tuple[str, str]) -> int:

@@ -75,8 +75,7 @@ def pair_spec(params: optax.Params) -> Any:
 
 def _by_name(params: optax.Params, otherwise: Callable[[KeyPath, Any], FactorSpec | None]) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    # Keys of flattened trees hold several names.
-    names = [parse(tuple("/".join(names_of(path)).split("/"))) for path, _ in leaves]
+    names = [parse(names_of(path)) for path, _ in leaves]
     pairs: dict[Hashable, dict[int, tuple[KeyPath, Any]]] = {}
     for leaf, name in zip(leaves, names, strict=True):
         if name is not None:
