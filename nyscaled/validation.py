@@ -77,19 +77,26 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
         high: the upper end, which belongs to the interval.
         open_low: whether the lower end is excluded.
     """
+    expected = "expected a number in " + _interval(low, high, open_low)
+    if value is None or isinstance(value, str):  # float() would read a string
+        raise ValueError(f"{name} is {value!r}; {expected}")
     if callable(value) or not is_concrete(value) or jnp.ndim(value) != 0:
         return
     try:
         number = float(value)
+    except TypeError:
+        raise ValueError(f"{name} is a {type(value).__name__}; {expected}") from None
     except OverflowError:
         raise ValueError(
             f"{name} is an integer that no float holds; expected a smaller one"
         ) from None
     inside = (low < number if open_low else low <= number) and number <= high
     if not inside or math.isnan(number):
-        bracket = "(" if open_low else "["
-        interval = f"{bracket}{low:g}, {high:g}" + (")" if math.isinf(high) else "]")
-        raise ValueError(f"{name} is {number:g}; expected a number in {interval}")
+        raise ValueError(f"{name} is {number:g}; {expected}")
+
+
+def _interval(low: float, high: float, open_low: bool) -> str:
+    return f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
 
 
 def require_positive(name: str, value: Any) -> None:

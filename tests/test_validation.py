@@ -1,5 +1,7 @@
 """Bad input: each is a ValueError that says what it got and what it expected."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -268,6 +270,13 @@ def test_learning_rate_outside_of_its_interval(eta):
     for build in (nys.scaled_gd, lambda eta: nys.solvers.scaled_step(problem, eta)):
         with raises(r"learning_rate is .*; expected a number in \(0, 1\]"):
             build(eta)
+
+
+@pytest.mark.parametrize(("eta", "shown"), [("0.5", "'0.5'"), (None, "None"), (1j, "complex")])
+def test_learning_rate_that_is_not_a_number(eta, shown):
+    build = inspect.unwrap(nys.scaled_gd)  # without the tests' check of annotations
+    with raises(f"learning_rate is .*{shown}; expected a number"):
+        build(eta)
 
 
 @pytest.mark.parametrize("eta", [1, 1.0, 1e-8, jnp.float32(0.5)])
