@@ -112,7 +112,7 @@ def _sections(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-_FIELD = re.compile(r"\{\{(.+?)\}\}")
+_FIELD = re.compile(r"\{\{(.+?)\}\}(?!\})")  # the name of a fact may end with a brace
 
 
 def filled(template: str, outcomes: Mapping[str, Outcome], values: Mapping[str, str]) -> str:
