@@ -140,7 +140,7 @@ ROPE = np.array([1, 8], np.float32)
         ({"llama.rope.scaling.yarn_ext_factor": 0.0}, {}, "yarn_ext_factor 0.0; expected 1.0"),
         ({"llama.rope.dimension_count": 0}, {}, "rope.dimension_count 0; expected 4"),
         ({"llama.vocab_size": 0}, {}, "vocab_size 0; expected 32"),
-        ({"llama.expert_count": 8}, {}, "expert_count 8; which is not known here"),
+        ({"llama.expert_count": 8}, {}, "expert_count 8; expected no such setting"),
         ({}, {"token_embd.weight": None}, r"lacks token_embd\.weight"),
         ({}, {"blk.0.attn_q.bias": ONES[0]}, r"no tensor for model\.layers\.0\.self_attn\.k_proj"),
         ({}, {"blk.0.attn_norm.bias": ONES[0]}, "no parameter for: model.*input_layernorm.bias"),

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
@@ -62,3 +63,11 @@ def test_records_serve_wherever_they_load(folder, tmp_path):
     again = Model()
     nys.lora.load_peft(again, tmp_path / "again", names=NAMES)
     assert nnx.graphdef(again) == nnx.graphdef(model)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.5), jnp.float32(0.5), np.array(0.5)])
+def test_options_that_are_scalar_arrays_are_recorded_as_numbers(scale, tmp_path):
+    save(adapted(init="nora", scale=scale), tmp_path)
+    with safetensors.safe_open(tmp_path / TENSORS, framework="numpy") as file:
+        (start,) = json.loads(file.metadata()["starts"])
+    assert start["options"]["scale"] == 0.5

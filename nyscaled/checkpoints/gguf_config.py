@@ -83,7 +83,11 @@ def read_config(
         allowed = neutral.get(key, ())
         # False and 0 have a meaning where there are values that have none.
         if (value not in allowed) if allowed else value:
-            hint = f"expected {allowed[0]!r}" if allowed else "which is not known here"
+            hint = (
+                f"expected {allowed[0]!r}"
+                if allowed
+                else "expected no such setting, whose meaning is not known here"
+            )
             raise ValueError(f"it has {prefix}{key} {value!r}; {hint}")
     if rope_factors is not None:
         if config["rope_scaling"]:

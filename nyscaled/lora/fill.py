@@ -19,6 +19,7 @@ from nyscaled.lora.recipe import (
     Recipe,
     Weights,
     kernel_init,
+    options_of,
     origin_of,
     path_key,
     require_finite,
@@ -232,7 +233,7 @@ def initialize_params(
 
         new |= gradient_inits.start(str(init), key, pairs, leaves, of_leaves, options)
     else:
-        recipe = functools.partial(Recipe, kernel_init(init), tuple(sorted(options.items())))
+        recipe = functools.partial(Recipe, kernel_init(init), options_of(options))
         for pair in pairs:
             new |= _fill_pair(pair, leaves, recipe, alpha, key)
     return treedef.unflatten(new.values())

@@ -59,7 +59,24 @@ def origin_of(init: str | Init, options: Mapping[str, Any], key: Key[Array, ""])
         key: the PRNG key from which the keys of the layers were folded.
     """
     name = init if isinstance(init, str) else getattr(init, "__name__", repr(init))
-    return Origin((name, tuple(sorted(options.items()))), jax.random.key_data(key))
+    return Origin((name, options_of(options)), jax.random.key_data(key))
+
+
+def options_of(options: Mapping[str, object]) -> Options:
+    """Return the options of an init, sorted by name, with numbers in place of scalar arrays.
+
+    Args:
+        options: values by name, which become part of a model's structure and of saved files.
+
+    Examples:
+        >>> options_of({"side": "input", "scale": jnp.float32(0.5)})
+        (('scale', 0.5), ('side', 'input'))
+    """
+    arrays = jax.Array, np.ndarray, np.generic
+    return tuple(
+        (name, value.item() if isinstance(value, arrays) and value.ndim == 0 else value)
+        for name, value in sorted(options.items())
+    )
 
 
 @dataclasses.dataclass(frozen=True)
