@@ -154,5 +154,5 @@ def test_dynamic_scaling_while_tokens_come_one_by_one(tmp_path):
 
 
 def test_heads_too_narrow_for_dynamic_scaling(tmp_path):
-    with pytest.raises(ValueError, match="head_dim is 2; dynamic scaling needs at least 4"):
+    with pytest.raises(ValueError, match="head_dim is 2; expected at least 4"):
         model_with(tmp_path, rope_scaling={"type": "dynamic", "factor": 2.0}, head_dim=2)

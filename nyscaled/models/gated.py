@@ -1,4 +1,4 @@
-"""Decoders with rotary positions, RMS norms and gated MLPs, as LLaMA is one."""
+"""Decoders with rotary positions, RMS norms and gated MLPs: LLaMA and its relatives."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ class GatedConfig(Config):
                 "second, and even heads"
             )
         if isinstance(self.rope_scaling, rope.DynamicScaling) and self.head_dim < 4:
-            raise ValueError(f"head_dim is {self.head_dim}; dynamic scaling needs at least 4")
+            raise ValueError(
+                f"head_dim is {self.head_dim}; expected at least 4 for dynamic scaling"
+            )
 
     @classmethod
     def settings(cls, config: JsonObject) -> JsonObject:
@@ -118,7 +120,9 @@ class GatedConfig(Config):
 
 
 def with_heads(settings: JsonObject) -> JsonObject:
-    """Return the settings with sizes of heads, where they are None, that follow from the others.
+    """Return the settings with the number of key heads and the width of heads where these are None.
+
+    transformers then has as many key heads as query heads, which share the hidden size.
 
     Args:
         settings: fields of a `GatedConfig`.

@@ -23,10 +23,10 @@ C = TypeVar("C", bound=Config)
 
 
 def tied_as_in_the_file(source: WeightSource, config: C) -> C:
-    """Return the configuration, whose head is one of its own where the file has another.
+    """Return the configuration, in which head and embedding are tied only if the file agrees.
 
-    Where `tie_word_embeddings` is true and the file has a head that is not the embedding, the
-    model has both, as in transformers, and there is a warning.
+    Where `tie_word_embeddings` is true and the file has a head that differs from the embedding,
+    the model has both, as in transformers, and there is a warning.
 
     Args:
         source: the open file.

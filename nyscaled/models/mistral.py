@@ -1,4 +1,4 @@
-"""Mistral: LLaMA's layers, whose tokens see only those in a window before them."""
+"""Mistral: LLaMA's layers with attention in a sliding window."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ class Qwen2Config(GatedConfig):
     layer_types: tuple[str, ...] | None = None
 
     attention_bias: ClassVar[bool] = True
-    derived: ClassVar[JsonObject] = {"head_dim": None}  # what follows from others where missing
+    # Fields that `with_heads` computes where a file lacks them.
+    derived: ClassVar[JsonObject] = {"head_dim": None}
 
     def __post_init__(self) -> None:
         super().__post_init__()

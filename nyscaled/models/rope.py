@@ -177,7 +177,9 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> tuple[float, Scaling |
         try:
             settings = _completed(rope, kind, config, longest)
         except (OverflowError, ZeroDivisionError) as error:  # before its numbers are checked
-            raise ValueError(f"rope {name!r} has numbers that are no measure: {error}") from error
+            raise ValueError(
+                f"rope {name!r} has numbers that cannot be used: {error}; expected positive ones"
+            ) from error
         missing = [f for f, field in fields.items() if f not in settings and _needed(field)]
         if missing:
             raise ValueError(f"rope {name!r} lacks {', '.join(missing)}")
