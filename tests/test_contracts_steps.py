@@ -166,7 +166,7 @@ def large_constants_are_errors():
     jax.config.update("jax_captured_constants_warn_bytes", before)
 
 
-@pytest.mark.long_beyond(3)
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize(("kind", "name"), STEPS)
 @pytest.mark.usefixtures("large_constants_are_errors")
 def test_no_compiled_program_contains_the_matrix(kind, name):

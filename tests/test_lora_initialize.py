@@ -154,7 +154,8 @@ def test_lora_one_is_the_leading_part_of_the_negative_gradient():
     assert square(model, inputs()) < square(net(), inputs())
 
 
-def test_inits_from_gradients_say_what_they_want():
+@pytest.mark.long
+def test_inits_from_gradients_say_what_they_require():
     model = net()
     apply(model)
     with pytest.raises(

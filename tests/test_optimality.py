@@ -117,6 +117,7 @@ def test_measures_are_batched_by_vmap(fn):
     chex.assert_trees_all_close(found, jnp.stack([fn(x, basis, SPECTRUM) for x in xs]), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_gradients_of_angles_are_finite_where_spaces_are_equal():
     x = normal(0, (M, R))
     gradient = jax.jit(

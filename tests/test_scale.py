@@ -43,7 +43,7 @@ def test_other_factors_change_no_more_than_rounding(name):
     agree((STEPS | STARTS | MEASURES | TRANSFORMS)[name], ODD, 2e-4)
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", GRADIENT_STEPS)
 def test_gradient_steps_are_equivariant_where_the_gradient_fits(name):
     # What diverges has a gradient that soon does not fit.

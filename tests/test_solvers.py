@@ -140,7 +140,7 @@ def test_over_parametrized_run_stays_at_the_float32_floor(kappa, num_steps):
     assert exact_residual(x, a) <= 3e-6
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("kappa", "num_steps"), [(1e2, 1000), (1e5, 1000)])
 def test_over_parametrized_asymmetric_run_stays_at_the_float32_floor(kappa, num_steps):
     a, _, _ = nys.spectra.rectangular(jax.random.key(1), 300, 200, ill_conditioned(kappa))
