@@ -38,6 +38,6 @@ def label_step(model, optimizer, tokens, mask, labels):
 
 
 print([float(label_step(model, optimizer, tokens, mask, jnp.array([1, 0]))) for _ in range(8)])
-options = {"names": "bert", "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
+options = {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
 nys.lora.save_peft(model, "reviews", base_model="all-MiniLM-L6-v2", **options)
 # --8<-- [end:classify]

@@ -103,7 +103,7 @@ def test_rescaling_refuses_what_has_no_best_scale():
         initializers.rescaled(normal(0, (N, R)), a)
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "form"), [(R, "bcoo"), (R + 3, "operator")])
 def test_nystrom_approximation_is_the_matrix_itself(rank, form):
     a, _ = psd()

@@ -281,7 +281,7 @@ class Stacked(nn.Module):
         return scanned(name="layers")(x, None)[0]
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("qtype", [None, "int8"])
 def test_linen_with_qwix_stacked(qtype):
     model = qwix.apply_lora_to_model(Stacked(), provider(qtype))

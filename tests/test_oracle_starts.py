@@ -56,7 +56,7 @@ def relative(x, expected):
     return np.linalg.norm(x - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", SQUARE)
 def test_symmetric_gradient_gives_the_sketch_of_the_target(name):
     problem = SQUARE[name]()

@@ -116,6 +116,7 @@ def inverse_gram_run(a, x, num_steps):
     return lax.fori_loop(0, num_steps, body, x)
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("kappa", [1e2, 1e3, 1e4, 1e5])
 def test_float32_floor_does_not_depend_on_the_condition_number(kappa):
     a, _ = psd(int(kappa), ill_conditioned(kappa), m=1000)
@@ -130,7 +131,7 @@ def test_inverse_gram_update_loses_the_digits_that_the_fused_step_keeps():
     assert exact_residual(jax.jit(inverse_gram_run, static_argnums=2)(a, x0, 40), a) > 1e-4
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("kappa", "num_steps"), [(1e2, 1000), (1e4, 1000), (1e5, 10_000)])
 def test_over_parametrized_run_stays_at_the_float32_floor(kappa, num_steps):
     a, _ = psd(1, ill_conditioned(kappa), m=300)

@@ -41,4 +41,11 @@ def resolve(names: Names, model: nnx.Module) -> Namer:
     """
     if names is None:
         return getattr(model, "layer_name", _own_path)
-    return _from_table(names) if isinstance(names, Mapping) else names
+    if isinstance(names, Mapping):
+        return _from_table(names)
+    if not callable(names):
+        raise ValueError(
+            f"names is {names!r}; expected a mapping from paths to names, a function, or None to "
+            "ask the model"
+        )
+    return names
