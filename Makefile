@@ -83,7 +83,7 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f docs/mkdocs.yml -d ../build/site
 
-# The wheel, built from the sdist and installed with the base dependencies alone, runs README's first snippet.
+# The wheel, built from the sdist and installed with only the base dependencies, runs README's first snippet.
 package: $(VENV)/.dev
 	rm -rf build/dist build/wheel
 	$(BIN)/python -m build --outdir build/dist

@@ -59,9 +59,9 @@ def test_models_of_the_hub(monkeypatch, tmp_path):
     expected = {"config.json", "model.safetensors", "merges.txt", TOOLS}
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert files == expected
-    with pytest.raises(ValueError, match=r"owner/other is no folder here.*no network"):
+    with pytest.raises(ValueError, match=r"owner/other is not a folder here.*no network"):
         nys.models.load("owner/other")
-    with pytest.raises(ValueError, match=r"owner/broken is no folder here.*connection broke"):
+    with pytest.raises(ValueError, match=r"owner/broken is not a folder here.*connection broke"):
         nys.models.load("owner/broken")
     for local in (MODELS / "llama", str(MODELS / "llama"), Path("owner/llama")):
         with pytest.raises(ValueError, match="is not from the hub; expected no revision, got 'v1'"):

@@ -47,7 +47,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
         path = Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # of many classes: of the hub, of the network, of the disk
         raise ValueError(
-            f"{name} is no folder here, and the Hugging Face hub gives none: {error}"
+            f"{name} is not a folder here, and the Hugging Face hub has none: {error}"
         ) from error
     if not any(path.glob(WEIGHTS)):
         raise ValueError(

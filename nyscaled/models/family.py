@@ -94,7 +94,7 @@ class Family:
                 if first in modules:
                     return root + ".".join([name, *modules[modules.index(first) + 1 :]])
         raise ValueError(
-            f"{path} with stack index {index} is no layer of the family {self.model_type!r}; "
+            f"{path} with stack index {index} is not a layer of the family {self.model_type!r}; "
             f"expected one of {', '.join(filter(None, (*self.outside, self.head)))}, "
             f"{self.stack}.<i>.<module>, or {self.stack}.<module> in a stack"
         )
