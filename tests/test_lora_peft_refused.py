@@ -169,7 +169,7 @@ def test_save_refused(tmp_path):
         ({}, "names has None"),
         (NAMES | {"layers.up": "layers.up"}, "expected a name with 1"),
         (NAMES | {"out": "heads"}, "another layer's"),
-        (nys.models.Llama.family.layer_name, "no layer of the family 'llama'"),
+        (nys.models.Llama.family.layer_name, "not a layer of the family 'llama'"),
     ]:
         with pytest.raises(ValueError, match=match):
             nys.lora.save_peft(model, tmp_path, base_model="mine", names=names)
