@@ -49,7 +49,9 @@ def test_names_of_layers(model, path, index, name):
     ],
 )
 def test_layers_without_a_name(path, index):
-    with pytest.raises(ValueError, match="not a layer of the family 'llama'; expected one of embed"):
+    with pytest.raises(
+        ValueError, match="not a layer of the family 'llama'; expected one of embed"
+    ):
         Llama.family.layer_name(path, index)
 
 
