@@ -345,8 +345,7 @@ def main(config: Config) -> None:
             print(f"  {name}: {', '.join(f'{v:.2f}' for v in values)} dB at r = {ranks}")
     notes = {"images": list(images.shape), "tuned": tuned, "largest_range_over_trials": spread}
     figure = picture(results, ranks, images)
-    columns, png = ("x", "psnr"), {"dpi": 120}  # images at 200 dpi take more than a megabyte
-    save(config.out, "faces", figure, curves, config, columns=columns, png=png, **notes)
+    save(config.out, "faces", figure, curves, config, columns=("x", "psnr"), **notes)
 
 
 if __name__ == "__main__":

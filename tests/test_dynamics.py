@@ -24,7 +24,7 @@ def core(seed):
     return jnp.asarray(conditioned(seed, R, R, 5.0, np.float32))
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [R - 2, R, R + 3])
 def test_reduced_iterates_are_the_full_ones_in_the_basis(rank):
     a, basis = psd()

@@ -35,6 +35,7 @@ def test_adapt(capsys):
     assert same == "True"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["adapt_linen", "adapt_tree"])
 def test_losses_fall(name, capsys):
     losses = [float(line) for line in run(name, capsys)]

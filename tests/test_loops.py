@@ -156,6 +156,7 @@ def test_nan_in_the_measure_ends_the_loop_as_non_finite():
     assert (solution.status, int(solution.num_steps)) == (Status.NON_FINITE, 0)
 
 
+@pytest.mark.long
 def test_run_until_has_forward_mode_and_says_that_it_has_no_reverse_mode():
     a, _ = psd()
     problem = nys.problems.Symmetric(a)

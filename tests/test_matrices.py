@@ -1,8 +1,7 @@
-"""matrices: what A may be, at every door; operators and their dtypes; the product with Aᵀ."""
+"""matrices: what A may be, at every door; operators and their dtypes."""
 
 import functools
 import inspect
-import re
 
 import chex
 import jax
@@ -13,151 +12,28 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 from cases import normal
-from flax import nnx
 from jax.experimental import sparse
 from jax.tree_util import Partial
+from matrix_cases import (
+    DENSE,
+    KEY,
+    REFUSED,
+    SPARSE,
+    TAKEN,
+    A,
+    Diagonal,
+    Lineax,
+    M,
+    N,
+    R,
+    made,
+    operator,
+)
 
 import nyscaled as nys
 from nyscaled._pytree import pytree_dataclass
 from nyscaled.linalg import leading_factors
 from nyscaled.matrices import as_matrix, transpose_times
-
-M, N, R = 12, 8, 2
-KEY = jax.random.key(0)
-
-
-def made(shape):
-    """A float32 array with rows and entries that are zero; symmetric if square."""
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(shape[0], 3)) @ rng.normal(size=(3, shape[1]))
-    a[3] = 0
-    a[:, 5] = 0
-    if shape[0] == shape[1]:
-        a = a @ a.T
-    return a.astype(np.float32)
-
-
-A = made((M, N))
-
-
-@pytree_dataclass
-class Diagonal:
-    """An operator of somebody else: a pytree of JAX arrays with shape, dtype, T and @."""
-
-    d: object
-
-    shape = (M, M)
-    dtype = jnp.dtype("float32")
-    T = property(lambda self: self)
-
-    def __matmul__(self, x):
-        return self.d[:, None] * x
-
-
-class NumpyBacked:
-    """What has shape, dtype, T and @, and computes in NumPy."""
-
-    def __init__(self, a):
-        self.a, self.shape, self.dtype = a, a.shape, a.dtype
-
-    @property
-    def T(self):
-        return NumpyBacked(self.a.T)
-
-    def __matmul__(self, x):
-        return self.a @ np.asarray(x)
-
-
-class Lineax:
-    """As lineax's operators: products by `mv`, and no shape."""
-
-    T = property(lambda self: self)
-
-    def __init__(self, a):
-        self.matrix = a
-
-    def mv(self, x):
-        return self.matrix @ x
-
-
-def doubled(a):
-    """COO with every entry in two halves, out of order."""
-    entries = scipy.sparse.coo_array(a)
-    rows, columns = (np.tile(i[::-1], 2).astype(np.int64) for i in entries.coords)
-    return scipy.sparse.coo_array((np.tile(entries.data[::-1] / 2, 2), (rows, columns)), a.shape)
-
-
-def unsorted(a):
-    """CSR with explicit zeros, and columns that fall."""
-    m, n = a.shape
-    columns = np.tile(np.arange(n)[::-1], m)
-    return scipy.sparse.csr_array((a[:, ::-1].ravel(), columns, n * np.arange(m + 1)), a.shape)
-
-
-def operator(a):
-    a = jnp.asarray(a)
-    return nys.linalg.Operator(Partial(jnp.matmul, a), Partial(transpose_times, a), a.shape)
-
-
-FORMATS = ("bsr", "coo", "csc", "csr", "dia", "dok", "lil")
-DENSE = {
-    "jax": jnp.asarray,
-    "numpy": np.asarray,
-    "numpy_float64": np.float64,
-    "fortran": np.asfortranarray,
-    "big-endian": lambda a: a.astype(">f4"),
-    "strided": lambda a: np.repeat(a, 2, axis=1)[:, ::2],
-    "matrix": np.matrix,
-    "rows": lambda a: a.tolist(),
-    "DataFrame": pandas.DataFrame,
-    "nnx.Param": lambda a: nnx.Param(jnp.asarray(a)),
-}
-SPARSE = {
-    **{f"{f}_array": getattr(scipy.sparse, f"{f}_array") for f in FORMATS},
-    **{f"{f}_matrix": getattr(scipy.sparse, f"{f}_matrix") for f in FORMATS},
-    "float64": lambda a: scipy.sparse.csr_array(a.astype(np.float64)),
-    "doubled": doubled,
-    "unsorted": unsorted,
-    "BCOO": sparse.BCOO.fromdense,
-    "BCOO_batch": lambda a: sparse.BCOO.fromdense(a, n_batch=1),
-    "BCOO_dense": lambda a: sparse.BCOO.fromdense(a, n_dense=1),
-    "BCOO_padded": lambda a: sparse.BCOO.fromdense(a, nse=a.size),
-    "BCSR": sparse.BCSR.fromdense,
-    "COO": sparse.COO.fromdense,
-    "CSR": sparse.CSR.fromdense,
-    "CSC": sparse.CSC.fromdense,
-}
-TAKEN = {**DENSE, **SPARSE, "Operator": operator}
-REFUSED = {
-    "LinearOperator": (scipy.sparse.linalg.aslinearoperator, "A is a .*LinearOperator"),
-    "NumPy behind @": (NumpyBacked, "A is a NumpyBacked"),
-    "lineax": (Lineax, "A is a Lineax; expected a dense array"),
-    "masked": (lambda a: np.ma.masked_array(a, a > 1), "A is a MaskedArray"),
-    "masked nowhere": (np.ma.masked_array, "A is a MaskedArray"),
-    "object": (lambda a: a.astype(object), "A is a ndarray of dtype object"),
-    "text": (lambda a: a.astype(str), "A is a ndarray of dtype <U"),
-    "longdouble": (np.longdouble, "A is a ndarray of dtype float128|A has dtype float64"),
-    "ragged": (lambda a: [[1.0, 2.0], [3.0]], "A is a list"),
-    "DataFrame of text": (lambda a: pandas.DataFrame({"x": ["y"]}), "A is a DataFrame"),
-    "integers": (lambda a: a.astype(np.int64), "A has dtype int"),
-    "booleans": (lambda a: a > 0, "A has dtype bool"),
-    "complex": (lambda a: a.astype(np.complex64), "A has dtype complex64"),
-    "float16": (np.float16, "A has dtype float16"),
-    "rows of integers": (lambda a: [[1, 2], [2, 5]], "A has dtype int32"),
-    "vector": (lambda a: a[0], r"A has shape \(\d+,\)"),
-    "stack": (lambda a: a[None], r"A has shape \(1, 12, \d+\)"),
-    "sparse vector": (lambda a: scipy.sparse.coo_array(a[0]), r"A has shape \(\d+,\)"),
-    "sparse integers": (lambda a: scipy.sparse.csr_array(a.astype(int)), "A has dtype int64"),
-    "sparse booleans": (lambda a: scipy.sparse.lil_matrix(a > 0), "A has dtype bool"),
-    "sparse complex": (lambda a: scipy.sparse.dok_array(a * 1j), "A has dtype complex"),
-    "sparse longdouble": (lambda a: scipy.sparse.csr_array(np.longdouble(a)), "A has dtype float"),
-    "BCSR of integers": (lambda a: sparse.BCSR.fromdense(a.astype(int)), "A has dtype int32"),
-    "BCSR in batches": (
-        lambda a: sparse.BCSR.fromdense(a[None], n_batch=1),
-        r"A has shape \(1, 12, \d+\)",
-    ),
-    "too wide": (lambda a: scipy.sparse.csr_array((2, 2**31 + 5), dtype="f"), "A has shape"),
-}
 
 
 @pytest.mark.long_beyond(6)
@@ -435,64 +311,3 @@ def test_a_matrix_in_the_place_of_its_problem_is_refused(fn):
     for given in (PSD, scipy.sparse.csr_array(PSD)):
         with pytest.raises((ValueError, TypeError), match="problem"):
             fn(given)
-
-
-# --- The product with the transpose --------------------------------------------------------------
-
-
-ROWS, COLUMNS = 40, 30
-WIDE = normal(5, (ROWS, COLUMNS))
-PAIR_OF_WIDE = nys.Factors(normal(6, (ROWS, R)), normal(7, (COLUMNS, R)))
-PRODUCTS = {
-    "transpose_times": lambda a: transpose_times(a, PAIR_OF_WIDE.left),
-    "scaled_step": lambda a: nys.solvers.run(
-        nys.solvers.scaled_step(nys.problems.Asymmetric(a)), PAIR_OF_WIDE, 2
-    ),
-    "gradient": lambda a: nys.problems.Asymmetric(a).gradient(PAIR_OF_WIDE),
-    "sensing": lambda a: nys.problems.Sensing(a[None], jnp.ones(1)).gradient(PAIR_OF_WIDE),
-    "robust": lambda a: nys.problems.RobustPCA(a, 0.1).gradient(PAIR_OF_WIDE),
-    "phase": lambda a: nys.problems.Sensing(nys.problems.phase.RankOne(a), jnp.ones(ROWS)).gradient(
-        PAIR_OF_WIDE.right
-    ),
-    "spectral_norm": nys.linalg.spectral_norm,
-    "leading_factors": lambda a: leading_factors(KEY, a, R),
-    **{
-        f"{name} {options}": lambda a, name=name, options=options: nys.lora.KERNEL_INITS[name](
-            KEY, a, R, 1.0, **options
-        )
-        for name, options in (("nora", {"side": "output"}), ("pissa", {"niter": 2}), ("olora", {}))
-    },
-}
-
-
-def transposed(fn):
-    """The products of XLA's program that contract the rows of A from the left and copy it."""
-    text = jax.jit(fn).lower(WIDE).compile().as_text()
-    assert " dot(" in text
-    # With x from the left the result is (k, n), or this in the order of columns.
-    result = re.escape(f"= f32[{COLUMNS},") + r"\d+" + re.escape("]{1,0} dot(")
-    contracted = re.escape("lhs_contracting_dims={0}")
-    products = re.findall(rf"{result}(%[\w.-]+), .*{contracted}", text)
-    return [a for a in products if f"{a} = f32[{ROWS},{COLUMNS}]" in text]
-
-
-@pytest.mark.long_beyond(2)
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_no_program_transposes_a_dense_matrix(name):
-    assert not transposed(PRODUCTS[name])
-
-
-def test_a_transpose_is_seen_in_either_form():
-    x = PAIR_OF_WIDE.left
-    assert transposed(lambda a: a.T @ x)
-    assert transposed(lambda a: jax.lax.dot_general(x, a, (((0,), (0,)), ((), ()))).T)
-
-
-def test_products_with_the_transpose_are_batched_and_have_derivatives():
-    x = PAIR_OF_WIDE.left
-    a = WIDE
-    batch = jax.vmap(transpose_times)(jnp.stack([a, 2 * a]), jnp.stack([x, x]))
-    chex.assert_trees_all_close(batch[1], 2 * a.T @ x, rtol=1e-5, atol=1e-5)
-    found = jax.grad(lambda a, x: jnp.sum(transpose_times(a, x) ** 2), argnums=(0, 1))(a, x)
-    image = a.T @ x
-    chex.assert_trees_all_close(found, (2 * x @ image.T, 2 * a @ image), rtol=1e-4, atol=1e-4)

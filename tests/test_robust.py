@@ -49,6 +49,7 @@ def case():
     return problem, truth, nys.Factors(normal(1, (M, R)) / M**0.5, normal(2, (N, R)) / N**0.5)
 
 
+@pytest.mark.long
 def test_sparse_part_is_the_threshold_of_twice_the_fraction(case):
     problem, truth, point = case
     (x, y), observed = (np.asarray(f) for f in point), np.asarray(problem.observed)
@@ -135,6 +136,7 @@ def test_starts_from_trimmed_entries_lead_to_the_matrix(start):
     )
 
 
+@pytest.mark.long
 def test_alternating_steps_run_on_it(case):
     problem, truth, _ = case
     start = jax.tree.map(lambda f: f + 0.02, truth)

@@ -68,7 +68,6 @@ def save(
     config: Any,
     *,
     columns: tuple[str, str] = ("iteration", "error"),
-    png: Mapping[str, Any] | None = None,
     **notes: Any,
 ) -> None:
     """Write `name`.png, .pdf, .csv (panel, series, *columns) and .json.
@@ -82,7 +81,6 @@ def save(
         curves: what the CSV holds.
         config: the options of the script.
         columns: the names of x and y in the CSV.
-        png: options of `savefig` for the PNG.
         **notes: further entries of the JSON.
     """
     text = io.StringIO()
@@ -99,7 +97,7 @@ def save(
     write_atomically(out / f"{name}.csv", text.getvalue().encode())
     save_record(out, name, config, **notes)
     # Without the creation date, equal runs write equal files.
-    options = {"png": png or {}, "pdf": {"metadata": {"CreationDate": None}}}
+    options = {"png": {}, "pdf": {"metadata": {"CreationDate": None}}}
     for suffix, of_suffix in options.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, bbox_inches="tight", **of_suffix)

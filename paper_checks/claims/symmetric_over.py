@@ -6,15 +6,9 @@ import numpy as np
 
 import nyscaled as nys
 from paper_checks.claims import tails
+from paper_checks.claims.lemma_8 import STEP, quadratic_step
 from paper_checks.claims.symmetric_exact import alignment, core_error, phi_error
-from paper_checks.claims.two_phases import (
-    PHASE_ONE,
-    PHASE_TWO,
-    STEP,
-    phase_one,
-    phase_two,
-    quadratic_step,
-)
+from paper_checks.claims.two_phases import PHASE_ONE, PHASE_TWO, phase_one, phase_two
 from paper_checks.framework import Measured, claim, common, worst
 from paper_checks.framework.common import frobenius, over_time
 from paper_checks.framework.families import (
