@@ -11,9 +11,10 @@
 | operators of SciPy or NumPy, masked arrays, …        | ValueError, which names it                |
 
 Entries are float32 or float64 (float64 becomes float32 where JAX's x64 is off); other dtypes are a
-ValueError. What is converted is copied once, outside of jit: per stored entry, BCOO takes its value
-and two indices of 4 bytes. On a CPU a product of BCOO with 20 columns takes about 7 times that of
-SciPy's CSR (10⁶ entries of a 20000 × 10000 matrix).
+ValueError, unless the function that reads the matrix names them. What is converted is copied once,
+outside of jit: per stored entry, BCOO takes its value and two indices of 4 bytes. On a CPU a
+product of BCOO with 20 columns takes about 7 times that of SciPy's CSR (10⁶ entries of a
+20000 × 10000 matrix).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -30,11 +31,14 @@ import numpy as np
 from jax import lax
 from jax.experimental import sparse
 from jax.tree_util import Partial
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from nyscaled._pytree import as_partial, build, field, pytree_dataclass
 from nyscaled.numerics import full_precision
 from nyscaled.typing import Factors, LinearMap
+
+FLOATING = (jnp.float32, jnp.float64)  # the dtypes that iterations take by default
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -47,23 +51,32 @@ _INDEX = jnp.int32  # of BCOO, also where x64 is on
 _COLUMNS = 2  # of the products that are traced
 
 
-def require_floating(name: str, array: Any) -> None:
-    """Raise ValueError unless `array` is float32 or float64 (the r×r work needs no less)."""
-    if array.dtype not in (jnp.float32, jnp.float64):
+def require_floating(name: str, array: Any, dtypes: Sequence[DTypeLike] = FLOATING) -> None:
+    """Raise ValueError unless the dtype of `array` is one of these.
+
+    Args:
+        name: what errors call the array.
+        array: anything with a dtype.
+        dtypes: by default float32 and float64 (the r×r work needs no less).
+    """
+    if array.dtype not in dtypes:
+        *names, last = (jnp.dtype(dtype).name for dtype in dtypes)
         raise ValueError(
-            f"{name} has dtype {array.dtype}; expected float32 or float64 (convert it with .astype)"
+            f"{name} has dtype {array.dtype}; expected {', '.join(names)} or {last} "
+            "(convert it with .astype)"
         )
 
 
-def as_matrix(name: str, a: Any) -> Any:
+def as_matrix(name: str, a: Any, dtypes: Sequence[DTypeLike] = FLOATING) -> Any:
     """Return `a` as a dense JAX array, a BCOO or an operator, by the table of this module.
 
     Args:
         name: what errors call it.
         a: a matrix (m, n).
+        dtypes: the dtypes that it may have; float32 and float64 by default.
 
     Raises:
-        ValueError: on what is not a matrix of float32 or float64.
+        ValueError: on what is not a matrix of these dtypes.
 
     Examples:
         >>> import scipy.sparse
@@ -71,16 +84,16 @@ def as_matrix(name: str, a: Any) -> Any:
         BCOO(float32[3, 3], nse=3)
     """
     if isinstance(a, sparse.JAXSparse):
-        _require_matrix(name, a)
+        _require_matrix(name, a, dtypes)
         return _from_jax(a)
-    if _is_scipy(a):
-        _require_matrix(name, a)
+    if is_scipy(a):
+        _require_matrix(name, a, dtypes)
         return _from_scipy(name, a)
     if not _is_operator(a):
         a = as_array(name, a, _EXPECTED)
     elif not isinstance(a, Operator):
-        _require_products(name, a)
-    _require_matrix(name, a)
+        _require_products(name, a, dtypes)
+    _require_matrix(name, a, dtypes)
     return a
 
 
@@ -97,7 +110,7 @@ def as_array(name: str, a: Any, expected: str = "expected a dense array of numbe
     """
     if isinstance(a, jax.Array):
         return a
-    if isinstance(a, sparse.JAXSparse) or _is_scipy(a) or _is_operator(a):
+    if isinstance(a, sparse.JAXSparse) or is_scipy(a) or _is_operator(a):
         raise ValueError(f"{name} is a {type(a).__name__}; {expected}")
     # NumPy reads more than JAX does: tensors, DataFrames. But it drops masks without a word.
     by_numpy = hasattr(a, "__array__") and not hasattr(a, "__jax_array__") and not np.ma.isMA(a)
@@ -177,13 +190,14 @@ def transpose_times(a: Any, x: Array) -> Array:
     return lax.optimization_barrier(product).T  # or XLA would turn it into (a.T @ x) again
 
 
-def _require_matrix(name: str, a: Any) -> None:
+def _require_matrix(name: str, a: Any, dtypes: Sequence[DTypeLike] = FLOATING) -> None:
     if len(a.shape) != 2:
         raise ValueError(f"{name} has shape {tuple(a.shape)}; expected a matrix, (m, n)")
-    require_floating(name, a)
+    require_floating(name, a, dtypes)
 
 
-def _is_scipy(a: Any) -> bool:
+def is_scipy(a: object) -> bool:
+    """Return whether `a` is a sparse matrix or array of SciPy, which is not imported for that."""
     # Who has such a matrix has imported the module, and nobody else needs it.
     scipy_sparse = sys.modules.get("scipy.sparse")
     return scipy_sparse is not None and scipy_sparse.issparse(a)
@@ -222,9 +236,9 @@ def _from_jax(a: Any) -> Any:
     return a
 
 
-def _require_products(name: str, a: Any) -> None:
+def _require_products(name: str, a: Any, dtypes: Sequence[DTypeLike]) -> None:
     """Raise ValueError unless JAX can trace A @ x and Aᵀ @ y, with the shapes and dtype of A."""
-    _require_matrix(name, a)
+    _require_matrix(name, a, dtypes)
     m, n = a.shape
     try:
         if jax.tree_util.all_leaves([a]):

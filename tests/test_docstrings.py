@@ -14,6 +14,7 @@ ROOMS = (
             "initializers",
             "linalg",
             "lora",
+            "lowrank",
             "models",
             "optimality",
             "problems",

@@ -27,6 +27,7 @@ FLOORS = {
     "optimality": 1,
     "dynamics": 1,
     "solvers": 2,
+    "lowrank": 2,
     "lora": 3,
     "models": 4,
     "checkpoints": 2,
