@@ -17,6 +17,7 @@ from nyscaled import (
     spectra,
     transforms,
 )
+from nyscaled.lowrank import nystrom
 from nyscaled.transforms import (
     FactorSpec,
     default_spec,
@@ -53,6 +54,7 @@ __all__ = [
     "lowrank",
     "nora_plus",
     "numerics",
+    "nystrom",
     "optimality",
     "pair_spec",
     "precgd",

@@ -169,6 +169,26 @@ def qr(x: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, "n n"]
 
 
 @_one_at_a_time
+def _inverse_triangle(upper: Array) -> Array:
+    return _inverse_upper(upper)
+
+
+@_inverse_triangle.defjvp
+@full_precision
+def _inverse_triangle_jvp(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (upper,), (change,) = primals, tangents
+    inverse = _inverse_triangle(upper)
+    return inverse, -(inverse @ jnp.triu(change) @ inverse)
+
+
+def inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """Return R⁻¹ of an upper triangular R."""
+    return _inverse_triangle(upper)
+
+
+@_one_at_a_time
 def _inverse_cholesky(gram: Array) -> Array:
     return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).T)
 

@@ -1,5 +1,8 @@
 """Low-rank factorization of matrices of any kind, from thin products."""
 
 from nyscaled.lowrank.host import HostMatrix, HostOperator
+from nyscaled.lowrank.psd import nystrom
+from nyscaled.lowrank.psd_result import PSDApproximation
+from nyscaled.lowrank.result import Status
 
-__all__ = ["HostMatrix", "HostOperator"]
+__all__ = ["HostMatrix", "HostOperator", "PSDApproximation", "Status", "nystrom"]

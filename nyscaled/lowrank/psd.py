@@ -1,0 +1,182 @@
+"""`nystrom`: the leading eigenpairs of a positive semidefinite matrix, with an error estimate."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from nyscaled import validation
+from nyscaled.lapack import eigh, inverse_cholesky
+from nyscaled.linalg import default_rcond, orthonormalize
+from nyscaled.lowrank import leave_one_out
+from nyscaled.lowrank.psd_result import PSDApproximation
+from nyscaled.lowrank.result import Status
+from nyscaled.matrices import as_matrix
+from nyscaled.numerics import full_precision, norm, normalized, shift
+from nyscaled.typing import LinearMap, MatrixLike
+
+
+def nystrom(
+    a: MatrixLike,
+    rank: int,
+    *,
+    key: Key[Array, ""] | None = None,
+    oversampling: int = 10,
+    passes: int = 3,
+    jackknife: bool = False,
+) -> PSDApproximation:
+    """Return the leading eigenvectors and eigenvalues of a positive semidefinite A.
+
+    The approximation is AQ(QᵀAQ)⁻¹QᵀA, cut to the rank, for an orthonormal basis Q of the block
+    Krylov space [Ω, AΩ, …, A^(passes−1)Ω] of a Gaussian Ω with `rank + oversampling` columns. Three
+    passes are within 1 % of the best error of that rank for most spectra; one pass reads A once.
+    The compression is shifted by its rounding error, which keeps its Cholesky factor real, and the
+    shift is taken off the eigenvalues. Everything but one r × r eigendecomposition is products.
+
+    The error estimate comes from leaving out one column of Ω at a time, and needs no product with
+    A. Its mean square is that of the error with one column less, or more: it tends to be too
+    large. Of 2,000 draws with each of six spectra (a test counts them), three passes gave no
+    estimate below 0.9 times the error. With one pass up to 15 % were below 0.9 times the error, and
+    up to 1.3 % below half of it. An estimate below about 10·√m·eps·‖A‖ is rounding.
+
+    Args:
+        a: A (m, m), symmetric, positive semidefinite, in any form that problems take.
+        rank: how many eigenpairs, 1 ≤ r ≤ m.
+        key: PRNG key of Ω; `jax.random.key(0)` by default.
+        oversampling: how many more columns than `rank` Ω has. If the Krylov space would have m or
+            more dimensions, Ω has m columns, and one pass is made.
+        passes: how many products with A are made, each with `rank + oversampling` columns.
+        jackknife: whether to estimate how far the eigenvectors would move under another key, which
+            takes an eigendecomposition per column of Ω.
+
+    Raises:
+        ValueError: if the rank, the oversampling or the passes are out of range; if A is not
+            square, symmetric, finite and non-zero; or if its compression to the Krylov space has an
+            eigenvalue that is negative beyond rounding (values are checked outside of jit).
+
+    References:
+        Tropp, Yurtsever, Udell and Cevher, Fixed-rank approximation of a positive-semidefinite
+        matrix from streaming data, NeurIPS 2017.
+
+        Epperly and Tropp, Efficient error and variance estimation for randomized matrix
+        computations, SIAM J. Sci. Comput. 46, 2024.
+
+    Examples:
+        >>> import nyscaled as nys
+        >>> a, _ = nys.spectra.psd(jax.random.key(1), 100, 0.5 ** jnp.arange(10))
+        >>> psd = nys.nystrom(a, rank=3)
+        >>> bool(jnp.allclose(psd.eigenvalues, jnp.array([1.0, 0.5, 0.25]), atol=1e-4))
+        True
+        >>> error = jnp.linalg.norm(a - psd.factor @ psd.factor.T)
+        >>> bool(0.9 < psd.error_estimate / error < 1.5)
+        True
+    """
+    a = as_matrix("A", a)
+    m, n = a.shape
+    if m != n:
+        raise ValueError(
+            f"A has shape {(m, n)}; expected a square matrix (nys.factorize takes any)"
+        )
+    validation.require_rank(rank, a.shape)
+    columns = rank + validation.require_count("oversampling", oversampling)
+    passes = validation.require_count("passes", passes, low=1)
+    validation.require_sound_matrix("A", a, symmetric=True)
+    if columns * passes >= m:
+        columns, passes = m, 1
+    key = jax.random.key(0) if key is None else key
+    result = _approximation(a, key, rank, columns, passes, jackknife)
+    if validation.is_concrete(result) and int(result.status) == int(Status.INDEFINITE):
+        raise ValueError(
+            "A is not positive semidefinite: its compression to a subspace has an eigenvalue that "
+            "is negative beyond rounding; expected a PSD matrix (nys.factorize takes any)"
+        )
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "columns", "passes", "jackknife"))
+@full_precision
+def _approximation(
+    a: LinearMap, key: Key[Array, ""], rank: int, columns: int, passes: int, jackknife: bool
+) -> PSDApproximation:
+    m = a.shape[0]
+    omega = jax.random.normal(key, (m, columns), a.dtype)
+    basis = orthonormalize(omega)
+    image, e = normalized(a @ basis)
+
+    def product(block: Float[Array, "m s"]) -> Float[Array, "m s"]:
+        return shift(a @ block, -e)
+
+    start = basis.T @ omega
+    for i in range(1, passes):
+        block = _extension(basis, image[:, -columns:], jnp.roll(omega, i, axis=0))
+        basis = jnp.concatenate([basis, block], axis=1)
+        image = jnp.concatenate([image, product(block)], axis=1)
+    # Â of A + νI, less νI: rounding of the compression is at most ν.
+    gram = basis.T @ image
+    gram = (gram + gram.T) / 2
+    nu = default_rcond(m, gram.dtype) * norm(gram)
+    nu = jnp.where(nu == 0, 1, nu)
+    gram = gram + nu * jnp.eye(len(gram), dtype=gram.dtype)
+    image = image + nu * basis
+    root = inverse_cholesky(gram)
+    factor = image @ root
+    square = factor.T @ factor
+    rising, turn = eigh(square)
+    values, turn = rising[::-1], turn[:, ::-1]
+    live = values[:rank] > 2 * nu
+    eigenvalues = jnp.where(live, values[:rank] - nu, 0)
+    vectors = jnp.where(live, orthonormalize(factor @ turn[:, :rank]), 0)
+
+    parts = leave_one_out.replicates(gram, start, nu)
+    estimate = _with_cut(
+        leave_one_out.error(parts, image),
+        jnp.maximum(values[rank:] - nu, 0),
+        turn[:, rank:].T @ (square - _squared(gram @ root)) @ turn[:, rank:],
+    )
+    square = image.T @ image
+    deviations = leave_one_out.deviations(parts, square, rank) if jackknife else None
+    finite = jnp.all(jnp.isfinite(gram))
+    bad = jnp.where(finite, int(Status.INDEFINITE), int(Status.NON_FINITE))
+    known = jnp.all(jnp.isfinite(root))
+    return PSDApproximation(
+        vectors=vectors,
+        eigenvalues=shift(eigenvalues, e),
+        error_estimate=shift(estimate, e),
+        numerical_rank=jnp.sum(live),
+        passes=jnp.asarray(passes),
+        status=jnp.where(known, int(Status.RANK_REACHED), bad),
+        deviations=deviations,
+    )
+
+
+def _extension(
+    basis: Float[Array, "m k"], block: Float[Array, "m s"], noise: Float[Array, "m s"]
+) -> Float[Array, "m s"]:
+    """An orthonormal block that, with the basis, spans the range of a block, column by column.
+
+    A little noise gives columns without a direction of their own a random one. What is spanned is
+    that of an A which differs by rounding.
+    """
+    size = 4 * float(jnp.finfo(block.dtype).eps) / block.shape[0] ** 0.5
+    block = block + (size * norm(block)) * noise
+    block = orthonormalize(block - basis @ (basis.T @ block))
+    block = block - basis @ (basis.T @ block)
+    return block @ inverse_cholesky(_squared(block))
+
+
+def _squared(x: Float[Array, "m k"]) -> Float[Array, "k k"]:
+    return x.T @ x
+
+
+def _with_cut(
+    error: Float[Array, ""], cut: Float[Array, " c"], outside: Float[Array, "c c"]
+) -> Float[Array, ""]:
+    """‖A − Â + T‖_F for the part T of Â that is cut off, from the norm of A − Â.
+
+    Both are positive semidefinite and A − Â vanishes on range(Q), so that their inner product is
+    at most ‖A − Â‖ times the norm of the part of T that is outside of range(Q).
+    """
+    return jnp.sqrt(error**2 + jnp.sum(cut**2) + 2 * error * norm(outside))

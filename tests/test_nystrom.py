@@ -1,0 +1,196 @@
+"""nystrom: eigenpairs of PSD matrices, the leave-one-out estimate, the jackknife, refusals."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FORMS, KEY, M, N
+from test_lowering import assert_full_precision
+
+import nyscaled as nys
+from nyscaled.lowrank import Status
+
+RANK, OVERSAMPLING = 4, 4
+INDEX = np.arange(1, M + 1)
+SPECTRA = {
+    "harmonic": 1 / INDEX,
+    "squares": 1 / INDEX**2,
+    "halves": 0.5**INDEX,
+    "slow": 0.9**INDEX,
+    "flat with noise": np.where(INDEX <= RANK, 1, 0.01),
+    "a step late": np.where(INDEX <= 2 * RANK, 1, 0.01),
+}
+nystrom = functools.partial(nys.nystrom, rank=RANK, oversampling=OVERSAMPLING)
+
+
+def matrix(name, seed=0):
+    return nys.spectra.psd(jax.random.key(seed), M, SPECTRA[name])[0]
+
+
+def error(psd, a):
+    return jnp.linalg.norm(a - jnp.matmul(psd.factor, psd.factor.T, precision="highest"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_eigenpairs_are_those_of_the_matrix(form):
+    a, basis = nys.spectra.psd(KEY, M, [3.0, 2.0, 1.0, 0.5, 0.01])
+    psd = nystrom(FORMS[form](a))
+    chex.assert_trees_all_close(psd.eigenvalues, jnp.array([3.0, 2.0, 1.0, 0.5]), atol=1e-5)
+    chex.assert_trees_all_close(jnp.abs(psd.vectors.T @ basis[:, :4]), jnp.eye(4), atol=1e-5)
+    chex.assert_trees_all_close(psd.vectors.T @ psd.vectors, jnp.eye(4), atol=1e-5)
+    chex.assert_trees_all_close(error(psd, a), 0.01, rtol=1e-2)
+    chex.assert_trees_all_close(psd.error_estimate, 0.01, rtol=0.1)
+    assert (int(psd.passes), int(psd.numerical_rank), int(psd.status)) == (3, 4, 0)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_three_passes_are_near_the_best_rank_and_one_is_not(name):
+    a = matrix(name)
+    best = np.linalg.norm(SPECTRA[name][RANK:])
+    worst = {
+        p: max(error(nystrom(a, key=jax.random.key(i), passes=p), a) for i in range(3))
+        for p in (1, 3)
+    }
+    assert worst[3] <= 1.05 * best
+    assert worst[1] > worst[3]
+
+
+# --- The estimate --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def ratios(a, count, passes):
+    """The estimate over the error, of so many draws."""
+
+    def ratio(key):
+        psd = nystrom(a, key=key, passes=passes)
+        return psd.error_estimate / error(psd, a)
+
+    return jax.lax.map(ratio, jax.random.split(KEY, count))
+
+
+# How often the estimate is below half the error and below nine tenths of it, of all draws.
+ALLOWED = {1: (0.03, 0.25), 3: (0.0, 0.005)}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("slow", 100), *(pytest.param(name, 2000, marks=pytest.mark.long) for name in SPECTRA)],
+)
+@pytest.mark.parametrize("passes", ALLOWED)
+def test_the_estimate_is_rarely_below_the_error(name, count, passes):
+    ratio = np.asarray(ratios(matrix(name), count, passes))
+    half, most = ALLOWED[passes]
+    assert np.mean(ratio < 0.5) <= half
+    assert np.mean(ratio < 0.9) <= most
+    assert np.mean(ratio) < 2
+
+
+def test_the_estimate_is_for_the_matrix_and_not_for_its_image():
+    """The residual of the columns of Ω themselves is rounding: it is what leaving out is for."""
+    a = matrix("slow")
+    psd = nystrom(a, passes=1, rank=8, oversampling=0)
+    omega = jax.random.normal(KEY, (M, 8))  # the draw of `nystrom`
+    residual = jnp.linalg.norm((a - psd.factor @ psd.factor.T) @ omega) / 8**0.5
+    assert residual < 1e-4 * psd.error_estimate
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_jackknife_is_about_the_deviation_of_each_vector(passes):
+    a = matrix("squares")
+
+    @jax.jit
+    @jax.vmap
+    def draws(key):
+        psd = nystrom(a, rank=2, key=key, passes=passes, jackknife=True)
+        return psd.vectors, psd.deviations
+
+    vectors, deviations = draws(jax.random.split(KEY, 200))
+    projectors = jnp.einsum("dmr,dnr->drmn", vectors, vectors)
+    spread = jnp.sqrt(jnp.mean(jnp.sum((projectors - projectors.mean(0)) ** 2, (2, 3)), 0))
+    estimates = jnp.sqrt(jnp.mean(deviations**2, axis=0))
+    # On average the jackknife is never too small, for one column less.
+    assert jnp.all(estimates > spread)
+    assert jnp.all(estimates < 10 * spread)
+    assert nystrom(a).deviations is None
+
+
+# --- What is returned ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_rank_that_the_matrix_does_not_have_is_returned_as_zeros(passes):
+    a, basis = nys.spectra.psd(KEY, M, [2.0, 1.0])
+    psd = nystrom(a, passes=passes)
+    assert int(psd.numerical_rank) == 2
+    assert not jnp.any(psd.eigenvalues[2:])
+    assert not jnp.any(psd.vectors[:, 2:])
+    chex.assert_trees_all_close(jnp.abs(psd.vectors[:, :2].T @ basis), jnp.eye(2), atol=1e-5)
+    assert error(psd, a) < 2e-5
+    assert psd.error_estimate < 1e-3
+    exact = jnp.zeros((M, M)).at[0, 0].set(1.0)  # where products have rows of zeros
+    assert int(nystrom(exact, passes=passes).numerical_rank) == 1
+
+
+def test_a_small_matrix_is_decomposed_completely():
+    a, _ = nys.spectra.psd(KEY, 6, [3.0, 2.0, 1.0, 0.5, 0.2, 0.1])
+    psd = nystrom(a, rank=6)
+    chex.assert_trees_all_close(psd.factor @ psd.factor.T, a, atol=2e-5)
+    assert int(psd.passes) == 1
+
+
+@pytest.mark.parametrize("scale", [2.0**-98, 2.0**90])
+def test_powers_of_two_change_nothing(scale):
+    a = matrix("squares")
+    one, other = nystrom(a), nystrom(scale * a)
+    chex.assert_trees_all_close(other.vectors, one.vectors, atol=1e-6)
+    chex.assert_trees_all_close(other.eigenvalues / scale, one.eigenvalues, rtol=1e-5)
+    chex.assert_trees_all_close(other.error_estimate / scale, one.error_estimate, rtol=1e-4)
+
+
+def test_it_is_the_same_under_jit_and_vmap():
+    stack = jnp.stack([matrix("slow"), matrix("squares")])
+    batched = jax.jit(jax.vmap(lambda a: nystrom(a)))(stack)
+    for i, a in enumerate(stack):
+        alone = nystrom(a)
+        chex.assert_trees_all_close(batched.eigenvalues[i], alone.eigenvalues, rtol=1e-4)
+        chex.assert_trees_all_close(batched.factor[i], alone.factor, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_lowers_for_accelerators_in_full_precision(form):
+    fn = functools.partial(nystrom, jackknife=True)
+    assert_full_precision(fn, FORMS[form](matrix("slow")))
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+REFUSED = {
+    "indefinite": (lambda a: a - 0.5 * jnp.eye(M), {}, "A is not positive semidefinite"),
+    "negative": (lambda a: -a, {}, "A is not positive semidefinite"),
+    "not symmetric": (lambda a: a.at[0, 1].add(1.0), {}, "A is not symmetric"),
+    "rectangular": (lambda a: a[:, :N], {}, r"A has shape \(60, 40\); expected a square matrix"),
+    "zero": (lambda a: 0 * a, {}, "A is the zero matrix"),
+    "NaN": (lambda a: a.at[0, 0].set(jnp.nan), {}, "A has NaN or Inf"),
+    "rank": (lambda a: a, {"rank": M + 1}, "rank is 61"),
+    "oversampling": (lambda a: a, {"oversampling": -1}, "oversampling is -1"),
+    "passes": (lambda a: a, {"passes": 0}, "passes is 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused(case):
+    change, options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        nystrom(change(matrix("slow")), **options)
+
+
+def test_under_jit_the_status_says_it():
+    status = jax.jit(lambda a: nystrom(a).status)
+    a = matrix("slow")
+    assert int(status(a)) == Status.RANK_REACHED
+    assert int(status(-a)) == Status.INDEFINITE
+    assert int(status(a.at[0, 0].set(jnp.nan))) == Status.NON_FINITE
