@@ -15,6 +15,7 @@ PACKAGE = ROOT / "nyscaled"
 FLOORS = {
     "typing": 0,
     "_pytree": 0,
+    "_files": 0,
     "matrices": 0,
     "numerics": 0,
     "lapack": 0,

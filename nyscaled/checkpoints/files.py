@@ -14,6 +14,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from nyscaled._files import flush as flush
+
 MAX_TEXT = 2**28  # bytes of a text or JSON file; the largest tokenizers have a tenth of it
 MAX_DEPTH = 64  # of objects and lists in JSON
 
@@ -241,16 +243,3 @@ def write_tensors(
         safetensors.numpy.save_file(arrays, path, metadata=dict(metadata))
     except safetensors.SafetensorError as error:  # the library's name for it
         raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk.
-
-    Args:
-        path: its path.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,5 +4,6 @@ from nyscaled.lowrank.host import HostMatrix, HostOperator
 from nyscaled.lowrank.psd import nystrom
 from nyscaled.lowrank.psd_result import PSDApproximation
 from nyscaled.lowrank.result import Status
+from nyscaled.lowrank.stream import RowBlocks
 
-__all__ = ["HostMatrix", "HostOperator", "PSDApproximation", "Status", "nystrom"]
+__all__ = ["HostMatrix", "HostOperator", "PSDApproximation", "RowBlocks", "Status", "nystrom"]

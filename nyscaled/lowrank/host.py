@@ -10,6 +10,7 @@ A matrix of the host is known by products on NumPy arrays, which are made outsid
 | linear operators of lineax                          | `Operator`                                 |
 | operators of SciPy and PyLops, and whatever else    | `HostOperator`                             |
 | has `matmat` and `rmatmat`                          |                                            |
+| memory maps, h5py datasets, zarr arrays             | `RowBlocks`                                |
 | anything with `times` and `adjoint_times`           | itself                                     |
 
 On a CPU XLA multiplies a BCOO about ten times slower than SciPy multiplies the same CSR. So a
@@ -91,6 +92,10 @@ def as_input(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
         >>> a.times(np.ones((3, 1), np.float32)).T
         array([[1., 1., 1.]], dtype=float32)
     """
+    if _is_stored(a):
+        from nyscaled.lowrank.stream import RowBlocks  # it imports this file
+
+        return RowBlocks(a)
     if isinstance(a, Operator | jax.Array | np.ndarray):
         return as_matrix(name, a, DTYPES)
     if isinstance(a, HostMatrix):
@@ -171,9 +176,7 @@ class HostOperator:
         if (image.shape, image.dtype) != (shape, self.dtype):
             got = f"{image.shape} {image.dtype}"
             raise ValueError(f"{label} is {got}; expected {shape} {self.dtype}")
-        with np.errstate(over="ignore", invalid="ignore"):  # a sum is cheaper, and can overflow
-            finite = np.isfinite(image.sum()) or np.isfinite(image).all()
-        if not finite:
+        if not all_finite(image):
             raise ValueError(f"{label} has NaN or Inf entries; expected finite ones")
         if not self._agree:
             self._compare(side, _Sample.of(x, image))
@@ -222,6 +225,12 @@ def _unit(v: np.ndarray) -> tuple[np.ndarray, float]:
     return scaled / (length or 1.0), largest * length
 
 
+def all_finite(array: np.ndarray) -> bool:
+    """Return whether an array has neither NaN nor Inf."""
+    with np.errstate(over="ignore", invalid="ignore"):  # a sum is cheaper, and can overflow
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
+
+
 class SparseMatrix:
     """A sparse matrix whose products SciPy makes on the host; its rows are stored once.
 
@@ -246,6 +255,15 @@ class SparseMatrix:
         return self.rows.T @ y
 
 
+def _is_stored(a: object) -> bool:
+    """Whether `a` lies in a file, and may be larger than memory."""
+    classes = (("numpy", "memmap"), ("h5py", "Dataset"), ("zarr", "Array"))
+    modules = ((sys.modules.get(module), name) for module, name in classes)
+    return any(
+        module is not None and isinstance(a, getattr(module, name)) for module, name in modules
+    )
+
+
 def _sparse(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
     """SciPy's form on a CPU; BCOO on accelerators, which multiply it faster than the host can.
 
@@ -267,7 +285,7 @@ def _sparse(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
         i, j = indices[inside].T
         rows = scipy.sparse.csr_array((entries[inside], (i, j)), shape=a.shape)
     rows = rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
-    if not np.isfinite(rows.data).all():
+    if not all_finite(rows.data):
         raise ValueError(f"{name} has NaN or Inf entries; expected finite ones")
     return SparseMatrix(rows)
 

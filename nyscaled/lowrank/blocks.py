@@ -1,0 +1,244 @@
+"""Sources of row blocks: files, arrays that are sliced, and functions that make the blocks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from nyscaled.lowrank.host import HOST_DTYPES
+from nyscaled.matrices import require_floating
+from nyscaled.typing import MatrixLike
+
+T = TypeVar("T")
+
+BlockFactory = Callable[[], Iterable[np.ndarray]]
+
+
+@runtime_checkable
+class SlicedRows(Protocol):
+    """A matrix of which `source[i:j]` gives rows: `np.memmap`, h5py, zarr, or a class of yours."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
+class Rows(NamedTuple):
+    """A matrix by its row blocks; `read(start)` yields those from row `start`, a block's first."""
+
+    label: str
+    shape: tuple[int, int]
+    dtype: np.dtype
+    read: Callable[[int], Iterator[np.ndarray]]
+
+
+def as_rows(
+    source: MatrixLike | BlockFactory,
+    shape: Sequence[int] | None,
+    dtype: DTypeLike | None,
+    block_bytes: int,
+) -> Rows:
+    """Return the row blocks of a source, converted to a dtype that products are made in.
+
+    Args:
+        source: a matrix that is sliced by rows, or a function that yields its blocks.
+        shape: (m, n), of a function.
+        dtype: of the blocks that are returned; by default that of the source.
+        block_bytes: of a block in memory.
+
+    Raises:
+        ValueError: on other sources, and on dtypes that are not floats or complex numbers.
+    """
+    if isinstance(source, SlicedRows):
+        shape, stored = tuple(source.shape), np.dtype(source.dtype)
+        label = _label(source)
+    elif callable(source):
+        if shape is None or dtype is None:
+            raise ValueError("shape or dtype is None; expected both for a function of blocks")
+        stored, label = np.dtype(dtype), getattr(source, "__name__", "the stream")
+    else:
+        raise ValueError(
+            f"the source is a {type(source).__name__}; expected an array that is sliced by rows "
+            "(np.memmap, h5py, zarr), or a function that yields row blocks"
+        )
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"{label} has shape {tuple(shape)}; expected a matrix, (m, n)")
+    size = (int(shape[0]), int(shape[1]))
+    target = _target(label, stored, dtype)
+    if not isinstance(source, SlicedRows):
+        read = _made(cast(BlockFactory, source), label)
+    else:
+        per_row = max(size[1] * max(stored.itemsize, target.itemsize), 1)
+        height = _height(source, max(block_bytes // per_row, 1))
+        read = _from_file(source, height) or _sliced(source, height, label)
+    return Rows(label, size, target, _checked(read, label, size, target))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items; a thread makes the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        future = pool.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = pool.submit(next, items, None)
+            yield item
+
+
+def _label(source: SlicedRows) -> str:
+    """The name of a file where there is one."""
+    file = getattr(source, "filename", None) or getattr(
+        getattr(source, "file", None), "filename", None
+    )
+    return f"a {type(source).__name__}" if file is None else os.fspath(file)
+
+
+def _target(label: str, stored: np.dtype, dtype: DTypeLike | None) -> np.dtype:
+    if dtype is None:
+        half = stored.kind in "fV" and stored.itemsize == 2  # NumPy multiplies no half precision
+        dtype = np.float32 if half else stored
+        if dtype not in HOST_DTYPES:
+            raise ValueError(
+                f"{label} has dtype {stored}; expected floats or complex numbers "
+                "(nys.lowrank.RowBlocks(…, dtype=np.float32) converts blocks as they are read)"
+            )
+    target = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    require_floating("the dtype of blocks", np.empty(0, target), HOST_DTYPES)
+    if stored.kind == "c" and target.kind != "c":
+        raise ValueError(f"dtype is {target} for the {stored} of {label}; expected a complex one")
+    return target
+
+
+def _height(source: SlicedRows, rows: int) -> int:
+    """Rows of a block, in whole chunks of a chunked file where they fit."""
+    chunks = cast(Sequence[int] | None, getattr(source, "chunks", None))
+    if chunks and 0 < chunks[0] <= rows:
+        rows -= rows % chunks[0]
+    return min(rows, source.shape[0])
+
+
+def _checked(
+    read: Callable[[int], Iterator[np.ndarray]], label: str, shape: tuple[int, int], dtype: np.dtype
+) -> Callable[[int], Iterator[np.ndarray]]:
+    """Blocks of the right width and dtype, which end after m rows."""
+    m, n = shape
+
+    def blocks(start: int) -> Iterator[np.ndarray]:
+        row = start
+        for block in read(start):
+            block = np.asarray(block)
+            if block.ndim != 2 or block.shape[1] != n or block.dtype.kind not in "fcViub":
+                got = f"shape {block.shape} and dtype {block.dtype}"
+                raise ValueError(
+                    f"rows {row} … of {label} have {got}; expected numbers (rows, {n})"
+                )
+            row += len(block)
+            if row > m:
+                raise ValueError(f"{label} has more than {m} rows; expected shape {shape}")
+            if len(block):
+                with np.errstate(over="ignore"):  # Inf is found in the products
+                    block = block.astype(dtype, order="C", copy=False)
+                yield block
+        if row < m:
+            raise ValueError(f"{label} ended after {row} rows; expected {m}")
+
+    return blocks
+
+
+def _made(factory: BlockFactory, label: str) -> Callable[[int], Iterator[np.ndarray]]:
+    def blocks(start: int) -> Iterator[np.ndarray]:
+        row = 0
+        for block in factory():
+            if row >= start:
+                yield block
+            row += len(block)
+        if row < start:
+            raise ValueError(f"{label} ended after {row} rows; expected more than {start}")
+
+    return blocks
+
+
+def _sliced(source: SlicedRows, height: int, label: str) -> Callable[[int], Iterator[np.ndarray]]:
+    m, file = source.shape[0], _file(source)
+
+    def blocks(start: int) -> Iterator[np.ndarray]:
+        for row in range(start, m, height):
+            if file is not None:
+                _require_bytes(file.path, file.end)
+            stop = min(row + height, m)
+            try:
+                block = np.array(source[row:stop])
+            except Exception as error:  # what h5py, zarr or somebody's class raises
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"rows {row} … {stop} of {label}: {reason}") from error
+            if len(block) != stop - row:
+                raise ValueError(f"rows {row} … {stop} of {label} are {len(block)} rows")
+            yield block
+
+    return blocks
+
+
+class _File(NamedTuple):
+    """A file, the byte at which it ends, and the byte at which the rows begin if it is mapped.
+
+    It must not be shorter: a map then ends the process, and HDF5 reads zeros.
+    """
+
+    path: str
+    end: int
+    begin: int | None
+
+
+def _file(source: SlicedRows) -> _File | None:
+    if not isinstance(source, np.memmap):
+        path = str(getattr(getattr(source, "file", None), "filename", None))  # of h5py
+        return _File(path, os.stat(path).st_size, None) if os.path.isfile(path) else None
+    root = source
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    if source.filename is None or not isinstance(root, np.memmap):
+        return None
+    begin = int(root.offset) + source.ctypes.data - root.ctypes.data
+    return _File(os.fspath(source.filename), int(root.offset) + root.nbytes, begin)
+
+
+def _from_file(source: SlicedRows, height: int) -> Callable[[int], Iterator[np.ndarray]] | None:
+    """Reading a mapped file as a file, so that its pages do not count as memory of the process."""
+    file = _file(source)
+    if file is None or file.begin is None or not isinstance(source, np.memmap):
+        return None
+    if not source.flags.c_contiguous or source.mode == "c":  # changes of such a map are in no file
+        return None
+    path, end, begin = file.path, file.end, file.begin
+    (m, n), dtype = source.shape, source.dtype
+
+    def blocks(start: int) -> Iterator[np.ndarray]:
+        _require_bytes(path, end)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin + start * n * dtype.itemsize)
+            for row in range(start, m, height):
+                block = np.empty((min(height, m - row), n), dtype)
+                view, filled = block.reshape(-1).view(np.uint8).data, 0
+                while filled < len(view):
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        _require_bytes(path, end)
+                        raise ValueError(f"{path} cannot be read at row {row}")
+                    filled += count
+                yield block
+
+    return blocks
+
+
+def _require_bytes(path: str, expected: int) -> None:
+    size = os.stat(path).st_size
+    if size < expected:
+        raise ValueError(f"{path} is cut short: it has {size} bytes; expected {expected}")

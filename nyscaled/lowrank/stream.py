@@ -1,0 +1,202 @@
+"""Matrices larger than memory, of which each product reads every row block once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import time
+import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Inexact
+
+from nyscaled.lowrank.blocks import BlockFactory, ahead, as_rows
+from nyscaled.lowrank.host import HostArray, all_finite
+from nyscaled.lowrank.resume import Journal, Pass, describe
+from nyscaled.typing import MatrixLike
+from nyscaled.validation import require_count, require_nonnegative
+
+BLOCK_BYTES = 2**26
+
+
+class RowBlocks:
+    """A matrix that is read by blocks of rows, in place of being held in memory.
+
+    A product reads every block once, the next one while the last one is multiplied. So memory
+    holds two blocks and thin matrices. Blocks are compared by checksums with those of the first
+    pass. Sums over blocks are made in double precision.
+
+    Args:
+        source: what gives rows as `source[i:j]`: `np.memmap`, an h5py dataset, a zarr array, or
+            any object with `shape` and `dtype`. Or a function without arguments that yields the
+            row blocks, the same ones at each call.
+        shape: (m, n), of a function.
+        dtype: of the blocks once they are read; by default that of the source, and float32 for
+            half precision. float64 becomes float32 where JAX's x64 is off.
+        block_bytes: the size of a block in memory; a function chooses its own.
+        progress: whether to draw a bar for each pass, with tqdm.
+        resume: a folder from which a run that was killed continues, and into which this one
+            writes. It must be deleted by hand.
+        save_seconds: how often the state of a pass is written there.
+
+    Raises:
+        ValueError: on a source that is none of these. Its products raise it on files that are cut
+            short, on blocks that changed since the first pass, and on NaN and Inf.
+
+    Examples:
+        >>> blocks = lambda: (np.full((2, 3), i, np.float32) for i in range(4))
+        >>> a = RowBlocks(blocks, shape=(8, 3), dtype=np.float32)
+        >>> a.times(np.ones((3, 1), np.float32)).T
+        array([[0., 0., 3., 3., 6., 6., 9., 9.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        source: MatrixLike | BlockFactory,
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: DTypeLike | None = None,
+        block_bytes: int = BLOCK_BYTES,
+        progress: bool = False,
+        resume: str | os.PathLike[str] | None = None,
+        save_seconds: float = 60.0,
+    ) -> None:
+        require_count("block_bytes", block_bytes, low=1)
+        require_nonnegative("save_seconds", save_seconds)
+        self._rows = as_rows(source, shape, dtype, block_bytes)
+        self.shape = self._rows.shape
+        self.dtype = self._rows.dtype
+        self.passes = 0
+        self._checksums: dict[int, int] = {}  # by the row at which a block begins
+        self._progress = progress
+        self._save_seconds = save_seconds
+        self._journal = None
+        if resume is not None:
+            first = checksum(next(self._rows.read(0)))
+            m, n = self.shape
+            description = {"shape": f"({m}, {n})", "dtype": str(self.dtype)}
+            description["checksum of the first block"] = f"{first:016x}"
+            self._journal = Journal(resume, description)
+
+    def times(self, x: Inexact[np.ndarray, "n k"], /) -> Inexact[np.ndarray, "m k"]:
+        """Return A x, in one pass."""
+        return _known(self._pass("A x", x, image=True, sums=False).image)
+
+    def adjoint_times(self, y: Inexact[np.ndarray, "m k"], /) -> Inexact[np.ndarray, "n k"]:
+        """Return Aᴴ y, in one pass."""
+        sums = _known(self._pass("Aᴴ y", y, image=False, sums=True).sums)
+        return sums.conj().T.astype(self.dtype, order="C")
+
+    def times_both(
+        self, x: Inexact[np.ndarray, "n k"], /
+    ) -> tuple[Inexact[np.ndarray, "m k"], Inexact[np.ndarray, "n k"]]:
+        """Return A x, and Aᴴ A x in double precision, in one pass.
+
+        The second has the size of the square of A, which single precision may not hold.
+        """
+        state = self._pass("A x and Aᴴ A x", x, image=True, sums=True)
+        return _known(state.image), _known(state.sums).conj().T
+
+    def _pass(self, product: str, x: HostArray, *, image: bool, sums: bool) -> Pass:
+        """Multiply every block by x, or by rows of x; sum the adjoint products of the results."""
+        (m, n), k = self.shape, x.shape[1]
+        if len(x) != (n if image else m):
+            expected = f"({n if image else m}, {k})"
+            raise ValueError(f"the argument of {product} has shape {x.shape}; expected {expected}")
+        x = np.ascontiguousarray(x, self.dtype)
+        state = Pass(
+            row=0,
+            image=np.empty((m, k), self.dtype) if image else None,
+            sums=np.zeros((k, n), np.result_type(self.dtype, np.float64)) if sums else None,
+        )
+        journal = self._journal
+        description = {} if journal is None else describe(product, x)
+        if journal is not None and (known := journal.load(self.passes, description)):
+            state, checksums = known
+            self._checksums = {**checksums, **self._checksums}
+        missing, saved = state.row < m, time.monotonic()
+        with self._bar(product, state.row) as show:
+            for rows, block in ahead(self._blocks(state.row)):
+                self._add(rows, block, x, state)
+                state.row = rows.stop
+                show(len(block))
+                late = time.monotonic() - saved >= self._save_seconds
+                if journal is not None and late and state.row < m:
+                    journal.save(self.passes, description, state, self._checksums)
+                    saved = time.monotonic()
+        if journal is not None and missing:
+            journal.save(self.passes, description, state, self._checksums, ended=True)
+        self.passes += 1
+        return state
+
+    def _add(self, rows: slice, block: HostArray, x: HostArray, state: Pass) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            thin = result = x[rows] if state.image is None else block @ x
+            if state.image is not None:
+                state.image[rows] = thin
+            if state.sums is not None:
+                # Squares of entries need not fit into single precision.
+                size = 2.0 ** (int(np.frexp(np.max(np.abs(thin)))[1]) - 1)
+                part = (thin.conj().T / size) @ block
+                state.sums += size * part.astype(state.sums.dtype)
+                result = state.sums
+        if not all_finite(result):
+            raise ValueError(
+                f"rows {rows.start} … {rows.stop} of {self._rows.label} have NaN or Inf entries, "
+                f"or their products overflow {result.dtype}; expected finite ones"
+            )
+
+    def _blocks(self, start: int) -> Iterator[tuple[slice, HostArray]]:
+        """Yield the blocks and where they are; ValueError on one that was another before."""
+        if start == self.shape[0]:
+            return
+        for block in self._rows.read(start):
+            stop, found = start + len(block), checksum(block)
+            if self.passes == 0:
+                self._checksums.setdefault(start, found)
+            if self._checksums.get(start) != found:
+                raise ValueError(
+                    f"rows {start} … {stop} of {self._rows.label} changed between two passes; "
+                    "expected the same rows in each pass"
+                )
+            yield slice(start, stop), block
+            start = stop
+
+    @contextlib.contextmanager
+    def _bar(self, product: str, start: int) -> Generator[Callable[[int], object], None, None]:
+        """Yield what is called with the number of rows that were read."""
+        if not self._progress:
+            yield lambda rows: None
+            return
+        try:
+            tqdm = importlib.import_module("tqdm")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "progress=True needs tqdm: pip install 'nyscaled[streams]'"
+            ) from error
+        label = f"pass {self.passes + 1}: {product}"
+        with tqdm.tqdm(total=self.shape[0], initial=start, desc=label, unit=" rows") as bar:
+            yield bar.update
+
+
+def checksum(block: np.ndarray) -> int:
+    """Return 64 bits that tell whether a block changed.
+
+    Sums of its machine words over rows and over columns take a fifth of the time of a CRC of all
+    bytes. A change is not seen if it keeps each of these sums.
+
+    Args:
+        block: rows of a matrix, contiguous.
+    """
+    per_row = block.shape[1] * block.itemsize
+    words = block.view(next(w for w in (np.uint64, np.uint32) if per_row % w().itemsize == 0))
+    across, down = (np.add.reduce(words, axis=axis, dtype=words.dtype) for axis in (1, 0))
+    return zlib.crc32(across) << 32 | zlib.crc32(down)
+
+
+def _known(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None
+    return array

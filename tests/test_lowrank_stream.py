@@ -1,0 +1,462 @@
+"""Matrices that are read by row blocks: products, files, changes between passes, resuming."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nyscaled.lowrank import RowBlocks
+from nyscaled.lowrank.host import HostMatrix, as_input
+
+M, N, K = 50, 6, 3
+BLOCK = 8 * N * 4  # bytes of eight rows
+
+
+def matrix(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((M, N))
+    if np.issubdtype(dtype, np.complexfloating):
+        a = a * np.exp(2j * np.pi * rng.random((M, N)))
+    return a.astype(dtype)
+
+
+def thin(rows, dtype=np.float32):
+    return np.random.default_rng(rows).standard_normal((rows, K)).astype(dtype)
+
+
+def assert_close(got, expected):
+    assert np.max(np.abs(got - expected)) <= 1e-5 * np.max(np.abs(expected))
+
+
+def assert_products(a, dense):
+    x, y = thin(N, dense.dtype), thin(M, dense.dtype)
+    assert (a.shape, a.dtype) == (dense.shape, dense.dtype)
+    image, coimage = a.times(x), a.adjoint_times(y)
+    assert image.dtype == coimage.dtype == dense.dtype
+    assert_close(image, dense @ x)
+    assert_close(coimage, dense.conj().T @ y)
+    image, both = a.times_both(x)
+    assert_close(image, dense @ x)
+    assert_close(both, dense.conj().T @ (dense @ x))
+    assert a.passes == 3
+
+
+def memory_map(dense, folder):
+    np.save(folder / "a.npy", dense)
+    return np.load(folder / "a.npy", mmap_mode="r")
+
+
+def rows_of_a_map(dense, folder):
+    """Rows of a map that begins somewhere in a file: a view knows a wrong offset."""
+    padded = np.concatenate([dense[:3], dense, dense[:5]])
+    (folder / "a.bin").write_bytes(b"x" * 12 + padded.tobytes())
+    kind = {"dtype": dense.dtype, "shape": padded.shape, "offset": 12, "mode": "r"}
+    return np.memmap(folder / "a.bin", **kind)[3 : 3 + M]
+
+
+def columns_of_a_map(dense, folder):
+    return memory_map(np.concatenate([dense, dense], axis=1), folder)[:, :N]
+
+
+def by_columns(dense, folder):
+    return memory_map(np.asfortranarray(dense), folder)
+
+
+def hdf5(dense, folder):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(folder / "a.h5", "w") as file:
+        file.create_dataset("a", data=dense, chunks=(3, 2))
+    return h5py.File(folder / "a.h5")["a"]
+
+
+def zarr_array(dense, folder):
+    zarr = pytest.importorskip("zarr")
+    a = zarr.create_array(folder / "a.zarr", shape=dense.shape, dtype=dense.dtype, chunks=(7, 2))
+    a[:] = dense
+    return a
+
+
+STORED = {
+    "memory map": memory_map,
+    "rows of a map": rows_of_a_map,
+    "columns of a map": columns_of_a_map,
+    "by columns": by_columns,
+    "hdf5": hdf5,
+    "zarr": zarr_array,
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("form", STORED)
+def test_products_of_what_is_stored(form, dtype, tmp_path):
+    dense = matrix(dtype)
+    stored = STORED[form](dense, tmp_path)
+    assert_products(RowBlocks(stored, block_bytes=BLOCK), dense)
+    assert isinstance(as_input("A", stored), RowBlocks)
+
+
+def test_products_of_arrays_and_functions():
+    dense = matrix()
+    assert_products(RowBlocks(dense, block_bytes=BLOCK), dense)
+    parts = (0, 1, 20, 20, 49, M)  # one of them without rows
+    pairs = list(itertools.pairwise(parts))
+    blocks = RowBlocks(lambda: (dense[i:j] for i, j in pairs), shape=dense.shape, dtype=dense.dtype)
+    assert_products(blocks, dense)
+    assert isinstance(blocks, HostMatrix)
+
+
+@pytest.mark.parametrize("block_bytes", [1, BLOCK, 10**9])
+def test_the_height_of_blocks_does_not_matter(block_bytes):
+    assert_products(RowBlocks(matrix(), block_bytes=block_bytes), matrix())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float64, ">f4"])
+def test_entries_are_converted_as_they_are_read(dtype, tmp_path):
+    stored = memory_map((8 * np.abs(matrix())).astype(dtype), tmp_path)
+    a = RowBlocks(stored, dtype=np.float32, block_bytes=BLOCK)
+    assert_products(a, np.array(stored, np.float32))
+
+
+def test_half_precision_is_multiplied_in_single(tmp_path):
+    import ml_dtypes
+
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        assert RowBlocks(matrix().astype(dtype)).dtype == np.float32
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e36])
+def test_squares_that_single_precision_does_not_hold(scale):
+    dense = np.float32(scale) * matrix()
+    _, both = RowBlocks(dense, block_bytes=BLOCK).times_both(thin(N))
+    wide = dense.astype(np.float64)
+    assert_close(both / scale**2, wide.T @ (wide @ thin(N)) / scale**2)
+
+
+def test_blocks_are_read_once_and_ahead():
+    reads = []
+
+    class Counted:
+        shape, dtype = (M, N), np.dtype(np.float32)
+
+        def __getitem__(self, rows):
+            reads.append(rows.start)
+            return matrix()[rows]
+
+    a = RowBlocks(Counted(), block_bytes=BLOCK)
+    a.times_both(thin(N))
+    assert reads == list(range(0, M, 8))
+
+
+def test_a_bar_is_drawn(capsys):
+    pytest.importorskip("tqdm")
+    RowBlocks(matrix(), block_bytes=BLOCK, progress=True).times(thin(N))
+    drawn = capsys.readouterr().err
+    assert "pass 1: A x" in drawn
+    assert "50/50" in drawn
+
+
+MEMORY = """
+import sys
+import numpy as np
+from nyscaled.lowrank import RowBlocks
+
+m, n, k = 50_000, 1_000, 8
+
+
+class Virtual:
+    shape, dtype = (m, n), np.dtype(np.float32)
+
+    def __getitem__(self, rows):
+        i = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None]
+        return i / m + np.zeros((1, n), np.float32)
+
+
+def memory(name):
+    status = open("/proc/self/status").read()
+    return int(status.split(name + ":")[1].split()[0]) / 1024
+
+
+def passes(a):
+    right = np.linalg.qr(a.times_both(np.ones((n, k), np.float32))[1])[0].astype(np.float32)
+    left = np.linalg.qr(a.times(right))[0]
+    a.adjoint_times(left)
+
+
+open(sys.argv[1], "wb").truncate(m * n * 4)
+stored = np.memmap(sys.argv[1], np.float32, "r", shape=(m, n))
+passes(RowBlocks(Virtual(), block_bytes=2**22))
+before = memory("VmRSS")
+for source in (Virtual(), stored):
+    passes(RowBlocks(source, block_bytes=2**22))
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_holds_blocks_and_thin_matrices(tmp_path):
+    """Three passes over 200 MB, made and mapped, by blocks of 4 MB."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "a.bin")], capture_output=True, text=True
+    )
+    assert float(result.stdout) < 60, result.stderr
+
+
+# Bad input.
+
+
+def test_a_file_that_is_cut_short(tmp_path):
+    a = RowBlocks(memory_map(matrix(), tmp_path), block_bytes=BLOCK)
+    path = tmp_path / "a.npy"
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 100)
+    with pytest.raises(
+        ValueError, match=f"a.npy is cut short: it has {size - 100} bytes; expected {size}"
+    ):
+        a.times(thin(N))
+
+
+@pytest.mark.parametrize("form", [columns_of_a_map, by_columns])
+def test_a_cut_file_that_is_read_through_its_map(form, tmp_path):
+    """Without the check the system would end the process."""
+    stored = form(matrix(), tmp_path)
+    with open(tmp_path / "a.npy", "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(ValueError, match=r"a\.npy is cut short: it has 200 bytes"):
+        RowBlocks(stored).times(thin(N))
+
+
+def test_an_hdf5_file_that_is_cut_short(tmp_path):
+    """Without the check HDF5 reads zeros."""
+    a = RowBlocks(hdf5(matrix(), tmp_path))
+    with open(tmp_path / "a.h5", "r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(ValueError, match=r"a\.h5 is cut short: it has 2000 bytes; expected"):
+        a.times(thin(N))
+
+
+def test_a_zarr_chunk_that_is_cut_short(tmp_path):
+    a = RowBlocks(zarr_array(matrix(), tmp_path), block_bytes=BLOCK)
+    with open(tmp_path / "a.zarr" / "c" / "1" / "0", "r+b") as file:
+        file.truncate(20)
+    with pytest.raises(ValueError, match="rows 7 … 14 of a Array: "):
+        a.times(thin(N))
+
+
+@pytest.mark.parametrize("change", ["an entry", "order of rows", "order of columns", "zeros"])
+def test_a_stream_that_changes_between_passes(change):
+    dense = matrix()
+    a = RowBlocks(dense, block_bytes=BLOCK)
+    a.times(thin(N))
+    if change == "an entry":
+        dense[20, 2] = np.nextafter(dense[20, 2], 9)
+    elif change == "order of rows":
+        dense[[20, 21]] = dense[[21, 20]]
+    elif change == "order of columns":
+        dense[16:24] = dense[16:24, ::-1]
+    else:
+        dense[16:24] = 0
+    with pytest.raises(ValueError, match="rows 16 … 24 of a ndarray changed between two passes"):
+        a.adjoint_times(thin(M))
+
+
+def test_a_stream_of_other_blocks_in_the_second_pass():
+    heights = iter([10, 5])
+
+    def blocks():
+        return iter(np.split(matrix(), next(heights)))
+
+    a = RowBlocks(blocks, shape=(M, N), dtype=np.float32)
+    a.times(thin(N))
+    with pytest.raises(ValueError, match="changed between two passes"):
+        a.times(thin(N))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([matrix()[:40]], "ended after 40 rows; expected 50"),
+        ([matrix(), matrix()], "has more than 50 rows"),
+        (
+            [matrix()[:, :4]],
+            r"rows 0 … of .* have shape \(50, 4\) .*; expected numbers \(rows, 6\)",
+        ),
+        ([np.full((M, N), "a")], "have shape .* and dtype <U1; expected numbers"),
+        ([np.full((M, N), np.nan, np.float32)], "rows 0 … 50 of .* have NaN or Inf entries"),
+        ([matrix(), np.full((1, N), np.inf, np.float32)], "has more than 50 rows"),
+    ],
+)
+def test_blocks_that_are_wrong(blocks, message):
+    a = RowBlocks(lambda: iter(blocks), shape=(M, N), dtype=np.float32)
+    for product, x in ((a.times, thin(N)), (a.adjoint_times, thin(M)), (a.times_both, thin(N))):
+        with pytest.raises(ValueError, match=message):
+            product(x)
+
+
+def test_products_that_overflow():
+    with pytest.raises(ValueError, match="have NaN or Inf entries, or their products overflow"):
+        RowBlocks(1e200 * matrix(np.float64)).times_both(thin(N))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RowBlocks([[1.0]]), "the source is a list; expected an array"),
+        (lambda: RowBlocks(matrix), "shape or dtype is None; expected both"),
+        (lambda: RowBlocks(np.ones(3)), r"has shape \(3,\); expected a matrix"),
+        (lambda: RowBlocks(np.ones((3, 2), int)), r"RowBlocks\(…, dtype=np.float32\) converts"),
+        (lambda: RowBlocks(matrix(), dtype=int), "the dtype of blocks has dtype int32"),
+        (lambda: RowBlocks(matrix(np.complex64), dtype=np.float32), "expected a complex one"),
+        (lambda: RowBlocks(matrix(), block_bytes=0), "block_bytes is 0; expected"),
+        (lambda: RowBlocks(matrix()).times(thin(M)), r"shape \(50, 3\); expected \(6, 3\)"),
+    ],
+)
+def test_what_is_no_stream(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Resuming.
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+import nyscaled._files
+from nyscaled.lowrank import RowBlocks
+
+m, n = 60, 5
+dense = np.random.default_rng(0).standard_normal((m, n)).astype(np.float32)
+
+
+class Rows:
+    shape, dtype = dense.shape, dense.dtype
+
+    def __init__(self, reads):
+        self.reads = reads
+
+    def __getitem__(self, rows):
+        self.reads -= 1
+        if self.reads == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return dense[rows]
+
+
+def run(folder, reads=-1):
+    source = Rows(reads)
+    a = RowBlocks(source, block_bytes=10 * n * 4, resume=folder, save_seconds=0)
+    image, both = a.times_both(np.ones((n, 2), np.float32))
+    right = np.linalg.qr(both)[0].astype(np.float32)
+    left = np.linalg.qr(a.times(right))[0]
+    return image, both, left, a.adjoint_times(left), -source.reads
+
+
+def killed(folder, reads, replaces):
+    child = os.fork()
+    if child == 0:
+        replace, calls = os.replace, iter(range(replaces, -1000, -1))
+
+        def replace_or_die(*paths):
+            if (left := next(calls)) in (0, 1) and left == replaces % 2:
+                replace(*paths)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*paths)
+
+        nyscaled._files.os.replace = replace_or_die
+        run(folder, reads)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, (reads, replaces)
+
+
+base = sys.argv[1]
+*expected, all_reads = run(f"{base}/whole")
+moments = [(reads, -1) for reads in (2, 3, 7, 8, 13, 18)]
+moments += [(-1, replaces) for replaces in (0, 1, 4, 5, 6, 7, 12, 17)]
+for i, (reads, replaces) in enumerate(moments):
+    folder = f"{base}/{i}"
+    killed(folder, reads, replaces)
+    *resumed, reads_left = run(folder)
+    for x, y in zip(expected, resumed, strict=True):
+        np.testing.assert_array_equal(x, y)
+    print(reads, replaces, reads_left, all_reads)
+    *again, first = run(folder)
+    assert first == 2, first  # the first block alone
+"""
+
+
+def test_a_killed_run_continues_to_the_last_bit(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", KILLED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    left = [int(line.split()[2]) for line in result.stdout.splitlines()]
+    assert left[0] > left[3] > left[5], result.stdout  # what was done is not done again
+
+
+def begun(folder, dense=None, x=None):
+    """A run that stopped after its first pass."""
+    dense = matrix() if dense is None else dense
+    a = RowBlocks(dense, block_bytes=BLOCK, resume=folder, save_seconds=0)
+    return a, a.times_both(thin(N) if x is None else x)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"dense": 2 * matrix()}, "checksum of the first block is .* there and .* here"),
+        ({"dense": matrix()[:40]}, r"shape is \(50, 6\) there and \(40, 6\) here"),
+        ({"dense": matrix(np.complex64)}, "dtype is float32 there and complex64 here"),
+        ({"x": thin(N)[:, :2]}, r"argument is \(6, 3\) float32 there and \(6, 2\) float32 here"),
+        ({"x": -thin(N)}, "digest of its entries is .* there and .* here"),
+    ],
+)
+def test_a_folder_of_another_run(kwargs, message, tmp_path):
+    begun(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} belongs to another run: .*{message}"):
+        begun(tmp_path, **kwargs)
+
+
+def test_another_product_than_in_the_folder(tmp_path):
+    begun(tmp_path)
+    a = RowBlocks(matrix(), block_bytes=BLOCK, resume=tmp_path)
+    with pytest.raises(ValueError, match="product is A x and Aᴴ A x there and A x here"):
+        a.times(thin(N))
+
+
+def test_blocks_of_another_height_in_the_folder(tmp_path):
+    begun(tmp_path)
+    a = RowBlocks(matrix(), block_bytes=2 * BLOCK, resume=tmp_path)
+    with pytest.raises(ValueError, match="first block"):
+        a.times_both(thin(N))
+
+
+def test_rows_that_changed_while_the_run_was_down(tmp_path):
+    dense = matrix()
+    begun(tmp_path, dense)
+    dense[30] = 0
+    a, _ = begun(tmp_path, dense)
+    with pytest.raises(ValueError, match=r"rows 24 … 32 of .* changed between two passes"):
+        a.times(thin(N))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"text", "pickle", "cut"])
+def test_a_broken_file_of_a_run(content, tmp_path):
+    begun(tmp_path)
+    path = tmp_path / "pass-000.npz"
+    if content == "pickle":
+        np.savez(path, description=np.array([print], dtype=object))
+    else:
+        path.write_bytes(path.read_bytes()[:-30] if content == "cut" else content)
+    with pytest.raises(ValueError, match=r"pass-000\.npz is not a sound file of a run"):
+        begun(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "state").write_text("")
+    with pytest.raises(ValueError, match="state is a file; expected a folder"):
+        begun(tmp_path / "state")
