@@ -17,7 +17,7 @@ from nyscaled import (
     spectra,
     transforms,
 )
-from nyscaled.lowrank import nystrom
+from nyscaled.lowrank import factorize, nystrom
 from nyscaled.transforms import (
     FactorSpec,
     default_spec,
@@ -47,6 +47,7 @@ __all__ = [
     "Factors",
     "default_spec",
     "dynamics",
+    "factorize",
     "initializers",
     "lapack",
     "linalg",

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Inexact, Key
 
 from nyscaled.numerics import full_precision, normalized, shift
 
@@ -97,9 +97,12 @@ def _svd_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def svd(
-    x: Float[Array, "m n"],
-) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
-    """Return U, the falling singular values and Vᵀ of the thin SVD, k = min(m, n)."""
+    x: Inexact[Array, "m n"],
+) -> tuple[Inexact[Array, "m k"], Float[Array, " k"], Inexact[Array, "k n"]]:
+    """Return U, the falling singular values and Vᴴ of the thin SVD, k = min(m, n).
+
+    Derivatives are those of real matrices.
+    """
     scaled, e = normalized(x)
     u, s, vt = _svd(scaled)
     return u, shift(s, e), vt
@@ -130,7 +133,7 @@ def _inverse_jvp(primals: Any, tangents: Any) -> Any:
     return inverse, -(inverse @ da @ inverse)
 
 
-def inverse(x: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def inverse(x: Inexact[Array, "n n"]) -> Inexact[Array, "n n"]:
     """Return X⁻¹ of a square matrix."""
     scaled, e = normalized(x)
     return shift(_inverse(scaled), -e)
@@ -175,9 +178,7 @@ def _inverse_triangle(upper: Array) -> Array:
 
 @_inverse_triangle.defjvp
 @full_precision
-def _inverse_triangle_jvp(
-    primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
+def _inverse_triangle_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (upper,), (change,) = primals, tangents
     inverse = _inverse_triangle(upper)
     return inverse, -(inverse @ jnp.triu(change) @ inverse)
@@ -190,7 +191,7 @@ def inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:
 
 @_one_at_a_time
 def _inverse_cholesky(gram: Array) -> Array:
-    return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).T)
+    return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).conj().T)
 
 
 @_inverse_cholesky.defjvp
@@ -202,12 +203,12 @@ def _inverse_cholesky_jvp(primals: Any, tangents: Any) -> Any:
     return t, -t @ (jnp.triu(core, 1) + jnp.diag(jnp.diagonal(core) / 2))
 
 
-def inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """Return the upper triangular T with Tᵀ gram T = I."""
+def inverse_cholesky(gram: Inexact[Array, "r r"]) -> Inexact[Array, "r r"]:
+    """Return the upper triangular T with Tᴴ gram T = I."""
     return _inverse_cholesky(gram)
 
 
-def _inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:
+def _inverse_upper(upper: Inexact[Array, "r r"]) -> Inexact[Array, "r r"]:
     """By halves, [A B; 0 C]⁻¹ = [A⁻¹ −A⁻¹BC⁻¹; 0 C⁻¹], down to sizes that one thread solves.
 
     Larger triangular solves wake the BLAS threads, which costs milliseconds where this takes

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Inexact, Int
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -39,14 +39,14 @@ def at_least_float32(x: Array) -> Array:
 
 
 def exponent(
-    x: Float[Array, "*n"], axis: int | tuple[int, ...] | None = None, keepdims: bool = False
+    x: Inexact[Array, "*n"], axis: int | tuple[int, ...] | None = None, keepdims: bool = False
 ) -> Int[Array, "*k"]:
-    """Return the integer e with 2^e ≤ max|x| < 2^(e+1).
+    """Return the integer e with 2^e ≤ max|x| < 2^(e+1), of complex x for its parts.
 
     Zero has a very small exponent, and NaN and Inf have the exponent 0.
 
     Args:
-        x: float32 or float64.
+        x: float32, float64, or complex numbers of these.
         axis: the maximum is taken over it; over all axes by default.
         keepdims: as in NumPy.
 
@@ -54,7 +54,10 @@ def exponent(
         >>> exponent(jnp.array([3.0, -9.0]))
         Array(3, dtype=int32)
     """
-    largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=axis, keepdims=keepdims, initial=0)
+    x = lax.stop_gradient(x)
+    # The modulus of a complex number can overflow where its parts do not.
+    sizes = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
+    largest = jnp.max(sizes, axis=axis, keepdims=keepdims, initial=0)
     info = jnp.finfo(largest.dtype)
     integer = jnp.int32 if info.bits == 32 else jnp.int64
     biased = lax.bitcast_convert_type(largest, integer) >> info.nmant
@@ -63,7 +66,7 @@ def exponent(
     return jnp.where(biased == 0, _OF_ZERO, known).astype(jnp.int32)
 
 
-def shift(x: Float[Array, "*n"], n: Int[Array, "*k"] | int) -> Float[Array, "*n"]:
+def shift(x: Inexact[Array, "*n"], n: Int[Array, "*k"] | int) -> Inexact[Array, "*n"]:
     """Return x · 2^n, without rounding unless the result leaves the range of normal numbers.
 
     Args:
@@ -79,7 +82,7 @@ def shift(x: Float[Array, "*n"], n: Int[Array, "*k"] | int) -> Float[Array, "*n"
     # 2^-n of a normal number need not be normal: two factors, of which the second may be 0.
     first = jnp.clip(n, low, high)
     second = jnp.clip(n - first, low - 1, high)
-    return x * _power(first, x.dtype) * _power(second, x.dtype)
+    return x * _power(first, info.dtype) * _power(second, info.dtype)
 
 
 def _power(n: Array, dtype: jnp.dtype) -> Array:
@@ -91,8 +94,8 @@ def _power(n: Array, dtype: jnp.dtype) -> Array:
 
 
 def normalized(
-    x: Float[Array, "*n"], axis: int | tuple[int, ...] | None = None
-) -> tuple[Float[Array, "*n"], Int[Array, "*k"]]:
+    x: Inexact[Array, "*n"], axis: int | tuple[int, ...] | None = None
+) -> tuple[Inexact[Array, "*n"], Int[Array, "*k"]]:
     """Return x · 2^(−e) and e, with 1 ≤ max|x| · 2^(−e) < 2; of x = 0 e is 0.
 
     So derivatives at 0 stay in range.
@@ -104,6 +107,11 @@ def normalized(
     e = exponent(x, axis, keepdims=axis is not None)
     e = jnp.where(e == _OF_ZERO, 0, e)
     return shift(x, -e), e
+
+
+def abs_squared(x: Inexact[Array, "*n"]) -> Float[Array, "*n"]:
+    """Return |x|² of each entry."""
+    return x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x**2
 
 
 def root(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -145,7 +153,7 @@ def norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> Float[Array
     """
     x = jnp.asarray(x)
     scaled, e = normalized(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis)
-    total = jnp.sum(scaled**2, axis=axis)
+    total = jnp.sum(abs_squared(scaled), axis=axis)
     return shift(root(total), e if axis is None else jnp.squeeze(e, axis))
 
 

@@ -185,3 +185,10 @@ def test_models_with_adapters(name):
         return model.logits(model.hidden(tokens, mask, cache)[0])
 
     assert_full_precision(decoded, *states, arrays["tokens"], arrays["mask"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_factorize(dtype):
+    assert_full_precision(
+        lambda a: nys.factorize(a, 3, passes=5), normal(0, (40, 30)).astype(dtype)
+    )

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact, Int
+
+from nyscaled._pytree import pytree_dataclass
+from nyscaled.typing import Scalar
 
 
 class Status(enum.IntEnum):
@@ -27,3 +35,80 @@ class Status(enum.IntEnum):
     MAX_RANK = 3, "the estimated error is above the tolerance at the largest rank allowed"
     NON_FINITE = 4, "the matrix, or a product with it, has NaN or Inf entries"
     INDEFINITE = 5, "the matrix is not positive semidefinite"
+
+
+class Deviations(NamedTuple):
+    """Jackknife estimates of how far singular vectors would move under another key.
+
+    Each is an estimate of the standard deviation of the projector uuᴴ of a vector u, in the
+    Frobenius norm: far below 1 for a vector that hardly moves, above 1 for one that is arbitrary.
+    """
+
+    left: Float[Array, "*batch r"]
+    right: Float[Array, "*batch r"]
+
+
+@pytree_dataclass
+class LowRank:
+    """A ≈ L diag(s) Rᴴ with orthonormal columns in L and R, from `factorize`.
+
+    Args:
+        left: L (m, r). The largest entry of each column is positive. Columns beyond the numerical
+            rank are zero.
+        singular_values: s (r,), falling, and 0 beyond the numerical rank.
+        right: R (n, r). Columns beyond the numerical rank are zero.
+        error_estimate: an estimate of ‖A − L diag(s) Rᴴ‖_F, in units of A.
+        norm_estimate: an estimate of ‖A‖_F, in units of A.
+        numerical_rank: how many singular values are not rounding.
+        passes: how many thin products with A or Aᴴ were made.
+        status: an int of `Status`.
+        deviations: `Deviations` of the singular vectors, if they were asked for.
+
+    Examples:
+        >>> import nyscaled as nys
+        >>> f = nys.factorize(jnp.diag(jnp.array([3.0, 2.0, 1.0])), rank=2)
+        >>> bool(jnp.allclose(f.singular_values, jnp.array([3.0, 2.0])))
+        True
+        >>> f"{float(f.error_estimate):.2f}"
+        '1.00'
+    """
+
+    left: Inexact[Array, "*batch m r"]
+    singular_values: Float[Array, "*batch r"]
+    right: Inexact[Array, "*batch n r"]
+    error_estimate: Float[Array, "*batch"]
+    norm_estimate: Float[Array, "*batch"]
+    numerical_rank: Int[Array, "*batch"]
+    passes: Int[Array, "*batch"]
+    status: Int[Array, "*batch"]
+    deviations: Deviations | None = None
+
+    @property
+    def relative_error(self) -> Scalar:
+        """The estimated error over the estimated norm; 0 for the zero matrix."""
+        norm = self.norm_estimate
+        return jnp.where(norm == 0, 0, self.error_estimate / jnp.where(norm == 0, 1, norm))
+
+    @property
+    def adjoint(self) -> LowRank:
+        """The factorization R diag(s) Lᴴ of Aᴴ; the largest entry of columns of R is positive."""
+        deviations = None
+        if self.deviations is not None:
+            deviations = Deviations(self.deviations.right, self.deviations.left)
+        left, right = with_fixed_signs(self.right, self.left)
+        return dataclasses.replace(self, left=left, right=right, deviations=deviations)
+
+
+def with_fixed_signs(
+    left: Inexact[Array, "m r"], right: Inexact[Array, "n r"]
+) -> tuple[Inexact[Array, "m r"], Inexact[Array, "n r"]]:
+    """Return L and R with columns times a sign, or a phase, that leaves L diag(s) Rᴴ as it is.
+
+    Args:
+        left: L; its largest entry in each column becomes positive.
+        right: R.
+    """
+    largest = jnp.take_along_axis(left, jnp.argmax(jnp.abs(left), axis=0)[None], 0)
+    size = jnp.abs(largest)
+    sign = jnp.where(size == 0, 1, largest.conj() / jnp.where(size == 0, 1, size))
+    return left * sign, right * sign

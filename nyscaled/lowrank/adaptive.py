@@ -1,0 +1,157 @@
+"""A factorization of a given error: the Krylov space grows block by block, until it is enough."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Inexact, Int, Key
+
+from nyscaled.lapack import svd
+from nyscaled.lowrank.estimate import probed_error
+from nyscaled.lowrank.host import HostMatrix
+from nyscaled.lowrank.orthogonal import adjoint, extend
+from nyscaled.lowrank.products import (
+    Products,
+    products_of,
+    random_block,
+    random_scale,
+    working_dtype,
+)
+from nyscaled.lowrank.result import LowRank
+from nyscaled.lowrank.truncate import rounding, smallest_rank, truncate
+from nyscaled.numerics import full_precision, norm
+from nyscaled.typing import LinearMap, Scalar
+
+WIDTH = 16  # columns of a block: fewer make no product faster, more find a larger rank than needed
+PROBES = 16
+MARGIN = (
+    0.5  # the basis grows until it leaves out this part of the tolerance; the cut uses the rest
+)
+
+
+class _Basis(NamedTuple):
+    """A projection whose arrays have room for more columns, which are zero until then."""
+
+    left: Inexact[Array, "m capacity"]
+    core: Inexact[Array, "capacity capacity"]
+    right: Inexact[Array, "n capacity"]
+
+
+def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_rank: int) -> LowRank:
+    """Return a factorization whose estimated error is at most tol·‖A‖_F, or of rank `max_rank`.
+
+    Args:
+        a: A (m, n), whose entries are known.
+        key: PRNG key.
+        tol: relative, in Frobenius norms.
+        max_rank: at most min(m, n).
+    """
+    transposed = a.shape[0] < a.shape[1]  # the random block belongs to the shorter side
+    m, n = max(a.shape), min(a.shape)
+    dtype = working_dtype(a)
+    products = products_of(a) if isinstance(a, HostMatrix) else _compiled(a)
+    if transposed:
+        products = products.adjoint
+    block_key, probe_key, *keys = jax.random.split(key, 2 + -(-n // WIDTH))
+    block = random_block(block_key, n, min(WIDTH, n), dtype)
+    probes = random_block(probe_key, n, PROBES, dtype)
+    images = products.times(jnp.concatenate([block, probes], axis=1))
+    images, probed = jnp.split(images, [block.shape[1]], axis=1)
+
+    basis = _Basis(*(jnp.zeros(shape, dtype) for shape in ((m, 0), (0, 0), (n, 0))))
+    count, passes = 0, 1
+    while True:
+        width = images.shape[1]
+        basis = _with_room(basis, min(n, count + width))
+        block = extend(basis.left, images)
+        basis = _with_block(
+            basis, block, products.adjoint_times(block), keys[count // WIDTH], count
+        )
+        count, passes = count + width, passes + 1
+        error, whole = map(float, _measure(basis, probed))
+        enough = not error > max(MARGIN * tol, rounding(m, dtype)) * whole  # or NaN
+        # The last directions of a Krylov space are not yet good ones: it gets more than the rank.
+        if enough or count >= min(n, max_rank + 2 * WIDTH):
+            break
+        newest = basis.right[:, count - width : count]
+        images, passes = products.times(newest[:, : n - count]), passes + 1
+
+    left, core, right = basis.left[:, :count], basis.core[:count, :count], basis.right[:, :count]
+    if count == n and not enough:
+        # The right basis is complete, and the left one has directions that are only rounding.
+        images = products.times(right)
+        left, passes = extend(None, images), passes + -(-n // WIDTH)
+        core = adjoint(left) @ images
+        error = float(norm(images - left @ core))
+    triples = svd(core)
+    rank = max(1, min(smallest_rank(triples[1], error, tol), max_rank))
+    result = truncate(left, triples, right, error, rank, passes, tol)
+    return result.adjoint if transposed else result
+
+
+def _compiled(a: LinearMap) -> Products:
+    return Products(functools.partial(_times, a), functools.partial(_adjoint_times, a))
+
+
+@jax.jit
+@full_precision
+def _times(a: LinearMap, x: Inexact[Array, "n k"]) -> Inexact[Array, "m k"]:
+    return products_of(a).times(x)
+
+
+@jax.jit
+@full_precision
+def _adjoint_times(a: LinearMap, y: Inexact[Array, "m k"]) -> Inexact[Array, "n k"]:
+    return products_of(a).adjoint_times(y)
+
+
+def _with_room(basis: _Basis, count: int) -> _Basis:
+    """The basis with room for this many columns; capacities double, so few shapes are compiled."""
+    capacity = basis.core.shape[0]
+    if count <= capacity:
+        return basis
+    more = max(count, 2 * capacity) - capacity
+    columns, square = ((0, 0), (0, more)), ((0, more), (0, more))
+    return _Basis(*map(jnp.pad, basis, (columns, square, columns)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@full_precision
+def _with_block(
+    basis: _Basis,
+    block: Inexact[Array, "m b"],
+    image: Inexact[Array, "n b"],
+    key: Key[Array, ""],
+    count: Int[Array, ""] | int,
+) -> _Basis:
+    """The basis with the block Q_new from column `count` on, of which Aᴴ Q_new is known."""
+
+    def placed(matrix: Array, columns: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(matrix, columns, count, axis=1)
+
+    columns = extend(basis.right, image)
+    right = placed(basis.right, columns)
+    dead = jnp.all(columns == 0, axis=0)
+
+    def with_fresh(columns: Array) -> Array:
+        # The space is invariant under A: what it does not reach needs other random directions.
+        fresh = random_block(key, image.shape[0], image.shape[1], image.dtype)
+        return columns + jnp.where(dead, extend(right, fresh), 0)
+
+    columns = lax.cond(jnp.any(dead), with_fresh, lambda columns: columns, columns)
+    right = placed(basis.right, columns)
+    rows = adjoint(image) @ right
+    core = lax.dynamic_update_slice_in_dim(basis.core, rows, count, axis=0)
+    return _Basis(placed(basis.left, block), core, right)
+
+
+@jax.jit
+@full_precision
+def _measure(basis: _Basis, probed: Inexact[Array, "m s"]) -> tuple[Scalar, Scalar]:
+    """Estimates of ‖A − QQᴴA‖_F and ‖A‖_F."""
+    error = probed_error(basis.left, probed, random_scale(basis.right.shape[0]))
+    return error, norm(jnp.append(norm(basis.core), error))

@@ -1,0 +1,181 @@
+"""`nys.factorize`: a truncated SVD from thin products, with an estimate of its error."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Key
+
+from nyscaled.lapack import svd
+from nyscaled.lowrank import derivative, estimate
+from nyscaled.lowrank.adaptive import adaptive
+from nyscaled.lowrank.host import HostMatrix, as_input
+from nyscaled.lowrank.krylov import project, sketch
+from nyscaled.lowrank.orthogonal import adjoint
+from nyscaled.lowrank.products import products_of, random_block, random_scale, working_dtype
+from nyscaled.lowrank.result import LowRank, Status
+from nyscaled.lowrank.truncate import rounding, truncate
+from nyscaled.numerics import full_precision, norm
+from nyscaled.typing import LinearMap, MatrixLike, Number
+from nyscaled.validation import is_concrete, require_count, require_rank, require_scalar
+
+PROBES = 8  # columns that measure the error
+
+
+def factorize(
+    a: MatrixLike,
+    rank: int | None = None,
+    *,
+    tol: Number | None = None,
+    key: Key[Array, ""] | None = None,
+    passes: int = 6,
+    oversampling: int = 4,
+    max_rank: int | None = None,
+    jackknife: bool = False,
+) -> LowRank:
+    """Return a factorization A ≈ L diag(s) Rᴴ of a given rank, or of a given error.
+
+    With `rank`, A is projected onto a block Krylov space, and truncated. It takes `passes` products
+    with rank + oversampling columns each, or two if the first shows that A has this rank to
+    rounding. Two passes are ScaledGD at η = 1 from a Nyström start (Theorem 3), the
+    randomized SVD; more passes come closer to the best error. This form works under jit, vmap
+    and grad, for matrices that JAX traces.
+
+    With `tol`, blocks are added until the estimated error is at most tol·‖A‖_F; then the smallest
+    rank that meets it is kept.
+
+    The error is estimated from products of A with random columns that are made anyhow. For more
+    than two passes it is below half the error with a probability of at most 2 %; see
+    `lowrank.estimate`.
+
+    Args:
+        a: A (m, n): a dense array of NumPy or JAX (also bfloat16, float16 and complex), a sparse
+            matrix of JAX or SciPy, an operator, or a `lowrank.HostMatrix`.
+        rank: 1 ≤ r ≤ min(m, n); or give `tol`.
+        tol: a bound of ‖A − L diag(s) Rᴴ‖_F / ‖A‖_F, in Frobenius norms, in (0, 1].
+        key: PRNG key of the random columns; `jax.random.key(0)` by default.
+        passes: how many products with A and Aᴴ are made for a given rank, at least 2.
+        oversampling: how many more columns than `rank` each product has, for a given rank.
+        max_rank: with `tol`, the largest rank that is allowed; min(m, n) by default.
+        jackknife: whether `deviations` of the result estimate how far the singular vectors would
+            move under another key, which takes an r × r SVD per column (with `rank` only).
+
+    Returns:
+        The factors; see `LowRank`. Half precision gives float32.
+
+    Raises:
+        ValueError: if A is not a matrix of floats or has NaN or Inf entries; or if not exactly
+            one of `rank` and `tol` is given, or one is out of range.
+
+    References:
+        Halko, Martinsson and Tropp, Finding structure with randomness, SIAM Review 53, 2011.
+        Musco and Musco, Randomized block Krylov methods, NeurIPS 2015.
+
+    Examples:
+        >>> a = jnp.outer(jnp.arange(4.0), jnp.arange(1.0, 4.0))
+        >>> f = factorize(a, rank=1)
+        >>> bool(jnp.allclose(f.left * f.singular_values @ f.right.T, a, atol=1e-5))
+        True
+        >>> factorize(jnp.diag(jnp.array([4.0, 2.0, 1.0, 0.001])), tol=1e-2).left.shape
+        (4, 3)
+    """
+    a = as_input("A", a)
+    if (rank is None) == (tol is None):
+        raise ValueError(f"rank is {rank} and tol is {tol}; expected exactly one of them")
+    key = jax.random.key(0) if key is None else key
+    if rank is not None:
+        if max_rank is not None:
+            raise ValueError(f"max_rank is {max_rank} and rank is {rank}; expected max_rank=None")
+        require_rank(rank, a.shape)
+        passes = require_count("passes", passes, 2)
+        width = min(rank + require_count("oversampling", oversampling), *a.shape)
+        fixed = _fixed if isinstance(a, HostMatrix) else _fixed_compiled
+        result = fixed(a, key, rank, width, passes, jackknife)
+    else:
+        if jackknife:
+            raise ValueError("jackknife is True and tol is given; expected a rank")
+        result = adaptive(a, key, _known_tolerance(a, tol), _limit(max_rank, a.shape))
+    if is_concrete(result.status) and jnp.any(result.status == Status.NON_FINITE):
+        raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
+    return result
+
+
+def _known_tolerance(a: LinearMap | HostMatrix, tol: Number | None) -> float:
+    if not is_concrete(tol) or not (isinstance(a, HostMatrix) or is_concrete(a)):
+        raise ValueError(
+            "A or tol is traced; expected a rank under jit, vmap and grad, where the shapes of "
+            "results must be known"
+        )
+    require_scalar("tol", tol, 0, 1, open_low=True)
+    return float(cast(float, tol))
+
+
+def _limit(max_rank: int | None, shape: tuple[int, ...]) -> int:
+    if max_rank is None:
+        return min(shape)
+    require_rank(max_rank, shape)
+    return max_rank
+
+
+def _fixed(
+    a: LinearMap | HostMatrix,
+    key: Key[Array, ""],
+    rank: int,
+    width: int,
+    passes: int,
+    jackknife: bool,
+) -> LowRank:
+    dtype = working_dtype(a)
+    products = products_of(a)
+    transposed = a.shape[0] < a.shape[1]  # the random block belongs to the shorter side
+    m, n = max(a.shape), min(a.shape)
+    if transposed:
+        products = products.adjoint
+    blocks, from_left = passes // 2, passes % 2 == 1
+    if blocks * width >= n:  # the space would be complete: n columns at once take fewer products
+        width, blocks, from_left = n, 1, False
+    start_key, probe_key = jax.random.split(key)
+    start = random_block(start_key, m if from_left else n, width, dtype)
+    probes = random_block(probe_key, n, PROBES if passes > 2 else 0, dtype)
+    first = sketch(products, start, probes, from_left=from_left)
+
+    def finish(blocks: int) -> LowRank:
+        left, core, right = project(products, first, blocks)
+        triples = svd(core)
+        if passes > 2:
+            error = estimate.probed_error(left, first.probes, random_scale(n))
+        else:
+            error = estimate.leave_one_out_error(first.basis, first.images, random_scale(n))
+        deviations = None
+        if jackknife:
+            start = adjoint(first.basis) @ first.images
+            deviations = estimate.jackknife(core, triples, start, rank, blocks)
+        made = 2 * blocks + (1 if from_left else 0)
+        return truncate(left, triples, right, error, rank, made, deviations=deviations)
+
+    if blocks == 1 or passes == 2:
+        result = finish(1)
+    else:
+        left_out = first.probes - first.basis @ (adjoint(first.basis) @ first.probes)
+        exact = norm(left_out) <= rounding(m, dtype) * norm(first.probes)
+        if is_concrete(exact):
+            result = finish(1 if bool(exact) else blocks)
+        else:
+            result = lax.cond(exact, lambda: finish(1), lambda: finish(blocks))
+    return result.adjoint if transposed else result
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@full_precision
+def _fixed_compiled(
+    a: LinearMap, key: Key[Array, ""], rank: int, width: int, passes: int, jackknife: bool
+) -> LowRank:
+    result = _fixed(lax.stop_gradient(a), key, rank, width, passes, jackknife)
+    triples = derivative.triples(a, result.left, result.singular_values, result.right)
+    names = ("left", "singular_values", "right")
+    return dataclasses.replace(result, **dict(zip(names, triples, strict=True)))

@@ -1,0 +1,83 @@
+"""Block Krylov spaces of A, from products of A and Aᴴ with thin blocks.
+
+ScaledGD at η = 1 is block subspace iteration: it makes q = orth(A p) and p = orth(Aᴴ q) in turn
+and forgets the blocks before. Here the blocks are kept, and each is made orthogonal to those
+before. So every product counts fully: after s blocks the basis spans the range of
+[AΩ, (AAᴴ)AΩ, …, (AAᴴ)^(s−1)AΩ].
+
+References:
+    Musco and Musco, Randomized block Krylov methods for stronger and faster approximate singular
+    value decomposition, NeurIPS 2015.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from nyscaled.lowrank.orthogonal import adjoint, extend
+from nyscaled.lowrank.products import Products
+
+
+class Projection(NamedTuple):
+    """QQᴴA = Q C Pᴴ for an orthonormal basis Q of a subspace."""
+
+    left: Inexact[Array, "m k"]
+    core: Inexact[Array, "k j"]
+    right: Inexact[Array, "n j"]
+
+
+class Sketch(NamedTuple):
+    """The first block of a basis, and what it was made of."""
+
+    basis: Inexact[Array, "m b"]
+    right: Inexact[Array, "n j"] | None
+    images: Inexact[Array, "m b"]
+    probes: Inexact[Array, "m s"]
+
+
+def sketch(
+    products: Products,
+    start: Inexact[Array, "k b"],
+    probes: Inexact[Array, "n s"],
+    *,
+    from_left: bool,
+) -> Sketch:
+    """Return the first block, by a product with A.
+
+    Args:
+        products: the products with A.
+        start: a random block, (m, b) if `from_left`, or (n, b).
+        probes: columns of which only the images are kept.
+        from_left: whether the block is first multiplied by Aᴴ, which takes one more product.
+    """
+    right = extend(None, products.adjoint_times(start)) if from_left else None
+    block = start if right is None else right
+    width = block.shape[1]
+    images = products.times(jnp.concatenate([block, probes], axis=1))
+    return Sketch(extend(None, images[:, :width]), right, images[:, :width], images[:, width:])
+
+
+def project(products: Products, first: Sketch, blocks: int) -> Projection:
+    """Return QQᴴA for the basis Q of this many blocks, by 2·blocks − 1 products.
+
+    Args:
+        products: the products with A.
+        first: the first block, from `sketch`.
+        blocks: how many blocks the basis gets.
+    """
+    left, right = first.basis, first.right
+    block, images = left, []
+    for i in range(blocks):
+        if i:
+            assert right is not None
+            block = extend(left, products.times(right[:, -block.shape[1] :]))
+            left = jnp.concatenate([left, block], axis=1)
+        images.append(products.adjoint_times(block))
+        extended = extend(right, images[-1])
+        right = extended if right is None else jnp.concatenate([right, extended], axis=1)
+    assert right is not None
+    core = adjoint(jnp.concatenate(images, axis=1)) @ right
+    return Projection(left, core, right)

@@ -1,0 +1,69 @@
+"""The two products that every factorization of the room is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Inexact, Key
+
+from nyscaled.lowrank.host import HostMatrix
+from nyscaled.matrices import transpose_times
+from nyscaled.typing import LinearMap
+
+
+class Products(NamedTuple):
+    """x ↦ A x and y ↦ Aᴴ y of a matrix A (m, n), for thin x and y."""
+
+    times: Callable[[Inexact[Array, "n k"]], Inexact[Array, "m k"]]
+    adjoint_times: Callable[[Inexact[Array, "m k"]], Inexact[Array, "n k"]]
+
+    @property
+    def adjoint(self) -> Products:
+        """The products of Aᴴ."""
+        return Products(self.adjoint_times, self.times)
+
+
+def working_dtype(a: LinearMap | HostMatrix) -> np.dtype:
+    """Return the dtype of thin factors and sums: at least float32."""
+    return jnp.promote_types(a.dtype, jnp.float32)
+
+
+def products_of(a: LinearMap | HostMatrix) -> Products:
+    """Return the products with A; those of a host matrix are made outside of compiled code."""
+    if isinstance(a, HostMatrix):
+        return Products(
+            lambda x: jnp.asarray(a.times(np.asarray(x))),
+            lambda y: jnp.asarray(a.adjoint_times(np.asarray(y))),
+        )
+    dtype = working_dtype(a)
+    wide = a.astype(dtype) if isinstance(a, jax.Array) else a
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        # Without a conjugated copy of A.
+        return Products(lambda x: wide @ x, lambda y: transpose_times(wide, y.conj()).conj())
+    return Products(lambda x: wide @ x, lambda y: transpose_times(wide, y))
+
+
+def random_block(
+    key: Key[Array, ""], rows: int, columns: int, dtype: DTypeLike
+) -> Inexact[Array, "rows columns"]:
+    """Return Gaussian columns with a standard deviation of 1/√rows, up to a factor of √2.
+
+    So products with it are about as large as A. The deviation is a power of two, `random_scale`.
+
+    Args:
+        key: PRNG key.
+        rows: the length of columns.
+        columns: how many columns.
+        dtype: a float or complex dtype; complex entries have independent parts.
+    """
+    return random_scale(rows) * jax.random.normal(key, (rows, columns), dtype)
+
+
+def random_scale(rows: int) -> float:
+    """Return the standard deviation of the entries of `random_block`."""
+    return 2.0 ** -np.ceil(np.log2(rows) / 2)

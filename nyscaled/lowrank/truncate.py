@@ -1,0 +1,88 @@
+"""From the projection on a Krylov space to the factorization that is returned."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float, Inexact
+
+from nyscaled.linalg import default_rcond
+from nyscaled.lowrank.orthogonal import adjoint
+from nyscaled.lowrank.result import Deviations, LowRank, Status, with_fixed_signs
+from nyscaled.numerics import norm
+from nyscaled.typing import Scalar
+
+
+def truncate(
+    left: Inexact[Array, "m k"],
+    triples: tuple[Inexact[Array, "k j"], Float[Array, " j"], Inexact[Array, "j i"]],
+    right: Inexact[Array, "n i"],
+    error: Scalar | float,
+    rank: int,
+    passes: int,
+    tol: float | None = None,
+    deviations: Deviations | None = None,
+) -> LowRank:
+    """Return the best factorization of this rank of a projection QQᴴA = Q U diag(s) Vᴴ Pᴴ.
+
+    Its error is that of the projection and, orthogonal to it, the singular values that are cut.
+
+    Args:
+        left: Q, orthonormal columns.
+        triples: U, s and Vᴴ, as from `lapack.svd`.
+        right: P, orthonormal columns.
+        error: an estimate of ‖A − QQᴴA‖_F.
+        rank: how many singular values are kept.
+        passes: how many products were made.
+        tol: the relative error that was asked for; None if it was the rank.
+        deviations: the jackknife estimates, if they were asked for.
+    """
+    u, s, vh = triples
+    whole = norm(jnp.append(s, error))
+    left_out = norm(jnp.append(s[rank:], error))
+    cut = rounding(max(left.shape[0], right.shape[0]), s.dtype)
+    if tol is None:
+        status = jnp.asarray(Status.RANK_REACHED)
+    else:
+        status = jnp.where(left_out <= tol * whole, Status.CONVERGED, Status.MAX_RANK)
+    status = jnp.where(left_out <= cut * whole, Status.EXACT, status)
+    live = ~(s[:rank] <= cut * s[0])  # NaN shows
+    left, right = with_fixed_signs(
+        jnp.where(live, left @ u[:, :rank], 0), jnp.where(live, right @ adjoint(vh[:rank]), 0)
+    )
+    finite = jnp.isfinite(whole) & jnp.all(jnp.isfinite(left)) & jnp.all(jnp.isfinite(right))
+    return LowRank(
+        left,
+        jnp.where(live, s[:rank], 0),
+        right,
+        left_out,
+        whole,
+        jnp.sum(live),
+        jnp.asarray(passes),
+        jnp.where(finite, status, Status.NON_FINITE),
+        deviations,
+    )
+
+
+def rounding(m: int, dtype: DTypeLike) -> float:
+    """Return the relative error below which factors are the matrix, but for rounding.
+
+    Args:
+        m: the larger side of the matrix.
+        dtype: of the factors.
+    """
+    return 4 * default_rcond(m, dtype)
+
+
+def smallest_rank(singular_values: ArrayLike, error: float, tol: float) -> int:
+    """Return the smallest rank whose error is at most `tol` times the norm, or the largest rank.
+
+    Args:
+        singular_values: of the projection, falling.
+        error: an estimate of what the projection leaves out.
+        tol: relative, in Frobenius norms.
+    """
+    parts = np.append(np.asarray(singular_values, np.float64), error)
+    tails = np.sqrt(np.cumsum(parts[::-1] ** 2)[::-1])  # of rank 0, 1, …
+    return min(int(np.sum(tails > tol * tails[0])), len(parts) - 1)

@@ -1,0 +1,269 @@
+"""`nys.factorize` of matrices that JAX traces: by rank and by tolerance."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import sparse
+from lowrank_cases import SPECTRA, best, error, matrix, orthonormality, parts
+
+import nyscaled as nys
+
+Status = nys.lowrank.Status
+M, N, RANK = 120, 90, 10
+HARMONIC = SPECTRA["harmonic"](N)
+
+
+@pytest.fixture(scope="module")
+def a():
+    return matrix(M, N, HARMONIC)
+
+
+@pytest.mark.parametrize("shape", [(M, N), (N, M)], ids=["tall", "wide"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_six_passes_come_close_to_the_best_error(spectrum, shape):
+    s = SPECTRA[spectrum](N)
+    a = matrix(*shape, s)
+    f = nys.factorize(a, RANK)
+    left, singular_values, right = parts(f)
+    assert (left.shape, right.shape) == ((shape[0], RANK), (shape[1], RANK))
+    assert error(a, f) <= 1.02 * best(s, RANK) + 1e-5
+    assert max(map(orthonormality, (left, right))) < 1e-5
+    assert np.all(np.diff(singular_values) <= 0)
+    assert int(f.passes) == 6
+    if spectrum in ("harmonic", "fast"):  # where values of this size are apart
+        np.testing.assert_allclose(singular_values[:5], s[:5], rtol=1e-3)
+
+
+def test_more_passes_come_closer(a):
+    excess = [
+        error(a, nys.factorize(a, RANK, passes=p)) - best(HARMONIC, RANK) for p in range(2, 7)
+    ]
+    assert all(x > 1.5 * y for x, y in zip(excess, excess[2:], strict=False))
+    assert [int(nys.factorize(a, RANK, passes=p).passes) for p in (2, 3, 5)] == [2, 3, 5]
+
+
+def test_two_passes_are_the_range_projection_of_theorem_3(a):
+    """ScaledGD at η = 1 from AΩ is P_range(AΩ) A, of which this is the best part of rank r."""
+    f = nys.factorize(a, RANK, passes=2, oversampling=0)
+    x, y = nys.initializers.nystrom_factors(jax.random.key(0), a, RANK)
+    step = nys.solvers.scaled_step(nys.problems.Asymmetric(a), learning_rate=1.0)
+    x, y = nys.solvers.run(step, nys.Factors(x, y), 1).params
+    # Not the same Ω, so the errors are alike and not equal; both are far from the best.
+    ratio = np.linalg.norm(a - x @ y.T) / error(a, f)
+    assert 0.8 < ratio < 1.25
+    assert error(a, f) > 1.1 * best(HARMONIC, RANK)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e4])
+def test_a_matrix_of_this_rank_takes_two_passes_and_is_exact(condition):
+    s = np.zeros(N)
+    s[:RANK] = np.geomspace(1, 1 / condition, RANK)
+    a = matrix(M, N, s)
+    f = nys.factorize(a, RANK)
+    assert (int(f.passes), int(f.status), int(f.numerical_rank)) == (2, Status.EXACT, RANK)
+    assert error(a, f) < 3e-6
+    assert float(f.relative_error) < 3e-5
+
+
+def test_a_rank_that_the_matrix_does_not_have_is_said():
+    f = nys.factorize(matrix(M, N, np.where(np.arange(N) < 4, 1.0, 0)), RANK)
+    assert (int(f.numerical_rank), int(f.status)) == (4, Status.EXACT)
+    assert orthonormality(f.left[:, :4]) < 1e-5
+    assert not np.any(f.left[:, 4:])
+    assert not np.any(f.singular_values[4:])
+    zero = nys.factorize(np.zeros((6, 5), np.float32), 2)
+    assert (int(zero.numerical_rank), float(zero.error_estimate)) == (0, 0)
+
+
+@pytest.mark.parametrize("tol", [0.5, 0.2, 1e-2, 1e-7])
+@pytest.mark.parametrize("shape", [(M, N), (N, M)], ids=["tall", "wide"])
+def test_a_tolerance_is_met_by_about_the_smallest_rank(shape, tol):
+    s = 0.9 ** np.arange(N)
+    a = matrix(*shape, s)
+    f = nys.factorize(a, tol=tol)
+    size = np.linalg.norm(s)
+    assert error(a, f) <= max(1.05 * tol, 1e-5) * size
+    rank, needed = len(f.singular_values), int(np.sum([best(s, r) > tol * size for r in range(N)]))
+    assert rank <= 1.1 * needed + 2
+    assert int(f.status) == (Status.EXACT if tol == 1e-7 else Status.CONVERGED)
+
+
+def test_a_tolerance_beyond_the_largest_rank(a):
+    f = nys.factorize(a, tol=0.05, max_rank=5)
+    assert (len(f.singular_values), int(f.status)) == (5, Status.MAX_RANK)
+    assert error(a, f) <= 1.01 * best(HARMONIC, 5)
+    assert float(f.relative_error) > 0.05
+
+
+@pytest.mark.parametrize("size", [1, 20, 50])
+def test_a_tolerance_for_a_matrix_whose_singular_values_are_all_equal(size):
+    """A Krylov space of the identity does not grow by itself."""
+    f = nys.factorize(np.eye(size, dtype=np.float32), tol=0.3)
+    kept = len(f.singular_values)
+    assert kept >= (1 - 0.3**2) * size - 0.01
+    assert error(np.eye(size), f) <= 0.31 * size**0.5
+
+
+def test_complex_matrices_use_adjoints():
+    a = matrix(M, N, HARMONIC, np.complex64)
+    for given_a, scale in ((a, 1), (a.conj().T, 1j)):
+        f = nys.factorize(scale * given_a, RANK)
+        assert f.left.dtype == jnp.complex64
+        assert f.singular_values.dtype == jnp.float32
+        assert error(scale * given_a, f) < 1.01 * best(HARMONIC, RANK)
+    assert error(a, nys.factorize(a, tol=0.2)) < 0.21 * np.linalg.norm(HARMONIC)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_summed_in_float32(a, dtype):
+    half = jnp.asarray(a, dtype)
+    f = nys.factorize(half, RANK)
+    assert f.left.dtype == jnp.float32
+    exact = nys.factorize(half.astype(jnp.float32), RANK)
+    np.testing.assert_allclose(f.singular_values, exact.singular_values, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["bcoo", "bcsr", "scipy", "operator"])
+def test_other_forms_of_a_matrix(form):
+    entries = scipy.sparse.random(
+        M, N, 0.1, dtype=np.float32, random_state=np.random.default_rng(0)
+    )
+    dense = entries.toarray()
+    a = {
+        "bcoo": sparse.BCOO.from_scipy_sparse(entries),
+        "bcsr": sparse.BCSR.from_scipy_sparse(entries.tocsr()),
+        "scipy": entries,
+        "operator": nys.linalg.Operator(lambda x: dense @ x, lambda y: dense.T @ y, (M, N)),
+    }[form]
+    for options in ({"rank": RANK}, {"tol": 0.4}):
+        f, expected = nys.factorize(a, **options), nys.factorize(dense, **options)
+        assert f.left.shape == expected.left.shape
+        np.testing.assert_allclose(f.singular_values, expected.singular_values, rtol=1e-4)
+
+
+def test_the_largest_entry_of_each_left_vector_is_positive(a):
+    for b in (a, a.T):
+        left = np.asarray(nys.factorize(b, RANK).left)
+        assert np.all(left[np.argmax(np.abs(left), axis=0), np.arange(RANK)] > 0)
+
+
+def test_a_key_gives_the_same_result_to_the_last_bit_from_any_thread(a):
+    results = {}
+
+    def run(name):
+        results[name] = nys.factorize(a, RANK, key=jax.random.key(3))
+
+    run("main")
+    thread = threading.Thread(target=run, args=("other",))
+    thread.start()
+    thread.join()
+    for x, y in zip(parts(results["main"]), parts(results["other"]), strict=True):
+        assert np.array_equal(x, y)
+    other = nys.factorize(a, RANK, key=jax.random.key(4))
+    assert not np.array_equal(other.left, results["main"].left)
+
+
+@settings(max_examples=10, deadline=None)
+@given(exponent=st.integers(-90, 110))
+def test_a_power_of_two_goes_through(exponent):
+    a = matrix(30, 20, SPECTRA["harmonic"](20))
+    f, scaled = nys.factorize(a, 3), nys.factorize(np.ldexp(a, exponent), 3)
+    for name in ("singular_values", "error_estimate", "norm_estimate"):
+        np.testing.assert_allclose(
+            np.ldexp(np.float64(getattr(scaled, name)), -exponent), getattr(f, name), rtol=1e-5
+        )
+
+
+def test_under_vmap_and_jit(a):
+    batch = jnp.stack([a, 2 * a, jnp.asarray(matrix(M, N, SPECTRA["fast"](N)))])
+    f = jax.jit(jax.vmap(lambda a: nys.factorize(a, RANK)))(batch)
+    for i, b in enumerate(batch):
+        alone = nys.factorize(b, RANK)
+        np.testing.assert_allclose(f.singular_values[i], alone.singular_values, atol=1e-5)
+        np.testing.assert_allclose(f.error_estimate[i], alone.error_estimate, atol=1e-5)
+
+
+def test_nothing_is_compiled_again_for_another_matrix_or_key(a):
+    from nyscaled.lowrank.factorization import _fixed_compiled
+
+    nys.factorize(a, 7)
+    size = _fixed_compiled._cache_size()
+    nys.factorize(2 * a, 7, key=jax.random.key(5))
+    assert _fixed_compiled._cache_size() == size
+
+
+def test_deviations_grow_towards_what_is_not_determined(a):
+    few, many = (nys.factorize(a, 5, passes=p, jackknife=True).deviations for p in (2, 6))
+    for side in (few.left, few.right, many.left, many.right):
+        assert side[0] < side[2] < side[4]
+    assert np.all(many.left < 0.1 * few.left)
+    assert nys.factorize(a, 5).deviations is None
+
+
+BAD = {
+    "no rank": ({}, "rank is None and tol is None; expected exactly one"),
+    "both": ({"rank": 3, "tol": 0.1}, "expected exactly one"),
+    "rank 0": ({"rank": 0}, "rank is 0; expected 1 ≤ rank ≤ 90"),
+    "large rank": ({"rank": 91}, "rank is 91"),
+    "tol 0": ({"tol": 0.0}, "tol is 0; expected a number in"),
+    "negative tol": ({"tol": -1.0}, "tol is -1"),
+    "large tol": ({"tol": 2.0}, "tol is 2"),
+    "one pass": ({"rank": 3, "passes": 1}, "passes is 1; expected an integer ≥ 2"),
+    "max_rank with rank": ({"rank": 3, "max_rank": 4}, "max_rank is 4 and rank is 3"),
+    "max_rank": ({"tol": 0.1, "max_rank": 0}, "rank is 0"),
+    "jackknife": ({"tol": 0.1, "jackknife": True}, "jackknife is True"),
+    "oversampling": ({"rank": 3, "oversampling": -1}, "oversampling is -1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(a, name):
+    options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        nys.factorize(a, **options)
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, {"tol": 0.1}])
+def test_bad_matrices(a, options):
+    for entry in (np.nan, np.inf):
+        b = a.copy()
+        b[3, 4] = entry
+        with pytest.raises(ValueError, match="A has NaN or Inf entries"):
+            nys.factorize(b, **options)
+    with pytest.raises(ValueError, match="A has dtype int"):
+        nys.factorize(np.ones((4, 4), int), **options)
+    with pytest.raises(ValueError, match=r"A has shape \(4,\)"):
+        nys.factorize(np.ones(4, np.float32), **options)
+
+
+def test_a_tolerance_is_refused_under_jit(a):
+    with pytest.raises(ValueError, match="A or tol is traced; expected a rank"):
+        jax.jit(lambda a: nys.factorize(a, tol=0.1).left)(a)
+
+
+def reference(a, rank, weights):
+    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+    return jnp.sum((u[:, :rank] * s[:rank]) @ vt[:rank] * weights)
+
+
+def test_derivatives_of_values_and_of_the_projected_matrix():
+    a = jnp.asarray(matrix(30, 20, SPECTRA["harmonic"](20)))
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(a.shape), jnp.float32)
+
+    def projected(a):
+        f = nys.factorize(a, 4, passes=10)
+        return jnp.sum((f.left * f.singular_values) @ f.right.T * weights)
+
+    expected = jax.grad(reference)(a, 4, weights)
+    np.testing.assert_allclose(jax.grad(projected)(a), expected, atol=3e-4)
+    tangent = jax.jvp(projected, (a,), (weights,))[1]
+    np.testing.assert_allclose(tangent, jnp.sum(expected * weights), rtol=1e-3)
+    gradient = jax.grad(lambda a: nys.factorize(a, 4, passes=10).singular_values.sum())(a)
+    u, _, vt = np.linalg.svd(a)
+    np.testing.assert_allclose(gradient, u[:, :4] @ vt[:4], atol=1e-4)

@@ -1,0 +1,51 @@
+"""float64: matrices of exactly low rank, and derivatives against central differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nyscaled as nys
+
+M, N = 30, 24
+RNG = np.random.default_rng(0)
+LEFT, RIGHT = (jnp.asarray(np.linalg.qr(RNG.standard_normal((s, N)))[0]) for s in (M, N))
+DIRECTION, WEIGHTS = (jnp.asarray(RNG.standard_normal((M, N))) for _ in range(2))
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4])
+def test_one_step_is_exact_to_rounding(condition):
+    a = (LEFT[:, :5] * np.geomspace(1, 1 / condition, 5)) @ RIGHT[:, :5].T
+    f = nys.factorize(a, 5)
+    assert int(f.passes) == 2
+    assert jnp.linalg.norm(a - (f.left * f.singular_values) @ f.right.T) < 1e-13
+
+
+SPECTRA = {
+    "apart": 1 / np.arange(1.0, N + 1),
+    "repeated": np.array([1.0, 1, 1, 0.5, *(0.3 / np.arange(1.0, N - 3))]),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_derivatives_are_central_differences(name):
+    """Of singular values and the projected matrix; of what is smooth where values are equal."""
+    a = (LEFT * SPECTRA[name]) @ RIGHT.T
+
+    def quantity(a):
+        f = nys.factorize(a, 4, passes=4, oversampling=8)
+        projected = jnp.sum((f.left * f.singular_values) @ f.right.T * WEIGHTS)
+        return projected, jnp.sum(f.singular_values**2)
+
+    def reference(a):
+        u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+        return jnp.sum((u[:, :4] * s[:4]) @ vt[:4] * WEIGHTS), jnp.sum(s[:4] ** 2)
+
+    h = 1e-5
+    ahead, behind = reference(a + h * DIRECTION), reference(a - h * DIRECTION)
+    for i in range(2):
+        expected = (ahead[i] - behind[i]) / (2 * h)
+        gradient = jax.grad(lambda a, i=i: quantity(a)[i])(a)
+        tangent = jax.jvp(lambda a, i=i: quantity(a)[i], (a,), (DIRECTION,))[1]
+        np.testing.assert_allclose(tangent, expected, rtol=1e-5)
+        np.testing.assert_allclose(jnp.sum(gradient * DIRECTION), tangent, rtol=1e-8)
