@@ -1,6 +1,7 @@
 """Low-rank factorization of matrices of any kind, from thin products."""
 
 from nyscaled.lowrank.factorization import factorize
+from nyscaled.lowrank.generalized_nystrom import one_pass
 from nyscaled.lowrank.host import HostMatrix, HostOperator
 from nyscaled.lowrank.psd import nystrom
 from nyscaled.lowrank.psd_result import PSDApproximation
@@ -17,4 +18,5 @@ __all__ = [
     "Status",
     "factorize",
     "nystrom",
+    "one_pass",
 ]

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from nyscaled.lowrank.host import HOST_DTYPES
 from nyscaled.matrices import require_floating
@@ -74,7 +74,7 @@ def as_rows(
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"{label} has shape {tuple(shape)}; expected a matrix, (m, n)")
     size = (int(shape[0]), int(shape[1]))
-    target = _target(label, stored, dtype)
+    target = block_dtype(label, stored, dtype)
     if not isinstance(source, SlicedRows):
         read = _made(cast(BlockFactory, source), label)
     else:
@@ -101,7 +101,17 @@ def _label(source: SlicedRows) -> str:
     return f"a {type(source).__name__}" if file is None else os.fspath(file)
 
 
-def _target(label: str, stored: np.dtype, dtype: DTypeLike | None) -> np.dtype:
+def block_dtype(label: str, stored: np.dtype, dtype: DTypeLike | None) -> np.dtype:
+    """Return the dtype in which blocks are multiplied.
+
+    Args:
+        label: what errors call the source.
+        stored: the dtype of the source.
+        dtype: what was asked for.
+
+    Raises:
+        ValueError: if it is not a float or complex dtype, or loses imaginary parts.
+    """
     if dtype is None:
         half = stored.kind in "fV" and stored.itemsize == 2  # NumPy multiplies no half precision
         dtype = np.float32 if half else stored
@@ -125,6 +135,27 @@ def _height(source: SlicedRows, rows: int) -> int:
     return min(rows, source.shape[0])
 
 
+def as_block(block: ArrayLike, name: str, width: int, dtype: np.dtype) -> np.ndarray:
+    """Return a row block as an array of this dtype, row after row in memory.
+
+    Args:
+        block: the block.
+        name: what errors call it.
+        width: how many columns it must have.
+        dtype: of the result.
+
+    Raises:
+        ValueError: if it is not a matrix of numbers with so many columns.
+    """
+    rows = np.asarray(block)
+    numbers = rows.dtype.kind in "fViub" or rows.dtype.kind == dtype.kind == "c"
+    if rows.ndim != 2 or rows.shape[1] != width or not numbers:
+        got = f"shape {rows.shape} and dtype {rows.dtype}"
+        raise ValueError(f"{name} have {got}; expected numbers (rows, {width}) for {dtype}")
+    with np.errstate(over="ignore"):  # Inf is found in the products
+        return rows.astype(dtype, order="C", copy=False)
+
+
 def _checked(
     read: Callable[[int], Iterator[np.ndarray]], label: str, shape: tuple[int, int], dtype: np.dtype
 ) -> Callable[[int], Iterator[np.ndarray]]:
@@ -134,18 +165,11 @@ def _checked(
     def blocks(start: int) -> Iterator[np.ndarray]:
         row = start
         for block in read(start):
-            block = np.asarray(block)
-            if block.ndim != 2 or block.shape[1] != n or block.dtype.kind not in "fcViub":
-                got = f"shape {block.shape} and dtype {block.dtype}"
-                raise ValueError(
-                    f"rows {row} … of {label} have {got}; expected numbers (rows, {n})"
-                )
+            block = as_block(block, f"rows {row} … of {label}", n, dtype)
             row += len(block)
             if row > m:
                 raise ValueError(f"{label} has more than {m} rows; expected shape {shape}")
             if len(block):
-                with np.errstate(over="ignore"):  # Inf is found in the products
-                    block = block.astype(dtype, order="C", copy=False)
                 yield block
         if row < m:
             raise ValueError(f"{label} ended after {row} rows; expected {m}")

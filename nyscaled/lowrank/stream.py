@@ -100,6 +100,14 @@ class RowBlocks:
         state = self._pass("A x and Aᴴ A x", x, image=True, sums=True)
         return _known(state.image), _known(state.sums).conj().T
 
+    def blocks(self) -> Iterator[HostArray]:
+        """Yield the row blocks, in one pass, which `resume` does not cover."""
+        with self._bar("rows", 0) as show:
+            for _, block in ahead(self._blocks(0)):
+                yield block
+                show(len(block))
+        self.passes += 1
+
     def _pass(self, product: str, x: HostArray, *, image: bool, sums: bool) -> Pass:
         """Multiply every block by x, or by rows of x; sum the adjoint products of the results."""
         (m, n), k = self.shape, x.shape[1]
