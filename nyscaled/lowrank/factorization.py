@@ -12,13 +12,14 @@ from jax import lax
 from jaxtyping import Array, Key
 
 from nyscaled.lapack import svd
-from nyscaled.lowrank import derivative, estimate
+from nyscaled.lowrank import derivative, estimate, streamed
 from nyscaled.lowrank.adaptive import adaptive
 from nyscaled.lowrank.host import HostMatrix, as_input
 from nyscaled.lowrank.krylov import project, sketch
 from nyscaled.lowrank.orthogonal import adjoint
 from nyscaled.lowrank.products import products_of, random_block, random_scale, working_dtype
 from nyscaled.lowrank.result import LowRank, Status
+from nyscaled.lowrank.streamed import StreamedMatrix
 from nyscaled.lowrank.truncate import rounding, truncate
 from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import LinearMap, MatrixLike, Number
@@ -94,12 +95,20 @@ def factorize(
         require_rank(rank, a.shape)
         passes = require_count("passes", passes, 2)
         width = min(rank + require_count("oversampling", oversampling), *a.shape)
-        fixed = _fixed if isinstance(a, HostMatrix) else _fixed_compiled
-        result = fixed(a, key, rank, width, passes, jackknife)
+        if isinstance(a, StreamedMatrix):
+            result = streamed.of_rank(a, key, rank, width, passes, jackknife)
+        elif isinstance(a, HostMatrix):
+            result = _fixed(a, key, rank, width, passes, jackknife)
+        else:
+            result = _fixed_compiled(a, key, rank, width, passes, jackknife)
     else:
         if jackknife:
             raise ValueError("jackknife is True and tol is given; expected a rank")
-        result = adaptive(a, key, _known_tolerance(a, tol), _limit(max_rank, a.shape))
+        tolerance, limit = _known_tolerance(a, tol), _limit(max_rank, a.shape)
+        if isinstance(a, StreamedMatrix):
+            result = streamed.of_tolerance(a, key, tolerance, limit)
+        else:
+            result = adaptive(a, key, tolerance, limit)
     if is_concrete(result.status) and jnp.any(result.status == Status.NON_FINITE):
         raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
     return result
