@@ -1,5 +1,7 @@
 """Linear algebra of thin factors, and of matrices that are known by their products."""
 
+from nyscaled.linalg import kernels
+from nyscaled.linalg.kernels import KernelMatrix
 from nyscaled.linalg.maps import probed_norm, residual, spectral_norm, squared_residual
 from nyscaled.linalg.subspace import leading_factors
 from nyscaled.linalg.thin import (
@@ -18,6 +20,7 @@ from nyscaled.matrices import Operator, symmetric_part
 
 __all__ = [
     "Compressed",
+    "KernelMatrix",
     "Operator",
     "ThinFactorization",
     "compress",
@@ -25,6 +28,7 @@ __all__ = [
     "dual",
     "factor",
     "gram_solve",
+    "kernels",
     "leading_factors",
     "moving_frame",
     "orthonormalize",
