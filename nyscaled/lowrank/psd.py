@@ -12,9 +12,10 @@ from nyscaled import validation
 from nyscaled.lapack import eigh, inverse_cholesky, inverse_upper
 from nyscaled.linalg import KernelMatrix, default_rcond, orthonormalize
 from nyscaled.lowrank import leave_one_out
+from nyscaled.lowrank.orthogonal import extend
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
 from nyscaled.lowrank.psd_result import PSDApproximation
-from nyscaled.lowrank.result import Status
+from nyscaled.lowrank.result import Status, with_fixed_signs
 from nyscaled.matrices import as_matrix
 from nyscaled.numerics import full_precision, norm, normalized, shift
 from nyscaled.typing import LinearMap, MatrixLike
@@ -112,15 +113,15 @@ def _approximation(
 ) -> PSDApproximation:
     m = a.shape[0]
     omega = jax.random.normal(key, (m, columns), a.dtype)
-    basis = orthonormalize(omega)
+    basis = extend(None, omega)
     image, e = normalized(a @ basis)
 
     def product(block: Float[Array, "m s"]) -> Float[Array, "m s"]:
         return shift(a @ block, -e)
 
     start = basis.T @ omega
-    for i in range(1, passes):
-        block = _extension(basis, image[:, -columns:], jnp.roll(omega, i, axis=0))
+    for _ in range(1, passes):
+        block = extend(basis, image[:, -columns:])
         basis = jnp.concatenate([basis, block], axis=1)
         image = jnp.concatenate([image, product(block)], axis=1)
     # Â of A + νI, less νI: rounding of the compression is at most ν.
@@ -137,7 +138,7 @@ def _approximation(
     values, turn = rising[::-1], turn[:, ::-1]
     live = values[:rank] > 2 * nu
     eigenvalues = jnp.where(live, values[:rank] - nu, 0)
-    vectors = jnp.where(live, orthonormalize(factor @ turn[:, :rank]), 0)
+    vectors = _signed(jnp.where(live, orthonormalize(factor @ turn[:, :rank]), 0))
 
     parts = leave_one_out.replicates(gram, start, nu)
     estimate = _with_cut(
@@ -161,19 +162,8 @@ def _approximation(
     )
 
 
-def _extension(
-    basis: Float[Array, "m k"], block: Float[Array, "m s"], noise: Float[Array, "m s"]
-) -> Float[Array, "m s"]:
-    """An orthonormal block that, with the basis, spans the range of a block, column by column.
-
-    A little noise gives columns without a direction of their own a random one. What is spanned is
-    that of an A which differs by rounding.
-    """
-    size = 4 * float(jnp.finfo(block.dtype).eps) / block.shape[0] ** 0.5
-    block = block + (size * norm(block)) * noise
-    block = orthonormalize(block - basis @ (basis.T @ block))
-    block = block - basis @ (basis.T @ block)
-    return block @ inverse_cholesky(_squared(block))
+def _signed(vectors: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    return with_fixed_signs(vectors, vectors)[0]
 
 
 def _squared(x: Float[Array, "m k"]) -> Float[Array, "k k"]:
@@ -216,7 +206,7 @@ def _of_kernel(cholesky: PivotedCholesky) -> PSDApproximation:
     rising, turn = eigh(triangle @ triangle.T)
     order = jnp.arange(rank)[::-1]
     return PSDApproximation(
-        vectors=jnp.where(live, basis @ (second @ turn[:, order]), 0),
+        vectors=_signed(jnp.where(live, basis @ (second @ turn[:, order]), 0)),
         eigenvalues=shift(jnp.where(live, jnp.maximum(rising[order], 0), 0), 2 * e),
         error_estimate=jnp.sum(cholesky.residual),
         numerical_rank=cholesky.numerical_rank,
