@@ -7,14 +7,22 @@ are taken of numbers that were divided by a power of two, which rounds nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Inexact, Int
+
+try:
+    from jax import enable_x64
+except ImportError:  # in older versions of jax
+    from jax.experimental import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -31,6 +39,23 @@ def full_precision(fn: Callable[_P, _R]) -> Callable[_P, _R]:
             return fn(*args, **kwargs)
 
     return wrapped
+
+
+def keeping(dtype: DTypeLike) -> AbstractContextManager[object]:
+    """Return a context in which JAX keeps a dtype: x64 is on if the dtype needs it.
+
+    Only the current thread is changed. Results should leave the context as NumPy arrays.
+
+    Args:
+        dtype: of what is computed.
+
+    Examples:
+        >>> with keeping("float64"):
+        ...     jnp.ones(1, "float64").dtype
+        dtype('float64')
+    """
+    wide = jnp.dtype(dtype) in (jnp.dtype("float64"), jnp.dtype("complex128"))
+    return enable_x64(True) if wide else contextlib.nullcontext()
 
 
 def at_least_float32(x: Array) -> Array:

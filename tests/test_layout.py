@@ -32,6 +32,8 @@ FLOORS = {
     "lora": 3,
     "models": 4,
     "checkpoints": 2,
+    "sklearn": 3,
+    "cli": 5,
 }
 # Rooms that may be used from their own floor: starts belong to problems.
 SHARED = {name for name, floor in FLOORS.items() if floor == 0} | {"problems"}

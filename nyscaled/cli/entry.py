@@ -1,0 +1,83 @@
+"""The entry point: which subcommands exist, and how one is run and ends."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "factorize": "approximate the matrices of a file, or the weights of a model, by low rank",
+}
+"""What each subcommand does; `nyscaled.cli.NAME` has its `Config` and its `run`."""
+
+EXTRA = "pip install 'nyscaled[cli]'"
+
+USAGE = 2  # the status of a command line that cannot be read, as in other programs
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its status: 0, or not 0 with a line of reason on stderr.
+
+    Args:
+        argv: the words after `nyscaled`; by default those of the process.
+
+    Examples:
+        >>> main(["--version"])
+        nyscaled 0.1.0
+        0
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        import nyscaled
+
+        print(f"nyscaled {nyscaled.__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(), end="", file=sys.stdout if words else sys.stderr)
+        return 0 if words else USAGE
+    name, *options = words
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        return _fail("nyscaled", f"the command is {name!r}; expected one of: {known}", USAGE)
+    return _run(name, options)
+
+
+def _run(name: str, options: Sequence[str]) -> int:
+    program = f"nyscaled {name}"
+    try:
+        command = importlib.import_module(f"nyscaled.cli.{name}")
+        parse = importlib.import_module("nyscaled.cli.options").parse
+        config = parse(command.Config, options, program, command.__doc__)
+        return 0 if config is None else command.run(config)
+    except KeyboardInterrupt:
+        return _fail(program, "interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        return _fail(program, f"{error.name} is missing; expected it to be installed ({EXTRA})")
+    except MemoryError as error:
+        return _fail(program, f"memory is too small: {error}")
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(program, str(error))
+
+
+def _fail(program: str, reason: str, status: int = 1) -> int:
+    print(f"{program}: error: {' '.join(reason.split())}", file=sys.stderr)
+    return status
+
+
+def _overview() -> str:
+    lines = [
+        "usage: nyscaled COMMAND [options]",
+        "",
+        "Low-rank factorization in JAX.",
+        "",
+        "commands:",
+        *(f"  {name:<12}{summary}" for name, summary in COMMANDS.items()),
+        "",
+        "`nyscaled COMMAND --help` has the options and examples.",
+    ]
+    if importlib.util.find_spec("tyro") is None:
+        lines.append(f"Commands need packages that are missing here: {EXTRA}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,150 @@
+"""Options of a subcommand: a YAML or TOML file, and flags over it, into a frozen dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar, get_args, get_type_hints
+
+import tyro
+
+from nyscaled._pytree import build
+from nyscaled.checkpoints.files import brief, read_text
+
+C = TypeVar("C")
+Option = bool | int | float | str | Path | None
+
+_FLAG = "--config"
+
+
+def parse(config: type[C], words: Sequence[str], program: str, description: str | None) -> C | None:
+    """Return the options of a command line; None if it asked for help, which was printed.
+
+    Args:
+        config: a frozen dataclass of options. Its option `config` names a file of options.
+        words: the command line.
+        program: what the help calls the command.
+        description: what the help says of it.
+
+    Raises:
+        ValueError: on words that are not options of this command, and on a file of options that
+            cannot be read.
+    """
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument(_FLAG, nargs="?")
+    path = scan.parse_known_args(list(words))[0].config
+    default = _defaults(config, {} if path is None else read_options(Path(path), config))
+    refused = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refused):
+            return tyro.cli(
+                config, args=words, prog=program, description=description, default=default
+            )
+    except SystemExit as end:
+        if not end.code:
+            return None
+        raise ValueError(_reason(refused.getvalue(), program)) from None
+
+
+def read_options(path: Path, config: type[C]) -> dict[str, Option]:
+    """Return the options in a TOML or YAML file.
+
+    Args:
+        path: path of the file, which ends in .toml, .yaml or .yml.
+        config: the dataclass of options.
+
+    Raises:
+        ValueError: on a file that cannot be read, an option that does not exist, and a value of
+            another type.
+    """
+    text = read_text(path)
+    try:
+        if path.suffix == ".toml":
+            options: object = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            options = yaml.safe_load(text)
+        else:
+            raise ValueError(f"its name ends in {path.suffix!r}; expected .toml, .yaml or .yml")
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # of many classes, on texts of other formats
+        raise ValueError(f"{path} is not a file of options: {brief(error)}") from error
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{path} holds a {type(options).__name__}; expected options by name")
+    types_of = {key: hint for key, hint in get_type_hints(config).items() if key != "config"}
+    for key in options:
+        if key not in types_of:
+            known = ", ".join(types_of)
+            raise ValueError(f"{path} has {brief(repr(key))}; expected options among: {known}")
+    return {key: _as(types_of[key], value, f"{path} has {key}") for key, value in options.items()}
+
+
+def _as(hint: object, value: object, name: str) -> Option:
+    """The value of an option in the type of the dataclass."""
+    classes = get_args(hint) or (hint,)
+    if value is None and type(None) in classes:
+        return None
+    reader, expected = next(_READERS[cls] for cls in _READERS if cls in classes)
+    try:
+        return reader(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} = {brief(repr(value))}; expected {expected}") from None
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _number(value: object) -> float:
+    # A text too, because YAML reads 1e-3 as one.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    return float(value)
+
+
+def _integer(value: object) -> int:
+    number = int(_number(value))
+    if number != _number(value):
+        raise ValueError
+    return number
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+_READERS: dict[object, tuple[Callable[[object], Option], str]] = {
+    bool: (_truth, "true or false"),
+    int: (_integer, "an integer"),
+    float: (_number, "a number"),
+    str: (_text, "a text"),
+    Path: (lambda value: Path(_text(value)), "a text"),
+}
+
+
+def _defaults(config: type[C], options: Mapping[str, Option]) -> C:
+    """An instance for tyro, in which options without a value are marked as missing."""
+    values = {
+        field.name: tyro.MISSING if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(config)  # pyright: ignore[reportArgumentType]
+    }
+    return build(config, **(values | dict(options)))  # its types would not allow what is missing
+
+
+def _reason(text: str, program: str) -> str:
+    """What tyro says in a box, between the title and the next rule, as one line."""
+    parts = re.split(r"[─-]{5,}", text)
+    words = re.sub("[│╭╮╰╯]", " ", parts[min(1, len(parts) - 1)]).split()
+    return f"{' '.join(words)} (see {program} --help)"

@@ -1,0 +1,390 @@
+"""`nyscaled factorize`: what it reads and writes, and how it refuses."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import h5py
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import scipy.io
+import scipy.sparse
+
+from nyscaled import lowrank
+from nyscaled.cli import inputs, main, matrix_market
+from nyscaled.cli.table import kinds
+
+M, N, RANK = 30, 20, 3
+
+
+@pytest.fixture(scope="module")
+def a():
+    """A matrix of rank 3, and noise."""
+    rng = np.random.default_rng(0)
+    low_rank = rng.normal(size=(M, RANK)) @ rng.normal(size=(RANK, N))
+    return (low_rank + 1e-4 * rng.normal(size=(M, N))).astype(np.float32)
+
+
+def saved(path, a):
+    """`path`, written with the matrix in the format of its name."""
+    if path.suffix == ".npy":
+        np.save(path, a)
+    elif path.suffix == ".npz":
+        np.savez(path, a=a, vector=a[0], counts=np.ones((2, 2), int))
+    elif path.suffix == ".safetensors":
+        tensors = {"h.0.a.weight": a, "h.0.a.bias": a[0], "ids": np.ones((2, 2), int)}
+        safetensors.numpy.save_file(tensors, path)
+    elif path.suffix in (".h5", ".hdf5"):
+        with h5py.File(path, "w") as file:
+            file["group/a"], file["group/vector"] = a, a[0]
+    else:
+        scipy.io.mmwrite(path, scipy.sparse.coo_array(a) if "sparse" in path.name else a)
+    return path
+
+
+def folder_of(path, tensors):
+    """A folder of a model with these tensors."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "mine"}))
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def factorize(*words):
+    return main(["factorize", *map(str, words)])
+
+
+def product(arrays, prefix=""):
+    left, values, right = (arrays[prefix + k] for k in ("left", "singular_values", "right"))
+    return left * values @ right.T
+
+
+def refused(capsys, *words):
+    """The one line of reason with which a command line fails."""
+    status = factorize(*words)
+    error = capsys.readouterr().err
+    assert status in (1, 2)
+    assert error.startswith("nyscaled factorize: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+FILES = ["a.npy", "a.npz", "a.safetensors", "a.h5", "dense.mtx", "sparse.mtx"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("out", ["out.npz", "out.safetensors"])
+def test_factors_of_each_format_are_the_matrix(tmp_path, a, name, out, capsys):
+    path, out = saved(tmp_path / name, a), tmp_path / out
+    assert factorize(path, "--rank", RANK, "--out", out) == 0
+    arrays = np.load(out) if out.suffix == ".npz" else safetensors.numpy.load_file(out)
+    np.testing.assert_allclose(product(arrays), a, atol=1e-4 * np.abs(a).max())
+    assert arrays["left"].shape == (M, RANK)
+    assert arrays["error_estimate"] <= 1e-3 * arrays["norm_estimate"]
+    assert {"numerical_rank", "passes", "status"} <= set(arrays)
+    assert f"{M} × {N}, rank {RANK}" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, out.name}  # nothing else is left
+
+
+def test_the_file_reads_as_a_program_of_its_own(tmp_path, a):
+    path, out = saved(tmp_path / "a.npy", a.astype(np.float64)), tmp_path / "out.npz"
+    words = ["factorize", path, "--rank", N, "--out", out]
+    command = [sys.executable, "-m", "nyscaled.cli", *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "relative error" in result.stdout
+    arrays = np.load(out)
+    assert arrays["left"].dtype == np.float64
+    # float64 has been kept: float32 would leave 1e-7.
+    np.testing.assert_allclose(product(arrays), a, atol=1e-12 * np.abs(a).max())
+
+
+def test_float64_leaves_the_configuration_alone(tmp_path, a):
+    before = dict(jax.config.values)
+    assert factorize(saved(tmp_path / "a.npy", a.astype(float)), "--rank", RANK) == 0
+    assert dict(jax.config.values) == before
+
+
+def test_compressed_matrix_market(tmp_path, a, capsys):
+    import gzip
+
+    plain = saved(tmp_path / "sparse.mtx", a)
+    path = tmp_path / "a.mtx.gz"
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    assert factorize(path, "--rank", RANK) == 0
+    assert f"rank {RANK}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("symmetry", ["general", "symmetric", "skew-symmetric", "hermitian"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_matrix_market_of_every_symmetry(tmp_path, symmetry, sparse):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(5, 5)) * (rng.random((5, 5)) < 0.5)
+    a = a + 1j * rng.normal(size=(5, 5)) * (a != 0) if symmetry == "hermitian" else a
+    parts = {"symmetric": a + a.T, "skew-symmetric": a - a.T, "hermitian": a + a.conj().T}
+    a = parts.get(symmetry, a)
+    written = scipy.sparse.coo_array(a) if sparse else a
+    scipy.io.mmwrite(tmp_path / "a.mtx", written, symmetry=symmetry, comment="two\nlines")
+    ours = matrix_market.read(tmp_path / "a.mtx")
+    assert scipy.sparse.issparse(ours) == sparse
+    np.testing.assert_allclose(ours.toarray() if sparse else ours, a, rtol=1e-15)
+
+
+def test_matrix_market_of_patterns_and_integers(tmp_path):
+    path, head = tmp_path / "a.mtx", "%%MatrixMarket matrix coordinate"
+    path.write_text(f"{head} pattern general\n%\n2 3 2\n1 3\n2 1\n")
+    np.testing.assert_array_equal(matrix_market.read(path).toarray(), [[0, 0, 1], [1, 0, 0]])
+    path.write_text(f"{head} integer symmetric\n2 2 1\n2 1 7\n")
+    np.testing.assert_array_equal(matrix_market.read(path).toarray(), [[0, 7], [7, 0]])
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["2 3 1\n0 1 1\n", "2 3 1\n3 1 1\n", "2 3 1\n1.5 1 1\n", "2 3 2\n1 1 1\n", "2 3\n1 1 1\n",
+     "2 3 1\n1 1\n", "2 3 1\n1 1 1 1\n", "2 3 1\n1 1 x\n", "-2 3 1\n1 1 1\n", ""],
+)  # fmt: skip
+def test_broken_matrix_market_is_refused(tmp_path, body):
+    path = tmp_path / "a.mtx"
+    path.write_text(f"%%MatrixMarket matrix coordinate real general\n{body}")
+    with pytest.raises(ValueError):  # noqa: PT011  # NumPy's words differ
+        matrix_market.read(path)
+
+
+def test_sparse_matrix_stays_sparse(tmp_path, capsys):
+    """Dense it would take 160 GB."""
+    rows, size = np.arange(1000), 200_000
+    a = scipy.sparse.csr_array((np.ones(1000, "f"), (rows * 199, rows % 50)), shape=(size, size))
+    path = tmp_path / "a.npz"
+    scipy.sparse.save_npz(path, a)
+    assert factorize(path, "--rank", 7) == 0
+    assert "rank 7, relative error" in capsys.readouterr().out
+
+
+def test_half_precision_and_integers_become_float32(tmp_path, a):
+    for dtype in (np.float16, np.int64):
+        path, out = tmp_path / "a.npy", tmp_path / f"{np.dtype(dtype)}.npz"
+        np.save(path, np.round(a * 8).astype(dtype))
+        assert factorize(path, "--rank", N, "--out", out) == 0
+        assert np.load(out)["left"].dtype == np.float32
+
+
+def test_columns_first_is_not_read_as_rows_first(tmp_path, a):
+    np.save(tmp_path / "a.npy", np.asfortranarray(a))
+    assert factorize(tmp_path / "a.npy", "--rank", RANK, "--out", tmp_path / "o.npz") == 0
+    np.testing.assert_allclose(product(np.load(tmp_path / "o.npz")), a, atol=1e-2)
+
+
+def test_tensors_by_pattern(tmp_path, a):
+    tensors = {f"h.{i}.{k}.weight": (i + 1) * a for i in range(2) for k in ("q", "v")}
+    path = folder_of(tmp_path / "model", tensors)
+    out = tmp_path / "out.npz"
+    assert factorize(path, "--name", r".*\.q\.weight", "--rank", RANK, "--out", out) == 0
+    arrays = np.load(out)
+    assert {name.rpartition(".")[0] for name in arrays} == {"h.0.q.weight", "h.1.q.weight"}
+    np.testing.assert_allclose(product(arrays, "h.1.q.weight."), 2 * a, atol=1e-3)
+
+
+def test_table_and_picture_of_a_folder(tmp_path, a):
+    rng = np.random.default_rng(1)
+    full = rng.normal(size=(M, N)).astype(np.float32)
+    tensors = {
+        "embed.weight": full,
+        "h.0.q.weight": a,
+        "h.1.q.weight": full,
+        "h.0.q.bias": a[0],
+        "ids": np.ones((2, 2), int),
+    }
+    path, out = folder_of(tmp_path / "model", tensors), tmp_path / "out.csv"
+    assert factorize(path, "--tol", 0.1, "--top", RANK, "--out", out) == 0
+    table = {row.pop("name"): row for row in csv.DictReader(io.StringIO(out.read_text()))}
+    assert set(table) == {"embed.weight", "h.0.q.weight", "h.1.q.weight"}
+    low, high = table["h.0.q.weight"], table["h.1.q.weight"]
+    assert (low["rows"], low["columns"]) == (str(M), str(N))
+    values = np.linalg.svd(a, compute_uv=False)
+    assert int(low["rank"]) <= RANK < int(high["rank"])
+    assert float(high["relative_error"]) <= 0.1
+    for name, matrix in (("h.0.q.weight", a), ("h.1.q.weight", full)):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        energy = np.sum(values**2)
+        assert float(table[name]["stable_rank"]) == pytest.approx(energy / values[0] ** 2, rel=0.02)
+        share = float(table[name][f"share_of_top_{RANK}"])
+        assert share == pytest.approx(np.sum(values[:RANK] ** 2) / energy, rel=0.02)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kinds_are_the_shortest_ends_that_differ():
+    names = ["e.0.attn.out.dense.weight", "e.1.attn.out.dense.weight", "e.0.out.dense.weight"]
+    assert kinds(names) == ["attn.out.dense", "attn.out.dense", "e.out.dense"]
+    assert kinds([""]) == [""]
+
+
+@pytest.mark.parametrize("suffix", ["toml", "yaml"])
+def test_flags_override_the_file_of_options(tmp_path, a, suffix):
+    path, out = saved(tmp_path / "a.npy", a), tmp_path / "out.npz"
+    options = tmp_path / f"options.{suffix}"
+    pairs = {"file": json.dumps(str(path)), "tol": "1e-2", "rank": "1", "overwrite": "true"}
+    equals = " = " if suffix == "toml" else ": "
+    options.write_text("\n".join(key + equals + value for key, value in pairs.items()))
+    out.touch()  # overwrite is read from the file
+    assert factorize("--config", options, "--rank", 3, "--out", out) == 0
+    assert np.load(out)["left"].shape[1] <= 3
+    assert factorize("--config", options, "--out", out) == 1  # rank 1 misses the tolerance
+    assert np.load(out)["left"].shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("rnk = 3", "rnk"),
+        ("rank = 2.5", "rank = 2.5; expected an integer"),
+        ("rank = true", "rank = True; expected an integer"),
+        ('tol = "x"', "expected a number"),
+        ("name = 3", "expected a text"),
+        ("overwrite = 1", "expected true or false"),
+        ("config = 'b.toml'", "'config'"),
+        ("rank = ", "not a file of options"),
+    ],
+)
+def test_broken_options_are_refused(tmp_path, a, text, reason, capsys):
+    options = tmp_path / "options.toml"
+    options.write_text(text)
+    assert reason in refused(capsys, saved(tmp_path / "a.npy", a), "--config", options)
+
+
+def test_broken_yaml_is_refused(tmp_path, capsys):
+    for text in ("!!python/object/apply:os.system ['touch x']", "- 1", "a: ["):
+        (tmp_path / "o.yaml").write_text(text)
+        refused(capsys, "a.npy", "--config", tmp_path / "o.yaml")
+    (tmp_path / "o.ini").write_text("")
+    assert ".toml" in refused(capsys, "a.npy", "--config", tmp_path / "o.ini")
+
+
+@pytest.mark.parametrize("name", [*FILES, "sparse.npz"])
+def test_a_file_cut_short_is_refused(tmp_path, a, name, capsys):
+    path = tmp_path / name
+    if name == "sparse.npz":
+        scipy.sparse.save_npz(path, scipy.sparse.csr_array(a))
+    else:
+        saved(path, a)
+    whole = path.read_bytes()
+    for size in (0, 5, len(whole) // 2, len(whole) - 30):
+        path = tmp_path / f"{size}{name}"  # the last one may still be mapped into memory
+        path.write_bytes(whole[:size])
+        assert name in refused(capsys, path, "--rank", 2)
+
+
+@pytest.mark.parametrize("name", [*FILES, "a.gguf", "a.mtx.gz"])
+def test_a_file_of_another_format_is_refused(tmp_path, name, capsys):
+    path = tmp_path / name
+    path.write_bytes(b"These are words, and no matrix.\n" * 20)
+    assert name in refused(capsys, path, "--rank", 2)
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bombs = np.array([[Bomb()]], object)
+    np.save("a.npy", bombs)
+    np.savez("a.npz", a=bombs)
+    np.savez("s.npz", format=bombs, shape=[1, 1], data=bombs)
+    for name in ("a.npy", "a.npz", "s.npz"):
+        refused(capsys, name, "--rank", 1)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_sparse_indices_out_of_range_are_refused(tmp_path, a, capsys):
+    matrix = scipy.sparse.csr_array(a)
+    matrix.indices[3] = 10**8
+    scipy.sparse.save_npz(tmp_path / "a.npz", matrix)
+    assert "a.npz" in refused(capsys, tmp_path / "a.npz", "--rank", 2)
+
+
+def test_refusals_name_the_reason(tmp_path, a, capsys):
+    path = saved(tmp_path / "a.npy", a)
+    several = saved(tmp_path / "a.npz", a)
+    cases = {
+        "does not exist": ("nothing.npy", "--rank", 2),
+        "'.txt'": (saved(tmp_path / "a.npy", a).rename(tmp_path / "a.txt"), "--rank", 2),
+        "regular expression": (several, "--rank", 2, "--name", "("),
+        "'b'": (several, "--rank", 2, "--name", "b"),
+        "--top is 0": (several, "--rank", 2, "--top", 0),
+        "'.pt'": (several, "--rank", 2, "--out", tmp_path / "o.pt"),
+        "is not a folder": (several, "--rank", 2, "--out", tmp_path / "no" / "o.npz"),
+        "rank": (several, "--rank", "two"),
+        "--rnk": (several, "--rnk", 2),
+        "PATH": ("--rank", 2),
+        "tol": (several,),
+    }
+    for reason, words in cases.items():
+        error = refused(capsys, *words)
+        assert reason in error
+    np.save(path, np.full((3, 3), np.nan, np.float32))
+    assert "NaN" in refused(capsys, path, "--rank", 2)
+    np.save(path, np.array([["a"]]))
+    assert "expected numbers" in refused(capsys, path, "--rank", 1)
+    np.save(path, np.ones(3))
+    assert "shape (3,)" in refused(capsys, path, "--rank", 1)
+
+
+def test_existing_files_are_kept(tmp_path, a, capsys):
+    path = saved(tmp_path / "a.npy", a)
+    for out in (tmp_path / "o.npz", tmp_path / "o.csv"):
+        kept = out.with_suffix(".png") if out.suffix == ".csv" else out
+        kept.write_text("mine")
+        assert "--overwrite" in refused(capsys, path, "--rank", 2, "--out", out)
+        assert kept.read_text() == "mine"
+        assert factorize(path, "--rank", 2, "--out", out, "--overwrite") == 0
+        assert kept.read_bytes() != b"mine"
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, a, capsys, monkeypatch):
+    def full(path, arrays):
+        path.write_text("half")
+        raise OSError("no space left on device")
+
+    path, out = saved(tmp_path / "a.npy", a), tmp_path / "o.npz"
+    out.write_text("mine")
+    monkeypatch.setattr("nyscaled.cli.outputs.write_arrays", full)
+    assert "no space" in refused(capsys, path, "--rank", 2, "--out", out, "--overwrite")
+    assert out.read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"a.npy", "o.npz"}
+
+
+def test_a_missed_tolerance_is_a_status(tmp_path, a, capsys):
+    path, out = saved(tmp_path / "a.npy", a), tmp_path / "o.npz"
+    assert factorize(path, "--rank", 1, "--tol", 1e-3, "--out", out) == 1
+    assert "1 of 1 matrices" in capsys.readouterr().err
+    assert out.exists()
+
+
+def test_missing_packages_are_named(tmp_path, a, capsys, monkeypatch):
+    path = saved(tmp_path / "a.h5", a)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert "nyscaled[cli]" in refused(capsys, path, "--rank", 2)
+
+
+def test_help_and_unknown_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "factorize" in capsys.readouterr().out
+    assert main(["factorize", "--help"]) == 0
+    assert "nyscaled factorize a.npy --tol 1e-3" in capsys.readouterr().out
+    assert main(["factorise"]) == 2
+    assert "expected one of: factorize" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_large_arrays_are_read_by_blocks(tmp_path, a, monkeypatch):
+    monkeypatch.setattr(inputs, "memory", lambda: 4)
+    for name in ("a.npy", "a.h5"):
+        (entry,) = inputs.entries(saved(tmp_path / name, a))
+        assert isinstance(entry.load(), lowrank.RowBlocks)
+        out = tmp_path / "out.npz"
+        assert factorize(tmp_path / name, "--rank", RANK, "--out", out, "--overwrite") == 0
+        np.testing.assert_allclose(product(np.load(out)), a, atol=1e-4 * np.abs(a).max())
