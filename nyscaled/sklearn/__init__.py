@@ -1,0 +1,5 @@
+"""Estimators with the interfaces of scikit-learn; they need the extra `sklearn`."""
+
+from nyscaled.sklearn.truncated_svd import TruncatedSVD
+
+__all__ = ["TruncatedSVD"]

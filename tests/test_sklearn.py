@@ -1,0 +1,163 @@
+"""The estimators of `nyscaled.sklearn`, by scikit-learn's own checks and beside its estimators."""
+
+import pickle
+import threading
+
+import jax
+import numpy as np
+import pytest
+import scipy.sparse
+from sklearn import datasets
+from sklearn.base import clone
+from sklearn.decomposition import TruncatedSVD as Peer
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from nyscaled.sklearn import TruncatedSVD
+
+
+@parametrize_with_checks([TruncatedSVD(passes=2)])
+def test_meets_the_checks_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Images of digits, (1797, 61), in float64, without pixels that are always white."""
+    images = datasets.load_digits().data
+    return images[:, images.any(axis=0)]
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    """A sparse matrix with decaying singular values."""
+    rng = np.random.default_rng(0)
+    a = scipy.sparse.random_array((300, 200), density=0.05, rng=rng)
+    return scipy.sparse.csr_array(a * (0.97 ** np.arange(200)))
+
+
+@pytest.mark.parametrize("name", ["digits", "sparse"])
+def test_is_scikit_learn_s_svd(name, request):
+    x = request.getfixturevalue(name)
+    ours = TruncatedSVD(5, passes=12, random_state=0)
+    peer = Peer(5, algorithm="arpack", random_state=0)
+    projected, expected = ours.fit_transform(x), peer.fit_transform(x)
+    for attribute in ("singular_values_", "explained_variance_", "explained_variance_ratio_"):
+        np.testing.assert_allclose(getattr(ours, attribute), getattr(peer, attribute), rtol=1e-3)
+    # Signs too: the rule for them is the same.
+    np.testing.assert_allclose(ours.components_, peer.components_, atol=0.05)
+    np.testing.assert_allclose(projected, expected, atol=0.05 * np.abs(expected).max())
+    back = ours.inverse_transform(projected)
+    error = np.linalg.norm(back - x) / scipy.sparse.linalg.norm(scipy.sparse.csr_array(x))
+    assert error == pytest.approx(ours.relative_error_, rel=0.1)
+
+
+def test_dtypes_are_kept(digits):
+    for dtype, tol in ((np.float32, 1e-5), (np.float64, 1e-12)):
+        x = digits.astype(dtype)
+        svd = TruncatedSVD(n_components=61, random_state=0).fit(x)
+        for value in (svd.components_, svd.singular_values_, svd.transform(x)):
+            assert value.dtype == dtype
+        identity = svd.components_ @ svd.components_.T
+        np.testing.assert_allclose(identity, np.eye(61), atol=10 * tol)
+        values = np.linalg.svd(digits, compute_uv=False)
+        np.testing.assert_allclose(svd.singular_values_, values, atol=tol * values[0])
+
+
+def test_float64_in_a_thread_leaves_the_configuration_alone(digits):
+    before, results = dict(jax.config.values), []
+
+    def fit():
+        results.append(TruncatedSVD(3, random_state=0).fit(digits).components_)
+
+    threads = [threading.Thread(target=fit) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    fit()
+    for thread in threads:
+        thread.join()
+    assert dict(jax.config.values) == before
+    assert jax.numpy.ones(1).dtype == np.float32
+    assert all(np.array_equal(result, results[0]) for result in results)
+    assert results[0].dtype == np.float64
+
+
+def test_tolerance_finds_the_number_of_components(digits):
+    x = digits.astype(np.float32)
+    svd = TruncatedSVD(n_components=None, tol=0.2, random_state=0).fit(x)
+    values = np.linalg.svd(x, compute_uv=False)
+    tails = np.sqrt(np.cumsum(values[::-1] ** 2)[::-1] / np.sum(values**2))
+    least = int(np.argmax(tails <= 0.2))
+    assert least <= len(svd.components_) <= 1.3 * least
+    assert svd.relative_error_ <= 0.2
+    with pytest.warns(ConvergenceWarning):
+        capped = TruncatedSVD(n_components=3, tol=0.01, random_state=0).fit(x)
+    assert len(capped.components_) == 3
+
+
+def test_sparse_input_is_not_densified():
+    """Dense it would take 160 GB."""
+    size, count, kinds = 200_000, 2000, 50
+    data = 1 + np.arange(count, dtype=np.float32) % kinds
+    x = scipy.sparse.csr_array(
+        (data, (np.arange(count) * 99, np.arange(count) % kinds)), shape=(size, size)
+    )
+    svd = TruncatedSVD(3, passes=12, random_state=0)
+    assert svd.fit_transform(x).shape == (size, 3)
+    values = np.sqrt(count / kinds) * np.array([50, 49, 48])
+    np.testing.assert_allclose(svd.singular_values_, values, rtol=1e-2)
+
+
+def test_random_state(sparse):
+    def fit(random_state):
+        return TruncatedSVD(4, passes=2, random_state=random_state).fit(sparse).components_
+
+    assert np.array_equal(fit(1), fit(1))
+    assert np.array_equal(fit(1), fit(np.random.RandomState(1)))
+    state = np.random.RandomState(1)
+    assert not np.array_equal(fit(state), fit(state))
+    np.random.seed(3)
+    first = fit(None)
+    np.random.seed(3)
+    assert np.array_equal(fit(None), first)
+
+
+def test_pickle_clone_and_names(digits):
+    svd = TruncatedSVD(3, random_state=0).fit(digits)
+    again = pickle.loads(pickle.dumps(svd))
+    assert np.array_equal(again.transform(digits), svd.transform(digits))
+    fresh = clone(svd)
+    assert fresh.get_params() == svd.get_params()
+    with pytest.raises(NotFittedError):
+        fresh.transform(digits)
+    assert list(svd.get_feature_names_out()) == [f"truncatedsvd{i}" for i in range(3)]
+
+
+def test_pipeline_and_pandas(digits):
+    pd = pytest.importorskip("pandas")
+    labels = datasets.load_digits().target
+    frame = pd.DataFrame(digits, columns=[f"pixel{i}" for i in range(61)])
+    svd = TruncatedSVD(n_components=20, random_state=0).set_output(transform="pandas")
+    pipeline = make_pipeline(svd, LogisticRegression(max_iter=200, tol=1e-2))
+    assert pipeline.fit(frame / 16, labels).score(frame / 16, labels) > 0.9
+    assert list(svd.transform(frame).columns[:2]) == ["truncatedsvd0", "truncatedsvd1"]
+    assert list(svd.feature_names_in_) == list(frame.columns)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"n_components": 0}, "n_components is 0"),
+        ({"n_components": 2.5}, "n_components is 2.5"),
+        ({"n_components": 62}, "at most 61 features"),
+        ({"n_components": None}, "at least one"),
+        ({"n_components": None, "tol": -1.0}, "tol"),
+        ({"passes": -1}, "passes"),
+    ],
+)
+def test_parameters_are_checked_in_fit(digits, parameters, reason):
+    svd = TruncatedSVD().set_params(**parameters)  # which only stores
+    with pytest.raises(ValueError, match=reason):
+        svd.fit(digits)
