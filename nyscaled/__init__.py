@@ -39,6 +39,7 @@ from nyscaled.typing import Factors
 if _TYPE_CHECKING:
     from nyscaled import lora as lora
     from nyscaled import models as models
+    from nyscaled import sklearn as sklearn
 
 __version__ = "0.1.0"
 
@@ -75,8 +76,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    # Only these rooms require Flax and safetensors, which are imported at the first use.
-    if name not in ("lora", "models"):
+    # Only these rooms require Flax, safetensors and scikit-learn, imported at the first use.
+    if name not in ("lora", "models", "sklearn"):
         raise AttributeError(f"module 'nyscaled' has no attribute {name!r}")
     try:
         return _importlib.import_module(f"nyscaled.{name}")

@@ -7,7 +7,6 @@ are taken of numbers that were divided by a power of two, which rounds nothing.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -42,7 +41,7 @@ def full_precision(fn: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def keeping(dtype: DTypeLike) -> AbstractContextManager[object]:
-    """Return a context in which JAX keeps a dtype: x64 is on if the dtype needs it.
+    """Return a context in which JAX's x64 is on if a dtype needs it, and off if not.
 
     Only the current thread is changed. Results should leave the context as NumPy arrays.
 
@@ -54,8 +53,7 @@ def keeping(dtype: DTypeLike) -> AbstractContextManager[object]:
         ...     jnp.ones(1, "float64").dtype
         dtype('float64')
     """
-    wide = jnp.dtype(dtype) in (jnp.dtype("float64"), jnp.dtype("complex128"))
-    return enable_x64(True) if wide else contextlib.nullcontext()
+    return enable_x64(jnp.dtype(dtype) in (jnp.dtype("float64"), jnp.dtype("complex128")))
 
 
 def at_least_float32(x: Array) -> Array:

@@ -23,6 +23,7 @@ ROOMS = (
             "problems.phase",
             "problems.robust",
             "problems.sensing",
+            "sklearn",
             "solvers",
             "spectra",
             "transforms",

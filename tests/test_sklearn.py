@@ -11,14 +11,17 @@ from sklearn import datasets
 from sklearn.base import clone
 from sklearn.decomposition import TruncatedSVD as Peer
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.kernel_approximation import Nystroem as PeerNystroem
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import pairwise_kernels
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from nyscaled.sklearn import TruncatedSVD
+from nyscaled.sklearn import Nystroem, TruncatedSVD
 
 
-@parametrize_with_checks([TruncatedSVD(passes=2)])
+@pytest.mark.filterwarnings("ignore:n_components is:UserWarning")  # as scikit-learn's warns
+@parametrize_with_checks([TruncatedSVD(passes=2), Nystroem(n_components=5)])
 def test_meets_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
@@ -161,3 +164,101 @@ def test_parameters_are_checked_in_fit(digits, parameters, reason):
     svd = TruncatedSVD().set_params(**parameters)  # which only stores
     with pytest.raises(ValueError, match=reason):
         svd.fit(digits)
+
+
+KERNELS = {
+    "rbf": {"gamma": 0.02},
+    "laplacian": {"gamma": 0.02},
+    "polynomial": {"gamma": 0.1, "coef0": 2.0, "degree": 2},
+    "linear": {},
+}
+
+
+@pytest.fixture(scope="module")
+def points(digits):
+    """300 points in 61 dimensions, in float64."""
+    return digits[:300] / 16
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nystroem_is_the_projection_of_the_kernel(points, kernel):
+    ours = Nystroem(kernel, **KERNELS[kernel], n_components=20, random_state=0)
+    features = ours.fit_transform(points)
+    matrix = pairwise_kernels(points, metric=kernel, **KERNELS[kernel])
+    chosen = ours.component_indices_
+    assert len(set(chosen)) == 20
+    np.testing.assert_array_equal(ours.components_, points[chosen])
+    columns = matrix[:, chosen]
+    expected = columns @ np.linalg.solve(columns[chosen], columns.T)
+    size = np.abs(matrix).max()
+    np.testing.assert_allclose(features @ features.T, expected, atol=1e-9 * size)
+    np.testing.assert_allclose(ours.transform(points[:7]), features[:7], atol=1e-9 * size**0.5)
+    error = np.trace(matrix - expected) / np.trace(matrix)
+    assert ours.relative_error_ == pytest.approx(error, rel=1e-3)
+
+
+def test_nystroem_needs_fewer_components_than_uniform_samples():
+    """Of 1000 points, 20 lie apart from the others."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([0.01 * rng.normal(size=(980, 2)), 30 * rng.normal(size=(20, 2))])
+    matrix = pairwise_kernels(x, metric="rbf", gamma=1.0)
+
+    def error(estimator):
+        features = estimator.fit_transform(x)
+        return np.trace(matrix - features @ features.T)
+
+    settings = {"gamma": 1.0, "n_components": 25, "random_state": 0}
+    assert error(Nystroem(**settings)) < 0.1 * error(PeerNystroem(**settings))
+
+
+def test_nystroem_with_a_function(points):
+    def kernel(x, y, shift=1.0):
+        return jax.numpy.maximum(x @ y, 0) + shift
+
+    settings = {"n_components": 10, "random_state": 0}
+    ours = Nystroem(kernel, kernel_params={"shift": 2.0}, **settings)
+    chosen = ours.fit(points).component_indices_
+    features = ours.transform(points)
+    expected = np.maximum(points @ points[chosen].T, 0) + 2
+    np.testing.assert_allclose(features @ features[chosen].T, expected, atol=1e-8)
+    with pytest.raises(ValueError, match="kernel_params"):
+        Nystroem(kernel, gamma=1.0).fit(points)
+
+
+def test_nystroem_keeps_dtypes_and_ends_at_the_tolerance_or_the_rank(points):
+    for dtype in (np.float32, np.float64):
+        ours = Nystroem(n_components=200, tol=0.05, random_state=0).fit(points.astype(dtype))
+        assert 1 < len(ours.components_) < 150
+        assert ours.relative_error_ <= 0.05
+        for value in (ours.components_, ours.normalization_, ours.transform(ours.components_)):
+            assert value.dtype == dtype
+    doubled = np.concatenate([points[:10]] * 3).astype(np.float32)
+    assert len(Nystroem(n_components=20, random_state=0).fit(doubled).components_) == 10
+
+
+def test_nystroem_is_pickled_and_named(points):
+    ours = Nystroem("laplacian", n_components=5, random_state=0).fit(points)
+    again = pickle.loads(pickle.dumps(ours))
+    np.testing.assert_array_equal(again.transform(points), ours.transform(points))
+    assert clone(ours).get_params() == ours.get_params()
+    assert list(ours.get_feature_names_out()) == [f"nystroem{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"kernel": "sigmoid"}, "kernel is 'sigmoid'"),
+        ({"gamma": -1.0}, "gamma is -1"),
+        ({"kernel": "polynomial", "degree": 2.5}, "degree is 2.5"),
+        ({"kernel": "polynomial", "coef0": -1.0}, "coef0 is -1"),
+        ({"n_components": 0}, "n_components is 0"),
+        ({"tol": -1.0}, "tol is -1"),
+        ({"kernel": lambda x, y: -x @ y}, "not positive semidefinite"),
+        ({"kernel": lambda x, y: 0 * x @ y}, "vanishes"),
+        ({"kernel": lambda x, y: x}, "expected a number"),
+    ],
+)
+def test_nystroem_checks_its_parameters_in_fit(points, parameters, reason):
+    estimator = Nystroem(n_components=5).set_params(**parameters)
+    with pytest.raises(ValueError, match=reason):
+        estimator.fit(points)
