@@ -118,9 +118,12 @@ def _eigh_jvp(primals: Any, tangents: Any) -> Any:
     return (values, vectors), (jnp.diagonal(core), vectors @ (gaps * core))
 
 
-def eigh(x: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
-    """Return the rising eigenvalues and the eigenvectors of the symmetric part of X."""
-    scaled, e = normalized((x + x.T) / 2)
+def eigh(x: Inexact[Array, "n n"]) -> tuple[Float[Array, " n"], Inexact[Array, "n n"]]:
+    """Return the rising eigenvalues and the eigenvectors of the Hermitian part of X.
+
+    Derivatives are those of real matrices.
+    """
+    scaled, e = normalized((x + x.conj().T) / 2)
     values, vectors = _eigh(scaled)
     return shift(values, e), vectors
 

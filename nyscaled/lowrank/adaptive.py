@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact, Int, Key
 
-from nyscaled.lapack import svd
+from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.estimate import probed_error
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.orthogonal import adjoint, extend
@@ -87,7 +87,7 @@ def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_ran
         left, passes = extend(None, images), passes + -(-n // WIDTH)
         core = adjoint(left) @ images
         error = float(norm(images - left @ core))
-    triples = svd(core)
+    triples = core_svd(core)
     rank = max(1, min(smallest_rank(triples[1], error, tol), max_rank))
     result = truncate(left, triples, right, error, rank, passes, tol)
     return result.adjoint if transposed else result

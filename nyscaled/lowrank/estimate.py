@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from nyscaled.lapack import inverse, svd
+from nyscaled.lapack import inverse
+from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.orthogonal import adjoint, extend
 from nyscaled.lowrank.result import Deviations
 from nyscaled.numerics import norm
@@ -72,7 +73,7 @@ def jackknife(
 
     Args:
         core: C of the projection QQᴴA = Q C Pᴴ.
-        triples: its SVD, as from `lapack.svd`.
+        triples: its SVD, as from `core_svd`.
         start: the coordinates of AΩ in the first block of Q.
         rank: how many singular vectors are looked at.
         blocks: the number of blocks of Q.
@@ -91,7 +92,7 @@ def jackknife(
         for _ in range(blocks - 1):
             block = extend(basis, core @ (adjoint(core) @ block))
             basis = jnp.concatenate([basis, block], axis=1)
-        left, _, right = svd(adjoint(basis) @ core)
+        left, _, right = core_svd(adjoint(basis) @ core)
         return (basis @ left)[:, :rank], adjoint(right)[:, :rank]
 
     lefts, rights = lax.map(replicate, others)

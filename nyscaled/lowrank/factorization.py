@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Key
 
-from nyscaled.lapack import svd
 from nyscaled.lowrank import derivative, estimate, streamed
 from nyscaled.lowrank.adaptive import adaptive
+from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host import HostMatrix, as_input
 from nyscaled.lowrank.krylov import project, sketch
 from nyscaled.lowrank.orthogonal import adjoint
@@ -35,7 +35,7 @@ def factorize(
     tol: Number | None = None,
     key: Key[Array, ""] | None = None,
     passes: int = 6,
-    oversampling: int = 4,
+    oversampling: int | None = None,
     max_rank: int | None = None,
     jackknife: bool = False,
 ) -> LowRank:
@@ -61,7 +61,9 @@ def factorize(
         tol: a bound of ‖A − L diag(s) Rᴴ‖_F / ‖A‖_F, in Frobenius norms, in (0, 1].
         key: PRNG key of the random columns; `jax.random.key(0)` by default.
         passes: how many products with A and Aᴴ are made for a given rank, at least 2.
-        oversampling: how many more columns than `rank` each product has, for a given rank.
+        oversampling: how many more columns than `rank` each product has, for a given rank. By
+            default it is 4, or fewer but at least 1 if the space then has at most 64 dimensions:
+            larger eigendecompositions on CPUs wake BLAS threads, which slow XLA's products.
         max_rank: with `tol`, the largest rank that is allowed; min(m, n) by default.
         jackknife: whether `deviations` of the result estimate how far the singular vectors would
             move under another key, which takes an r × r SVD per column (with `rank` only).
@@ -94,6 +96,8 @@ def factorize(
             raise ValueError(f"max_rank is {max_rank} and rank is {rank}; expected max_rank=None")
         require_rank(rank, a.shape)
         passes = require_count("passes", passes, 2)
+        if oversampling is None:
+            oversampling = min(max(64 // (passes // 2) - rank, 1), 4)
         width = min(rank + require_count("oversampling", oversampling), *a.shape)
         if isinstance(a, StreamedMatrix):
             result = streamed.of_rank(a, key, rank, width, passes, jackknife)
@@ -155,7 +159,7 @@ def _fixed(
 
     def finish(blocks: int) -> LowRank:
         left, core, right = project(products, first, blocks)
-        triples = svd(core)
+        triples = core_svd(core)
         if passes > 2:
             error = estimate.probed_error(left, first.probes, random_scale(n))
         else:

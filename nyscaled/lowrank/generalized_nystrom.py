@@ -13,8 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact, Key
 
-from nyscaled.lapack import svd
 from nyscaled.lowrank.blocks import ahead, as_block, block_dtype
+from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host import HostArray, all_finite
 from nyscaled.lowrank.orthogonal import adjoint, extend
 from nyscaled.lowrank.products import random_block, random_scale
@@ -122,7 +122,7 @@ def _cut(
     def error(left: Array, core: Array, right: Array) -> Scalar:
         return norm(images - left @ (core @ (adjoint(right) @ probes))) / PROBES**0.5
 
-    result = truncate(left, svd(core), right, error(left, core, right), rank, 1)
+    result = truncate(left, core_svd(core), right, error(left, core, right), rank, 1)
     values = jnp.diag(result.singular_values).astype(core.dtype)
     return dataclasses.replace(result, error_estimate=error(result.left, values, result.right))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact
+from jax import lax
+from jaxtyping import Array, Float, Inexact
 
 from nyscaled.lapack import inverse_cholesky
-from nyscaled.numerics import abs_squared, full_precision, normalized, shift
+from nyscaled.numerics import abs_squared, full_precision, normalized
 
 
 def adjoint(x: Inexact[Array, "m n"]) -> Inexact[Array, "n m"]:
@@ -22,10 +23,11 @@ def extend(
 ) -> Inexact[Array, "m b"]:
     """Return an orthonormal block that, with the basis, spans the basis and the given block.
 
-    Three passes of Cholesky QR, of which each first takes away the part along the basis. The first
-    two are shifted by the rounding error of the Gram matrix, and divide the condition number by
-    √(2b·eps)⁻¹ each. So blocks whose condition number is up to 1/(16·eps) become orthonormal to
-    rounding. Columns of which less than that is left become exactly zero: they are rounding.
+    Passes of Cholesky QR, of which each first takes away the part along the basis. Passes are
+    shifted by the rounding error of the Gram matrix, and divide the condition number by
+    √(2b·eps)⁻¹, until it is small; that takes one for most blocks and two where it is up to
+    1/(16·eps). A last one is not shifted. Columns of which less than that is left are rounding, and
+    become exactly zero.
 
     Args:
         basis: orthonormal columns, or zero columns, (m, k). None stands for k = 0.
@@ -41,24 +43,42 @@ def extend(
         True
     """
     width = block.shape[1]
-    eye = jnp.eye(width, dtype=block.dtype)
     eps = float(jnp.finfo(block.dtype).eps)
     # With unit columns the Gram matrix carries a rounding error of about width·eps.
-    floor = 2 * width * eps
+    ridge = 2 * width * eps
     lost = 16 * eps
-    block = _unit(block, 0.0)
-    for ridge, least in ((floor, lost), (floor, lost / floor**0.5), (0.0, 0.0)):
+
+    def outside(block: Array) -> tuple[Array, Array]:
+        """What is left of the block, and its Gram matrix."""
         if basis is not None:
             block = block - basis @ (adjoint(basis) @ block)
-        block = _unit(block, least)
-        dead = jnp.diag(jnp.all(block == 0, axis=0).astype(block.dtype))
-        block = block @ inverse_cholesky(adjoint(block) @ block + dead + ridge * eye)
-    return block
+        return block, adjoint(block) @ block
+
+    block, _ = normalized(block, axis=0)
+    least = lost * jnp.sqrt(jnp.sum(abs_squared(block), axis=0))
+    block, gram = outside(block)
+    block, gram = outside(block @ _inverse_root(gram, least, ridge))
+
+    def ill_conditioned(state: tuple[Array, Array]) -> Array:
+        gram = state[1]
+        return jnp.max(jnp.abs(gram - jnp.diag(jnp.diagonal(gram)))) > 0.1 / width
+
+    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        block, gram = state
+        return outside(block @ _inverse_root(gram, lost / ridge**0.5, ridge))
+
+    block, gram = lax.while_loop(ill_conditioned, again, (block, gram))
+    return block @ _inverse_root(gram, lost / ridge**0.5, 0.0)
 
 
-def _unit(block: Inexact[Array, "m b"], least: float) -> Inexact[Array, "m b"]:
-    """The columns divided by their norms; those whose norm is at most `least` become zero."""
-    scaled, e = normalized(block, axis=0)
-    size = jnp.sqrt(jnp.sum(abs_squared(scaled), axis=0))
-    small = (size == 0) | (shift(size, e[0]) <= least)
-    return jnp.where(small, 0, scaled / jnp.where(size == 0, 1, size))
+def _inverse_root(
+    gram: Inexact[Array, "b b"], least: Float[Array, " b"] | float, ridge: float
+) -> Inexact[Array, "b b"]:
+    """T with Tᴴ(G + ridge·diag(G))T = I, and zero columns where the norm is at most `least`."""
+    size = jnp.sqrt(jnp.diagonal(gram).real)
+    dead = size <= least
+    inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, size)).astype(gram.dtype)
+    scaled = inverse[:, None] * gram * inverse
+    diagonal = jnp.where(dead, 1, 1 + ridge).astype(gram.dtype)
+    off_diagonal = scaled - jnp.diag(jnp.diagonal(scaled))
+    return inverse[:, None] * inverse_cholesky(off_diagonal + jnp.diag(diagonal))

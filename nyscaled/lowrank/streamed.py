@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, Key
 
-from nyscaled.lapack import svd
 from nyscaled.lowrank import estimate
+from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.krylov import Projection
 from nyscaled.lowrank.orthogonal import adjoint, extend
@@ -88,7 +88,7 @@ def of_rank(
         right = jnp.concatenate([right, newest], axis=1)
     images.append(run.image(newest))
     projection = _projection(jnp.concatenate(images, axis=1), right)
-    triples = svd(projection.core)
+    triples = core_svd(projection.core)
     deviations = None
     if jackknife:
         u, s, vh = triples
@@ -125,7 +125,7 @@ def of_tolerance(a: StreamedMatrix, key: Key[Array, ""], tol: float, max_rank: i
         image, gram = run.both(newest)
         images = jnp.concatenate([images, image], axis=1)
         projection = _projection(images, right)
-        triples = svd(projection.core)
+        triples = core_svd(projection.core)
         error = float(_left_out(projection, probes, probed))
         whole = float(norm(jnp.append(triples[1], error)))
         count = right.shape[1]

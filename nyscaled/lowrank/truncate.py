@@ -30,7 +30,7 @@ def truncate(
 
     Args:
         left: Q, orthonormal columns.
-        triples: U, s and Vᴴ, as from `lapack.svd`.
+        triples: U, s and Vᴴ, as from `core_svd`.
         right: P, orthonormal columns.
         error: an estimate of ‖A − QQᴴA‖_F.
         rank: how many singular values are kept.
