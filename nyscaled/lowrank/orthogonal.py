@@ -8,7 +8,9 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from nyscaled.lapack import inverse_cholesky
-from nyscaled.numerics import abs_squared, full_precision, normalized
+from nyscaled.numerics import full_precision, normalized
+
+_MOST_PASSES = 6
 
 
 def adjoint(x: Inexact[Array, "m n"]) -> Inexact[Array, "n m"]:
@@ -23,11 +25,11 @@ def extend(
 ) -> Inexact[Array, "m b"]:
     """Return an orthonormal block that, with the basis, spans the basis and the given block.
 
-    Passes of Cholesky QR, of which each first takes away the part along the basis. Passes are
-    shifted by the rounding error of the Gram matrix, and divide the condition number by
-    √(2b·eps)⁻¹, until it is small; that takes one for most blocks and two where it is up to
-    1/(16·eps). A last one is not shifted. Columns of which less than that is left are rounding, and
-    become exactly zero.
+    Passes of Cholesky QR, of which each first takes away the part along the basis. They are shifted
+    by the rounding error of the Gram matrix, and divide the condition number by √(2b·eps)⁻¹ each,
+    until it is small: one pass for most blocks, three where it is 1/eps. A last pass is not
+    shifted. Directions that are rounding are kept: with them, what the block spans is right to
+    rounding. Columns that depend on others even so become exactly zero.
 
     Args:
         basis: orthonormal columns, or zero columns, (m, k). None stands for k = 0.
@@ -46,7 +48,8 @@ def extend(
     eps = float(jnp.finfo(block.dtype).eps)
     # With unit columns the Gram matrix carries a rounding error of about width·eps.
     ridge = 2 * width * eps
-    lost = 16 * eps
+    # After a shifted pass, the norm of a column of which a unit column had only 16·eps left.
+    lost = 16 * eps / ridge**0.5
 
     def outside(block: Array) -> tuple[Array, Array]:
         """What is left of the block, and its Gram matrix."""
@@ -54,31 +57,40 @@ def extend(
             block = block - basis @ (adjoint(basis) @ block)
         return block, adjoint(block) @ block
 
-    block, _ = normalized(block, axis=0)
-    least = lost * jnp.sqrt(jnp.sum(abs_squared(block), axis=0))
-    block, gram = outside(block)
-    block, gram = outside(block @ _inverse_root(gram, least, ridge))
+    def dependent(gram: Array) -> Array:
+        scaled = gram * _reciprocal_norms(gram, 0)[1]
+        return jnp.max(jnp.abs(scaled - jnp.diag(jnp.diagonal(scaled)))) > 0.1 / width
 
-    def ill_conditioned(state: tuple[Array, Array]) -> Array:
-        gram = state[1]
-        return jnp.max(jnp.abs(gram - jnp.diag(jnp.diagonal(gram)))) > 0.1 / width
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        return dependent(state[1]) & (state[2] < _MOST_PASSES)
 
-    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        block, gram = state
-        return outside(block @ _inverse_root(gram, lost / ridge**0.5, ridge))
+    def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        block, gram, i = state
+        # Columns of the first two passes may be rounding; later on they are unit vectors.
+        least = jnp.where(i < 2, 0, lost)
+        return *outside(block @ _inverse_root(gram, least, ridge)), i + 1
 
-    block, gram = lax.while_loop(ill_conditioned, again, (block, gram))
-    return block @ _inverse_root(gram, lost / ridge**0.5, 0.0)
+    block, gram = outside(normalized(block, axis=0)[0])
+    block, gram, _ = lax.while_loop(unfinished, again, again((block, gram, jnp.asarray(0))))
+    return block @ _inverse_root(gram, 0, jnp.where(dependent(gram), ridge, 0))
 
 
-def _inverse_root(
-    gram: Inexact[Array, "b b"], least: Float[Array, " b"] | float, ridge: float
-) -> Inexact[Array, "b b"]:
-    """T with Tᴴ(G + ridge·diag(G))T = I, and zero columns where the norm is at most `least`."""
+def _reciprocal_norms(
+    gram: Inexact[Array, "b b"], least: Float[Array, ""] | float
+) -> tuple[Inexact[Array, " b"], Inexact[Array, "b b"]]:
+    """1/‖x_j‖, or 0 if the norm is at most `least`, and the products of two of them."""
     size = jnp.sqrt(jnp.diagonal(gram).real)
     dead = size <= least
     inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, size)).astype(gram.dtype)
-    scaled = inverse[:, None] * gram * inverse
-    diagonal = jnp.where(dead, 1, 1 + ridge).astype(gram.dtype)
+    return inverse, inverse[:, None] * inverse
+
+
+def _inverse_root(
+    gram: Inexact[Array, "b b"], least: Float[Array, ""] | float, ridge: Float[Array, ""] | float
+) -> Inexact[Array, "b b"]:
+    """T with Tᴴ(G + ridge·diag(G))T = I, and zero columns where the norm is at most `least`."""
+    inverse, both = _reciprocal_norms(gram, least)
+    scaled = gram * both
+    diagonal = jnp.where(inverse == 0, 1, 1 + ridge).astype(gram.dtype)
     off_diagonal = scaled - jnp.diag(jnp.diagonal(scaled))
     return inverse[:, None] * inverse_cholesky(off_diagonal + jnp.diag(diagonal))
