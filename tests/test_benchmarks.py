@@ -22,3 +22,13 @@ def test_the_tables_of_kernels():
     command = [sys.executable, str(BENCHMARKS / "lowrank_kernels.py"), "--quick"]
     tables = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert tables.count("| pivoted_cholesky |") == 4
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("passes", ["1", "3"])
+def test_the_memory_of_a_stream(passes):
+    command = [sys.executable, str(BENCHMARKS / "lowrank_stream.py"), "--gigabytes", "0.1"]
+    command += ["--passes", passes]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"{passes} passes" in table

@@ -4,9 +4,11 @@ import itertools
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+import nyscaled as nys
 from nyscaled.lowrank import RowBlocks
 from nyscaled.lowrank.host import HostMatrix, as_input
 
@@ -419,6 +421,46 @@ def test_a_folder_of_another_run(kwargs, message, tmp_path):
     begun(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} belongs to another run: .*{message}"):
         begun(tmp_path, **kwargs)
+
+
+class Broken:
+    """A matrix that cannot be read for a while."""
+
+    def __init__(self, a, reads):
+        self.a, self.shape, self.dtype, self.reads = a, a.shape, a.dtype, reads
+
+    def __getitem__(self, rows):
+        self.reads -= 1
+        if not self.reads:
+            raise OSError("the disk is away")
+        return self.a[rows]
+
+
+@pytest.mark.parametrize("reads", [2, 5, 10, 18])
+def test_a_factorization_that_broke_off_ends_with_the_same_factors(reads, tmp_path):
+    a = np.random.default_rng(0).standard_normal((M, 40)).astype(np.float32)
+    settings = {"rank": 2, "passes": 3}
+    kwargs = {"block_bytes": 8 * 40 * 4, "resume": tmp_path, "save_seconds": 0}
+    whole = nys.factorize(RowBlocks(a, block_bytes=8 * 40 * 4), **settings)
+    with pytest.raises(ValueError, match="the disk is away"):
+        nys.factorize(RowBlocks(Broken(a, reads), **kwargs), **settings)
+    resumed = nys.factorize(RowBlocks(a, **kwargs), **settings)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    for change, message in (
+        ({"rank": 3}, r"argument is \(40, \d+\) float32 there and \(40, \d+\) float32 here"),
+        ({"key": jax.random.key(1)}, "digest of its entries is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nys.factorize(RowBlocks(a, **kwargs), **{**settings, **change})
+
+
+def test_a_memory_map_is_factorized_where_it_lies(tmp_path):
+    dense = matrix()
+    f = nys.factorize(memory_map(dense, tmp_path), rank=N - 1)
+    approximation = (f.left * f.singular_values) @ f.right.T
+    smallest = np.linalg.svd(dense)[1][-1]
+    assert np.linalg.norm(approximation - dense) <= 1.01 * smallest
+    assert int(f.passes) < 6
 
 
 def test_another_product_than_in_the_folder(tmp_path):

@@ -97,13 +97,16 @@ def one_pass(
                 f"overflow {dtype}; expected finite ones"
             )
         row += len(block)
-    image = jnp.asarray(np.concatenate(images))
     require_rank(rank, (row, n))
-    left = extend(None, image[:, : min(width, row)])
+    image = np.concatenate(images)
+    images.clear()  # which are as large
+    left = extend(None, jnp.asarray(image[:, : min(width, row)]))
     sketched = psi.adjoint_times(0, np.asarray(left)).astype(sums.dtype)
     core = jnp.asarray(np.linalg.lstsq(sketched, sums)[0].astype(dtype))
     scale = random_scale(n)
-    return _cut(left, core, jnp.asarray(probes) / scale, image[:, width:] / scale, rank)
+    return _cut(
+        left, core, jnp.asarray(probes / scale), jnp.asarray(image[:, width:] / scale), rank
+    )
 
 
 @functools.partial(jax.jit, static_argnames="rank")

@@ -19,7 +19,7 @@ from nyscaled.lowrank.resume import Journal, Pass, describe
 from nyscaled.typing import MatrixLike
 from nyscaled.validation import require_count, require_nonnegative
 
-BLOCK_BYTES = 2**26
+BLOCK_BYTES = 2**25
 
 
 class RowBlocks:
