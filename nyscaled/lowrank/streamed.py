@@ -79,6 +79,7 @@ def of_rank(
     run, block, probes = _start(a, key, width)
     image, gram = run.both(jnp.concatenate([block, probes], axis=1))
     probed, start = image[:, width:], gram[:, :width]
+    del image  # arrays with m rows are what takes memory
     newest = right = _grown(None, start, a.dtype)
     images: list[Array] = []
     while run.count < passes - 1 and right.shape[1] < limit:
@@ -87,7 +88,10 @@ def of_rank(
         newest = _grown(right, gram, a.dtype)
         right = jnp.concatenate([right, newest], axis=1)
     images.append(run.image(newest))
-    projection = _projection(jnp.concatenate(images, axis=1), right)
+    blocks, together = len(images), jnp.concatenate(images, axis=1)
+    images.clear()
+    projection = _projection(together, right)
+    del together
     triples = core_svd(projection.core)
     deviations = None
     if jackknife:
@@ -97,7 +101,7 @@ def of_rank(
             (adjoint(vh), s, adjoint(u)),
             jnp.asarray((_wide(right[:, :width]).conj().T @ _scaled(start)).astype(a.dtype)),
             rank,
-            len(images),
+            blocks,
         )
         deviations = Deviations(moved.right, moved.left)
     error = _left_out(projection, probes, probed)
