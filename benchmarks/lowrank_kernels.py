@@ -24,7 +24,7 @@ from timing import interleaved, ratio
 
 import nyscaled as nys
 
-ROUNDS = 7
+ROUNDS = 3
 SCALES = {"smooth": (1000.0, 20.0, 48.0), "rough": (300.0, 10.0, 8.0)}  # miles, days, hours
 
 

@@ -142,7 +142,7 @@ def _factorization(
             levels = jnp.maximum(levels, rounding[proposals])
             kept, lower = _eliminated(left, accepted, levels, limit)
             order = jnp.argsort(~kept, stable=True)[:width]
-            count = jnp.sum(kept)
+            count = jnp.sum(kept, dtype=jnp.int32)
             live = jnp.arange(width) < count
             lower = jnp.where(live & live[:, None], lower[order][:, order], 0)
             return _Block(both[order], lower, count, block.rounds + 1)
