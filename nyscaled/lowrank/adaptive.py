@@ -62,12 +62,12 @@ def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_ran
     images = products.times(jnp.concatenate([block, probes], axis=1))
     images, probed = jnp.split(images, [block.shape[1]], axis=1)
 
-    basis = _Basis(*(jnp.zeros(shape, dtype) for shape in ((m, 0), (0, 0), (n, 0))))
-    count, passes = 0, 1
+    basis, count, passes = None, 0, 1
     while True:
         width = images.shape[1]
-        basis = _with_room(basis, min(n, count + width))
-        block = extend(basis.left, images)
+        if basis is not None:
+            basis = _with_room(basis, min(n, count + width))
+        block = extend(None if basis is None else basis.left, images)
         basis = _with_block(
             basis, block, products.adjoint_times(block), keys[count // WIDTH], count
         )
@@ -122,19 +122,25 @@ def _with_room(basis: _Basis, count: int) -> _Basis:
 @functools.partial(jax.jit, donate_argnums=0)
 @full_precision
 def _with_block(
-    basis: _Basis,
+    basis: _Basis | None,
     block: Inexact[Array, "m b"],
     image: Inexact[Array, "n b"],
     key: Key[Array, ""],
     count: Int[Array, ""] | int,
 ) -> _Basis:
-    """The basis with the block Q_new from column `count` on, of which Aᴴ Q_new is known."""
+    """The basis with the block Q_new from column `count` on, of which Aᴴ Q_new is known.
 
-    def placed(matrix: Array, columns: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(matrix, columns, count, axis=1)
+    The first block is the basis, so that on a mesh the basis is split as products with A are.
+    """
+    old_left, old_core, old_right = (None, None, None) if basis is None else basis
 
-    columns = extend(basis.right, image)
-    right = placed(basis.right, columns)
+    def placed(matrix: Array | None, columns: Array, axis: int = 1) -> Array:
+        if matrix is None:
+            return columns
+        return lax.dynamic_update_slice_in_dim(matrix, columns, count, axis)
+
+    columns = extend(old_right, image)
+    right = placed(old_right, columns)
     dead = jnp.all(columns == 0, axis=0)
 
     def with_fresh(columns: Array) -> Array:
@@ -143,10 +149,9 @@ def _with_block(
         return columns + jnp.where(dead, extend(right, fresh), 0)
 
     columns = lax.cond(jnp.any(dead), with_fresh, lambda columns: columns, columns)
-    right = placed(basis.right, columns)
-    rows = adjoint(image) @ right
-    core = lax.dynamic_update_slice_in_dim(basis.core, rows, count, axis=0)
-    return _Basis(placed(basis.left, block), core, right)
+    right = placed(old_right, columns)
+    core = placed(old_core, adjoint(image) @ right, axis=0)
+    return _Basis(placed(old_left, block), core, right)
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from jaxtyping import Array, Key
 from nyscaled.lowrank import derivative, estimate, streamed
 from nyscaled.lowrank.adaptive import adaptive
 from nyscaled.lowrank.core_svd import core_svd
+from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host import HostMatrix, as_input
 from nyscaled.lowrank.krylov import project, sketch
 from nyscaled.lowrank.orthogonal import adjoint
@@ -28,6 +29,7 @@ from nyscaled.validation import is_concrete, require_count, require_rank, requir
 PROBES = 8  # columns that measure the error
 
 
+@with_auto_axes
 def factorize(
     a: MatrixLike,
     rank: int | None = None,

@@ -278,7 +278,7 @@ def _sparse(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
         rows = scipy.sparse.csr_array(a)
     else:
         a = as_matrix(name, a, DTYPES)
-        if not is_concrete(a) or a.dtype not in HOST_DTYPES or not _on_cpu(a.data):
+        if not is_concrete(a) or a.dtype not in HOST_DTYPES or not _on_one_cpu(a.data):
             return a
         indices, entries = np.asarray(a.indices), np.asarray(a.data)
         inside = (indices < a.shape).all(axis=1)  # BCOO pads with indices beyond the matrix
@@ -290,8 +290,8 @@ def _sparse(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
     return SparseMatrix(rows)
 
 
-def _on_cpu(array: Array) -> bool:
-    return all(device.platform == "cpu" for device in array.devices())
+def _on_one_cpu(array: Array) -> bool:
+    return [device.platform for device in array.devices()] == ["cpu"]
 
 
 def _require_host(name: str, shape: Sequence[int], dtype: np.dtype) -> None:

@@ -12,6 +12,7 @@ from nyscaled import validation
 from nyscaled.lapack import eigh, inverse_cholesky, inverse_upper
 from nyscaled.linalg import KernelMatrix, default_rcond, orthonormalize
 from nyscaled.lowrank import leave_one_out
+from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.orthogonal import extend
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
 from nyscaled.lowrank.psd_result import PSDApproximation
@@ -21,6 +22,7 @@ from nyscaled.numerics import full_precision, norm, normalized, shift
 from nyscaled.typing import LinearMap, MatrixLike
 
 
+@with_auto_axes
 def nystrom(
     a: MatrixLike,
     rank: int,

@@ -1,0 +1,233 @@
+"""`nys.factorize` and `nys.nystrom` of matrices that are split over a mesh."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import sparse
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from lowrank_cases import matrix
+from mesh_cases import collectives, compiled, split
+
+import nyscaled as nys
+
+M, N, RANK = 256, 64, 4
+WIDTH = RANK + 4  # columns of a product, by the default oversampling
+PROBES = 8
+TALL, WIDE = 16 * M, 8 * N  # where only the shapes matter
+
+
+def by_rank(a):
+    return nys.factorize(a, RANK)
+
+
+def traffic(fn, shape, layout):
+    return collectives(compiled(fn, shape, split(layout)).as_text())
+
+
+@pytest.fixture(scope="module")
+def a():
+    return matrix(M, N, 0.7 ** np.arange(N))
+
+
+def agree(f, expected):
+    """The parts of two factorizations are equal but for rounding."""
+    for x, y in zip(jax.tree.leaves(f), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def specs(*arrays):
+    """By what each is split, without the axes that are whole at the end."""
+    whole = [tuple(x.sharding.spec) + (None,) * x.ndim for x in arrays]
+    return [spec[: x.ndim] for spec, x in zip(whole, arrays, strict=True)]
+
+
+def test_by_rows_what_travels_does_not_grow_with_the_rows():
+    found = traffic(by_rank, (TALL, N), "rows")
+    assert Counter(found) == Counter(traffic(by_rank, (2 * TALL, N), "rows"))
+    assert max(size for _, size in found) == WIDTH * N  # Aᴴ y
+    assert {kind for kind, size in found if size > WIDTH**2} == {"all-reduce"}
+
+
+def test_by_rows_and_columns_thin_pieces_travel():
+    found = traffic(by_rank, (TALL, WIDE), "both")
+    image, coimage = TALL // 4, WIDE // 2  # the rows of A x and of Aᴴ y on a device
+    large = Counter(pair for pair in found if pair[1] > coimage * WIDTH)
+    # The first product, with probes, and two more; those with Aᴴ are smaller.
+    assert large == {
+        ("all-reduce", image * (WIDTH + PROBES)): 1,
+        ("all-reduce", image * WIDTH): 2,
+    }
+    assert ("all-reduce", coimage * WIDTH) in found
+    assert all(kind == "all-reduce" for kind, size in found if size > 4 * RANK)
+
+
+def test_a_gathered_matrix_is_seen():
+    def gathering(a):
+        whole = NamedSharding(split("rows").mesh, P())
+        return by_rank(jax.lax.with_sharding_constraint(a, whole))
+
+    assert ("all-gather", TALL * N) in traffic(gathering, (TALL, N), "rows")
+    sizes = [max(traffic(gathering, (m, N), "rows"))[1] for m in (TALL, 2 * TALL)]
+    assert sizes[1] == 2 * sizes[0]
+
+
+def test_nystrom_gathers_the_thin_block_that_it_multiplies():
+    m = 1024
+    found = traffic(lambda a: nys.nystrom(a, RANK), (m, m), "rows")
+    columns = RANK + 10
+    assert max(size for _, size in found) == m * columns
+    assert found.count(("all-gather", m * columns)) == 3  # passes
+
+
+@pytest.mark.long_beyond(1)
+@pytest.mark.parametrize("layout", ["rows", "both"])
+def test_memory_of_a_device_is_its_part(layout):
+    shape = (4 * TALL, 16)
+
+    def memory(devices):
+        stats = compiled(by_rank, shape, split(layout, devices)).memory_analysis()
+        return stats.argument_size_in_bytes, stats.temp_size_in_bytes
+
+    (whole, working), (part, working_part) = memory(2), memory(8)
+    key = 64  # bytes, at most
+    assert 4 * part <= whole + 4 * key
+    assert working_part < 0.3 * working
+
+
+@pytest.mark.long_beyond(1)
+@pytest.mark.parametrize("layout", ["both", "rows", "columns"])
+@pytest.mark.parametrize("tall", [True, False])
+def test_a_rank_on_a_mesh(a, layout, tall):
+    a = a if tall else a.T
+    f = nys.factorize(jax.device_put(a, split(layout)), RANK)
+    agree(f, nys.factorize(a, RANK))
+    rows, columns = split(layout).spec
+    assert specs(f.left, f.right, f.error_estimate) == [(rows, None), (columns, None), ()]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["rows", "both"])
+def test_a_tolerance_on_a_mesh(a, layout):
+    f = nys.factorize(jax.device_put(a, split(layout)), tol=1e-2)
+    agree(f, nys.factorize(a, tol=1e-2))
+    rows, columns = split(layout).spec
+    assert specs(f.left, f.right, f.error_estimate) == [(rows, None), (columns, None), ()]
+
+
+@pytest.mark.long
+def test_results_do_not_depend_on_how_many_devices_there_are(a):
+    for options in ({"rank": RANK}, {"tol": 1e-2}):
+        two, eight = (
+            nys.factorize(jax.device_put(a, split("rows", devices)), **options)
+            for devices in (2, 8)
+        )
+        agree(two, eight)
+
+
+@pytest.mark.long
+def test_nystrom_on_a_mesh(a):
+    square = a.T @ a
+    psd = nys.nystrom(jax.device_put(square, split("rows")), RANK)
+    agree(psd, nys.nystrom(square, RANK))
+    assert specs(psd.vectors) == [("rows", None)]
+
+
+@pytest.mark.long
+def test_half_precision_and_complex_matrices_on_a_mesh(a):
+    for b in (jnp.asarray(a, jnp.bfloat16), a * np.exp(1j * np.arange(N)).astype(np.complex64)):
+        agree(nys.factorize(jax.device_put(b, split("both")), RANK), nys.factorize(b, RANK))
+
+
+@pytest.mark.long
+def test_entries_of_a_sparse_matrix_stay_where_they_are(a):
+    a = np.where(np.abs(a) > np.quantile(np.abs(a), 0.75), a, 0)
+    entries = sparse.BCOO.fromdense(a)
+    rows = split("rows")
+    data = jax.device_put(entries.data, NamedSharding(rows.mesh, P("rows")))
+    b = sparse.BCOO((data, jax.device_put(entries.indices, rows)), shape=a.shape)
+    text = jax.jit(by_rank).lower(b).compile().as_text()
+    assert {kind for kind, _ in collectives(text)} == {"all-reduce"}
+    assert max(size for _, size in collectives(text)) == M * (WIDTH + PROBES)
+    agree(nys.factorize(b, RANK), nys.factorize(a, RANK))
+
+
+@pytest.mark.long
+def test_a_mesh_with_explicit_axes(a):
+    explicit = split("both", axis_type=AxisType.Explicit)
+    b = jax.device_put(a, explicit)
+    f = nys.factorize(b, RANK)
+    assert f.left.sharding.mesh == explicit.mesh
+    agree(f, nys.factorize(a, RANK))
+    agree(nys.factorize(b, tol=1e-2), nys.factorize(a, tol=1e-2))
+    with jax.set_mesh(explicit.mesh):
+        agree(nys.factorize(b, RANK, key=jax.random.key(0)), f)
+        square = a.T @ a
+        psd = nys.nystrom(jax.device_put(square, explicit), RANK)
+        assert psd.factor.sharding.mesh.axis_types == explicit.mesh.axis_types
+    agree(psd, nys.nystrom(square, RANK))
+    with pytest.raises(ValueError, match="A is traced and lies on a mesh with Explicit axes"):
+        jax.jit(by_rank)(b)
+
+
+def run(script, *arguments, flags):
+    """Start a script of this folder."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {flags}"}
+    path = os.pathsep.join(filter(None, sys.path))
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / script), *arguments],
+        env=environment | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process):
+    """What a script wrote in JSON, on its last line."""
+    try:
+        out, errors = process.communicate(timeout=500)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.long
+def test_for_a_tolerance_what_travels_does_not_grow_with_the_rows(tmp_path):
+    flags = (
+        f"--xla_force_host_platform_device_count=8 --xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
+    )
+    first, second, control = result(run("tolerance_traffic.py", str(tmp_path), flags=flags))
+    assert first
+    assert all(collective in first for collective in second)
+    columns = 16 + 16  # of a block and of the probes
+    assert max(size for _, size in first) <= N * columns
+    assert max(size for _, size in control) == M * N
+
+
+@pytest.mark.long
+def test_two_processes_give_the_same_result():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=2"
+    processes = [run("two_processes.py", address, str(i), flags=flags) for i in range(2)]
+    try:
+        results = [result(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for deviations in results:
+        assert deviations["devices"] == 4
+        for name in ("rank", "tolerance", "nystrom"):
+            assert deviations[name] < 1e-5
