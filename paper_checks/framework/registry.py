@@ -36,6 +36,7 @@ SECTIONS = {
     "rounding": "Ours: rounding",
     "overparametrized_sensing": "Neighbouring algorithms: sensing with too many columns",
     "robust_pca": "Robust PCA",
+    "low_rank": "The factorization as a tool",
 }
 """The modules of `paper_checks.claims` in the order of the report, with their titles."""
 
