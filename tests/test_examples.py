@@ -23,6 +23,19 @@ def test_solve(capsys):
     assert float(pair) < 1e-5
 
 
+def test_factorize(capsys):
+    shapes, errors, tolerance, gradient, stream = run("factorize", capsys)
+    assert shapes == "(600, 20) (20,) (400, 20)"
+    estimate, error = map(float, errors.split())
+    assert 0.8 < estimate / error < 1.25
+    rank, relative, status = tolerance.split()
+    assert 40 < int(rank) < 60
+    assert float(relative) <= 0.1
+    assert status == "CONVERGED"
+    assert abs(float(gradient) - 5**0.5) < 1e-3
+    assert 0.8 < float(stream) / error < 1.25
+
+
 def test_train(capsys):
     (loss,) = run("train", capsys)
     assert float(loss) < 1e-6
@@ -50,5 +63,5 @@ def test_kernel_ridge(capsys, monkeypatch):
 
 
 def test_every_example_is_tested():
-    tested = {"solve", "train", "adapt", "adapt_linen", "adapt_tree", "kernel_ridge"}
+    tested = {"solve", "factorize", "train", "adapt", "adapt_linen", "adapt_tree", "kernel_ridge"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | WEIGHTS
