@@ -46,6 +46,7 @@ def test_eigenpairs_are_those_of_the_matrix(form):
     assert (int(psd.passes), int(psd.numerical_rank), int(psd.status)) == (3, 4, 0)
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("name", SPECTRA)
 def test_three_passes_are_near_the_best_rank_and_one_is_not(name):
     a = matrix(name)
@@ -160,6 +161,7 @@ def test_it_is_the_same_under_jit_and_vmap():
         chex.assert_trees_all_close(batched.factor[i], alone.factor, atol=1e-4)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("form", FORMS)
 def test_it_lowers_for_accelerators_in_full_precision(form):
     fn = functools.partial(nystrom, jackknife=True)
