@@ -2,6 +2,8 @@
 
 import ast
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,22 @@ def test_factorize(capsys):
     assert 0.8 < float(stream) / error < 1.25
 
 
+@pytest.mark.long
+def test_factorize_mesh():
+    """In a process of its own, which has eight devices."""
+    script = [sys.executable, str(EXAMPLES / "factorize_mesh.py")]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    size, *shapes = done.stdout.splitlines()
+    rank, error = size.split()
+    assert 5 <= int(rank) <= 9
+    assert float(error) <= 0.01
+    assert shapes == [
+        "(4096, 1024) (1024, 512)",
+        f"(4096, {rank}) (1024, {rank})",
+        f"(1024, {rank}) (512, {rank})",
+    ]
+
+
 def test_train(capsys):
     (loss,) = run("train", capsys)
     assert float(loss) < 1e-6
@@ -63,5 +81,6 @@ def test_kernel_ridge(capsys, monkeypatch):
 
 
 def test_every_example_is_tested():
-    tested = {"solve", "factorize", "train", "adapt", "adapt_linen", "adapt_tree", "kernel_ridge"}
+    tested = {"solve", "factorize", "factorize_mesh", "train", "kernel_ridge"}
+    tested |= {"adapt", "adapt_linen", "adapt_tree"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | WEIGHTS

@@ -89,6 +89,27 @@ def test_nystrom_gathers_the_thin_block_that_it_multiplies():
     assert found.count(("all-gather", m * columns)) == 3  # passes
 
 
+def test_nystrom_of_a_kernel_leaves_points_where_they_are():
+    def of_points(points):
+        kernel = nys.linalg.kernels.gaussian(0.3)
+        return nys.nystrom(nys.linalg.KernelMatrix(kernel, points), RANK)
+
+    program = compiled(of_points, (TALL, 3), split("rows"))
+    groups = round(TALL**0.5)  # of points, of which one is looked at for each pivot
+    assert max(size for _, size in collectives(program.as_text())) == RANK * groups
+    assert program.output_shardings.vectors.spec[0] == "rows"
+
+
+@pytest.mark.long
+def test_a_gradient_is_split_as_the_matrix():
+    def nuclear(a):
+        return jnp.sum(by_rank(a).singular_values)
+
+    program = compiled(jax.grad(nuclear), (TALL, N), split("rows"))
+    assert max(size for _, size in collectives(program.as_text())) == WIDTH * N
+    assert program.output_shardings.spec[0] == "rows"
+
+
 @pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("layout", ["rows", "both"])
 def test_memory_of_a_device_is_its_part(layout):

@@ -16,7 +16,7 @@ M, N, RANK = 256, 64, 4
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 address, process = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(address, num_processes=2, process_id=process)
-mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+mesh = jax.make_mesh((jax.device_count(),), ("rows",), axis_types=(AxisType.Auto,))
 rows = NamedSharding(mesh, P("rows", None))
 
 
