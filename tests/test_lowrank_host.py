@@ -115,6 +115,24 @@ def test_products_that_jax_traces(form, dtype):
     assert_products(jax.jit(lambda a: a)(a), dense)
 
 
+@pytest.mark.parametrize("form", [*HOST, *TRACED])
+def test_every_form_has_the_same_factorization(form):
+    """Of exact rank, so that the random columns, which are others on the host, do not matter."""
+    dense = (thin(M) @ thin(N).T).astype(np.float32)
+    f = nys.factorize({**HOST, **TRACED}[form](dense), rank=K)
+    values = np.linalg.svd(dense)[1]
+    np.testing.assert_allclose(f.singular_values, values[:K], atol=1e-5 * values[0])
+    product = np.asarray((f.left * f.singular_values) @ f.right.T)
+    np.testing.assert_allclose(product, dense, atol=1e-5 * values[0])
+    assert int(f.status) == nys.lowrank.Status.EXACT
+
+
+def test_factorize_refuses_products_that_disagree():
+    a = HostOperator(lambda x: matrix() @ x, lambda y: -matrix().T @ y, (M, N), np.float32)
+    with pytest.raises(ValueError, match="products disagree"):
+        nys.factorize(a, rank=2)
+
+
 def test_duplicate_entries_are_summed():
     entries = np.array([1.0, 2.0, 4.0], np.float32)
     place = (np.array([0, 0, 2]), np.array([1, 1, 0]))
