@@ -128,7 +128,7 @@ def test_half_precision_is_multiplied_in_single(tmp_path):
         assert RowBlocks(matrix().astype(dtype)).dtype == np.float32
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e36])
+@pytest.mark.parametrize("scale", [1e-33, 1e-20, 1e20, 1e36])
 def test_squares_that_single_precision_does_not_hold(scale):
     dense = np.float32(scale) * matrix()
     _, both = RowBlocks(dense, block_bytes=BLOCK).times_both(thin(N))
@@ -374,17 +374,17 @@ def killed(folder, reads, replaces):
 
 
 base = sys.argv[1]
+moments = [(reads, -1) for reads in (2, 3, 8, 13)]
+moments += [(-1, replaces) for replaces in (1, 4, 6, 13)]
+for i, moment in enumerate(moments):  # before JAX has threads, which no child inherits
+    killed(f"{base}/{i}", *moment)
 *expected, all_reads = run(f"{base}/whole")
-moments = [(reads, -1) for reads in (2, 3, 7, 8, 13, 18)]
-moments += [(-1, replaces) for replaces in (0, 1, 4, 5, 6, 7, 12, 17)]
-for i, (reads, replaces) in enumerate(moments):
-    folder = f"{base}/{i}"
-    killed(folder, reads, replaces)
-    *resumed, reads_left = run(folder)
+for i, moment in enumerate(moments):
+    *resumed, reads_left = run(f"{base}/{i}")
     for x, y in zip(expected, resumed, strict=True):
         np.testing.assert_array_equal(x, y)
-    print(reads, replaces, reads_left, all_reads)
-    *again, first = run(folder)
+    print(*moment, reads_left, all_reads)
+    *again, first = run(f"{base}/{i}")
     assert first == 2, first  # the first block alone
 """
 
@@ -397,7 +397,7 @@ def test_a_killed_run_continues_to_the_last_bit(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     left = [int(line.split()[2]) for line in result.stdout.splitlines()]
-    assert left[0] > left[3] > left[5], result.stdout  # what was done is not done again
+    assert left[0] > left[2] > left[3], result.stdout  # what was done is not done again
 
 
 def begun(folder, dense=None, x=None):

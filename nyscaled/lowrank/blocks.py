@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from jax.typing import ArrayLike, DTypeLike
 from nyscaled.lowrank.host import HOST_DTYPES
 from nyscaled.matrices import require_floating
 from nyscaled.typing import MatrixLike
+
+_ALIGNMENT = 64  # bytes, of which XLA asks
 
 T = TypeVar("T")
 
@@ -152,8 +155,20 @@ def as_block(block: ArrayLike, name: str, width: int, dtype: np.dtype) -> np.nda
     if rows.ndim != 2 or rows.shape[1] != width or not numbers:
         got = f"shape {rows.shape} and dtype {rows.dtype}"
         raise ValueError(f"{name} have {got}; expected numbers (rows, {width}) for {dtype}")
+    if rows.dtype == dtype and rows.flags.c_contiguous and rows.ctypes.data % _ALIGNMENT == 0:
+        return rows
+    result = _aligned(rows.shape, dtype)
     with np.errstate(over="ignore"):  # Inf is found in the products
-        return rows.astype(dtype, order="C", copy=False)
+        result[...] = rows
+    return result
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that JAX multiplies where it lies, in place of a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _checked(
@@ -199,7 +214,7 @@ def _sliced(source: SlicedRows, height: int, label: str) -> Callable[[int], Iter
                 _require_bytes(file.path, file.end)
             stop = min(row + height, m)
             try:
-                block = np.array(source[row:stop])
+                block = np.asarray(source[row:stop])
             except Exception as error:  # what h5py, zarr or somebody's class raises
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(f"rows {row} … {stop} of {label}: {reason}") from error
@@ -249,7 +264,7 @@ def _from_file(source: SlicedRows, height: int) -> Callable[[int], Iterator[np.n
         with open(path, "rb", buffering=0) as file:
             file.seek(begin + start * n * dtype.itemsize)
             for row in range(start, m, height):
-                block = np.empty((min(height, m - row), n), dtype)
+                block = _aligned((min(height, m - row), n), dtype)
                 view, filled = block.reshape(-1).view(np.uint8).data, 0
                 while filled < len(view):
                     count = file.readinto(view[filled:])

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+import jax
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Inexact
+from jaxtyping import Array, Inexact, Int
 
 from nyscaled.lowrank.blocks import BlockFactory, ahead, as_rows
 from nyscaled.lowrank.host import HostArray, all_finite
 from nyscaled.lowrank.resume import Journal, Pass, describe
+from nyscaled.numerics import full_precision, normalized
 from nyscaled.typing import MatrixLike
 from nyscaled.validation import require_count, require_nonnegative
 
@@ -27,7 +31,7 @@ class RowBlocks:
 
     A product reads every block once, the next one while the last one is multiplied. So memory
     holds two blocks and thin matrices. Blocks are compared by checksums with those of the first
-    pass. Sums over blocks are made in double precision.
+    pass. Their products are compiled for each height, and summed in double precision.
 
     Args:
         source: what gives rows as `source[i:j]`: `np.memmap`, an h5py dataset, a zarr array, or
@@ -141,16 +145,15 @@ class RowBlocks:
         return state
 
     def _add(self, rows: slice, block: HostArray, x: HostArray, state: Pass) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            thin = result = x[rows] if state.image is None else block @ x
-            if state.image is not None:
-                state.image[rows] = thin
-            if state.sums is not None:
-                # Squares of entries need not fit into single precision.
-                size = 2.0 ** (int(np.frexp(np.max(np.abs(thin)))[1]) - 1)
-                part = (thin.conj().T / size) @ block
-                state.sums += size * part.astype(state.sums.dtype)
-                result = state.sums
+        factor = x[rows] if state.image is None else x
+        thin, part, e = _products(block, factor, state.image is not None, state.sums is not None)
+        result = np.asarray(thin)
+        if state.image is not None:
+            state.image[rows] = result
+        if state.sums is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                state.sums += 2.0 ** int(e) * np.asarray(part, state.sums.dtype)
+            result = state.sums
         if not all_finite(result):
             raise ValueError(
                 f"rows {rows.start} … {rows.stop} of {self._rows.label} have NaN or Inf entries, "
@@ -188,6 +191,19 @@ class RowBlocks:
         label = f"pass {self.passes + 1}: {product}"
         with tqdm.tqdm(total=self.shape[0], initial=start, desc=label, unit=" rows") as bar:
             yield bar.update
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+@full_precision
+def _products(
+    block: Inexact[Array, "b n"], x: Inexact[Array, "_ k"], image: bool, sums: bool
+) -> tuple[Inexact[Array, "b k"], Inexact[Array, "_ n"], Int[Array, ""]]:
+    """The rows w of A x, or of y, and wᴴA · 2^(−e), whose size single precision holds."""
+    thin = block @ x if image else x
+    scaled, e = normalized(thin)
+    width = x.shape[1] if sums else 0  # a product that is not asked for has no rows
+    part = lax.dot_general(scaled[:, :width].conj(), block, (((0,), (0,)), ((), ())))
+    return thin, part, e
 
 
 def checksum(block: np.ndarray) -> int:
