@@ -31,9 +31,8 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     What differs from `sklearn.kernel_approximation.Nystroem` is which training points span the
     features: they are drawn one after another in proportion to what the others leave unexplained
     (randomly pivoted Cholesky), and not uniformly. So fewer of them are needed, and duplicates are
-    never drawn. The kernel must be positive semidefinite. X is dense. Features of float32 are
-    computed in float32, and of float64 in float64 whether or not JAX's x64 is on. Points are
-    chosen in float32: what is left of a kernel below about 1e-5 of it gives no more features.
+    never drawn. The kernel must be positive semidefinite. X is dense. float32 is computed in
+    float32, and float64 in float64 whether or not JAX's x64 is on.
 
     Args:
         kernel: "rbf" exp(−γ‖x − y‖²), "laplacian" exp(−γ Σᵢ|xᵢ − yᵢ|), "polynomial" or "poly"
@@ -123,12 +122,9 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     def _chosen(
         self, x: Float[np.ndarray, "n d"], count: int
     ) -> tuple[Int[np.ndarray, " k"], float]:
-        """The rows of the points, and the share of the trace that they leave.
-
-        The choice needs no more than float32, in which it takes half the time and memory.
-        """
-        with keeping(np.float32):
-            matrix = KernelMatrix(self._as_kernel(x.shape[1]), x.astype(np.float32))
+        """The rows of the points, and the share of the trace that they leave."""
+        with keeping(x.dtype):
+            matrix = KernelMatrix(self._as_kernel(x.shape[1]), x)
             key = as_key(self.random_state)
             result = pivoted_cholesky(matrix, count, key=key, tol=self.tol)
             rank = int(result.numerical_rank)
