@@ -14,7 +14,7 @@ FAST := -m "not long and not everywhere"
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
 
-figures: $(VENV)/.data $(DIGITS)
+figures: $(VENV)/.data $(DIGITS) $(WEIGHTS)
 	$(BIN)/python experiments/fig1.py
 	$(BIN)/python experiments/fig1.py --matrix $(DIGITS) --rank 20
 	$(BIN)/python experiments/fig4.py
@@ -28,6 +28,7 @@ figures: $(VENV)/.data $(DIGITS)
 	$(BIN)/python experiments/faces.py
 	$(BIN)/python experiments/movielens.py
 	$(BIN)/python experiments/fits.py
+	$(BIN)/python experiments/weight_spectra.py
 
 report: $(VENV)/.experiments
 	$(BIN)/python -m paper_checks --report paper_checks/REPORT.md
@@ -115,7 +116,7 @@ $(VENV)/.experiments: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.data: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[data,experiments]'
+	$(BIN)/python -m pip install --quiet --editable '.[data,experiments,models]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
