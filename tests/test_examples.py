@@ -80,7 +80,15 @@ def test_kernel_ridge(capsys, monkeypatch):
     assert pivoted < 0.8 * uniform < 0.4 * mean
 
 
+@pytest.mark.long
+def test_estimators(capsys):
+    svd, nystroem = (line.split() for line in run("estimators", capsys))
+    assert float(svd[1]) > 0.9
+    assert float(nystroem[0]) < 0.1
+    assert float(nystroem[1]) > 0.9
+
+
 def test_every_example_is_tested():
-    tested = {"solve", "factorize", "factorize_mesh", "train", "kernel_ridge"}
+    tested = {"solve", "factorize", "factorize_mesh", "train", "kernel_ridge", "estimators"}
     tested |= {"adapt", "adapt_linen", "adapt_tree"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | WEIGHTS
