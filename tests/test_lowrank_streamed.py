@@ -27,6 +27,15 @@ def test_three_passes_come_as_close_as_six_products(spectrum):
     assert 0.7 < float(f.error_estimate) / error(matrix(M, N, s), f) < 1.4
 
 
+def test_an_exact_rank_takes_two_passes():
+    s = np.where(np.arange(N) < RANK, 0.7 ** np.arange(N), 0)
+    source = blocks(matrix(M, N, s))
+    f = nys.factorize(source, RANK)
+    assert int(f.passes) == source.passes == 2
+    assert int(f.status) == Status.EXACT
+    assert error(matrix(M, N, s), f) <= 1e-5 * np.linalg.norm(s)
+
+
 def test_a_wide_matrix_and_too_many_columns():
     s = SPECTRA["harmonic"](40)
     a = matrix(40, 200, s)

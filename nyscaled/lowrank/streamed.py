@@ -60,11 +60,15 @@ class _Pass:
         self.count += 1
         return jnp.asarray(self.a.times(np.asarray(x)))
 
+    def adjoint_image(self, y: Inexact[Array, "m k"]) -> Inexact[Array, "n k"]:
+        self.count += 1
+        return jnp.asarray(self.a.adjoint_times(np.asarray(y)))
+
 
 def of_rank(
     a: StreamedMatrix, key: Key[Array, ""], rank: int, width: int, passes: int, jackknife: bool
 ) -> LowRank:
-    """Return a factorization of this rank, from this many passes.
+    """Return a factorization of this rank, from this many passes; from two if A has this rank.
 
     Args:
         a: A (m, n).
@@ -79,6 +83,15 @@ def of_rank(
     run, block, probes = _start(a, key, width)
     image, gram = run.both(jnp.concatenate([block, probes], axis=1))
     probed, start = image[:, width:], gram[:, :width]
+    if passes > 2 and not jackknife:
+        left, exact = _range(image[:, :width], probed)
+        if bool(exact):
+            product = run.adjoint_image(left)
+            right = extend(None, product)
+            triples = core_svd(adjoint(product) @ right)
+            error = estimate.probed_error(left, probed, random_scale(a.shape[1]))
+            return truncate(left, triples, right, error, rank, run.count)
+        del left
     del image  # arrays with m rows are what takes memory
     newest = right = _grown(None, start, a.dtype)
     images: list[Array] = []
@@ -173,6 +186,17 @@ def _scaled(gram: _Wide) -> _Wide:
 def _wide(x: Inexact[Array, "n k"]) -> _Wide:
     values = np.asarray(x)
     return values.astype(np.result_type(values, np.float64))
+
+
+@jax.jit
+@full_precision
+def _range(
+    images: Inexact[Array, "m k"], probed: Inexact[Array, "m s"]
+) -> tuple[Inexact[Array, "m k"], Array]:
+    """An orthonormal basis of the images, and whether A has no other range that probes see."""
+    left = extend(None, images)
+    left_out = norm(probed - left @ (adjoint(left) @ probed))
+    return left, left_out <= rounding(len(images), images.dtype) * norm(probed)
 
 
 @jax.jit
