@@ -27,6 +27,7 @@ from nyscaled import validation
 from nyscaled.lapack import inverse_upper
 from nyscaled.linalg import KernelMatrix
 from nyscaled.linalg.kernels import evaluate
+from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.numerics import full_precision
 from nyscaled.typing import MatrixLike, Number, Scalar
 
@@ -65,6 +66,7 @@ class _Block(NamedTuple):
     rounds: Int[Array, ""]
 
 
+@with_auto_axes
 def pivoted_cholesky(
     a: MatrixLike, rank: int, *, key: Key[Array, ""] | None = None, tol: Number = 0.0
 ) -> PivotedCholesky:
