@@ -214,6 +214,16 @@ def test_table_and_picture_of_a_folder(tmp_path, a):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_row_of_a_given_rank_is_of_the_best_approximation(tmp_path, capsys):
+    full = np.diag(np.array([2.0, 2.0, 1.0, 0.0], np.float32))
+    path, out = saved(tmp_path / "full.npy", full), tmp_path / "out.csv"
+    assert factorize(path, "--rank", 1, "--out", out) == 0
+    assert "rank 1, relative error 0.745" in capsys.readouterr().out  # √5/3
+    (line,) = csv.DictReader(io.StringIO(out.read_text()))
+    assert (line["rank"], line["status"]) == ("1", "RANK_REACHED")
+    assert float(line["stable_rank"]) == pytest.approx(9 / 4, rel=1e-4)
+
+
 def test_kinds_are_the_shortest_ends_that_differ():
     names = ["e.0.attn.out.dense.weight", "e.1.attn.out.dense.weight", "e.0.out.dense.weight"]
     assert kinds(names) == ["attn.out.dense", "attn.out.dense", "e.out.dense"]

@@ -65,6 +65,8 @@ def row(
     status = Status(int(low_rank.status))
     exact = status is Status.EXACT
     rank = min(low_rank.left.shape[1], max_rank or low_rank.left.shape[1])
+    if rank < len(shares):
+        status = Status.RANK_REACHED
     if tol is not None:
         rank = max(1, min(int(np.sum(errors > tol)), rank))
         status = Status.CONVERGED if errors[rank] <= tol else Status.MAX_RANK
