@@ -23,7 +23,7 @@ from nyscaled.numerics import full_precision, normalized
 from nyscaled.typing import MatrixLike
 from nyscaled.validation import require_count, require_nonnegative
 
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**24
 
 
 class RowBlocks:
