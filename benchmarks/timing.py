@@ -14,16 +14,24 @@ def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     rounds: int = 15,
     clock: Callable[[], float] = time.perf_counter,
+    pause: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Seconds of each function in each round by the clock, after one warm-up call.
 
     All functions run in every round, so that a slow moment of the machine hits them alike.
+
+    Args:
+        functions: what is timed, by name.
+        rounds: how often each runs.
+        clock: of seconds.
+        pause: seconds before each call, in which threads of the last one fall asleep.
     """
     for fn in functions.values():
         jax.block_until_ready(fn())
     seconds = {name: np.empty(rounds) for name in functions}
     for i in range(rounds):
         for name, fn in functions.items():
+            time.sleep(pause)
             start = clock()
             jax.block_until_ready(fn())
             seconds[name][i] = clock() - start
