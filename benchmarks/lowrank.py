@@ -4,8 +4,9 @@
     python benchmarks/lowrank.py --quick    # small sizes, to see that it runs
 
 Of `passes` the smallest is taken whose error ‖A − Â‖_F is at most that of the other tool. All run
-in one process, one after another in each round, with a pause in between, because threads of a BLAS
-go on spinning after a call. No environment variable is set. Ratios are medians over rounds of the
+in one process, one after another in each round. Each timed call follows one of the same function
+that is not timed, because threads of a BLAS go on spinning after a call. No environment variable is
+set. Ratios are medians over rounds of the
 other tool's time over ours; for products, of ours over theirs.
 """
 
@@ -33,14 +34,12 @@ from nyscaled.matrices import transpose_times
 KEY = jax.random.key(0)
 MOST_PASSES = 24
 randomized_svd: Any = extmath.randomized_svd
-PAUSE = 0.06  # seconds
 DTYPES = {"float32": np.float32, "float64": np.float64}
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "passes"))
-def products(a: jax.Array, columns: int, passes: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="passes")
+def products(a: jax.Array, x: jax.Array, passes: int) -> jax.Array:
     """A x, Aᵀ(A x), … as plain products."""
-    x = jnp.ones((a.shape[1], columns), a.dtype)
     for i in range(passes):
         # The barrier keeps XLA from merging products.
         x = lax.optimization_barrier(transpose_times(a, x) if i % 2 else a @ x)
@@ -121,7 +120,7 @@ def dense(n: int, rank: int, rounds: int) -> None:
             row(
                 name,
                 label,
-                interleaved(calls, rounds, pause=PAUSE),
+                interleaved(calls, rounds, warm=True),
                 "ours",
                 name,
                 excess,
@@ -136,7 +135,7 @@ def dense(n: int, rank: int, rounds: int) -> None:
         row(
             "numpy.linalg.svd",
             label,
-            interleaved(full, 1, pause=PAUSE),
+            interleaved(full, 1, warm=True),
             "ours",
             "numpy",
             excess,
@@ -174,12 +173,13 @@ def floors(n: int, rank: int, rounds: int) -> None:
             assert int(f.passes) == passes
             u, s, vt = factors(f)
             error = float(np.linalg.norm(a - (u * s) @ vt) / np.linalg.norm(a))
-            columns = rank + (1 if passes == 6 else 4)
+            columns = rank + 4 + (0 if passes == 6 else 8)
+            thin = jax.random.normal(KEY, (n, columns), dtype)
             calls = {
                 "ours": lambda x=x: nys.factorize(x, rank, key=KEY).left,
-                "products": lambda x=x, c=columns, p=passes: products(x, c, p),
+                "products": lambda x=x, thin=thin, p=passes: products(x, thin, p),
             }
-            seconds = interleaved(calls, rounds, pause=PAUSE)
+            seconds = interleaved(calls, rounds, warm=True)
             here, there = (float(np.median(seconds[c])) * 1e3 for c in calls)
             value = ratio(seconds, "ours", "products")
             print(
@@ -220,7 +220,7 @@ def sparse(rows: int, columns: int, entries: int, rank: int, rounds: int) -> Non
         row(
             name,
             "float32",
-            interleaved(calls, rounds, pause=PAUSE),
+            interleaved(calls, rounds, warm=True),
             "ours",
             name,
             relative,
@@ -239,7 +239,7 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     versions = f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores"
     print(f"{versions}, load {os.getloadavg()[0]:.1f}")
-    n, rounds = (300, 2) if options.quick else (3000, 11)
+    n, rounds = (300, 2) if options.quick else (3000, 7)
     tables: dict[str, Callable[[], None]] = {
         "floors": lambda: floors(n, 20, rounds),
         "dense": lambda: dense(n, 20, rounds),

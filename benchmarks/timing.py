@@ -14,7 +14,7 @@ def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     rounds: int = 15,
     clock: Callable[[], float] = time.perf_counter,
-    pause: float = 0.0,
+    warm: bool = False,
 ) -> dict[str, np.ndarray]:
     """Seconds of each function in each round by the clock, after one warm-up call.
 
@@ -24,14 +24,16 @@ def interleaved(
         functions: what is timed, by name.
         rounds: how often each runs.
         clock: of seconds.
-        pause: seconds before each call, in which threads of the last one fall asleep.
+        warm: whether each timed call follows one of the same function that is not timed, so that
+            no function pays for what the last one left in caches and in threads that spin.
     """
     for fn in functions.values():
         jax.block_until_ready(fn())
     seconds = {name: np.empty(rounds) for name in functions}
     for i in range(rounds):
         for name, fn in functions.items():
-            time.sleep(pause)
+            if warm:
+                jax.block_until_ready(fn())
             start = clock()
             jax.block_until_ready(fn())
             seconds[name][i] = clock() - start

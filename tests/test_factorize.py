@@ -190,12 +190,12 @@ def test_under_vmap_and_jit(a):
 
 
 def test_nothing_is_compiled_again_for_another_matrix_or_key(a):
-    from nyscaled.lowrank.factorization import _fixed_compiled
+    from nyscaled.lowrank.by_rank import _end_compiled
 
     nys.factorize(a, 7)
-    size = _fixed_compiled._cache_size()
+    size = _end_compiled._cache_size()
     nys.factorize(2 * a, 7, key=jax.random.key(5))
-    assert _fixed_compiled._cache_size() == size
+    assert _end_compiled._cache_size() == size
 
 
 def test_deviations_grow_towards_what_is_not_determined(a):

@@ -62,7 +62,6 @@ def jackknife(
     triples: tuple[Inexact[Array, "k i"], Float[Array, " i"], Inexact[Array, "i j"]],
     start: Inexact[Array, "b b"],
     rank: int,
-    blocks: int,
 ) -> Deviations:
     """Return the jackknife estimates of how far singular vectors would move under another Ω.
 
@@ -76,7 +75,6 @@ def jackknife(
         triples: its SVD, as from `core_svd`.
         start: the coordinates of AΩ in the first block of Q.
         rank: how many singular vectors are looked at.
-        blocks: the number of blocks of Q.
 
     References:
         Epperly and Tropp, Efficient error and variance estimation for randomized matrix
@@ -89,7 +87,8 @@ def jackknife(
 
     def replicate(columns: Array) -> tuple[Array, Array]:
         block = basis = extend(None, padded[:, columns])
-        for _ in range(blocks - 1):
+        for done in range(width, len(core), width):
+            block = block[:, : len(core) - done]  # the last block may be narrower
             block = extend(basis, core @ (adjoint(core) @ block))
             basis = jnp.concatenate([basis, block], axis=1)
         left, _, right = core_svd(adjoint(basis) @ core)

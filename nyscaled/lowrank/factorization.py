@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Key
 
-from nyscaled.lowrank import derivative, estimate, streamed
+from nyscaled.lowrank import by_rank, streamed
 from nyscaled.lowrank.adaptive import adaptive
-from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host import HostMatrix, as_input
-from nyscaled.lowrank.krylov import project, sketch
-from nyscaled.lowrank.orthogonal import adjoint
-from nyscaled.lowrank.products import products_of, random_block, random_scale, working_dtype
 from nyscaled.lowrank.result import LowRank, Status
 from nyscaled.lowrank.streamed import StreamedMatrix
-from nyscaled.lowrank.truncate import rounding, truncate
-from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import LinearMap, MatrixLike, Number
 from nyscaled.validation import is_concrete, require_count, require_rank, require_scalar
-
-PROBES = 8  # columns that measure the error
 
 
 @with_auto_axes
@@ -64,8 +53,7 @@ def factorize(
         key: PRNG key of the random columns; `jax.random.key(0)` by default.
         passes: how many products with A and Aᴴ are made for a given rank, at least 2.
         oversampling: how many more columns than `rank` each product has, for a given rank. By
-            default it is 4, or fewer but at least 1 if the space then has at most 64 dimensions:
-            larger eigendecompositions on CPUs wake BLAS threads, which slow XLA's products.
+            default at least 4, so that the columns are a multiple of 8.
         max_rank: with `tol`, the largest rank that is allowed; min(m, n) by default.
         jackknife: whether `deviations` of the result estimate how far the singular vectors would
             move under another key, which takes an r × r SVD per column (with `rank` only).
@@ -99,14 +87,12 @@ def factorize(
         require_rank(rank, a.shape)
         passes = require_count("passes", passes, 2)
         if oversampling is None:
-            oversampling = min(max(64 // (passes // 2) - rank, 1), 4)
+            oversampling = 4 + -(rank + 4) % 8
         width = min(rank + require_count("oversampling", oversampling), *a.shape)
         if isinstance(a, StreamedMatrix):
             result = streamed.of_rank(a, key, rank, width, passes, jackknife)
-        elif isinstance(a, HostMatrix):
-            result = _fixed(a, key, rank, width, passes, jackknife)
         else:
-            result = _fixed_compiled(a, key, rank, width, passes, jackknife)
+            result = by_rank.of_rank(a, key, rank, width, passes, jackknife)
     else:
         if jackknife:
             raise ValueError("jackknife is True and tol is given; expected a rank")
@@ -135,62 +121,3 @@ def _limit(max_rank: int | None, shape: tuple[int, ...]) -> int:
         return min(shape)
     require_rank(max_rank, shape)
     return max_rank
-
-
-def _fixed(
-    a: LinearMap | HostMatrix,
-    key: Key[Array, ""],
-    rank: int,
-    width: int,
-    passes: int,
-    jackknife: bool,
-) -> LowRank:
-    dtype = working_dtype(a)
-    products = products_of(a)
-    transposed = a.shape[0] < a.shape[1]  # the random block belongs to the shorter side
-    m, n = max(a.shape), min(a.shape)
-    if transposed:
-        products = products.adjoint
-    blocks, from_left = passes // 2, passes % 2 == 1
-    if blocks * width >= n:  # the space would be complete: n columns at once take fewer products
-        width, blocks, from_left = n, 1, False
-    start_key, probe_key = jax.random.split(key)
-    start = random_block(start_key, m if from_left else n, width, dtype)
-    probes = random_block(probe_key, n, PROBES if passes > 2 else 0, dtype)
-    first = sketch(products, start, probes, from_left=from_left)
-
-    def finish(blocks: int) -> LowRank:
-        left, core, right = project(products, first, blocks)
-        triples = core_svd(core)
-        if passes > 2:
-            error = estimate.probed_error(left, first.probes, random_scale(n))
-        else:
-            error = estimate.leave_one_out_error(first.basis, first.images, random_scale(n))
-        deviations = None
-        if jackknife:
-            start = adjoint(first.basis) @ first.images
-            deviations = estimate.jackknife(core, triples, start, rank, blocks)
-        made = 2 * blocks + (1 if from_left else 0)
-        return truncate(left, triples, right, error, rank, made, deviations=deviations)
-
-    if blocks == 1 or passes == 2:
-        result = finish(1)
-    else:
-        left_out = first.probes - first.basis @ (adjoint(first.basis) @ first.probes)
-        exact = norm(left_out) <= rounding(m, dtype) * norm(first.probes)
-        if is_concrete(exact):
-            result = finish(1 if bool(exact) else blocks)
-        else:
-            result = lax.cond(exact, lambda: finish(1), lambda: finish(blocks))
-    return result.adjoint if transposed else result
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-@full_precision
-def _fixed_compiled(
-    a: LinearMap, key: Key[Array, ""], rank: int, width: int, passes: int, jackknife: bool
-) -> LowRank:
-    result = _fixed(lax.stop_gradient(a), key, rank, width, passes, jackknife)
-    triples = derivative.triples(a, result.left, result.singular_values, result.right)
-    names = ("left", "singular_values", "right")
-    return dataclasses.replace(result, **dict(zip(names, triples, strict=True)))

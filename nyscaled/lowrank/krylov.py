@@ -60,24 +60,25 @@ def sketch(
     return Sketch(extend(None, images[:, :width]), right, images[:, :width], images[:, width:])
 
 
-def project(products: Products, first: Sketch, blocks: int) -> Projection:
-    """Return QQᴴA for the basis Q of this many blocks, by 2·blocks − 1 products.
+def project(products: Products, first: Sketch, dimensions: int) -> Projection:
+    """Return QQᴴA for a basis Q of this many columns, by an odd number of products.
 
     Args:
         products: the products with A.
         first: the first block, from `sketch`.
-        blocks: how many blocks the basis gets.
+        dimensions: how many columns the basis gets; the last block may be narrower.
     """
     left, right = first.basis, first.right
+    width = left.shape[1]
     block, images = left, []
-    for i in range(blocks):
-        if i:
-            assert right is not None
-            block = extend(left, products.times(right[:, -block.shape[1] :]))
-            left = jnp.concatenate([left, block], axis=1)
+    while True:
         images.append(products.adjoint_times(block))
         extended = extend(right, images[-1])
         right = extended if right is None else jnp.concatenate([right, extended], axis=1)
-    assert right is not None
+        columns = min(width, dimensions - left.shape[1])
+        if columns <= 0:
+            break
+        block = extend(left, products.times(extended[:, :columns]))
+        left = jnp.concatenate([left, block], axis=1)
     core = adjoint(jnp.concatenate(images, axis=1)) @ right
     return Projection(left, core, right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -66,4 +67,5 @@ def random_block(
 
 def random_scale(rows: int) -> float:
     """Return the standard deviation of the entries of `random_block`."""
-    return 2.0 ** -np.ceil(np.log2(rows) / 2)
+    # A Python number: one of NumPy would make float32 arrays double where x64 is on.
+    return 2.0 ** -math.ceil(math.log2(rows) / 2)

@@ -101,7 +101,7 @@ def of_rank(
         newest = _grown(right, gram, a.dtype)
         right = jnp.concatenate([right, newest], axis=1)
     images.append(run.image(newest))
-    blocks, together = len(images), jnp.concatenate(images, axis=1)
+    together = jnp.concatenate(images, axis=1)
     images.clear()
     projection = _projection(together, right)
     del together
@@ -114,7 +114,6 @@ def of_rank(
             (adjoint(vh), s, adjoint(u)),
             jnp.asarray((_wide(right[:, :width]).conj().T @ _scaled(start)).astype(a.dtype)),
             rank,
-            blocks,
         )
         deviations = Deviations(moved.right, moved.left)
     error = _left_out(projection, probes, probed)

@@ -19,7 +19,7 @@ from lowrank_cases import matrix
 from mesh_cases import collectives, compiled, split
 
 import nyscaled as nys
-from nyscaled.lowrank.factorization import PROBES
+from nyscaled.lowrank.by_rank import PROBES
 
 M, N, RANK = 256, 64, 4
 WIDTH = RANK + 4  # columns of a product

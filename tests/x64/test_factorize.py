@@ -1,5 +1,7 @@
 """float64: matrices of exactly low rank, and derivatives against central differences."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +51,14 @@ def test_derivatives_are_central_differences(name):
         tangent = jax.jvp(lambda a, i=i: quantity(a)[i], (a,), (DIRECTION,))[1]
         np.testing.assert_allclose(tangent, expected, rtol=1e-5)
         np.testing.assert_allclose(jnp.sum(gradient * DIRECTION), tangent, rtol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{"rank": 4}, {"rank": 4, "passes": 2}, {"tol": 0.3}])
+def test_single_precision_stays_single(options):
+    """All of it: a product in double precision would take twice the time."""
+    a = jnp.asarray((LEFT * SPECTRA["apart"]) @ RIGHT.T, jnp.float32)
+    f = nys.factorize(a, **options)
+    assert {x.dtype for x in (f.left, f.singular_values, f.right, f.error_estimate)} == {a.dtype}
+    if "rank" in options:
+        text = jax.jit(lambda a: nys.factorize(a, **options)).lower(a).as_text()
+        assert not re.search(r"tensor<\d[^>]*xf64>", text)

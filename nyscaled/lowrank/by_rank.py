@@ -1,0 +1,148 @@
+"""A factorization of a given rank, from a block Krylov space with a given number of products."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Key
+
+from nyscaled.lowrank import derivative, estimate
+from nyscaled.lowrank.core_svd import core_svd
+from nyscaled.lowrank.host import HostMatrix
+from nyscaled.lowrank.krylov import Sketch, project, sketch
+from nyscaled.lowrank.orthogonal import adjoint, extend
+from nyscaled.lowrank.products import (
+    Products,
+    products_of,
+    random_block,
+    random_scale,
+    working_dtype,
+)
+from nyscaled.lowrank.result import LowRank
+from nyscaled.lowrank.truncate import rounding, truncate
+from nyscaled.numerics import full_precision, norm
+from nyscaled.typing import LinearMap
+from nyscaled.validation import is_concrete
+
+PROBES = 8  # columns that measure the error
+QUIET = 64  # dimensions up to which an eigendecomposition wakes no threads of a BLAS on CPUs
+
+
+class _Plan(NamedTuple):
+    """What is known before any product; hashable."""
+
+    rank: int
+    width: int  # of a block
+    dimensions: int  # of the Krylov space
+    from_left: bool  # whether a product with Aᴴ comes first
+    probes: int
+    transposed: bool  # whether Aᴴ is factorized: the random block belongs to the shorter side
+    jackknife: bool
+
+
+def of_rank(
+    a: LinearMap | HostMatrix,
+    key: Key[Array, ""],
+    rank: int,
+    width: int,
+    passes: int,
+    jackknife: bool,
+) -> LowRank:
+    """Return a factorization of this rank.
+
+    Args:
+        a: A (m, n).
+        key: PRNG key.
+        rank: the number of singular values.
+        width: columns of a block.
+        passes: how many products are made, unless A has this rank.
+        jackknife: whether deviations are estimated.
+    """
+    transposed = a.shape[0] < a.shape[1]
+    blocks, from_left, n = passes // 2, passes % 2 == 1, min(a.shape)
+    dimensions = blocks * width
+    if dimensions >= n:  # the space would be complete: n columns at once take fewer products
+        width, dimensions, from_left = n, n, False
+    elif dimensions - width < QUIET < dimensions:
+        dimensions = QUIET
+    probes = PROBES if passes > 2 else 0
+    plan = _Plan(rank, width, dimensions, from_left, probes, transposed, jackknife)
+    if isinstance(a, HostMatrix):
+        first, exact = _begin(a, key, plan)
+        return _end(a, first, plan, bool(exact))
+    if is_concrete((a, key)):
+        # Two programs, since one with a conditional would copy A into its branches on a CPU.
+        first, exact = _begin_compiled(a, key, plan)
+        return _end_compiled(a, first, plan, bool(exact))
+    return _differentiable(a, key, plan)
+
+
+def _products(a: LinearMap | HostMatrix, plan: _Plan) -> Products:
+    return products_of(a).adjoint if plan.transposed else products_of(a)
+
+
+def _begin(
+    a: LinearMap | HostMatrix, key: Key[Array, ""], plan: _Plan
+) -> tuple[Sketch, Bool[Array, ""]]:
+    """The first block, and whether its range is that of A to rounding."""
+    m, n, dtype = max(a.shape), min(a.shape), working_dtype(a)
+    start_key, probe_key = jax.random.split(key)
+    start = random_block(start_key, m if plan.from_left else n, plan.width, dtype)
+    probes = random_block(probe_key, n, plan.probes, dtype)
+    first = sketch(_products(a, plan), start, probes, from_left=plan.from_left)
+    if plan.dimensions == plan.width or not plan.probes:
+        return first, jnp.asarray(False)
+    left_out = first.probes - first.basis @ (adjoint(first.basis) @ first.probes)
+    return first, norm(left_out) <= rounding(m, dtype) * norm(first.probes)
+
+
+def _end(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan, exact: bool) -> LowRank:
+    """The factorization; if `exact`, by one more product, and the probes help to span the range."""
+    dimensions, scale = plan.dimensions, random_scale(min(a.shape))
+    if exact:
+        dimensions = 0
+        more = extend(first.basis, first.probes)
+        first = first._replace(
+            basis=jnp.concatenate([first.basis, more], axis=1),
+            images=jnp.concatenate([first.images, first.probes], axis=1),
+        )
+    left, core, right = project(_products(a, plan), first, dimensions)
+    triples = core_svd(core)
+    if plan.probes:
+        error = estimate.probed_error(left, first.probes, scale)
+    else:
+        error = estimate.leave_one_out_error(first.basis, first.images, scale)
+    deviations = None
+    if plan.jackknife:
+        start = adjoint(first.basis) @ first.images
+        deviations = estimate.jackknife(core, triples, start, plan.rank)
+    passes = 2 * -(-left.shape[1] // first.basis.shape[1]) + int(plan.from_left)
+    result = truncate(left, triples, right, error, plan.rank, passes, deviations=deviations)
+    return result.adjoint if plan.transposed else result
+
+
+_begin_compiled = functools.partial(jax.jit, static_argnums=2)(full_precision(_begin))
+_end_compiled = functools.partial(jax.jit, static_argnums=(2, 3))(full_precision(_end))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+@full_precision
+def _differentiable(a: LinearMap, key: Key[Array, ""], plan: _Plan) -> LowRank:
+    constant = lax.stop_gradient(a)
+    first, exact = _begin(constant, key, plan)
+    if plan.dimensions == plan.width or not plan.probes:
+        result = _end(constant, first, plan, False)
+    else:
+        result = lax.cond(
+            exact,
+            lambda: _end(constant, first, plan, True),
+            lambda: _end(constant, first, plan, False),
+        )
+    triples = derivative.triples(a, result.left, result.singular_values, result.right)
+    names = ("left", "singular_values", "right")
+    return dataclasses.replace(result, **dict(zip(names, triples, strict=True)))
