@@ -15,7 +15,7 @@ from nyscaled.lowrank import derivative, estimate
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.krylov import Sketch, project, sketch
-from nyscaled.lowrank.orthogonal import adjoint, extend
+from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.products import (
     Products,
     products_of,
@@ -25,7 +25,7 @@ from nyscaled.lowrank.products import (
 )
 from nyscaled.lowrank.result import LowRank
 from nyscaled.lowrank.truncate import rounding, truncate
-from nyscaled.numerics import full_precision, norm
+from nyscaled.numerics import full_precision
 from nyscaled.typing import LinearMap
 from nyscaled.validation import is_concrete
 
@@ -97,8 +97,8 @@ def _begin(
     first = sketch(_products(a, plan), start, probes, from_left=plan.from_left)
     if plan.dimensions == plan.width or not plan.probes:
         return first, jnp.asarray(False)
-    left_out = first.probes - first.basis @ (adjoint(first.basis) @ first.probes)
-    return first, norm(left_out) <= rounding(m, dtype) * norm(first.probes)
+    missing, whole = estimate.left_out(first.basis, first.probes)
+    return first, missing <= rounding(m, dtype) * whole
 
 
 def _end(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan, exact: bool) -> LowRank:
@@ -119,7 +119,7 @@ def _end(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan, exact: bool) -> 
         error = estimate.leave_one_out_error(first.basis, first.images, scale)
     deviations = None
     if plan.jackknife:
-        start = adjoint(first.basis) @ first.images
+        start = inner(first.basis, first.images)
         deviations = estimate.jackknife(core, triples, start, plan.rank)
     passes = 2 * -(-left.shape[1] // first.basis.shape[1]) + int(plan.from_left)
     result = truncate(left, triples, right, error, plan.rank, passes, deviations=deviations)

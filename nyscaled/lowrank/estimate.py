@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from nyscaled.lapack import inverse
 from nyscaled.lowrank.core_svd import core_svd
-from nyscaled.lowrank.orthogonal import adjoint, extend
+from nyscaled.lowrank.orthogonal import adjoint, extend, inner
 from nyscaled.lowrank.result import Deviations
-from nyscaled.numerics import norm
+from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import Scalar
+
+
+@jax.jit
+@full_precision
+def left_out(basis: Inexact[Array, "m k"], images: Inexact[Array, "m s"]) -> tuple[Scalar, Scalar]:
+    """Return ‖Y − QQᴴY‖_F and ‖Y‖_F.
+
+    Args:
+        basis: Q, orthonormal columns.
+        images: Y.
+    """
+    return norm(images - basis @ inner(basis, images)), norm(images)
 
 
 def probed_error(
@@ -28,8 +41,7 @@ def probed_error(
         images: AG.
         deviation: the standard deviation of the entries of G.
     """
-    remainder = images - basis @ (adjoint(basis) @ images)
-    return norm(remainder) / (deviation * images.shape[1] ** 0.5)
+    return left_out(basis, images)[0] / (deviation * images.shape[1] ** 0.5)
 
 
 def leave_one_out_error(

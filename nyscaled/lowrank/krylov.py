@@ -17,7 +17,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from nyscaled.lowrank.orthogonal import adjoint, extend
+from nyscaled.lowrank.core_svd import core_svd
+from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.products import Products
 
 
@@ -78,7 +79,9 @@ def project(products: Products, first: Sketch, dimensions: int) -> Projection:
         columns = min(width, dimensions - left.shape[1])
         if columns <= 0:
             break
-        block = extend(left, products.times(extended[:, :columns]))
+        if columns < width:  # those that A has most of
+            leading, _, _ = core_svd(inner(extended, images[-1]))
+            extended = extended @ leading[:, :columns]
+        block = extend(left, products.times(extended))
         left = jnp.concatenate([left, block], axis=1)
-    core = adjoint(jnp.concatenate(images, axis=1)) @ right
-    return Projection(left, core, right)
+    return Projection(left, inner(jnp.concatenate(images, axis=1), right), right)

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from nyscaled.lapack import inverse_cholesky
+from nyscaled.matrices import transpose_times
 from nyscaled.numerics import full_precision, normalized
 
 _MOST_PASSES = 6
@@ -16,6 +17,18 @@ _MOST_PASSES = 6
 def adjoint(x: Inexact[Array, "m n"]) -> Inexact[Array, "n m"]:
     """Return Xᴴ."""
     return x.conj().T
+
+
+def inner(x: Inexact[Array, "m k"], y: Inexact[Array, "m b"]) -> Inexact[Array, "k b"]:
+    """Return XᴴY of tall matrices, without a transposed copy of X.
+
+    Args:
+        x: X.
+        y: Y.
+    """
+    if jnp.iscomplexobj(y):
+        return transpose_times(x, y.conj()).conj()
+    return transpose_times(x, y)
 
 
 @jax.jit
@@ -54,8 +67,8 @@ def extend(
     def outside(block: Array) -> tuple[Array, Array]:
         """What is left of the block, and its Gram matrix."""
         if basis is not None:
-            block = block - basis @ (adjoint(basis) @ block)
-        return block, adjoint(block) @ block
+            block = block - basis @ inner(basis, block)
+        return block, inner(block, block)
 
     def dependent(gram: Array) -> Array:
         scaled = gram * _reciprocal_norms(gram, 0)[1]

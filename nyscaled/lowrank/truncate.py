@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -10,10 +13,12 @@ from jaxtyping import Array, ArrayLike, Float, Inexact
 from nyscaled.linalg import default_rcond
 from nyscaled.lowrank.orthogonal import adjoint
 from nyscaled.lowrank.result import Deviations, LowRank, Status, with_fixed_signs
-from nyscaled.numerics import norm
+from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import Scalar
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "passes", "tol"))
+@full_precision
 def truncate(
     left: Inexact[Array, "m k"],
     triples: tuple[Inexact[Array, "k j"], Float[Array, " j"], Inexact[Array, "j i"]],
