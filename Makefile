@@ -27,6 +27,7 @@ figures: $(VENV)/.data $(DIGITS) $(WEIGHTS)
 	$(BIN)/python experiments/oracle_starts.py
 	$(BIN)/python experiments/faces.py
 	$(BIN)/python experiments/movielens.py
+	$(BIN)/python experiments/real_matrices.py
 	$(BIN)/python experiments/fits.py
 	$(BIN)/python experiments/weight_spectra.py
 
@@ -101,6 +102,7 @@ bench: $(VENV)/.experiments
 bench-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python benchmarks/lora_init.py
 	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/lowrank.py
 
 $(DIGITS): $(VENV)/.experiments experiments/lib/matrix.py
 	$(BIN)/python -m experiments.lib.matrix $@

@@ -239,7 +239,7 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     versions = f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores"
     print(f"{versions}, load {os.getloadavg()[0]:.1f}")
-    n, rounds = (300, 2) if options.quick else (3000, 7)
+    n, rounds = (300, 2) if options.quick else (3000, 5)
     tables: dict[str, Callable[[], None]] = {
         "floors": lambda: floors(n, 20, rounds),
         "dense": lambda: dense(n, 20, rounds),

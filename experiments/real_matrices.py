@@ -74,7 +74,7 @@ def orl_faces() -> np.ndarray:
 
 def digits_kernel() -> np.ndarray:
     """Return the kernel exp(−γ‖x − y‖²) of the digits, γ = 1/64 of the squared range of a pixel."""
-    points = load_digits().data / 16
+    points = load_digits(return_X_y=True)[0] / 16
     return np.asarray(rbf_kernel(points, gamma=1 / 64), np.float32)
 
 
@@ -108,7 +108,7 @@ def best_errors(a: Any) -> tuple[float, np.ndarray]:
     m, n = dense.shape
     values = np.linalg.eigvalsh(dense.T @ dense if n < m else dense @ dense.T)
     tails = np.cumsum(np.maximum(values, 0))[::-1]
-    return float(tails[0] ** 0.5), np.append(np.sqrt(tails[1:] / tails[0]), 0.0)
+    return float(tails[0] ** 0.5), np.append(np.sqrt(tails / tails[0]), 0.0)
 
 
 def relative_error(a: Any, f: nys.lowrank.LowRank, norm: float) -> float:
