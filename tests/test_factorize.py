@@ -26,6 +26,7 @@ def a():
 
 @pytest.mark.parametrize("shape", [(M, N), (N, M)], ids=["tall", "wide"])
 @pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.long_beyond(2)
 def test_six_passes_come_close_to_the_best_error(spectrum, shape):
     s = SPECTRA[spectrum](N)
     a = matrix(*shape, s)
@@ -40,6 +41,7 @@ def test_six_passes_come_close_to_the_best_error(spectrum, shape):
         np.testing.assert_allclose(singular_values[:5], s[:5], rtol=1e-3)
 
 
+@pytest.mark.long
 def test_more_passes_come_closer(a):
     excess = [
         error(a, nys.factorize(a, RANK, passes=p)) - best(HARMONIC, RANK) for p in range(2, 7)
@@ -48,6 +50,7 @@ def test_more_passes_come_closer(a):
     assert [int(nys.factorize(a, RANK, passes=p).passes) for p in (2, 3, 5)] == [2, 3, 5]
 
 
+@pytest.mark.long
 def test_two_passes_are_the_range_projection_of_theorem_3(a):
     """ScaledGD at η = 1 from AΩ is P_range(AΩ) A, of which this is the best part of rank r."""
     f = nys.factorize(a, RANK, passes=2, oversampling=0)
@@ -61,6 +64,7 @@ def test_two_passes_are_the_range_projection_of_theorem_3(a):
 
 
 @pytest.mark.parametrize("condition", [1e1, 1e4])
+@pytest.mark.long_beyond(1)
 def test_a_matrix_of_this_rank_takes_two_passes_and_is_exact(condition):
     s = np.zeros(N)
     s[:RANK] = np.geomspace(1, 1 / condition, RANK)
@@ -83,6 +87,7 @@ def test_a_rank_that_the_matrix_does_not_have_is_said():
 
 @pytest.mark.parametrize("tol", [0.5, 0.2, 1e-2, 1e-7])
 @pytest.mark.parametrize("shape", [(M, N), (N, M)], ids=["tall", "wide"])
+@pytest.mark.long_beyond(2)
 def test_a_tolerance_is_met_by_about_the_smallest_rank(shape, tol):
     s = 0.9 ** np.arange(N)
     a = matrix(*shape, s)
@@ -102,6 +107,7 @@ def test_a_tolerance_beyond_the_largest_rank(a):
 
 
 @pytest.mark.parametrize("size", [1, 20, 50])
+@pytest.mark.long_beyond(1)
 def test_a_tolerance_for_a_matrix_whose_singular_values_are_all_equal(size):
     """A Krylov space of the identity does not grow by itself."""
     f = nys.factorize(np.eye(size, dtype=np.float32), tol=0.3)
@@ -110,6 +116,7 @@ def test_a_tolerance_for_a_matrix_whose_singular_values_are_all_equal(size):
     assert error(np.eye(size), f) <= 0.31 * size**0.5
 
 
+@pytest.mark.long
 def test_complex_matrices_use_adjoints():
     a = matrix(M, N, HARMONIC, np.complex64)
     for given_a, scale in ((a, 1), (a.conj().T, 1j)):
@@ -121,6 +128,7 @@ def test_complex_matrices_use_adjoints():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.long_beyond(1)
 def test_half_precision_is_summed_in_float32(a, dtype):
     half = jnp.asarray(a, dtype)
     f = nys.factorize(half, RANK)
@@ -130,6 +138,7 @@ def test_half_precision_is_summed_in_float32(a, dtype):
 
 
 @pytest.mark.parametrize("form", ["bcoo", "bcsr", "scipy", "operator"])
+@pytest.mark.long_beyond(1)
 def test_other_forms_of_a_matrix(form):
     entries = scipy.sparse.random(
         M, N, 0.1, dtype=np.float32, random_state=np.random.default_rng(0)
@@ -198,6 +207,7 @@ def test_nothing_is_compiled_again_for_another_matrix_or_key(a):
     assert _end_compiled._cache_size() == size
 
 
+@pytest.mark.long
 def test_deviations_grow_towards_what_is_not_determined(a):
     few, many = (nys.factorize(a, 5, passes=p, jackknife=True).deviations for p in (2, 6))
     for side in (few.left, few.right, many.left, many.right):

@@ -49,6 +49,7 @@ def test_the_count_can_fail():
 
 
 @pytest.mark.parametrize("passes", [2, 4])
+@pytest.mark.long_beyond(1)
 def test_deviations_are_those_of_other_keys(passes):
     """The jackknife is biased upwards: within a factor of 8 of the spread, and not far below it."""
     a = jnp.asarray(matrix(M, N, SPECTRA["harmonic"](N)))

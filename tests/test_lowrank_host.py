@@ -96,6 +96,7 @@ TRACED = {
 
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64])
 @pytest.mark.parametrize("form", HOST)
+@pytest.mark.long_beyond(3)
 def test_products_on_the_host(form, dtype):
     dense = matrix(dtype)
     a = as_input("A", HOST[form](dense))
@@ -116,6 +117,7 @@ def test_products_that_jax_traces(form, dtype):
 
 
 @pytest.mark.parametrize("form", [*HOST, *TRACED])
+@pytest.mark.long_beyond(2)
 def test_every_form_has_the_same_factorization(form):
     """Of exact rank, so that the random columns, which are others on the host, do not matter."""
     dense = (thin(M) @ thin(N).T).astype(np.float32)

@@ -17,6 +17,7 @@ def blocks(a, rows=64):
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.long_beyond(1)
 def test_three_passes_come_as_close_as_six_products(spectrum):
     s = SPECTRA[spectrum](N)
     source = blocks(matrix(M, N, s))
@@ -36,6 +37,7 @@ def test_an_exact_rank_takes_two_passes():
     assert error(matrix(M, N, s), f) <= 1e-5 * np.linalg.norm(s)
 
 
+@pytest.mark.long
 def test_a_wide_matrix_and_too_many_columns():
     s = SPECTRA["harmonic"](40)
     a = matrix(40, 200, s)
@@ -45,6 +47,7 @@ def test_a_wide_matrix_and_too_many_columns():
 
 
 @pytest.mark.parametrize("tol", [0.3, 0.05, 1e-7])
+@pytest.mark.long_beyond(1)
 def test_a_tolerance_is_met(tol):
     s = 0.9 ** np.arange(N)
     a, size = matrix(M, N, s), np.linalg.norm(s)
@@ -65,6 +68,7 @@ def test_complex_and_the_same_key():
     assert np.array_equal(f.left, again.left)
 
 
+@pytest.mark.long
 def test_deviations_grow_towards_what_is_not_determined():
     f = nys.factorize(blocks(matrix(M, N, SPECTRA["harmonic"](N))), 4, passes=2, jackknife=True)
     assert f.deviations.left[0] < 0.3 * f.deviations.left[3]

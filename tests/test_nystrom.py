@@ -35,6 +35,7 @@ def error(psd, a):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.long_beyond(1)
 def test_eigenpairs_are_those_of_the_matrix(form):
     a, basis = nys.spectra.psd(KEY, M, [3.0, 2.0, 1.0, 0.5, 0.01])
     psd = nystrom(FORMS[form](a))
@@ -100,6 +101,7 @@ def test_the_estimate_is_for_the_matrix_and_not_for_its_image():
 
 
 @pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.long_beyond(1)
 def test_the_jackknife_is_about_the_deviation_of_each_vector(passes):
     a = matrix("squares")
 

@@ -68,6 +68,7 @@ def squared_bound(name, width):
 
 
 @pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.long_beyond(1)
 def test_the_error_is_within_the_bound_of_theory(name):
     a, width = matrix(name), RANK + EXTRA
     rounding = 1e-5 * np.linalg.norm(a)
@@ -85,6 +86,7 @@ def test_the_error_is_within_the_bound_of_theory(name):
 
 
 @pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.long_beyond(1)
 def test_the_estimate_is_unbiased_and_seldom_far_off(name):
     errors, estimates = draws(name).T
     ratios = estimates / errors
@@ -190,6 +192,7 @@ def test_a_stream_is_read_once():
 
 
 @pytest.mark.parametrize("rows", [1, 4, RANK + 1])
+@pytest.mark.long_beyond(1)
 def test_few_rows_and_few_columns(rows):
     a = matrix("1/i")[:rows, :10]
     for b in (a, a.T):

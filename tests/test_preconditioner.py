@@ -36,6 +36,7 @@ def condition(rank):
 
 
 @pytest.mark.parametrize("rank", [5, 20, 50])
+@pytest.mark.long_beyond(1)
 def test_the_condition_number_is_within_its_bound(rank):
     measured, bound = condition(rank)
     assert measured <= 1.01 * bound

@@ -20,13 +20,13 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from nyscaled.sklearn import Nystroem, TruncatedSVD
 
 
-@pytest.mark.long_beyond(15)
+@pytest.mark.long
 @parametrize_with_checks([TruncatedSVD(passes=2)])
 def test_truncated_svd_meets_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
 
-@pytest.mark.long_beyond(15)
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:n_components is:UserWarning")  # as scikit-learn's warns
 @parametrize_with_checks([Nystroem(n_components=5)])
 def test_nystroem_meets_the_checks_of_scikit_learn(estimator, check):
@@ -48,6 +48,7 @@ def sparse():
 
 
 @pytest.mark.parametrize("name", ["digits", "sparse"])
+@pytest.mark.long_beyond(1)
 def test_is_scikit_learn_s_svd(name, request):
     x = request.getfixturevalue(name)
     ours = TruncatedSVD(5, passes=12, random_state=0)
@@ -63,6 +64,7 @@ def test_is_scikit_learn_s_svd(name, request):
     assert error == pytest.approx(ours.relative_error_, rel=0.1)
 
 
+@pytest.mark.long
 def test_dtypes_are_kept(digits):
     for dtype, tol in ((np.float32, 1e-5), (np.float64, 1e-12)):
         x = digits.astype(dtype)
@@ -75,6 +77,7 @@ def test_dtypes_are_kept(digits):
         np.testing.assert_allclose(svd.singular_values_, values, atol=tol * values[0])
 
 
+@pytest.mark.long
 def test_float64_in_a_thread_leaves_the_configuration_alone(digits):
     before, results = dict(jax.config.values), []
 
@@ -93,6 +96,7 @@ def test_float64_in_a_thread_leaves_the_configuration_alone(digits):
     assert results[0].dtype == np.float64
 
 
+@pytest.mark.long
 def test_tolerance_finds_the_number_of_components(digits):
     x = digits.astype(np.float32)
     svd = TruncatedSVD(n_components=None, tol=0.2, random_state=0).fit(x)
@@ -106,6 +110,7 @@ def test_tolerance_finds_the_number_of_components(digits):
     assert len(capped.components_) == 3
 
 
+@pytest.mark.long
 def test_sparse_input_is_not_densified():
     """Dense it would take 160 GB."""
     size, count, kinds = 200_000, 2000, 50
@@ -119,6 +124,7 @@ def test_sparse_input_is_not_densified():
     np.testing.assert_allclose(svd.singular_values_, values, rtol=1e-2)
 
 
+@pytest.mark.long
 def test_random_state(sparse):
     def fit(random_state):
         return TruncatedSVD(4, passes=2, random_state=random_state).fit(sparse).components_
@@ -187,6 +193,7 @@ def points(digits):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.long_beyond(1)
 def test_nystroem_is_the_projection_of_the_kernel(points, kernel):
     ours = Nystroem(kernel, **KERNELS[kernel], n_components=20, random_state=0)
     features = ours.fit_transform(points)
@@ -203,6 +210,7 @@ def test_nystroem_is_the_projection_of_the_kernel(points, kernel):
     assert ours.relative_error_ == pytest.approx(error, rel=1e-6)
 
 
+@pytest.mark.long
 def test_nystroem_needs_fewer_components_than_uniform_samples():
     """Of 1000 points, 20 lie apart from the others."""
     rng = np.random.default_rng(0)
@@ -217,6 +225,7 @@ def test_nystroem_needs_fewer_components_than_uniform_samples():
     assert error(Nystroem(**settings)) < 0.1 * error(PeerNystroem(**settings))
 
 
+@pytest.mark.long
 def test_nystroem_with_a_function(points):
     def kernel(x, y, shift=1.0):
         return jax.numpy.maximum(x @ y, 0) + shift
@@ -231,6 +240,7 @@ def test_nystroem_with_a_function(points):
         Nystroem(kernel, gamma=1.0).fit(points)
 
 
+@pytest.mark.long
 def test_nystroem_keeps_dtypes_and_ends_at_the_tolerance_or_the_rank(points):
     for dtype in (np.float32, np.float64):
         ours = Nystroem(n_components=200, tol=0.05, random_state=0).fit(points.astype(dtype))
@@ -242,6 +252,7 @@ def test_nystroem_keeps_dtypes_and_ends_at_the_tolerance_or_the_rank(points):
     assert len(Nystroem(n_components=20, random_state=0).fit(doubled).components_) == 10
 
 
+@pytest.mark.long
 def test_nystroem_explains_a_smooth_kernel_to_rounding(points):
     x = points[:, 20:22]
     for dtype, least in ((np.float32, 1e-5), (np.float64, 1e-13)):
@@ -249,6 +260,7 @@ def test_nystroem_explains_a_smooth_kernel_to_rounding(points):
         assert ours.relative_error_ < least
 
 
+@pytest.mark.long
 def test_nystroem_is_pickled_and_named(points):
     ours = Nystroem("laplacian", n_components=5, random_state=0).fit(points)
     again = pickle.loads(pickle.dumps(ours))
