@@ -193,9 +193,9 @@ def test_under_vmap_and_jit(a):
     batch = jnp.stack([a, 2 * a, jnp.asarray(matrix(M, N, SPECTRA["fast"](N)))])
     f = jax.jit(jax.vmap(lambda a: nys.factorize(a, RANK)))(batch)
     for i, b in enumerate(batch):
-        alone = nys.factorize(b, RANK)
-        np.testing.assert_allclose(f.singular_values[i], alone.singular_values, atol=1e-5)
-        np.testing.assert_allclose(f.error_estimate[i], alone.error_estimate, atol=1e-5)
+        single = nys.factorize(b, RANK)
+        np.testing.assert_allclose(f.singular_values[i], single.singular_values, atol=1e-5)
+        np.testing.assert_allclose(f.error_estimate[i], single.error_estimate, atol=1e-5)
 
 
 def test_nothing_is_compiled_again_for_another_matrix_or_key(a):

@@ -57,7 +57,7 @@ def test_a_product_of_several_blocks_is_that_of_one(monkeypatch):
     a = KernelMatrix(kernels.gaussian(0.7), POINTS[3])
     expected = a @ POINTS[3]
     jax.clear_caches()
-    monkeypatch.setattr(kernels, "_ENTRIES", 7 * 50)  # 7 rows, of which 50 is no multiple
+    monkeypatch.setattr(kernels, "_ENTRIES", 7 * 50)  # 7 rows; 50 is not a multiple
     chex.assert_trees_all_close(a @ POINTS[3], expected, atol=1e-5)
     jax.clear_caches()
 

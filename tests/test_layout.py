@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nyscaled"
 FLOORS = {
     "typing": 0,
+    "_outcome": 0,
     "_pytree": 0,
     "_files": 0,
     "matrices": 0,

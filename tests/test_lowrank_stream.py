@@ -386,7 +386,7 @@ for i, moment in enumerate(moments):
         np.testing.assert_array_equal(x, y)
     print(*moment, reads_left, all_reads)
     *again, first = run(f"{base}/{i}")
-    assert first == 2, first  # the first block alone
+    assert first == 2, first  # only the first block
 """
 
 

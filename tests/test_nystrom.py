@@ -158,9 +158,9 @@ def test_it_is_the_same_under_jit_and_vmap():
     stack = jnp.stack([matrix("slow"), matrix("squares")])
     batched = jax.jit(jax.vmap(lambda a: nystrom(a)))(stack)
     for i, a in enumerate(stack):
-        alone = nystrom(a)
-        chex.assert_trees_all_close(batched.eigenvalues[i], alone.eigenvalues, rtol=1e-4)
-        chex.assert_trees_all_close(batched.factor[i], alone.factor, atol=1e-4)
+        single = nystrom(a)
+        chex.assert_trees_all_close(batched.eigenvalues[i], single.eigenvalues, rtol=1e-4)
+        chex.assert_trees_all_close(batched.factor[i], single.factor, atol=1e-4)
 
 
 @pytest.mark.long_beyond(1)

@@ -2,7 +2,7 @@
 
 A kernel is any function of JAX from two points (d,) to a number k(x, y) that is symmetric and
 positive semidefinite. Blocks of its values are made by `jax.vmap`. The kernels of this file depend
-on coordinates through one sum alone, and make their blocks about five times as fast.
+on coordinates through one sum only, and make their blocks about five times as fast.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from jaxtyping import Array, Inexact, Int, Key
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.estimate import probed_error
 from nyscaled.lowrank.host import HostMatrix
-from nyscaled.lowrank.orthogonal import adjoint, extend
+from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.products import (
     Products,
     products_of,
@@ -22,15 +22,12 @@ from nyscaled.lowrank.products import (
     working_dtype,
 )
 from nyscaled.lowrank.result import LowRank
-from nyscaled.lowrank.truncate import rounding, smallest_rank, truncate
+from nyscaled.lowrank.truncate import is_enough, smallest_rank, truncate
 from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import LinearMap, Scalar
 
 WIDTH = 16  # columns of a block: fewer make no product faster, more find a larger rank than needed
 PROBES = 16
-MARGIN = (
-    0.5  # the basis grows until it leaves out this part of the tolerance; the cut uses the rest
-)
 
 
 class _Basis(NamedTuple):
@@ -73,7 +70,7 @@ def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_ran
         )
         count, passes = count + width, passes + 1
         error, whole = map(float, _measure(basis, probed))
-        enough = not error > max(MARGIN * tol, rounding(m, dtype)) * whole  # or NaN
+        enough = is_enough(error, whole, tol, m, dtype)
         # The last directions of a Krylov space are not yet good ones: it gets more than the rank.
         if enough or count >= min(n, max_rank + 2 * WIDTH):
             break
@@ -85,7 +82,7 @@ def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_ran
         # The right basis is complete, and the left one has directions that are only rounding.
         images = products.times(right)
         left, passes = extend(None, images), passes + -(-n // WIDTH)
-        core = adjoint(left) @ images
+        core = inner(left, images)
         error = float(norm(images - left @ core))
     triples = core_svd(core)
     rank = max(1, min(smallest_rank(triples[1], error, tol), max_rank))
@@ -150,7 +147,7 @@ def _with_block(
 
     columns = lax.cond(jnp.any(dead), with_fresh, lambda columns: columns, columns)
     right = placed(old_right, columns)
-    core = placed(old_core, adjoint(image) @ right, axis=0)
+    core = placed(old_core, inner(image, right), axis=0)
     return _Basis(placed(old_left, block), core, right)
 
 

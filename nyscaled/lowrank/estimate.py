@@ -47,7 +47,7 @@ def probed_error(
 def leave_one_out_error(
     basis: Inexact[Array, "m b"], images: Inexact[Array, "m b"], deviation: float
 ) -> Scalar:
-    """Return an estimate of ‖A − QQᴴA‖_F from AΩ alone, whose range Q spans.
+    """Return an estimate of ‖A − QQᴴA‖_F from AΩ, whose range Q spans.
 
     Column j of AΩ, without its part in the span of the other columns, is a probe of the error
     that the others leave. Its norm is 1/‖R⁻ᴴe_j‖ for AΩ = QR. The mean of the squares is the

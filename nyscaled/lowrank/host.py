@@ -8,8 +8,8 @@ A matrix of the host is known by products on NumPy arrays, which are made outsid
 | in half precision or complex                        | in its own dtype                           |
 | sparse matrices of SciPy and JAX                    | `SparseMatrix` on a CPU, BCOO elsewhere    |
 | linear operators of lineax                          | `Operator`                                 |
-| operators of SciPy and PyLops, and whatever else    | `HostOperator`                             |
-| has `matmat` and `rmatmat`                          |                                            |
+| operators of SciPy and PyLops, and other objects    | `HostOperator`                             |
+| that have `matmat` and `rmatmat`                    |                                            |
 | memory maps, h5py datasets, zarr arrays             | `RowBlocks`                                |
 | anything with `times` and `adjoint_times`           | itself                                     |
 

@@ -31,7 +31,11 @@ class Projection(NamedTuple):
 
 
 class Sketch(NamedTuple):
-    """The first block of a basis, and what it was made of."""
+    """The first block of a basis, and what it was made of.
+
+    `images` are AΩ, or AAᴴΩ if the random block came from the left; column j belongs to column j
+    of Ω. `probes` are AG.
+    """
 
     basis: Inexact[Array, "m b"]
     right: Inexact[Array, "n j"] | None
@@ -54,11 +58,17 @@ def sketch(
         probes: columns of which only the images are kept.
         from_left: whether the block is first multiplied by Aᴴ, which takes one more product.
     """
-    right = extend(None, products.adjoint_times(start)) if from_left else None
-    block = start if right is None else right
+    block, right = start, None
+    if from_left:
+        start = products.adjoint_times(start)
+        block = right = extend(None, start)
     width = block.shape[1]
-    images = products.times(jnp.concatenate([block, probes], axis=1))
-    return Sketch(extend(None, images[:, :width]), right, images[:, :width], images[:, width:])
+    both = products.times(jnp.concatenate([block, probes], axis=1))
+    images, probed = both[:, :width], both[:, width:]
+    basis = extend(None, images)
+    if right is not None:
+        images = images @ inner(right, start)  # of single columns of the random block
+    return Sketch(basis, right, images, probed)
 
 
 def project(products: Products, first: Sketch, dimensions: int) -> Projection:

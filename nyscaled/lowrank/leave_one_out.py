@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from nyscaled.lapack import eigh, inverse_cholesky, inverse_upper
 from nyscaled.typing import Scalar
 
-_ROUNDING = 32  # eps times this, of a unit column, is no direction
+_ROUNDING = 32  # eps times this, of a unit column, is rounding
 
 
 class Replicates(NamedTuple):

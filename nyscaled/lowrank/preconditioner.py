@@ -57,7 +57,7 @@ def nystrom_preconditioner(approximation: PSDApproximation, mu: Number) -> Nystr
 
     With it the condition number is at most (λ_r + μ + ‖A − Â‖)/μ for the spectral norm. If the rank
     is at least twice the effective dimension tr(A(A + μI)⁻¹), that is on average a small constant,
-    and conjugate gradients take a few dozen steps whatever the condition number of A.
+    and conjugate gradients take a few dozen steps for any condition number of A.
 
     Args:
         approximation: Â = U diag(λ)Uᵀ, from `nystrom`.

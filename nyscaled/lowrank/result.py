@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
+from nyscaled._outcome import Outcome
 from nyscaled._pytree import pytree_dataclass
 from nyscaled.typing import Scalar
 
 
-class Status(enum.IntEnum):
+class Status(Outcome):
     """How a factorization ended; an int32 array under jit and vmap.
 
     Examples:
         >>> Status.EXACT.message
         'the factors are the matrix, to rounding'
     """
-
-    message: str
-
-    def __new__(cls, value: int, message: str) -> Status:
-        status = int.__new__(cls, value)
-        status._value_ = value
-        status.message = message
-        return status
 
     RANK_REACHED = 0, "the factors have the rank that was asked for"
     CONVERGED = 1, "the estimated error is at most the tolerance"

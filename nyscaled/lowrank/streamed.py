@@ -18,10 +18,10 @@ from nyscaled.lowrank import estimate
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.krylov import Projection
-from nyscaled.lowrank.orthogonal import adjoint, extend
+from nyscaled.lowrank.orthogonal import adjoint, extend, inner
 from nyscaled.lowrank.products import random_block, random_scale
 from nyscaled.lowrank.result import Deviations, LowRank
-from nyscaled.lowrank.truncate import rounding, smallest_rank, truncate
+from nyscaled.lowrank.truncate import is_enough, rounding, smallest_rank, truncate
 from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import Scalar
 
@@ -29,9 +29,6 @@ _Wide = Inexact[np.ndarray, "_ _"]  # in double precision
 
 PROBES = 16
 WIDTH = 64  # columns of a block for a tolerance: passes cost more than columns
-MARGIN = (
-    0.5  # the basis grows until it leaves out this part of the tolerance; the cut uses the rest
-)
 
 
 @runtime_checkable
@@ -145,7 +142,7 @@ def of_tolerance(a: StreamedMatrix, key: Key[Array, ""], tol: float, max_rank: i
         error = float(_left_out(projection, probes, probed))
         whole = float(norm(jnp.append(triples[1], error)))
         count = right.shape[1]
-        enough = not error > max(MARGIN * tol, rounding(max(m, n), image.dtype)) * whole  # or NaN
+        enough = is_enough(error, whole, tol, max(m, n), image.dtype)
         if enough or count >= min(limit, max_rank + WIDTH):
             break
         newest = _grown(right, gram[:, : limit - count], a.dtype)
@@ -194,8 +191,8 @@ def _range(
 ) -> tuple[Inexact[Array, "m k"], Array]:
     """An orthonormal basis of the images, and whether A has no other range that probes see."""
     left = extend(None, images)
-    left_out = norm(probed - left @ (adjoint(left) @ probed))
-    return left, left_out <= rounding(len(images), images.dtype) * norm(probed)
+    missing, whole = estimate.left_out(left, probed)
+    return left, missing <= rounding(len(images), images.dtype) * whole
 
 
 @jax.jit
@@ -203,7 +200,7 @@ def _range(
 def _projection(images: Inexact[Array, "m k"], right: Inexact[Array, "n k"]) -> Projection:
     """A P Pᴴ = Q C Pᴴ, of which the images A P are known."""
     left = extend(None, images)
-    return Projection(left, adjoint(left) @ images, right)
+    return Projection(left, inner(left, images), right)
 
 
 @jax.jit
@@ -212,5 +209,5 @@ def _left_out(
     projection: Projection, probes: Inexact[Array, "n s"], images: Inexact[Array, "m s"]
 ) -> Scalar:
     left, core, right = projection
-    remainder = images - left @ (core @ (adjoint(right) @ probes))
+    remainder = images - left @ (core @ inner(right, probes))
     return norm(remainder) / (random_scale(len(right)) * probes.shape[1] ** 0.5)

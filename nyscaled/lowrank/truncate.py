@@ -80,6 +80,21 @@ def rounding(m: int, dtype: DTypeLike) -> float:
     return 4 * default_rcond(m, dtype)
 
 
+def is_enough(error: float, whole: float, tol: float, m: int, dtype: DTypeLike) -> bool:
+    """Return whether a basis that leaves out `error` suffices for the tolerance; True for NaN.
+
+    It may leave out half of the tolerance, and the cut of singular values uses the rest.
+
+    Args:
+        error: an estimate of ‖A − QQᴴA‖_F.
+        whole: an estimate of ‖A‖_F.
+        tol: relative, in Frobenius norms.
+        m: the larger side of the matrix.
+        dtype: of the factors.
+    """
+    return not error > max(0.5 * tol, rounding(m, dtype)) * whole
+
+
 def smallest_rank(singular_values: ArrayLike, error: float, tol: float) -> int:
     """Return the smallest rank whose error is at most `tol` times the norm, or the largest rank.
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import enum
+from nyscaled._outcome import Outcome
 
 
-class Status(enum.IntEnum):
+class Status(Outcome):
     """How a run ended; an int32 array under jit and vmap.
 
     Examples:
         >>> Status.CONVERGED.message
         'the measure fell to the tolerance'
     """
-
-    message: str
-    """What happened, and what the usual causes are."""
-
-    def __new__(cls, value: int, message: str) -> Status:
-        status = int.__new__(cls, value)
-        status._value_ = value
-        status.message = message
-        return status
 
     CONVERGED = 0, "the measure fell to the tolerance"
     MAX_STEPS = 1, "all steps were made"
