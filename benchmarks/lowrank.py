@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,39 @@ def floors(n: int, rank: int, rounds: int) -> None:
             )
 
 
+def errors(n: int, rank: int) -> None:
+    """How the error falls with the number of products, in float32."""
+    a, best = harmonic(n), float(np.linalg.norm(1 / np.arange(rank + 1, n + 1)))
+    print(f"\n{n} × {n}, σ_i = 1/i, k = {rank}, float32: the error over the best\n")
+    print("| passes | error over the best |")
+    print("|---|---|")
+    for passes in (2, 4, 6, 8):
+        f = nys.factorize(jnp.asarray(a, jnp.float32), rank, key=KEY, passes=passes)
+        u, s, vt = factors(f)
+        excess = np.linalg.norm(a - (u * s) @ vt) / best - 1
+        print(f"| {passes} | + {excess:.2g} |", flush=True)
+
+
+def threads() -> None:
+    """Processor time after a small factorization has returned, in threads that go on spinning."""
+    rng = np.random.default_rng(0)
+    print("\nProcessor time in the 50 ms after LAPACK returned, median of 20 calls\n")
+    print("| side | jnp.linalg.eigh, ms | jnp.linalg.svd, ms |")
+    print("|---|---|---|")
+    for side in (32, 64, 96, 128):
+        x = jnp.asarray(rng.standard_normal((side, side)), jnp.float32)
+        spent: list[float] = []
+        for fn in (jax.jit(jnp.linalg.eigh), jax.jit(jnp.linalg.svd)):
+            seconds: list[float] = []
+            for _ in range(20):
+                jax.block_until_ready(fn(x @ x.T))
+                start = time.process_time()
+                time.sleep(0.05)
+                seconds.append(time.process_time() - start)
+            spent.append(1e3 * float(np.median(seconds)))
+        print(f"| {side} | {spent[0]:.1f} | {spent[1]:.1f} |", flush=True)
+
+
 def sparse(rows: int, columns: int, entries: int, rank: int, rounds: int) -> None:
     rng = np.random.default_rng(0)
     # Rows and columns of a few thousand times the usual size, as in data of words and of ratings.
@@ -234,7 +268,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--only", choices=("dense", "floors", "sparse"), help="one table")
+    parser.add_argument(
+        "--only", choices=("floors", "errors", "dense", "threads", "sparse"), help="one table"
+    )
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     versions = f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores"
@@ -242,7 +278,9 @@ def main() -> None:
     n, rounds = (300, 2) if options.quick else (3000, 5)
     tables: dict[str, Callable[[], None]] = {
         "floors": lambda: floors(n, 20, rounds),
+        "errors": lambda: errors(n, 20),
         "dense": lambda: dense(n, 20, rounds),
+        "threads": threads,
         "sparse": lambda: sparse(100 * n, 50 * n, 1000 * n, 10, max(rounds // 2, 2)),
     }
     for name, table in tables.items():
