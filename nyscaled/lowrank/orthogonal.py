@@ -42,7 +42,8 @@ def extend(
     by the rounding error of the Gram matrix, and divide the condition number by √(2b·eps)⁻¹ each,
     until it is small: one pass for most blocks, three where it is 1/eps. A last pass is not
     shifted. Directions that are rounding are kept: with them, what the block spans is right to
-    rounding. Columns that depend on others even so become exactly zero.
+    rounding. Columns that depend on others even so become exactly zero. There are no derivatives in
+    reverse mode; `linalg.orthonormalize` has them, for real blocks of full rank without a basis.
 
     Args:
         basis: orthonormal columns, or zero columns, (m, k). None stands for k = 0.
