@@ -11,6 +11,7 @@ ROOMS = (
         f"nyscaled.{room}"
         for room in (
             "dynamics",
+            "finetune",
             "initializers",
             "linalg",
             "lora",

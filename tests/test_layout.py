@@ -34,6 +34,7 @@ FLOORS = {
     "models": 4,
     "checkpoints": 2,
     "sklearn": 3,
+    "finetune": 5,
     "cli": 5,
 }
 # Rooms that may be used from their own floor: starts belong to problems.
