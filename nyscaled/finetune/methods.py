@@ -1,0 +1,256 @@
+"""Methods of fine-tuning: how each prepares a model, which variables it trains, by which updates.
+
+A method is data. Its start is an init of `nyscaled.lora`, its updates are a transform around any
+optimizer. What is tuned is an array in both: starts are values of variables, and learning rates and
+damping are in the state of the optimizer. So methods with one transform can share a program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.nnx.filterlib import Filter
+from jaxtyping import Array, Key
+
+from nyscaled import lora
+from nyscaled.transforms import lora_p, nora_plus, reflora, reflora_s
+from nyscaled.typing import Scalar
+
+Optimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+"""A function from a learning rate to an optimizer, as `optax.adam`."""
+
+FULL = 2e-5  # a usual learning rate of Adam for all weights of a trained model
+ADAPTERS = 10 * FULL  # Schulman et al., LoRA without regret, 2025: ten times that, for every rank
+
+
+def _plain(inner: Optimizer, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return inner(learning_rate)
+
+
+def _lora_p(
+    inner: Optimizer, learning_rate: optax.ScalarOrSchedule, damping: float | Scalar = 1e-2
+) -> optax.GradientTransformation:
+    return lora_p(inner(learning_rate), damping)
+
+
+def _nora_plus(
+    inner: Optimizer, learning_rate: optax.ScalarOrSchedule, damping: float | Scalar = 1e-6
+) -> optax.GradientTransformation:
+    return nora_plus(inner(learning_rate), damping)
+
+
+def _reflora(
+    inner: Optimizer, learning_rate: optax.ScalarOrSchedule, warmup_steps: int | Array = 100
+) -> optax.GradientTransformation:
+    return reflora(inner(learning_rate), warmup_steps)
+
+
+def _reflora_s(
+    inner: Optimizer, learning_rate: optax.ScalarOrSchedule, warmup_steps: int | Array = 100
+) -> optax.GradientTransformation:
+    return reflora_s(inner(learning_rate), warmup_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a model is fine-tuned.
+
+    Attributes:
+        reference: where the method is described.
+        init: name of the start of the adapters, in `lora.KERNEL_INITS` or `lora.GRADIENT_INITS`;
+            None for a method without adapters.
+        transform: function of an optimizer's constructor, a learning rate and hyperparameters.
+        rank_stabilized: whether adapters are scaled by α/√r in place of α/r.
+        trains: which variables are trained besides a new head.
+        learning_rate: the default by the rule of thumb. The best one depends on the task and on the
+            number of steps: search around it.
+    """
+
+    reference: str
+    init: str | None = "lora"
+    transform: Callable[..., optax.GradientTransformation] = _plain
+    rank_stabilized: bool = False
+    trains: Literal["adapters", "head", "everything"] = "adapters"
+    learning_rate: float = ADAPTERS
+
+    @property
+    def needs(self) -> Literal["kernel", "gradient"] | None:
+        """What the start is made from; "gradient" requires `loss` and `batches` in `prepare`."""
+        if self.init is None:
+            return None
+        return "gradient" if self.init in lora.GRADIENT_INITS else "kernel"
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The options of the start, such as `scale`, with their defaults."""
+        if self.init is None:
+            return {}
+        return _defaults({**lora.KERNEL_INITS, **lora.GRADIENT_INITS}[self.init], keyword_only=True)
+
+    @property
+    def hyperparameters(self) -> Mapping[str, object]:
+        """The numbers of the transform besides the learning rate, such as `damping`."""
+        return _defaults(self.transform, keyword_only=False)
+
+    def prepare(
+        self,
+        model: nnx.Module,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        targets: str | Mapping[str, int],
+        key: Key[Array, ""],
+        dropout: float = 0.0,
+        head: tuple[str, ...] = ("classifier",),
+        loss: Callable[..., Array] | None = None,
+        batches: Iterable[object] = (),
+        **options: object,
+    ) -> Filter:
+        """Put what the method trains into a model, in place, and return the filter that finds it.
+
+        Args:
+            model: the base, frozen by everything that trains by the filter.
+            rank: r of the adapters.
+            alpha: α of the adapters; None is α = r.
+            targets: which layers have adapters, as in `lora.apply`.
+            key: PRNG key of the start.
+            dropout: rate of dropout on the inputs of adapters.
+            head: names of modules that are new, so that every method trains them.
+            loss: function of (model, batch), for starts from gradients.
+            batches: the batches for these.
+            **options: options of the start, of those in `options`.
+
+        Returns:
+            A filter of `flax.nnx`, for `nnx.Optimizer(…, wrt=…)` or `nnx.split`.
+
+        Raises:
+            ValueError: on options that the start has not, on a linear probe of a model without a
+                head of its own, and as `lora.apply` and `lora.initialize` do.
+
+        Examples:
+            >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
+            >>> wrt = method("nora+").prepare(model, rank=2, targets=".*", key=jax.random.key(0))
+            >>> sum(x.size for x in jax.tree.leaves(nnx.state(model, wrt)))
+            28
+        """
+        _require_known("option", options, self.options)
+        parts = {str(part) for path, _ in nnx.iter_modules(model) for part in path}
+        if self.trains == "everything":
+            return nnx.Param
+        if self.trains == "head":
+            own = [name for name in (*head, "lm_head") if name in parts]
+            if not own:
+                raise ValueError(
+                    f"the {type(model).__name__} has no module {' or '.join((*head, 'lm_head'))}; "
+                    "expected a classifier, or a head with weights of its own (model.untie())"
+                )
+            return _inside(own)
+        assert self.init is not None
+        from_gradient = self.needs == "gradient"
+        lora.apply(
+            model,
+            rank,
+            alpha,
+            targets=targets,
+            init="lora" if from_gradient else self.init,
+            key=key,
+            rank_stabilized=self.rank_stabilized,
+            dropout=dropout,
+            **({} if from_gradient else options),  # pyright: ignore[reportArgumentType]
+        )
+        if from_gradient:
+            source = {"loss": loss, "batches": batches, **options}
+            lora.initialize(model, self.init, key=key, **source)  # pyright: ignore[reportArgumentType]
+        return (nnx.LoRAParam, *_inside(name for name in head if name in parts))
+
+    def optimizer(
+        self,
+        learning_rate: optax.ScalarOrSchedule | None = None,
+        inner: Optimizer = optax.adam,
+        **hyperparameters: float,
+    ) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer, whose numbers are arrays in the `hyperparams` of its state.
+
+        Args:
+            learning_rate: a number or an optax schedule; None is the method's own default.
+            inner: constructor of the optimizer around which the method is wrapped. Decay of weights
+                pulls starts other than LoRA's to zero, so the default has none.
+            **hyperparameters: of those in `hyperparameters`, such as `damping`.
+
+        Raises:
+            ValueError: on hyperparameters that the method has not.
+
+        Examples:
+            >>> tx = method("nora+").optimizer(1e-3, damping=1e-4)
+            >>> state = tx.init({"lora_a": jnp.ones((5, 2)), "lora_b": jnp.zeros((2, 4))})
+            >>> sorted(state.hyperparams)
+            ['damping', 'learning_rate']
+        """
+        _require_known("hyperparameter", hyperparameters, self.hyperparameters)
+        make = optax.inject_hyperparams(
+            self.transform,
+            static_args="inner",
+            hyperparam_dtype=jnp.float32,  # pyright: ignore[reportArgumentType]
+        )
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        return make(inner=inner, learning_rate=rate, **hyperparameters)
+
+
+def _inside(names: Iterable[str]) -> tuple[Filter, ...]:
+    """Filters of the parameters in modules with these names."""
+    return tuple(nnx.All(nnx.Param, nnx.PathContains(name)) for name in names)
+
+
+def _defaults(function: Callable[..., object], *, keyword_only: bool) -> dict[str, object]:
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.default is not p.empty and (p.kind is p.KEYWORD_ONLY or not keyword_only)
+    }
+
+
+def _require_known(what: str, given: Iterable[str], known: Mapping[str, object]) -> None:
+    if unknown := [name for name in given if name not in known]:
+        expected = f"one of {', '.join(known)}" if known else "none for this method"
+        raise ValueError(f"{what} is {unknown[0]!r}; expected {expected}")
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method("Hu et al., ICLR 2022"),
+    "rslora": Method("Kalajdzievski, 2023", rank_stabilized=True),
+    "lora-p": Method("Zhang, Pilanci, ICML 2024", transform=_lora_p),
+    "lora-p-normalized": Method("NoRA+ from the start of LoRA", transform=_nora_plus),
+    "nora": Method("Algorithm 1 of the paper", init="nora"),
+    "nora+": Method("Algorithm 2 of the paper", init="nora", transform=_nora_plus),
+    "pissa": Method("Meng, Wang, Zhang, NeurIPS 2024", init="pissa"),
+    "olora": Method("Büyükakyüz, 2024", init="olora"),
+    "lora-one": Method("Zhang, Liu, Chen, ICML 2025", init="lora_one"),
+    "nora-grad": Method("Appendix A.4 of the paper", init="nora_grad"),
+    "reflora": Method("Zhang, Li, Giannakis, NeurIPS 2025", transform=_reflora),
+    "reflora-s": Method("Zhang, Li, Giannakis, NeurIPS 2025", transform=_reflora_s),
+    "full": Method("all weights", init=None, trains="everything", learning_rate=FULL),
+    "linear-probe": Method("the head", init=None, trains="head", learning_rate=1e-3),
+}
+"""Methods by name."""
+
+
+def method(name: str) -> Method:
+    """Return the method of that name.
+
+    Raises:
+        ValueError: on an unknown name.
+
+    Examples:
+        >>> method("nora+").init
+        'nora'
+    """
+    if name not in METHODS:
+        raise ValueError(f"method is {name!r}; expected one of {', '.join(METHODS)}")
+    return METHODS[name]
