@@ -222,11 +222,12 @@ def _dense(path: Path, name: str, array: Stored) -> Entry:
 
 
 def _whole_or_blocks(path: Path, array: Stored) -> MatrixLike:
+    dtype = _target(path, array.dtype)
     if math.prod(array.shape) * array.dtype.itemsize > memory() // 4:
-        with keeping(array.dtype):
-            return RowBlocks(array, progress=True)
+        with keeping(dtype):
+            return RowBlocks(array, dtype=dtype, progress=True)
     with _sound(path, path.suffix):
-        whole = array[...]
+        whole = np.array(array[...])  # of a memory map too, which would be read by blocks
     return _floats(path, whole)
 
 
@@ -240,9 +241,17 @@ def _is_floats(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
 
 
 def _floats(path: Path, a: MatrixLike) -> MatrixLike:
-    """A matrix in a dtype of `factorize`: half precision and integers become float32."""
-    if a.dtype in (np.float32, np.float64, np.complex64, np.complex128):
-        return a
-    if not jnp.issubdtype(a.dtype, jnp.number) and a.dtype != bool:
-        raise ValueError(f"{path} has dtype {a.dtype}; expected numbers")
-    return a.astype(np.float32)
+    """A matrix in a dtype of `factorize`, in the byte order of the machine."""
+    with np.errstate(over="ignore"):  # Inf is found in the products
+        return a.astype(_target(path, a.dtype), copy=False)
+
+
+def _target(path: Path, dtype: np.dtype) -> np.dtype:
+    """The dtype that a stored one becomes: half precision and integers become float32."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.dtype(np.complex64 if dtype.itemsize <= 8 else np.complex128)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.dtype(np.float32 if dtype.itemsize <= 4 else np.float64)
+    if not jnp.issubdtype(dtype, jnp.integer) and dtype.kind != "b":
+        raise ValueError(f"{path} has dtype {dtype}; expected numbers")
+    return np.dtype(np.float32)
