@@ -34,6 +34,7 @@ def test_matrix_market_of_patterns_and_integers(tmp_path):
 @pytest.mark.parametrize(
     "body",
     ["2 3 1\n0 1 1\n", "2 3 1\n3 1 1\n", "2 3 1\n1.5 1 1\n", "2 3 2\n1 1 1\n", "2 3\n1 1 1\n",
+     "2 3 1\n1 99999999999999999999 1\n", "2 3 1\n1 1 1\n # x\n", "2 3 1\nnan 1 1\n",
      "2 3 1\n1 1\n", "2 3 1\n1 1 1 1\n", "2 3 1\n1 1 x\n", "-2 3 1\n1 1 1\n", ""],
 )  # fmt: skip
 def test_broken_matrix_market_is_refused(tmp_path, body):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ EXTRA = "pip install 'nyscaled[cli]'"
 
 USAGE = 2  # the status of a command line that cannot be read, as in other programs
 INTERRUPTED = 130
+UNREAD = 141  # of a program whose output nobody reads on, as the shell has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         nyscaled 0.1.0
         0
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+    return status
+
+
+def _main(words: list[str]) -> int:
     if words[:1] == ["--version"]:
         import nyscaled
 
@@ -54,6 +66,8 @@ def _run(name: str, options: Sequence[str]) -> int:
         return 0 if config is None else command.run(config)
     except KeyboardInterrupt:
         return _fail(program, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        raise
     except ModuleNotFoundError as error:
         return _fail(program, f"{error.name} is missing; expected it to be installed ({EXTRA})")
     except MemoryError as error:

@@ -30,7 +30,7 @@ from tyro.conf import Positional
 from nyscaled.cli import inputs, outputs, table
 from nyscaled.lowrank import LowRank, Status, factorize
 from nyscaled.numerics import keeping
-from nyscaled.validation import require_count, require_positive
+from nyscaled.validation import require_count, require_scalar
 
 FACTORS = (".npz", ".safetensors")
 TABLE = ".csv"
@@ -56,9 +56,11 @@ class Config:
     file: Positional[Path]
     """The file, or the folder of a model."""
     tol: float | None = None
-    """Largest error, in the Frobenius norm and relative to the matrix. The rank is found."""
+    """Largest error, in the Frobenius norm and relative to the matrix, at most 1. The rank is
+    found."""
     rank: int | None = None
-    """Rank of the factors; the largest rank if --tol is given too."""
+    """Rank of the factors; the largest rank if --tol is given too. A matrix whose shorter side is
+    less gets factors of all its rank."""
     name: str | None = None
     """Regular expression for whole names of arrays, datasets or tensors. By default all matrices of
     floats are taken."""
@@ -71,7 +73,7 @@ class Config:
     passes: int = 6
     """Products with the matrix or its transpose, for a given rank."""
     seed: int = 0
-    """Seed of the random start."""
+    """Seed of the random start, at least 0."""
     config: Path | None = None
     """YAML or TOML file of these options; flags override it."""
 
@@ -96,7 +98,7 @@ def run(config: Config) -> int:
     with tqdm(entries, unit="matrix", file=sys.stderr, disable=None if several else True) as bar:
         for entry in bar:
             if paths and paths[0].suffix in FACTORS:
-                low_rank = _factorized(entry, config, config.rank)
+                low_rank = _factorized(entry, config, _rank(entry, config))
                 rows.append(table.row(entry.name, low_rank, config.top))
                 prefix = f"{entry.name}." if several else ""
                 arrays |= {f"{prefix}{part}": getattr(low_rank, part) for part in PARTS}
@@ -108,6 +110,13 @@ def run(config: Config) -> int:
     if paths:
         outputs.write(_writers(paths, config, rows, arrays), overwrite=config.overwrite)
         print("wrote " + " and ".join(map(str, paths)))
+    small = sum(_is_clipped(entry, config) for entry in entries)
+    if small:
+        print(
+            f"nyscaled factorize: {small} of {len(rows)} matrices: the shorter side is less than "
+            f"--rank {config.rank}, and is the rank of the factors",
+            file=sys.stderr,
+        )
     missed = sum(r.status == Status.MAX_RANK.name for r in rows)
     if missed:
         print(
@@ -131,16 +140,25 @@ def _require_options(config: Config) -> None:
     if config.tol is None and config.rank is None:
         raise ValueError("--tol and --rank are missing; expected at least one of them")
     if config.tol is not None:
-        require_positive("--tol", config.tol)
-    for name in ("rank", "top", "passes"):
+        require_scalar("--tol", config.tol, 0, 1, open_low=True)
+    for name, low in (("rank", 1), ("top", 1), ("passes", 2), ("seed", 0)):
         if getattr(config, name) is not None:
-            require_count(f"--{name}", getattr(config, name), low=1)
+            require_count(f"--{name}", getattr(config, name), low)
+
+
+def _rank(entry: inputs.Entry, config: Config) -> int | None:
+    """The rank that is asked for, or what the matrix has of it."""
+    return None if config.rank is None else min(config.rank, *entry.shape)
+
+
+def _is_clipped(entry: inputs.Entry, config: Config) -> bool:
+    return config.tol is None and config.rank is not None and config.rank > min(entry.shape)
 
 
 def _row(entry: inputs.Entry, config: Config) -> table.Row:
     """The row of a matrix, of which all singular values are found if they are few."""
     least = min(entry.shape)
-    rank = least if config.rank is None else min(config.rank, least)
+    rank = _rank(entry, config) or least
     if least <= WHOLE:
         low_rank = _factorized(entry, dataclasses.replace(config, tol=None), least)
     else:

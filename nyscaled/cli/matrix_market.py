@@ -52,7 +52,7 @@ def read(path: Path) -> Inexact[np.ndarray, "m n"] | scipy.sparse.csr_array:
             raise ValueError(f"its line of sizes is {line.strip()[:80]!r}")
         # An empty body is what loadtxt warns of.
         lines = [line for line in file if line.strip() and not line.startswith("%")]
-        body = np.loadtxt(lines, dtype=np.float64, ndmin=2) if lines else np.zeros((0, 0))
+        body = np.loadtxt(lines, ndmin=2, comments=None) if lines else np.zeros((0, 0))
     m, n = sizes[:2]
     if header.symmetry != "general" and m != n:
         raise ValueError(f"it is {header.symmetry} and has the shape {(m, n)}")
@@ -98,8 +98,9 @@ def _sparse(
 ) -> scipy.sparse.csr_array:
     _require_body(body, count, 2 + FIELDS[header.field])
     body = body if count else np.zeros((0, 4))
-    places = body[:, :2].astype(np.int64) - 1
-    if np.any(places + 1 != body[:, :2]) or np.any((places < 0) | (places >= (m, n))):
+    inside = np.all((body[:, :2] >= 1) & (body[:, :2] <= (m, n)))
+    places = body[:, :2].astype(np.int64) - 1 if inside else np.zeros((0, 2))
+    if not inside or np.any(places + 1 != body[:, :2]):
         raise ValueError(f"it has indices out of the range of its shape {(m, n)}")
     (rows, columns), values = places.T, _values(header, body[:, 2:])
     if header.symmetry != "general":

@@ -63,6 +63,8 @@ def read_options(path: Path, config: type[C]) -> dict[str, Option]:
         ValueError: on a file that cannot be read, an option that does not exist, and a value of
             another type.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; expected a file of options")
     text = read_text(path)
     try:
         if path.suffix == ".toml":

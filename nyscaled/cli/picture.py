@@ -38,7 +38,7 @@ def draw(table: Sequence[Row], title: str, tol: float | None = None) -> Figure:
     decay.set(
         xlabel="rank / smaller side",
         ylabel="relative error (Frobenius norm)",
-        yscale="log",
+        yscale="log" if any(np.any(entry.errors > 0) for entry in table) else "linear",
         title="(a) error by rank: median, least and largest",
     )
     found = "(b) rank found; lines across: weights of no layer"

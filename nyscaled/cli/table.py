@@ -59,8 +59,9 @@ def row(
     """
     norm = float(low_rank.norm_estimate)
     # Squares of numbers that are divided by the norm stay in range.
-    shares = (np.asarray(low_rank.singular_values, float) / norm) ** 2 if norm > 0 else np.zeros(1)
-    left_out = float(low_rank.relative_error) ** 2
+    size = norm if norm > 0 else 1.0
+    shares = (np.asarray(low_rank.singular_values, float) / size) ** 2
+    left_out = (float(low_rank.error_estimate) / size) ** 2
     errors = np.sqrt(np.append(np.cumsum(shares[::-1])[::-1], 0) + left_out)
     status = Status(int(low_rank.status))
     exact = status is Status.EXACT
