@@ -20,6 +20,7 @@ KERNEL_INITS = {
     "nora_output": {"side": "output"},
     "pissa": {},
     "pissa_niter": {"niter": 4},
+    "milora": {},
     "olora": {},
     "orthogonal": {},
 }

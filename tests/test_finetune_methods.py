@@ -103,7 +103,7 @@ def test_hyperparameters_are_arrays_in_the_state_and_change_the_update():
     grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params)
 
     def update(state):
-        return tx.update(grads, state, params)[0]
+        return jax.jit(tx.update)(grads, state, params)[0]
 
     for name, entry in METHODS.items():
         tx = entry.optimizer(inner=optax.sgd)

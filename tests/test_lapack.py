@@ -60,7 +60,7 @@ OTHERS = {
         f"lora_{init}": lambda key, init=init: nys.lora.inits.KERNEL_INITS[init](
             key, jax.random.normal(key, (8, 6)), 2, 1.0
         )
-        for init in ("nora", "pissa", "olora", "orthogonal")
+        for init in ("nora", "pissa", "milora", "olora", "orthogonal")
     },
 }
 

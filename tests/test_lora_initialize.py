@@ -37,7 +37,7 @@ def test_starts_have_their_shapes_in_float32_and_are_functions_of_the_key(name, 
     chex.assert_trees_all_equal(first, again)
     for x, shape in zip(first, ((M, R), (R, N)), strict=True):
         assert x is None or (x.shape == shape and x.dtype == jnp.float32)
-    random = name not in ("pissa", "olora", "pissa_niter")
+    random = name not in ("pissa", "milora", "olora", "pissa_niter")
     close = [
         np.allclose(x, y, atol=1e-4) for x, y in zip(first, other, strict=True) if x is not None
     ]
@@ -82,6 +82,18 @@ def test_pissa_is_the_best_approximation_balanced(niter):
     best = (u[:, :R] * s[:R]) @ vt[:R]
     np.testing.assert_allclose(product(start, 2.0), best, atol=1e-5)
     np.testing.assert_allclose(start.a.T @ start.a, start.b @ start.b.T, atol=1e-5)
+
+
+def test_milora_is_the_part_of_the_smallest_singular_values_balanced():
+    w = kernel()
+    start = inits.milora(KEY, w, R, 2.0)
+    u, s, vt = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
+    rest = (u[:, -R:] * s[-R:]) @ vt[-R:]
+    np.testing.assert_allclose(product(start, 2.0), rest, atol=1e-6)
+    np.testing.assert_allclose(
+        product(start, 2.0) - w, product(inits.pissa(KEY, w, N - R, 2.0), -2.0), atol=1e-5
+    )
+    np.testing.assert_allclose(start.a.T @ start.a, start.b @ start.b.T, atol=1e-7)
 
 
 def test_olora_is_the_leading_part_of_a_qr_factorization():

@@ -19,7 +19,7 @@ from flax.nnx.filterlib import Filter
 from jaxtyping import Array, Key
 
 from nyscaled import lora
-from nyscaled.transforms import lora_p, nora_plus, reflora, reflora_s
+from nyscaled.transforms import lora_p, lora_plus, nora_plus, reflora, reflora_s
 from nyscaled.typing import Scalar
 
 Optimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
@@ -37,6 +37,12 @@ def _lora_p(
     inner: Optimizer, learning_rate: optax.ScalarOrSchedule, damping: float | Scalar = 1e-2
 ) -> optax.GradientTransformation:
     return lora_p(inner(learning_rate), damping)
+
+
+def _lora_plus(
+    inner: Optimizer, learning_rate: optax.ScalarOrSchedule, ratio: float | Scalar = 16.0
+) -> optax.GradientTransformation:
+    return lora_plus(inner, learning_rate, ratio)
 
 
 def _nora_plus(
@@ -225,12 +231,17 @@ def _require_known(what: str, given: Iterable[str], known: Mapping[str, object])
 METHODS: dict[str, Method] = {
     "lora": Method("Hu et al., ICLR 2022"),
     "rslora": Method("Kalajdzievski, 2023", rank_stabilized=True),
+    # The geometric mean of the rates of a and b is that of the other methods.
+    "lora+": Method(
+        "Hayou, Ghosh, Yu, ICML 2024", transform=_lora_plus, learning_rate=ADAPTERS / 4
+    ),
     "lora-p": Method("Zhang, Pilanci, ICML 2024", transform=_lora_p),
     "lora-p-normalized": Method("NoRA+ from the start of LoRA", transform=_nora_plus),
     "nora": Method("Algorithm 1 of the paper", init="nora"),
     "nora+": Method("Algorithm 2 of the paper", init="nora", transform=_nora_plus),
     "pissa": Method("Meng, Wang, Zhang, NeurIPS 2024", init="pissa"),
     "olora": Method("Büyükakyüz, 2024", init="olora"),
+    "milora": Method("Wang et al., 2024", init="milora"),
     "lora-one": Method("Zhang, Liu, Chen, ICML 2025", init="lora_one"),
     "nora-grad": Method("Appendix A.4 of the paper", init="nora_grad"),
     "reflora": Method("Zhang, Li, Giannakis, NeurIPS 2025", transform=_reflora),

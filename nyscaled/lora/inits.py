@@ -7,6 +7,7 @@ at W_0. Starts from gradients are in `gradient_inits.py`.
 
 References:
     Hu et al., LoRA, ICLR 2022. Meng, Wang, Zhang, PiSSA, NeurIPS 2024. Büyükakyüz, OLoRA, 2024.
+    Wang, Li, Wang, Chen, Chen, MiLoRA: Harnessing minor singular components, 2024.
     NoRA is Algorithm 1 of the paper.
 """
 
@@ -164,7 +165,35 @@ def pissa(
             unroll=True,
         )
         u, s, vt = _leading(basis, rows(basis), rank)
-    root = jnp.sqrt(s / scaling)
+    return _balanced(u, s / scaling, vt)
+
+
+@full_precision
+def milora(key: Key[Array, ""], kernel: Float[Array, "m n"], rank: int, scaling: float) -> Start:
+    """MiLoRA: s·a·b is the part of W_0 of its r smallest singular values, balanced.
+
+    The gradients of triples whose singular value is zero vanish, so that W_0 should be of full
+    rank.
+
+    Args:
+        key: PRNG key; not used.
+        kernel: W_0.
+        rank: r.
+        scaling: s.
+
+    Examples:
+        >>> start = milora(jax.random.key(0), jnp.diag(jnp.array([4.0, 1.0])), 1, 1.0)
+        >>> jnp.round(start.a @ start.b, 4)
+        Array([[0., 0.],
+               [0., 1.]], dtype=float32)
+    """
+    u, s, vt = lapack.svd(kernel.astype(_dtype(kernel)))
+    return _balanced(u[:, -rank:], s[-rank:] / scaling, vt[-rank:])
+
+
+def _balanced(u: Array, s: Array, vt: Array) -> Start:
+    """u·diag(s)·vt as two factors of equal singular values."""
+    root = jnp.sqrt(s)
     return Start(u * root, root[:, None] * vt)
 
 
@@ -219,6 +248,7 @@ KERNEL_INITS: dict[str, Init] = {
     "lora": lora,
     "nora": nora,
     "pissa": pissa,
+    "milora": milora,
     "olora": olora,
     "orthogonal": orthogonal,
 }

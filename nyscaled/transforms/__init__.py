@@ -1,8 +1,8 @@
 """Optax transforms over low-rank factors and pairs of factors, and which leaves form a pair.
 
 Each `scale_by_…` transform replaces gradients by preconditioned ones. The aliases are chained from
-these: `scaled_gd`, `precgd`, `lora_p`, `nora_plus`, `reflora`, `reflora_s`. All transforms are also
-in `nyscaled`.
+these: `scaled_gd`, `precgd`, `lora_p`, `nora_plus`, `reflora`, `reflora_s`. `lora_plus` gives the
+factors of a pair different learning rates. All transforms are also in `nyscaled`.
 """
 
 from nyscaled.transforms.balance import (
@@ -19,6 +19,7 @@ from nyscaled.transforms.normalized import (
 )
 from nyscaled.transforms.pairing import FactorSpec, default_spec, pair_spec
 from nyscaled.transforms.pinv import ScaleByGramPinvState, scale_by_gram_pinv
+from nyscaled.transforms.plus import lora_plus
 from nyscaled.transforms.residual import precgd, scale_by_residual_gram
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ScaleByNormalizedGramState",
     "default_spec",
     "lora_p",
+    "lora_plus",
     "nora_plus",
     "pair_spec",
     "precgd",
