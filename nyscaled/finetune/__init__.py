@@ -1,12 +1,28 @@
 """Fine-tuning: data and templates, scorers, the training loop and evaluation."""
 
-from nyscaled.finetune.examples import Encoded, Example
+from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
+from nyscaled.finetune.examples import Encoded, Example, few_shot, overlap
 from nyscaled.finetune.methods import METHODS, Method, method
+from nyscaled.finetune.records import Row, find_splits, read_rows, read_split
+from nyscaled.finetune.task import Task, Template
+from nyscaled.finetune.tasks import TASKS
 
 __all__ = [
     "METHODS",
+    "TASKS",
     "Encoded",
     "Example",
+    "Lengths",
     "Method",
+    "Row",
+    "Task",
+    "Template",
+    "encode",
+    "encode_sentences",
+    "few_shot",
+    "find_splits",
     "method",
+    "overlap",
+    "read_rows",
+    "read_split",
 ]

@@ -1,8 +1,16 @@
-"""An example of a task, as text and as token ids."""
+"""An example of a task, as text and as token ids; what is drawn from examples, and repeated."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from nyscaled.validation import require_count
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +55,66 @@ class Encoded:
     label: int
     types: tuple[int, ...] = ()
     source: str = ""
+
+
+def overlap(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
+    """Return the test examples whose prompt occurs in the train set, regardless of the answer.
+
+    Texts are compared in lower case, with white space of any kind taken as one space.
+
+    Args:
+        train: examples to train on.
+        test: examples to score.
+
+    Examples:
+        >>> train = [Example("A fine film. It was", " great")]
+        >>> test = [Example("a fine film.  It was", " great"), Example("Dull. It was", " terrible")]
+        >>> [example.prompt for example in overlap(train, test)]
+        ['a fine film.  It was']
+    """
+    seen = {_shown(example) for example in train}
+    return [example for example in test if _shown(example) in seen]
+
+
+def _shown(example: Example) -> tuple[str, ...]:
+    texts = (example.prompt, example.second or "")
+    return tuple(" ".join(text.lower().split()) for text in texts)
+
+
+def few_shot(
+    train: Sequence[T],
+    validation: Sequence[T],
+    seed: int,
+    sizes: tuple[int, int, int] = (1000, 500, 1000),
+) -> tuple[list[T], list[T], list[T]]:
+    """Return train, dev and test examples, drawn as in MeZO (Malladi et al., 2023).
+
+    A permutation of the train set gives train and dev examples: dev is the end of what is drawn,
+    so that a small set leaves few to train on. A permutation of the validation set, by the same
+    seed, gives the test examples.
+
+    Args:
+        train: the train set.
+        validation: the validation set.
+        seed: seed of NumPy's legacy generator.
+        sizes: most examples for train, dev and test.
+
+    Raises:
+        ValueError: on a size that is not a count, or a train set that leaves no train example.
+
+    Examples:
+        >>> train, dev, test = few_shot(range(554), range(104), seed=0)
+        >>> len(train), len(dev), len(test)
+        (54, 500, 104)
+    """
+    for name, size in zip(("train", "dev", "test"), sizes, strict=True):
+        require_count(f"the size of {name}", size, low=1)
+    if len(train) <= sizes[1]:
+        raise ValueError(
+            f"the train set has {len(train)} examples; expected more than {sizes[1]}, which are "
+            "for dev"
+        )
+    order = np.random.RandomState(seed).permutation(len(train))[: sizes[0] + sizes[1]]
+    chosen = np.random.RandomState(seed).permutation(len(validation))[: sizes[2]]
+    drawn = [train[i] for i in order]
+    return drawn[: -sizes[1]], drawn[-sizes[1] :], [validation[i] for i in chosen]

@@ -1,0 +1,135 @@
+"""A user's own data: instructions, prompts with completions, conversations, and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from nyscaled.finetune.examples import Example
+from nyscaled.finetune.records import Row
+from nyscaled.finetune.task import Task, Template
+from nyscaled.models import Tokenizer
+
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{{instruction}}\n\n{}### Response:\n"
+)
+TEMPLATES = {
+    "chat": Template("", "the tokenizer's chat template"),
+    "alpaca": Template(
+        _ALPACA.format("", ""),
+        "Stanford Alpaca (Taori et al., 2023)",
+        with_input=_ALPACA.format(
+            ", paired with an input that provides further context", "### Input:\n{input}\n\n"
+        ),
+    ),
+    "plain": Template(
+        "{instruction}\n",
+        "this project: the instruction, then the input",
+        with_input="{instruction}\n{input}\n",
+    ),
+}
+_FORMS = "messages; prompt and completion; or instruction, input and output"
+
+Messages = list[Mapping[str, object]]
+
+
+def _build(task: Task, template: str | None, row: Row, tokenizer: Tokenizer | None) -> Example:
+    if row.fields.get("messages") is not None:
+        return _chat(row, _messages(row, "messages"), tokenizer)
+    if row.fields.get("prompt") is not None:
+        if not isinstance(row.value("prompt"), str):
+            both = _messages(row, "prompt") + _messages(row, "completion")
+            return _chat(row, both, tokenizer)
+        question, answer = row.text("prompt"), row.text("completion")
+        if template != "chat":
+            return _free(row, question, answer)
+        return _chat(row, _turns(question, answer), tokenizer)
+    if row.fields.get("instruction") is None:
+        known = ", ".join(row.fields)
+        raise ValueError(f"{row.source} has the fields {known:.200}; expected {_FORMS}")
+    question, answer = row.text("instruction"), row.text("output")
+    extra = row.text("input") if row.fields.get("input") else ""
+    if template is None:
+        has_chat = tokenizer is not None and bool(tokenizer.settings.get("chat_template"))
+        template = "chat" if has_chat else "alpaca"
+    if template == "chat":
+        question = f"{question}\n\n{extra}" if extra else question
+        return _chat(row, _turns(question, answer), tokenizer)
+    prompt = task.template(template).fill({"instruction": question, "input": extra})
+    return _free(row, prompt, answer)
+
+
+def _turns(question: str, answer: str) -> Messages:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _free(row: Row, prompt: str, answer: str) -> Example:
+    if not answer.strip():
+        raise ValueError(f"{row.source} has an empty answer; expected a text")
+    return Example(prompt, answer, golds=(answer.strip(),), source=row.source)
+
+
+def _messages(row: Row, name: str) -> Messages:
+    value = row.value(name)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError(f"{row.source}: {name} is {value!r:.80}; expected a list of messages")
+    messages = cast("Sequence[object]", value)
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise ValueError(
+                f"{row.source}: a message is {message!r:.80}; expected one with role and content"
+            )
+    return cast("Messages", list(messages))
+
+
+def _chat(row: Row, messages: Messages, tokenizer: Tokenizer | None) -> Example:
+    """Return the example of a conversation: its last message is the answer."""
+    if tokenizer is None:
+        raise ValueError(f"{row.source} is a conversation; expected a model with a tokenizer")
+    *earlier, last = messages
+    if last["role"] != "assistant" or not earlier:
+        raise ValueError(
+            f"{row.source} ends with a message of role {last['role']!r:.40} after {len(earlier)} "
+            "others; expected an answer of the assistant after one message at least"
+        )
+    content = row.as_text("content", last.get("content"))
+    if not content.strip():
+        raise ValueError(f"{row.source} has an empty answer; expected a text")
+    try:
+        prompt = tokenizer.chat(earlier, add_generation_prompt=True)
+        whole = tokenizer.chat(messages)
+    except ValueError as error:
+        raise ValueError(f"{row.source}: {error}") from error
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"{row.source}: with the answer, the chat template gives another text before it than "
+            "without; expected a template that only appends (prompt and completion fields take "
+            "texts that you made yourself)"
+        )
+    answer = whole.removeprefix(prompt)
+    return Example(prompt, answer, golds=(content.strip(),), source=row.source)
+
+
+INSTRUCTIONS = Task(
+    name="instructions",
+    source="a user's own data",
+    templates=TEMPLATES,
+    build=_build,
+    trained_on="tokens",
+    ends=True,
+    metric="f1",
+    max_new_tokens=256,
+    splits=("train",),
+)
+CLASSIFICATION = Task(
+    name="classification",
+    source="a user's own data",
+    sentences=(("sentence", "sentence1", "text"), ("sentence2",)),
+    layouts=(
+        ("sentence", "label"),
+        ("sentence1", "sentence2", "label"),
+        ("sentence", "sentence2", "label"),
+    ),
+    splits=("train",),
+)

@@ -1,0 +1,61 @@
+"""Instructions, completions and conversations of a user."""
+
+import pytest
+from finetune_cases import characters, row
+
+from nyscaled.finetune.encoding import encode
+from nyscaled.finetune.tasks import by_name
+
+TASK = by_name("instructions")
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes"},
+]
+
+
+def example(template=None, tokenizer=None, **fields):
+    (result,) = TASK.examples([row(**fields)], template, tokenizer=tokenizer)
+    return result
+
+
+def test_instructions_with_and_without_an_input():
+    plain = example("plain", instruction="Add.", input="1, 2", output="3")
+    assert (plain.prompt, plain.answer, plain.golds) == ("Add.\n1, 2\n", "3", ("3",))
+    alpaca = example(instruction="Add.", input="", output="3")  # without a chat template
+    assert alpaca.prompt.startswith("Below is an instruction that describes a task. Write")
+    assert alpaca.prompt.endswith("### Instruction:\nAdd.\n\n### Response:\n")
+    alpaca = example(instruction="Add {this}.", input="1, {2}", output="3")
+    assert "### Instruction:\nAdd {this}.\n\n### Input:\n1, {2}\n\n### Resp" in alpaca.prompt
+
+
+def test_completions_are_taken_as_they_are():
+    literal = example(tokenizer=characters(), prompt="Q:", completion=" A")
+    assert (literal.prompt, literal.answer) == ("Q:", " A")
+    turns = example("chat", characters(), prompt="Q:", completion="A")
+    assert turns.prompt == "<m>user\nQ:</s>\n<m>assistant\n"
+    lists = example(tokenizer=characters(), prompt=TURNS[:2], completion=TURNS[2:])
+    assert lists == example(tokenizer=characters(), messages=TURNS)
+
+
+def test_conversations_by_the_chat_template():
+    """The last message is the answer, with the end that the template gives it."""
+    chat = example(tokenizer=characters(), messages=TURNS)
+    assert chat.prompt == "<m>system\nBe brief.</s>\n<m>user\nHi</s>\n<m>assistant\n"
+    assert (chat.answer, chat.golds) == ("Yes</s>\n", ("Yes",))
+    ((encoded,), _) = encode([chat], characters(), ends=True)
+    assert characters().decode(list(encoded.answers[0]), skip_special_tokens=False) == "Yes</s>"
+    instruction = example(tokenizer=characters(), instruction="Add.", input="1", output="3")
+    assert instruction.prompt == "<m>user\nAdd.\n\n1</s>\n<m>assistant\n"
+
+
+def test_conversations_that_are_refused():
+    with pytest.raises(ValueError, match="is a conversation; expected a model with a tokenizer"):
+        example(messages=TURNS)
+    with pytest.raises(ValueError, match=r"data.jsonl:7: there is no chat template 'default'"):
+        example(tokenizer=characters(chat=None), messages=TURNS)
+    counting = characters(chat="{{ messages | length }}{{ messages[-1].content }}")
+    with pytest.raises(ValueError, match="the chat template gives another text before it"):
+        example(tokenizer=counting, messages=TURNS)
+    with pytest.raises(ValueError, match="has an empty answer; expected a text"):
+        example(tokenizer=characters(), messages=[*TURNS[:2], {**TURNS[2], "content": " "}])
