@@ -35,7 +35,7 @@ def initialize(
     key: Key[Array, ""],
     name: str = "default",
     alpha: float | None = None,
-    loss: Callable[[Any, Any], Array] | None = None,
+    loss: Callable[..., Array] | None = None,
     batches: Iterable[Any] = (),
     **options: Any,
 ) -> list[str]:
@@ -144,7 +144,7 @@ def _fill_pair(
 def _gradient_of(
     model: nnx.Module,
     pairs: Sequence[Pair],
-    loss: Callable[[Any, Any], Array],
+    loss: Callable[..., Array],
     batches: Sequence[Any],
 ) -> Callable[[dict[Path, Array]], dict[Path, Array]]:
     """From values of the factors to the gradient of the loss in the model's LoRAParams, at W_0."""

@@ -1,0 +1,163 @@
+"""Settings of a run of fine-tuning: the flags of `nyscaled finetune`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+from nyscaled.validation import require_count, require_positive, require_scalar
+
+SCHEDULES = ("constant", "linear", "cosine")
+LOSS_ON = ("answer", "all")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a run; the text below each is its help on the command line."""
+
+    model: str
+    """Model: a folder, a GGUF file or a hub id."""
+    data: Path
+    """File or folder of examples."""
+    task: str
+    """Task: how examples become prompts and answers."""
+    out: Path
+    """Folder for the adapter, the metrics and the checkpoints."""
+    method: str = "nora"
+    """Method of fine-tuning."""
+    rank: int = 8
+    """Rank of the adapters."""
+    alpha: float | None = None
+    """α: updates are multiplied by α / rank. The default is twice the rank."""
+    targets: str | None = None
+    """Regular expression for whole paths of layers that get adapters. By default all linear layers
+    of the stack."""
+    dropout: float = 0.0
+    """Dropout of the inputs of adapters."""
+    scale: float | None = None
+    """Size ξ of the start of the methods that have one."""
+    damping: float | None = None
+    """Damping λ of the methods that precondition."""
+    ratio: float | None = None
+    """Learning rate of b over that of a, for lora+."""
+    learning_rate: float | None = None
+    """Largest learning rate; the default is a rule of thumb of the method."""
+    schedule: str = "linear"
+    """Learning rate after the warm-up: constant, or falling to 0 (linear, cosine)."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises; the default is 3 % of all."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient, None for no limit."""
+    steps: int | None = None
+    """Number of steps; overrides the epochs."""
+    epochs: float = 3.0
+    """Number of passes through the examples."""
+    batch_size: int = 16
+    """Examples in a step."""
+    micro_batch_size: int | None = None
+    """Examples in memory at one time, a divisor of the batch size. The result is the same."""
+    max_length: int = 512
+    """Most tokens of an example; the prompt's middle is cut, and never the answer."""
+    allow_cut: float = 0.01
+    """Share of examples that may be longer than that."""
+    loss_on: str = "answer"
+    """Tokens that the loss counts: those of the answer, or all."""
+    train_examples: int | None = None
+    """Examples to train on; all by default."""
+    validation_examples: int | None = 500
+    """Most examples for validation; None for all."""
+    eval_every: int | None = None
+    """Steps between validations; the default is an epoch."""
+    patience: int | None = None
+    """Validations without a lower loss after which the run stops; by default it goes on."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; the default is that between validations."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    dtype: str = "float32"
+    """Dtype of the base: float32, bfloat16, float16. Adapters are trained in float32."""
+    remat: bool = False
+    """Compute layers again in the backward pass, to save memory."""
+    seed: int = 0
+    """Seed of the adapters' start, the order of the examples and dropout."""
+    resume: bool = False
+    """Go on with the run in the output folder."""
+    dry_run: bool = False
+    """Show the data, the layers, the memory and the time, and do not train."""
+    config: Path | None = None
+    """YAML or TOML file of these options; flags override it."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("schedule", SCHEDULES), ("loss_on", LOSS_ON), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        for name in ("rank", "batch_size", "max_length", "log_every"):
+            require_count(name, getattr(self, name), low=1)
+        for name in _COUNTS:
+            if getattr(self, name) is not None:
+                require_count(name, getattr(self, name), low=1)
+        for name in _POSITIVE:
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
+        if self.warmup_steps is not None:
+            require_count("warmup_steps", self.warmup_steps)
+        require_scalar("dropout", self.dropout, 0, 1, open_low=False)
+        require_scalar("allow_cut", self.allow_cut, 0, 1, open_low=False)
+        require_scalar("weight_decay", self.weight_decay, 0, math.inf, open_low=False)
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}; expected a divisor of batch_size, "
+                f"{self.batch_size}"
+            )
+
+
+_COUNTS = (
+    "steps",
+    "micro_batch_size",
+    "train_examples",
+    "validation_examples",
+    "eval_every",
+    "patience",
+    "checkpoint_every",
+)
+_POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "epochs")
+
+NOT_THE_RUN = ("out", "resume", "dry_run", "config", "log_every")
+"""Settings in which a run that goes on may differ from the one that began."""
+
+
+def differences(first: Config, second: Config) -> dict[str, tuple[object, object]]:
+    """Return the settings of a run in which two configurations differ, with both values.
+
+    Args:
+        first: a configuration.
+        second: another one.
+
+    Examples:
+        >>> config = Config(model="m", data=Path("d"), task="rte", out=Path("o"))
+        >>> differences(config, dataclasses.replace(config, rank=4, resume=True))
+        {'rank': (8, 4)}
+    """
+    names = [f.name for f in dataclasses.fields(Config) if f.name not in NOT_THE_RUN]
+    values = {name: (getattr(first, name), getattr(second, name)) for name in names}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+def as_options(config: Config) -> dict[str, bool | int | float | str | None]:
+    """Return the settings as a file of options has them.
+
+    Args:
+        config: the configuration.
+
+    Examples:
+        >>> as_options(Config(model="m", data=Path("d"), task="rte", out=Path("o")))["data"]
+        'd'
+    """
+    values = dataclasses.asdict(config)
+    del values["config"]
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -1,0 +1,189 @@
+"""What a run says while it goes on: a bar, a line of metrics per step, and why it stops."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from tqdm import tqdm
+
+from nyscaled._files import replacing
+
+METRICS = "metrics.jsonl"
+
+Line = dict[str, float]
+"""A line of the metrics."""
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+class Progress:
+    """The bar and `metrics.jsonl` of a run.
+
+    Lines of steps have loss, learning_rate, gradient_norm and tokens; lines of validations have
+    validation_loss. A run that goes on removes the lines after its checkpoint first.
+
+    Args:
+        folder: folder of the run.
+        start: number of steps that were made before.
+        steps: number of steps of the run.
+        visible: whether to draw the bar; None for where stderr is a terminal.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, visible: bool | None = None) -> None:
+        self.path = folder / METRICS
+        keep_until(self.path, start)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._began, self._tokens = time.perf_counter(), 0
+        hidden = None if visible is None else not visible
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", file=sys.stderr, disable=hidden, leave=True
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def steps(self, lines: Sequence[Line]) -> None:
+        """Write the lines of some steps, and move the bar.
+
+        Args:
+            lines: metrics of each step, with its number and its tokens.
+        """
+        seconds = time.perf_counter() - self._began
+        self._tokens += sum(line["tokens"] for line in lines)
+        self._write([{**line, "seconds": round(seconds, 3)} for line in lines])
+        self._bar.update(len(lines))
+        rate = self._tokens / max(seconds, 1e-9)
+        self._bar.set_postfix_str(f"loss {lines[-1]['loss']:.4f}, {rate:.0f} tokens/s")
+
+    def validation(self, step: int, loss: float) -> None:
+        """Write the line of a validation.
+
+        Args:
+            step: number of steps before it.
+            loss: its loss.
+        """
+        self._write([{"step": step, "validation_loss": loss}])
+        self.say(f"step {step}: validation loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """Write a line above the bar, to stderr."""
+        self._bar.write(text, file=sys.stderr)
+
+    def _write(self, lines: Sequence[Line]) -> None:
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """Return the whole lines of `metrics.jsonl`; a process may have been killed in the last.
+
+    Args:
+        path: path of the file.
+    """
+    if not path.exists():
+        return []
+    lines: list[Line] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Remove the lines after a step from `metrics.jsonl`.
+
+    Args:
+        path: path of the file.
+        step: the last step to keep.
+    """
+    if path.exists():
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        with replacing(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+class Interruption:
+    """Whether the user or the system asked the run to stop: Ctrl-C, or SIGTERM.
+
+    The first signal only sets `asked`, so that the run stops between two steps; the second one
+    interrupts as usual.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interruption:
+        self._old: dict[int, Handler] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def timed(name: str) -> Generator[None, None, None]:
+    """Say on stderr what is done and how long it took.
+
+    Args:
+        name: what is done.
+    """
+    began = time.perf_counter()
+    print(f"{name} …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr)
+
+
+def not_finite(
+    step: int, loss: float, sources: Sequence[str], learning_rate: float, dtype: str
+) -> str:
+    """Return what a run says that stops at a loss or a gradient which is not finite.
+
+    Args:
+        step: the step, counted from 1.
+        loss: its loss.
+        sources: files and lines of its examples.
+        learning_rate: its learning rate.
+        dtype: dtype of the base.
+    """
+    advice = f"a lower --learning-rate (it was {learning_rate:.3g}), or a lower --clip"
+    if dtype != "float32":
+        advice += f", or --dtype float32 in place of {dtype}"
+    what = "the gradient is not finite" if abs(loss) < float("inf") else f"the loss is {loss}"
+    return (
+        f"{what} at step {step}, of the examples {', '.join(filter(None, sources)) or 'unknown'}; "
+        f"expected finite numbers (try {advice}). The checkpoint has the state before this step"
+    )

@@ -1,0 +1,341 @@
+"""The compiled training step: sums of losses and counts over micro-batches, and one update.
+
+Adapters, moments and updates are float32 for every dtype of the base. A step returns what it
+measured as arrays on the device, so that the host does not wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from flax.nnx.filterlib import Filter
+from jaxtyping import Array, Bool, Float, Int
+
+from nyscaled import lora
+from nyscaled.finetune.batches import Batch
+from nyscaled.finetune.methods import Method
+from nyscaled.finetune.objectives import OBJECTIVES
+from nyscaled.numerics import at_least_float32, full_precision, tree_norm
+
+Tree: TypeAlias = Any
+"""Arrays, in a structure that flax and optax choose."""
+
+
+class State(NamedTuple):
+    """What training changes.
+
+    Attributes:
+        params: the trained variables, in float32 at least.
+        optimizer: state of the optimizer.
+        step: number of steps that were made.
+        finite: False after a loss or gradient that was not finite; nothing changes any more then.
+    """
+
+    params: Tree
+    optimizer: Tree
+    step: Int[Array, ""]
+    finite: Bool[Array, ""]
+
+
+class Measured(NamedTuple):
+    """What a step measured.
+
+    Attributes:
+        loss: mean over what the loss counts.
+        gradient_norm: norm of the gradient, before clipping.
+        tokens: number of tokens that were read.
+        finite: False if the step was not made, since the loss or the gradient was not finite.
+    """
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    tokens: Int[Array, ""]
+    finite: Bool[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled step depends on beside the shapes of its arguments.
+
+    Attributes:
+        graphdef: structure of the model.
+        dtypes: dtypes in which the model has the trained variables.
+        objective: name of the loss.
+        method: method, whose optimizer makes the updates.
+        weight_decay: decay of AdamW.
+        clip: largest norm of what the optimizer gets, None for no limit.
+    """
+
+    graphdef: nnx.GraphDef[nnx.Module]
+    dtypes: tuple[jnp.dtype, ...]
+    objective: str
+    method: Method
+    weight_decay: float = 0.0
+    clip: float | None = None
+
+    def optimizer(self, **hyperparameters: float) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer.
+
+        Args:
+            **hyperparameters: numbers of the method; they are arrays in its state.
+        """
+
+        def inner(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+            adam = optax.adamw(learning_rate, weight_decay=self.weight_decay)
+            return adam if self.clip is None else optax.chain(_clip(self.clip), adam)
+
+        return self.method.optimizer(0.0, inner, **hyperparameters)
+
+    def merge(self, params: Tree, counts: Tree, frozen: Tree) -> nnx.Module:
+        """Return the model, with the trained variables in its own dtypes."""
+        leaves, treedef = jax.tree.flatten(params)
+        cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
+        return nnx.merge(self.graphdef, treedef.unflatten(cast), counts, frozen, copy=True)
+
+
+class Parts(NamedTuple):
+    """A model, split for training.
+
+    Attributes:
+        training: structure with dropout.
+        evaluating: structure without dropout.
+        params: the trained variables, in float32 at least.
+        counts: counters of dropout.
+        frozen: all other values.
+        dtypes: dtypes in which the model has the trained variables.
+    """
+
+    training: nnx.GraphDef[nnx.Module]
+    evaluating: nnx.GraphDef[nnx.Module]
+    params: Tree
+    counts: Tree
+    frozen: Tree
+    dtypes: tuple[jnp.dtype, ...]
+
+
+def split(model: nnx.Module, trained: Filter) -> Parts:
+    """Return the parts of a model.
+
+    Args:
+        model: the model.
+        trained: filter of the trained variables.
+    """
+    adapters = [a for layer in lora.adapted_layers(model).values() for a in layer.adapters.values()]
+    inits = [adapter.init for adapter in adapters]
+    try:
+        for adapter in adapters:  # so that models which differ in it share a program
+            adapter.init = ("", ())
+        model.eval()
+        evaluating = nnx.split(model, trained, nnx.RngCount, ...)[0]
+        model.train()
+        graphdef, params, counts, frozen = nnx.split(model, trained, nnx.RngCount, ...)
+    finally:
+        for adapter, init in zip(adapters, inits, strict=True):
+            adapter.init = init
+    dtypes = tuple(x.dtype for x in jax.tree.leaves(params))
+    # Copies, since a step gives its arguments' memory to its results.
+    wide = jax.tree.map(lambda x: jnp.array(at_least_float32(x), copy=True), params)
+    return Parts(graphdef, evaluating, wide, counts, frozen, dtypes)
+
+
+def program_of(
+    parts: Parts,
+    objective: str,
+    method: Method,
+    *,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+) -> Program:
+    """Return the program of training a model. Methods that only start differently share it.
+
+    Args:
+        parts: the parts of the model.
+        objective: name of the loss.
+        method: the method.
+        weight_decay: decay of AdamW.
+        clip: largest norm of what the optimizer gets, None for no limit.
+    """
+    updates = dataclasses.replace(
+        method, reference="", init=None, rank_stabilized=False, learning_rate=0.0
+    )
+    return Program(parts.training, parts.dtypes, objective, updates, weight_decay, clip)
+
+
+def update(model: nnx.Module, params: Tree) -> None:
+    """Write trained variables into a model, in its own dtypes.
+
+    Args:
+        model: the model.
+        params: the variables.
+    """
+    values = {path: v[...] for path, v in nnx.to_flat_state(params)}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path in values:
+            variable[...] = values[path].astype(variable.dtype)
+
+
+def initial(program: Program, params: Tree, **hyperparameters: float) -> State:
+    """Return the state before the first step.
+
+    Args:
+        program: the program.
+        params: the trained variables.
+        **hyperparameters: numbers of the method, such as `damping`.
+    """
+    optimizer = program.optimizer(**hyperparameters).init(params)
+    return State(params, optimizer, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+@full_precision
+def train_step(
+    state: State,
+    counts: Tree,
+    frozen: Tree,
+    batch: Batch,
+    learning_rate: Float[Array, ""],
+    *,
+    program: Program,
+) -> tuple[State, Measured]:
+    """Return the state after a step, and what was measured.
+
+    The gradient is the sum of those of the micro-batches, divided by what all of them count. So it
+    is that of one batch, although micro-batches hold different numbers of tokens.
+
+    Args:
+        state: the state; its memory is given to the new one.
+        counts: counters of dropout.
+        frozen: the values that are not trained.
+        batch: a batch, whose arrays have an axis of micro-batches in front.
+        learning_rate: the learning rate of the step.
+        program: what the step computes.
+    """
+    micro_batches = batch.tokens.shape[0]
+
+    def of_micro(params: Tree, index: Array, micro: Batch) -> tuple[Array, Array]:
+        # A function of the step alone: a run that goes on draws the same numbers.
+        number = state.step * micro_batches + index
+        here = jax.tree.map(lambda c: jnp.full_like(c, number), counts)
+        return OBJECTIVES[program.objective](program.merge(params, here, frozen), micro)
+
+    gradient_of = jax.value_and_grad(of_micro, has_aux=True)
+
+    def accumulate(sums: Tree, each: tuple[Array, Batch]) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, sums, gradient_of(state.params, *each)), None
+
+    if micro_batches == 1:
+        only = jax.tree.map(lambda x: x[0], batch)
+        (total, count), gradient = gradient_of(state.params, jnp.zeros((), jnp.int32), only)
+    else:
+        zero = jnp.zeros(())
+        sums = (zero, zero), jax.tree.map(jnp.zeros_like, state.params)
+        each = jnp.arange(micro_batches), batch
+        ((total, count), gradient), _ = jax.lax.scan(accumulate, sums, each)
+    count = jnp.maximum(count, 1)
+    loss, gradient = total / count, jax.tree.map(lambda g: g / count, gradient)
+    norm = tree_norm(gradient)
+    finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
+    hyperparams = state.optimizer.hyperparams | {"learning_rate": learning_rate}
+    updates, optimizer = program.optimizer().update(
+        gradient, state.optimizer._replace(hyperparams=hyperparams), state.params
+    )
+    new = State(optax.apply_updates(state.params, updates), optimizer, state.step + 1, finite)
+    new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
+    new = new._replace(finite=finite)
+    return new, Measured(loss, norm, jnp.sum(jnp.asarray(batch.mask)), finite)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+@full_precision
+def evaluate_step(
+    params: Tree, counts: Tree, frozen: Tree, batch: Batch, *, program: Program
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the sum of the losses of a batch, and what they count.
+
+    Args:
+        params: the trained variables.
+        counts: counters of dropout.
+        frozen: the values that are not trained.
+        batch: a batch without an axis of micro-batches.
+        program: what is computed, with the structure without dropout.
+    """
+    return OBJECTIVES[program.objective](program.merge(params, counts, frozen), batch)
+
+
+def mean_loss(
+    params: Tree, parts: Parts, batches: Iterable[Batch], program: Program
+) -> tuple[float, float]:
+    """Return the mean loss over batches, and what it counts.
+
+    Args:
+        params: the trained variables.
+        parts: the parts of the model.
+        batches: the batches.
+        program: the program of training.
+    """
+    evaluating = dataclasses.replace(program, graphdef=parts.evaluating)
+    sums = [
+        evaluate_step(params, parts.counts, parts.frozen, batch, program=evaluating)
+        for batch in batches
+    ]
+    totals, counts = (math.fsum(map(float, x)) for x in zip(*jax.device_get(sums), strict=True))
+    return totals / max(counts, 1.0), counts
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """Return a batch whose arrays have an axis of micro-batches in front.
+
+    Args:
+        batch: the batch.
+        count: number of micro-batches.
+    """
+    ids = batch.candidates
+    shared = None if ids is None else np.broadcast_to(ids, (count, *ids.shape))
+    split = jax.tree.map(
+        lambda x: x.reshape(count, -1, *x.shape[1:]), batch._replace(candidates=None)
+    )
+    return split._replace(candidates=shared)
+
+
+def schedule(name: str, peak: float, steps: int, warmup: int) -> Callable[[int], np.float32]:
+    """Return the learning rate as a function of the step.
+
+    It rises linearly over the warm-up, and falls to 0 at the end unless it is constant.
+
+    Args:
+        name: "constant", "linear" or "cosine".
+        peak: the largest value.
+        steps: number of steps.
+        warmup: steps in which it rises.
+
+    Examples:
+        >>> rate = schedule("linear", 1.0, steps=6, warmup=2)
+        >>> [round(float(rate(step)), 2) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+
+    def rate(step: int) -> np.float32:
+        if step < warmup:
+            return np.float32(peak * (step + 1) / warmup)
+        share = (step - warmup) / max(steps - warmup, 1)
+        falling = {
+            "constant": 1.0,
+            "linear": 1.0 - share,
+            "cosine": (1.0 + math.cos(math.pi * share)) / 2,
+        }
+        return np.float32(peak * falling[name])
+
+    return rate
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(limit)
