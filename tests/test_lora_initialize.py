@@ -175,7 +175,7 @@ def test_inits_from_gradients_say_what_they_require():
     ):
         nys.lora.initialize(model, "nora_grad", key=KEY)
     with pytest.raises(
-        ValueError, match=r"from gradients, by `initialize`, 'nora_grad' or 'lora_one'"
+        ValueError, match=r"by `initialize`, 'nora_grad' or 'lora_one' \(from gradients\) or 'eva'"
     ):
         nys.lora.apply(net(), targets=".*", key=KEY, init="nora_grad")
     nys.lora.activate(model)

@@ -69,8 +69,8 @@ class Method:
 
     Attributes:
         reference: where the method is described.
-        init: name of the start of the adapters, in `lora.KERNEL_INITS` or `lora.GRADIENT_INITS`;
-            None for a method without adapters.
+        init: name of the start of the adapters, in `lora.KERNEL_INITS`, `lora.GRADIENT_INITS` or
+            `lora.INPUT_INITS`; None for a method without adapters.
         transform: function of an optimizer's constructor, a learning rate and hyperparameters.
         rank_stabilized: whether adapters are scaled by α/√r in place of α/r.
         trains: which variables are trained besides a new head.
@@ -86,10 +86,12 @@ class Method:
     learning_rate: float = ADAPTERS
 
     @property
-    def needs(self) -> Literal["kernel", "gradient"] | None:
-        """What the start is made from; "gradient" requires `loss` and `batches` in `prepare`."""
+    def needs(self) -> Literal["kernel", "gradient", "inputs"] | None:
+        """What the start is made from; all but "kernel" need `loss` and `batches` in `prepare`."""
         if self.init is None:
             return None
+        if self.init in lora.INPUT_INITS:
+            return "inputs"
         return "gradient" if self.init in lora.GRADIENT_INITS else "kernel"
 
     @property
@@ -97,7 +99,8 @@ class Method:
         """The options of the start, such as `scale`, with their defaults."""
         if self.init is None:
             return {}
-        return _defaults({**lora.KERNEL_INITS, **lora.GRADIENT_INITS}[self.init], keyword_only=True)
+        inits = {**lora.KERNEL_INITS, **lora.GRADIENT_INITS, **lora.INPUT_INITS}
+        return _defaults(inits[self.init], keyword_only=True)
 
     @property
     def hyperparameters(self) -> Mapping[str, object]:
@@ -128,7 +131,7 @@ class Method:
             key: PRNG key of the start.
             dropout: rate of dropout on the inputs of adapters.
             head: names of modules that are new, so that every method trains them.
-            loss: function of (model, batch), for starts from gradients.
+            loss: function of (model, batch), for starts from gradients or inputs.
             batches: the batches for these.
             **options: options of the start, of those in `options`.
 
@@ -158,19 +161,19 @@ class Method:
                 )
             return _inside(own)
         assert self.init is not None
-        from_gradient = self.needs == "gradient"
+        from_batches = self.needs != "kernel"
         lora.apply(
             model,
             rank,
             alpha,
             targets=targets,
-            init="lora" if from_gradient else self.init,
+            init="lora" if from_batches else self.init,
             key=key,
             rank_stabilized=self.rank_stabilized,
             dropout=dropout,
-            **({} if from_gradient else options),  # pyright: ignore[reportArgumentType]
+            **({} if from_batches else options),  # pyright: ignore[reportArgumentType]
         )
-        if from_gradient:
+        if from_batches:
             source = {"loss": loss, "batches": batches, **options}
             lora.initialize(model, self.init, key=key, **source)  # pyright: ignore[reportArgumentType]
         return (nnx.LoRAParam, *_inside(name for name in head if name in parts))
@@ -241,6 +244,7 @@ METHODS: dict[str, Method] = {
     "nora+": Method("Algorithm 2 of the paper", init="nora", transform=_nora_plus),
     "pissa": Method("Meng, Wang, Zhang, NeurIPS 2024", init="pissa"),
     "olora": Method("Büyükakyüz, 2024", init="olora"),
+    "eva": Method("Paischer et al., 2024", init="eva"),
     "milora": Method("Wang et al., 2024", init="milora"),
     "lora-one": Method("Zhang, Liu, Chen, ICML 2025", init="lora_one"),
     "nora-grad": Method("Appendix A.4 of the paper", init="nora_grad"),

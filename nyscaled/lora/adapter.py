@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -53,6 +54,21 @@ class Contraction(NamedTuple):
     precision: Any
     out_sharding: Any
 
+    def down(self, x: Array, a: Array) -> Array:
+        """Return x·a for a factor (batch…, in, r), in its dtype; rows of it, if x are tokens."""
+        a = a.reshape((*self.batch, *self.inputs, a.shape[-1]))
+        if not self.equations.down:
+            return jnp.take(a, x, axis=0)
+        x = x.astype(a.dtype)
+        return jnp.einsum(self.equations.down, x, a, precision=self.precision)
+
+    def up(self, hidden: Array, b: Array) -> Array:
+        """Return hidden·b for a factor (batch…, r, out)."""
+        b = b.reshape((*self.batch, b.shape[-2], *self.outputs))
+        return jnp.einsum(
+            self.equations.up, hidden, b, precision=self.precision, out_sharding=self.out_sharding
+        )
+
 
 class AdapterState(nnx.Variable[Any]):
     """What an adapter keeps and does not train."""
@@ -74,7 +90,11 @@ class Adapter(nnx.Module):
         rank_stabilized: whether s is α/√r.
         init: name of the init and its options; saved with the adapter.
         merged: whether the kernel holds the update already.
+        measures: whether it reads the inputs of its layer, as `input_moments` does, in place of
+            adding to the output.
     """
+
+    measures = False
 
     def __init__(
         self,
@@ -130,6 +150,8 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: Array, contraction: Contraction) -> Array:
         """Return s·x·a·b for an input x of the layer, in the contraction's dtype."""
+        if self.measures:
+            return input_moments(x, self.lora_a[...], contraction)
         tokens = not contraction.equations.down  # without dropout, as in PEFT
         dropped = x if self.dropout is None or tokens else self.dropout(x)
         out = self._through(dropped, self.lora_a, self.lora_b, contraction)
@@ -139,18 +161,46 @@ class Adapter(nnx.Module):
 
     def _through(self, x: Array, a: Any, b: Any, c: Contraction) -> Array:
         dtype = c.dtype or a.dtype
-        down = a[...].astype(dtype).reshape((*c.batch, *c.inputs, self.rank))
-        up = b[...].astype(dtype).reshape((*c.batch, self.rank, *c.outputs))
-        if c.equations.down:
-            hidden = jnp.einsum(c.equations.down, x.astype(dtype), down, precision=c.precision)
-        else:
-            hidden = jnp.take(down, x, axis=0)
+        hidden = c.down(x, a[...].astype(dtype))
         gate = (self.scaling * self.gate[...]).astype(dtype)
         if gate.ndim:
             gate = gate.reshape(-1, *(1,) * (hidden.ndim - 1))
-        return jnp.einsum(
-            c.equations.up, gate * hidden, up, precision=c.precision, out_sharding=c.out_sharding
-        )
+        return c.up(gate * hidden, b[...].astype(dtype))
+
+
+def input_moments(x: Array, a: Array, contraction: Contraction) -> Array:
+    """Return zeros like the layer's output, whose gradient in a is Σ xᵀx·a over the inputs x.
+
+    Inputs on which the loss does not depend, such as those at padding, are left out: the gradient
+    in their output is zero.
+
+    Args:
+        x: input of the layer.
+        a: a factor (batch…, in, k) with any k.
+        contraction: what is known of the call.
+    """
+    a = at_least_float32(a)
+    c = contraction._replace(precision="highest")
+
+    def sums(hidden: Array) -> Array:
+        """Sums over the columns of a, at each output."""
+        ones = jnp.ones((*c.batch, a.shape[-1], math.prod(c.outputs)), hidden.dtype)
+        return c.up(hidden, ones)
+
+    @jax.custom_vjp
+    def zeros(x: Array, a: Array) -> Array:
+        return jnp.zeros_like(sums(c.down(x, a)))
+
+    def forward(x: Array, a: Array) -> tuple[Array, tuple[Array, Array]]:
+        return zeros(x, a), (x, a)
+
+    def backward(inputs: tuple[Array, Array], gradient: Array) -> tuple[None, Array]:
+        hidden, to_a = jax.vjp(functools.partial(c.down, inputs[0]), inputs[1])
+        sizes = jax.linear_transpose(sums, hidden)(jnp.abs(gradient))[0]
+        return None, to_a(jnp.where(sizes > 0, hidden, 0))[0]
+
+    zeros.defvjp(forward, backward)
+    return zeros(x, a)
 
 
 def make_adapter(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from nyscaled.lora import foreign, gradient_inits
+from nyscaled.lora import foreign, gradient_inits, input_inits
+from nyscaled.lora.adapter import Adapter
 from nyscaled.lora.inits import Init
 from nyscaled.lora.inject import adapted_layers
 from nyscaled.lora.pairs import Pair, find, view_over
@@ -44,14 +46,16 @@ def initialize(
     Args:
         model: a model with adapters. Kernels that qwix quantized (int8, nf4) are dequantized, one
             layer at a time.
-        init: a name in `KERNEL_INITS`, or in `GRADIENT_INITS` (with `loss` and `batches`), or a
-            function like those in `KERNEL_INITS`.
+        init: a name in `KERNEL_INITS`, or in `GRADIENT_INITS` or `INPUT_INITS` (with `loss` and
+            `batches`), or a function like those in `KERNEL_INITS`.
         key: PRNG key, from which a key per layer is folded by the layer's path.
         name: name of the set, among those of `apply`.
         alpha: α of adapters of flax and qwix, for s = α/r. None is s = 1, which is right for flax.
             Pass the α of qwix's provider; `merge` and `save_peft` then use it too.
-        loss: for inits from gradients, a function of (model, batch).
-        batches: the batches over which the gradient is averaged. A few are enough.
+        loss: for inits from gradients or inputs, a function of (model, batch). Inputs on which it
+            does not depend, such as those at padding, are left out.
+        batches: the batches over which the gradient is averaged, or the inputs are taken. A few
+            are enough.
         **options: options of the init.
 
     Returns:
@@ -59,8 +63,9 @@ def initialize(
 
     Raises:
         ValueError: if there is no adapter, on a factor without its partner, on a kernel that cannot
-            be read, on an init that must subtract from a kernel that qwix quantized, and without
-            `loss` and `batches` if the init requires them. Nothing has been changed then.
+            be read, on an init that must subtract from a kernel that qwix quantized, without
+            `loss` and `batches` if the init requires them, and on an init from inputs for adapters
+            of flax or qwix. Nothing has been changed then.
 
     Examples:
         >>> model = nnx.LoRALinear(6, 4, lora_rank=2, rngs=nnx.Rngs(0))
@@ -74,14 +79,25 @@ def initialize(
         raise ValueError(f"the model has no adapter named {name!r}, nor any of flax or qwix")
     others = [p for p in pairs if p.library != "nyscaled"]
     origin = origin_of(init, options, key)
-    if init in gradient_inits.GRADIENT_INITS:
+    if init in gradient_inits.GRADIENT_INITS or init in input_inits.INPUT_INITS:
         if loss is None or not (batches := list(batches)):
             raise ValueError(
                 f"init is {init!r}; expected `loss`, a function of (model, batch), and batches"
             )
-        gradient = _gradient_of(model, pairs, loss, batches)
         leaves = {path: nodes[path][...] for p in pairs for path in (p.a, p.b)}
-        values = gradient_inits.start(str(init), key, pairs, leaves, gradient, options)
+        if init in gradient_inits.GRADIENT_INITS:
+            gradient = _gradient_of(model, pairs, loss, batches)
+            values = gradient_inits.start(str(init), key, pairs, leaves, gradient, options)
+        else:
+            if others:
+                raise ValueError(
+                    f"init is {init!r} and {others[0].layer} has an adapter of "
+                    f"{others[0].library}, which cannot read the inputs of its layer; expected "
+                    "adapters of `apply`"
+                )
+            with _measuring([layer.adapters[name] for layer in layers.values()]):
+                gradient = _gradient_of(model, pairs, loss, batches)
+            values = input_inits.start(str(init), key, pairs, leaves, gradient, options)
         # The path of a factor of ours is that of its layer, `adapters`, the set and its name.
         weights = {
             ".".join(p.a[:-3]): Weights(values.pop(p.a), values.pop(p.b))
@@ -139,6 +155,18 @@ def _fill_pair(
         )
     product = view.from_matrices(own.scaling * (new.a @ new.b))
     return values | {pair.kernel: (old - product).astype(old.dtype)}
+
+
+@contextlib.contextmanager
+def _measuring(adapters: Sequence[Adapter]) -> Generator[None, None, None]:
+    """Let adapters read the inputs of their layers, in models that are made of this one's graph."""
+    for adapter in adapters:
+        adapter.measures = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            del adapter.measures
 
 
 def _gradient_of(

@@ -171,8 +171,8 @@ def kernel_init(init: str | Init) -> Init:
         return init
     if init not in KERNEL_INITS:
         raise ValueError(
-            f"init is {init!r}; expected one of {', '.join(map(repr, KERNEL_INITS))}, or from "
-            "gradients, by `initialize`, 'nora_grad' or 'lora_one'"
+            f"init is {init!r}; expected one of {', '.join(map(repr, KERNEL_INITS))}, or, by "
+            "`initialize`, 'nora_grad' or 'lora_one' (from gradients) or 'eva' (from inputs)"
         )
     return KERNEL_INITS[init]
 
