@@ -87,7 +87,7 @@ def test_subspace_iteration_finds_the_directions_in_a_wide_layer():
     nys.lora.initialize(model, "eva", key=KEY, loss=square, batches=[x[:120], x[120:]])
     a = model.layers[0].adapters["default"].lora_a[...]
     leading = np.linalg.svd(np.asarray(x, np.float64))[2][:RANK]
-    np.testing.assert_allclose(a @ a.T, leading.T @ leading, atol=1e-4)
+    np.testing.assert_allclose(a @ a.T, leading.T @ leading, atol=2e-3)
 
 
 def test_fewer_inputs_than_columns_give_a_finite_orthonormal_start():
