@@ -23,6 +23,7 @@ from nyscaled.transforms import (
     default_spec,
     lora_p,
     lora_plus,
+    lora_rite,
     nora_plus,
     pair_spec,
     precgd,
@@ -33,6 +34,7 @@ from nyscaled.transforms import (
     scale_by_gram_pinv,
     scale_by_normalized_gram,
     scale_by_residual_gram,
+    scale_by_rite,
     scaled_gd,
 )
 from nyscaled.typing import Factors
@@ -56,6 +58,7 @@ __all__ = [
     "linalg",
     "lora_p",
     "lora_plus",
+    "lora_rite",
     "lowrank",
     "nora_plus",
     "numerics",
@@ -71,6 +74,7 @@ __all__ = [
     "scale_by_gram_pinv",
     "scale_by_normalized_gram",
     "scale_by_residual_gram",
+    "scale_by_rite",
     "scaled_gd",
     "solvers",
     "spectra",

@@ -291,6 +291,7 @@ TRANSFORMS = {
     "scaled_gd_damped": times(update(lambda c: nys.scaled_gd(0.5, 0.1 * c), True), 2),
     "lora_p": times(update(lambda c: nys.lora_p(sgd, 0.1 * c), True), 2),
     "nora_plus": update(lambda c: nys.nora_plus(sgd, 0.1 * c), True),
+    "lora_rite": times(update(lambda: nys.lora_rite(0.5)), 1),
     "reflora": update(lambda: nys.reflora(sgd, warmup_steps=0)),
     "reflora_s": update(lambda: nys.reflora_s(sgd, warmup_steps=0)),
 }

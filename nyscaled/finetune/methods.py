@@ -19,7 +19,7 @@ from flax.nnx.filterlib import Filter
 from jaxtyping import Array, Key
 
 from nyscaled import lora
-from nyscaled.transforms import lora_p, lora_plus, nora_plus, reflora, reflora_s
+from nyscaled.transforms import lora_p, lora_plus, lora_rite, nora_plus, reflora, reflora_s
 from nyscaled.typing import Scalar
 
 Optimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
@@ -63,6 +63,15 @@ def _reflora_s(
     return reflora_s(inner(learning_rate), warmup_steps)
 
 
+def _lora_rite(
+    inner: Optimizer,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float | Scalar = 0.9,
+    b2: float | Scalar = 0.999,
+) -> optax.GradientTransformation:
+    return lora_rite(learning_rate, b1, b2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """How a model is fine-tuned.
@@ -72,6 +81,7 @@ class Method:
         init: name of the start of the adapters, in `lora.KERNEL_INITS`, `lora.GRADIENT_INITS` or
             `lora.INPUT_INITS`; None for a method without adapters.
         transform: function of an optimizer's constructor, a learning rate and hyperparameters.
+            That of `lora-rite` is an optimizer itself and does not use the first.
         rank_stabilized: whether adapters are scaled by α/√r in place of α/r.
         trains: which variables are trained besides a new head.
         learning_rate: the default by the rule of thumb. The best one depends on the task and on the
@@ -248,6 +258,7 @@ METHODS: dict[str, Method] = {
     "milora": Method("Wang et al., 2024", init="milora"),
     "lora-one": Method("Zhang, Liu, Chen, ICML 2025", init="lora_one"),
     "nora-grad": Method("Appendix A.4 of the paper", init="nora_grad"),
+    "lora-rite": Method("Yen et al., ICLR 2025", transform=_lora_rite),
     "reflora": Method("Zhang, Li, Giannakis, NeurIPS 2025", transform=_reflora),
     "reflora-s": Method("Zhang, Li, Giannakis, NeurIPS 2025", transform=_reflora_s),
     "full": Method("all weights", init=None, trains="everything", learning_rate=FULL),

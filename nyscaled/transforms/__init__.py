@@ -2,7 +2,8 @@
 
 Each `scale_by_…` transform replaces gradients by preconditioned ones. The aliases are chained from
 these: `scaled_gd`, `precgd`, `lora_p`, `nora_plus`, `reflora`, `reflora_s`. `lora_plus` gives the
-factors of a pair different learning rates. All transforms are also in `nyscaled`.
+factors of a pair different learning rates, and `lora_rite` is an optimizer. All transforms are also
+in `nyscaled`.
 """
 
 from nyscaled.transforms.balance import (
@@ -21,15 +22,18 @@ from nyscaled.transforms.pairing import FactorSpec, default_spec, pair_spec
 from nyscaled.transforms.pinv import ScaleByGramPinvState, scale_by_gram_pinv
 from nyscaled.transforms.plus import lora_plus
 from nyscaled.transforms.residual import precgd, scale_by_residual_gram
+from nyscaled.transforms.rite import ScaleByRiteState, lora_rite, scale_by_rite
 
 __all__ = [
     "FactorSpec",
     "ScaleByBalanceState",
     "ScaleByGramPinvState",
     "ScaleByNormalizedGramState",
+    "ScaleByRiteState",
     "default_spec",
     "lora_p",
     "lora_plus",
+    "lora_rite",
     "nora_plus",
     "pair_spec",
     "precgd",
@@ -40,5 +44,6 @@ __all__ = [
     "scale_by_gram_pinv",
     "scale_by_normalized_gram",
     "scale_by_residual_gram",
+    "scale_by_rite",
     "scaled_gd",
 ]

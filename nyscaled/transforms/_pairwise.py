@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,10 +44,7 @@ def pairwise(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError(
-                "params is None; expected the current parameters: update(grads, state, params)"
-            )
+        params = require_params(params)
         rule = full_precision(rule_of(state, **extra_args))
         arrays = () if per_factor is None else (per_factor(state, params),)
         updates = map_gradients(rule, spec, updates, params, *arrays)
@@ -56,6 +53,15 @@ def pairwise(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def require_params(params: optax.Params | None) -> optax.Params:
+    """Return the parameters that `update` was called with; ValueError if there are none."""
+    if params is None:
+        raise ValueError(
+            "params is None; expected the current parameters: update(grads, state, params)"
+        )
+    return params
 
 
 def before(
@@ -119,7 +125,7 @@ def _require_fit(members: Sequence[Member], arrays: Sequence[Array]) -> None:
             f"leaf {names} belongs to a pair with {len(members)} member(s); expected exactly two: "
             "its partner is missing, masked away or named otherwise"
         )
-    shapes = [_shape(arrays[m.leaf], m.spec) for m in members]
+    shapes = [canonical_shape(arrays[m.leaf], m.spec) for m in members]
     agree = all(s[:-2] == shapes[0][:-2] and s[-1] == shapes[0][-1] for s in shapes)
     if not agree or not all(shapes[0]):
         names = " and ".join(f"{show(m.path)} {arrays[m.leaf].shape}" for m in members)
@@ -138,7 +144,8 @@ def _axes(leaf: Array, spec: FactorSpec) -> tuple[tuple[int, ...], tuple[int, ..
     return batch, tuple(a for a in range(leaf.ndim) if a not in (*batch, rank)), rank
 
 
-def _shape(leaf: Array, spec: FactorSpec) -> tuple[int, ...]:
+def canonical_shape(leaf: Array, spec: FactorSpec) -> tuple[int, ...]:
+    """Return the shape of `canonical(leaf, spec)`."""
     batch, long_axes, rank = _axes(leaf, spec)
     long = math.prod(leaf.shape[a] for a in long_axes)
     return (*(leaf.shape[a] for a in batch), long, leaf.shape[rank])
@@ -153,11 +160,17 @@ def canonical(leaf: Array, spec: FactorSpec) -> Array:
     """
     batch, long_axes, rank = _axes(leaf, spec)
     moved = jnp.transpose(leaf, (*batch, *long_axes, rank))
-    return at_least_float32(moved.reshape(_shape(leaf, spec)))
+    return at_least_float32(moved.reshape(canonical_shape(leaf, spec)))
 
 
-def _restore(value: Array, leaf: Array, spec: FactorSpec) -> Array:
-    """The inverse of `canonical`, in the layout and dtype of `leaf`."""
+def restore(value: Array, leaf: Array, spec: FactorSpec) -> Array:
+    """Return what `canonical` was called with, in the layout and dtype of a leaf.
+
+    Args:
+        value: the canonical array.
+        leaf: an array like the result.
+        spec: how it is read.
+    """
     batch, long_axes, rank = _axes(leaf, spec)
     order = (*batch, *long_axes, rank)
     moved = value.reshape([leaf.shape[a] for a in order])
@@ -201,24 +214,30 @@ def map_gradients(
     grads = treedef.flatten_up_to(updates)
     arrays = [treedef.flatten_up_to(tree) for tree in trees]
     new = list(grads)
-    for equal in _by_shape(groups(spec, params), leaves, grads):
+    for equal in by_shape(groups(spec, params), leaves, grads):
         members = list(zip(*equal, strict=True))  # those of each position
-        specs = [_stacked_spec(leaves, m) for m in members]
-        factors = [canonical(_stack(leaves, m), s) for m, s in zip(members, specs, strict=True)]
+        specs = [stacked_spec(leaves, m) for m in members]
+        factors = [canonical(stack(leaves, m), s) for m, s in zip(members, specs, strict=True)]
         for position, (own, s) in enumerate(zip(members, specs, strict=True)):
-            raw = _stack(grads, own)
-            args = (factors[position], factors[-1 - position], *(_stack(x, own) for x in arrays))
+            raw = stack(grads, own)
+            args = (factors[position], factors[-1 - position], *(stack(x, own) for x in arrays))
             scaled = over_batch(functools.partial(rule, position), canonical(raw, s), *args)
-            results = _unstack(_restore(scaled, raw, s), len(own))
+            results = unstack(restore(scaled, raw, s), len(own))
             for member, result in zip(own, results, strict=True):
                 new[member.leaf] = result
     return treedef.unflatten(new)
 
 
-def _by_shape(
+def by_shape(
     all_groups: Sequence[Group], leaves: Sequence[Array], grads: Sequence[Array]
 ) -> list[list[Group]]:
-    """The groups whose factors and gradients have equal types and are read alike."""
+    """Return lists of the groups whose factors and gradients have equal types and are read alike.
+
+    Args:
+        all_groups: what `groups` has returned.
+        leaves: leaves of the parameters.
+        grads: leaves of the gradients.
+    """
     equal: dict[Hashable, list[Group]] = {}
     for group in all_groups:
         # The type of an array has its sharding too, where that is explicit.
@@ -231,14 +250,14 @@ def _by_shape(
     return list(equal.values())
 
 
-def _stack(leaves: Sequence[Array], members: Sequence[Member]) -> Array:
-    """The members' leaves along a new first axis; the leaf itself if there is only one."""
+def stack(leaves: Sequence[Array] | Mapping[int, Array], members: Sequence[Member]) -> Array:
+    """Return the members' leaves along a new first axis; the leaf itself if there is only one."""
     chosen = [leaves[m.leaf] for m in members]
     return jnp.stack(chosen) if len(chosen) > 1 else chosen[0]
 
 
-def _stacked_spec(leaves: Sequence[Array], members: Sequence[Member]) -> FactorSpec:
-    """How the result of `_stack` is read."""
+def stacked_spec(leaves: Sequence[Array], members: Sequence[Member]) -> FactorSpec:
+    """Return how the result of `stack` is read."""
     spec, ndim = members[0].spec, leaves[members[0].leaf].ndim
     if len(members) == 1:
         return spec
@@ -246,8 +265,8 @@ def _stacked_spec(leaves: Sequence[Array], members: Sequence[Member]) -> FactorS
     return FactorSpec(spec.pair, spec.rank_axis % ndim + 1, batch)
 
 
-def _unstack(value: Array, length: int) -> list[Array]:
-    """The inverse of `_stack`, by slices at offsets that XLA does not know.
+def unstack(value: Array, length: int) -> list[Array]:
+    """Return what `stack` was called with, by slices at offsets that XLA does not know.
 
     A slice at a constant offset is a kernel of its own, and CPUs take half a minute to compile 448
     of them; at an offset read from an array, all are one kernel. The barrier behind them keeps the
