@@ -20,7 +20,7 @@ from nyscaled.models.family import Family, LanguageModel, register
 from nyscaled.numerics import full_precision
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": blocks.gelu,
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
 }
 STDDEV = 0.02  # of every weight in the original, and of a new head here
@@ -145,7 +145,7 @@ class Dense(nnx.Module):
         self.f = f
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        return self.f(self.dense(x))
+        return self.f(blocks.kept(self.dense(x)))
 
 
 class Residual(nnx.Module):
@@ -159,7 +159,7 @@ class Residual(nnx.Module):
     def __call__(
         self, x: Float[Array, "... inner"], residual: Float[Array, "... width"]
     ) -> Float[Array, "... width"]:
-        return self.LayerNorm(residual + self.dense(x))
+        return self.LayerNorm(blocks.kept(residual + self.dense(x)))
 
 
 class SelfAttention(nnx.Module):
@@ -177,7 +177,9 @@ class SelfAttention(nnx.Module):
         self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"] | None
     ) -> Float[Array, "batch length width"]:
         layers = self.query, self.key, self.value
-        query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
+        query, key, value = (
+            blocks.kept(blocks.split_heads(layer(x), self.head_dim)) for layer in layers
+        )
         visible = None if mask is None else mask[:, None, None, :]
         return blocks.attend(query, key, value, visible, causal=False)
 

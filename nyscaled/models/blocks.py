@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -31,8 +33,8 @@ class Numerics:
     Attributes:
         dtype: dtype of the parameters.
         compute_dtype: dtype of activations and products; `dtype` if None.
-        remat: whether the backward pass computes each layer again instead of keeping its
-            intermediate values.
+        remat: whether the backward pass computes each layer again from its input. Otherwise its
+            products are kept, and only what lies between them is computed again.
 
     Raises:
         ValueError: on a dtype that is not floating, or float64 without JAX's 64-bit mode.
@@ -67,6 +69,18 @@ class Numerics:
 
 
 FLOAT32 = Numerics()
+
+KEPT = "kept"
+UNSEEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, as what padding sees then is too
+
+
+def kept(x: Array) -> Array:
+    """Return x, which the backward pass of a layer reads and does not compute again.
+
+    Of a layer only products are kept, and what they are summed to. Whatever lies between is
+    elementwise or a norm, and costs less to compute again than to write, and to read.
+    """
+    return checkpoint_name(x, KEPT)
 
 
 def prepare(
@@ -156,8 +170,56 @@ def attend(
     dtype = query.dtype
     if dtype == jnp.float16:  # its products with sums in float32 exist only on GPUs
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
-    return out.reshape(*out.shape[:-2], -1).astype(dtype)
+    (rows, length, _, width), (slots, groups) = query.shape, key.shape[1:3]
+    # The queries of a group are rows of one product with its keys.
+    query = query.reshape(rows, length, groups, -1, width).transpose(0, 2, 3, 1, 4)
+    grouped = query.shape
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    logits = jnp.einsum(
+        "bkqd,bksd->bkqs",
+        query.reshape(rows, groups, -1, width),
+        key,
+        precision="BF16_BF16_F32" if dtype == jnp.bfloat16 else None,  # of the derivative too
+        preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
+    )
+    logits = (width**-0.5 * logits).astype(jnp.float32).reshape(*grouped[:-1], slots)
+    if causal:
+        earlier = jnp.arange(slots) <= jnp.arange(length)[:, None]
+        mask = earlier if mask is None else earlier & mask
+    if mask is not None:
+        mask = mask if mask.ndim == 2 else mask[:, :, None]
+        logits = jnp.where(mask, logits, UNSEEN)
+    weights = softmax(logits).astype(value.dtype).reshape(rows, groups, -1, slots)
+    out = jnp.einsum("bkqs,bksd->bkqd", weights, value).reshape(grouped)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, -1).astype(dtype)
+
+
+@jax.custom_jvp
+def softmax(x: Float[Array, "*rows slots"]) -> Float[Array, "*rows slots"]:
+    """Return exp(x) over its sum along the last axis, with the derivative y(dx − Σy·dx).
+
+    Args:
+        x: finite numbers.
+    """
+    powers = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    return powers / jnp.sum(powers, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = softmax(*primals)
+    change = y * tangents[0]
+    return y, change - y * jnp.sum(change, axis=-1, keepdims=True)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return x·Φ(x), with Φ by erf of float32; `jax.nn.gelu` computes erfc, at twice the cost.
+
+    Args:
+        x: what a layer of an MLP returned.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
@@ -208,7 +270,10 @@ def _scan(
         x, output = step(split_batch(x), layer, layer_input, *shared)
         return split_batch(x), (output, nnx.as_pure(nnx.state(layer, nnx.RngState)))
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (random, rest, inputs))
+    # The two passes are loops of their own, between which the compiler shares nothing anyway.
+    saved = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
+    body = jax.checkpoint(body, policy=saved, prevent_cse=False)
+    return jax.lax.scan(body, x, (random, rest, inputs))
 
 
 def run(layers: Any, x: Array, *shared: Any, remat: bool) -> Array:

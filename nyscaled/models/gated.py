@@ -163,6 +163,7 @@ class Attention(nnx.Module):
         if self.head_norms:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
+        query, key, value = (blocks.kept(part) for part in (query, key, value))
         out, kept = attend_causally(query, key, value, context)
         return self.o_proj(out), kept
 
@@ -189,7 +190,8 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = blocks.kept(self.gate_proj(x)), blocks.kept(self.up_proj(x))
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Layer(nnx.Module):
@@ -214,7 +216,7 @@ class Layer(nnx.Module):
         rotation: Rotation,
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         attended, kept = self.self_attn(self.input_layernorm(x), context, rotation)
-        x = x + attended
+        x = blocks.kept(x + attended)
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
 

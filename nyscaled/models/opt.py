@@ -100,7 +100,9 @@ class Attention(nnx.Module):
         context: Context,
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         layers = self.q_proj, self.k_proj, self.v_proj
-        query, key, value = (blocks.split_heads(layer(x), self.head_dim) for layer in layers)
+        query, key, value = (
+            blocks.kept(blocks.split_heads(layer(x), self.head_dim)) for layer in layers
+        )
         out, kept = attend_causally(query, key, value, context)
         return self.out_proj(out), kept
 
@@ -123,14 +125,14 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "batch length width"], Kept | None]:
         before = self.self_attn_layer_norm(x) if self.norm_first else x
         attended, kept = self.self_attn(before, context)
-        x = x + attended
+        x = blocks.kept(x + attended)
         if self.norm_first:
             return x + self._mlp(self.final_layer_norm(x)), kept
         x = self.self_attn_layer_norm(x)
-        return self.final_layer_norm(x + self._mlp(x)), kept
+        return self.final_layer_norm(blocks.kept(x + self._mlp(x))), kept
 
     def _mlp(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        return self.fc2(jax.nn.relu(self.fc1(x)))
+        return self.fc2(jax.nn.relu(blocks.kept(self.fc1(x))))
 
 
 @register
