@@ -12,7 +12,8 @@ from jax.experimental import sparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 import nyscaled as nys
-from nyscaled.lowrank.host import HostMatrix, HostOperator, SparseMatrix, as_input
+from nyscaled.lowrank import HostOperator, RowBlocks
+from nyscaled.lowrank.host import HostMatrix, SparseMatrix, as_input
 from nyscaled.matrices import transpose_times
 
 M, N, K = 7, 5, 3
@@ -221,6 +222,8 @@ WRONG_ADJOINTS = {
     "zero": lambda y: np.zeros((N, y.shape[1]), np.float32),
     "twice": lambda y: 2 * matrix().T @ y,
     "minus": lambda y: -matrix().T @ y,
+    "one percent more": lambda y: np.float32(1.01) * (matrix().T @ y),
+    "an entry that differs": lambda y: matrix().T @ y + 0.01 * np.eye(N, M, dtype=np.float32) @ y,
     "rows in another order": lambda y: (matrix().T @ y)[::-1],
     "of another matrix": lambda y: np.abs(matrix()).T @ y,
 }
@@ -255,6 +258,49 @@ def test_products_of_any_size_are_compared(scale):
         wrong.adjoint_times(thin(M))
 
 
+@pytest.mark.parametrize("size", [300, 2000])
+@pytest.mark.parametrize("factor", [1.01, 1.1, -1])
+def test_an_adjoint_that_is_a_little_wrong_is_seen_in_a_large_matrix(size, factor):
+    """Of rank 5 and noise; without a scale of their own the products of unit vectors are small."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((size, 5)))[0] for _ in range(2))
+    dense = (u @ v.T + 1e-3 * rng.standard_normal((size, size)) / size**0.5).astype(np.float32)
+    a = HostOperator(
+        lambda x: dense @ x, lambda y: np.float32(factor) * (dense.T @ y), dense.shape, dense.dtype
+    )
+    with pytest.raises(ValueError, match="products disagree"):
+        nys.factorize(a, rank=5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64, np.float64])
+@pytest.mark.parametrize("name", ["normal", "ones", "falling", "nearly ones"])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (40, 3), (3, 400)])
+def test_sound_products_agree_whatever_the_matrix(dtype, name, m, n):
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((m, n))
+    dense = {
+        "normal": normal,
+        "ones": np.ones((m, n)),
+        "falling": normal * 10.0 ** -np.minimum(np.arange(n), 30),
+        "nearly ones": 1 + 1e-3 * normal,
+    }[name]
+    if np.issubdtype(dtype, np.complexfloating):
+        dense = dense * np.exp(1j * normal)
+    dense = dense.astype(dtype)
+    for k in (1, 2, 16):
+        a = HostOperator(lambda x: dense @ x, lambda y: dense.conj().T @ y, (m, n), dtype)
+        image = a.times(rng.standard_normal((n, k)).astype(dtype))
+        a.adjoint_times(np.linalg.qr(image)[0].astype(dtype))
+
+
+def test_products_in_double_precision_may_come_from_an_iterative_solver():
+    dense = matrix(np.float64)
+    noisy = (1 + 1e-10 * np.random.default_rng(0).standard_normal((N, M))) * dense.T
+    a = operator(dense=dense, adjoint_times=lambda y: noisy @ y, dtype=np.float64)
+    a.times(thin(N, np.float64))
+    a.adjoint_times(thin(M, np.float64))
+
+
 def test_sound_products_of_a_large_matrix_agree():
     """In float32, where sums of 10⁴ terms are rounded, and for the thin blocks of an iteration."""
     dense = np.random.default_rng(0).standard_normal((10_000, 500)).astype(np.float32)
@@ -283,6 +329,41 @@ def test_the_adjoint_that_an_operator_lacks():
     a.times(thin(N))
     with pytest.raises(ValueError, match="A's product Aᴴ y failed"):
         a.adjoint_times(thin(M))
+
+
+UNDER_JIT = {
+    "functions": lambda: operator(),
+    "scipy operator": lambda: aslinearoperator(matrix()),
+    "blocks": lambda: RowBlocks(matrix()),
+}
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"tol": 0.1}])
+@pytest.mark.parametrize("form", UNDER_JIT)
+def test_products_of_numpy_are_refused_under_jit(form, options):
+    a = UNDER_JIT[form]()
+    with pytest.raises(ValueError, match=r"A, a .*, is multiplied by NumPy and is traced by JAX"):
+        jax.jit(lambda scale: scale * nys.factorize(a, **options).left)(1.0)
+
+
+def test_a_constant_sparse_matrix_is_factorized_under_jit():
+    a = scipy.sparse.csr_array(matrix())
+    values = jax.jit(lambda scale: scale * nys.factorize(a, rank=2).singular_values)(2.0)
+    expected = np.linalg.svd(matrix(), compute_uv=False)[:2]
+    np.testing.assert_allclose(values, 2 * expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [operator, lambda: RowBlocks(matrix())])
+@pytest.mark.parametrize("x", [thin(M), thin(N, np.complex64)])
+def test_arguments_that_do_not_fit(make, x):
+    with pytest.raises(ValueError, match=r"the argument of .*A x has shape .*; expected \(5, k\)"):
+        make().times(x)
+
+
+def test_negative_indices_are_refused():
+    a = sparse.BCOO((jnp.ones(2), jnp.array([[-1, 0], [0, 1]])), shape=(M, N))
+    with pytest.raises(ValueError, match="A has negative indices"):
+        as_input("A", a)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs over a stream that are killed or break off, and continue from their folder."""
 
+import os
 import subprocess
 import sys
 
@@ -177,6 +178,191 @@ def test_a_broken_file_of_a_run(content, tmp_path):
         path.write_bytes(path.read_bytes()[:-30] if content == "cut" else content)
     with pytest.raises(ValueError, match=r"pass-000\.npz is not a sound file of a run"):
         begun(tmp_path)
+
+
+# Files in place of that of the first pass, of other kinds than it is.
+
+
+def npy(path):
+    path.with_suffix("").mkdir()
+    np.save(path.with_suffix("") / "a", matrix())
+    path.write_bytes((path.with_suffix("") / "a.npy").read_bytes())
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def other_arrays(path):
+    np.savez(path, a=matrix())
+
+
+def a_list(path):
+    changed(path, description="[1]")
+
+
+def a_number(path):
+    changed(path, description="1")
+
+
+def no_json(path):
+    changed(path, description="{")
+
+
+def deep_json(path):
+    changed(path, description="[" * 100_000)
+
+
+def row_of_another_shape(path):
+    changed(path, row=[1, 2])
+
+
+def row_beyond_the_matrix(path):
+    changed(path, row=M + 1)
+
+
+def row_below_zero(path):
+    changed(path, row=-1)
+
+
+def checksums_of_another_shape(path):
+    changed(path, checksums=[1, 2])
+
+
+def image_of_another_shape(path):
+    changed(path, image=matrix()[:5])
+
+
+def image_of_another_dtype(path):
+    changed(path, image=np.zeros((M, 3), int))
+
+
+def no_sums(path):
+    changed(path, sums=None)
+
+
+def encrypted(path):
+    data = bytearray(path.read_bytes())
+    for signature, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        data[data.index(signature) + place] |= 1
+    path.write_bytes(data)
+
+
+def compressed_by_another_method(path):
+    data = bytearray(path.read_bytes())
+    for signature, place in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        data[data.index(signature) + place] = 77
+    path.write_bytes(data)
+
+
+OTHER_KINDS = (
+    npy,
+    folder,
+    pipe,
+    other_arrays,
+    a_list,
+    a_number,
+    no_json,
+    deep_json,
+    row_of_another_shape,
+    row_beyond_the_matrix,
+    row_below_zero,
+    checksums_of_another_shape,
+    image_of_another_shape,
+    image_of_another_dtype,
+    no_sums,
+    encrypted,
+    compressed_by_another_method,
+)
+
+
+def changed(path, **arrays):
+    """Replace arrays of the file."""
+    with np.load(path) as file:
+        arrays = {**file, **arrays}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+@pytest.mark.parametrize("write", OTHER_KINDS)
+def test_a_file_of_a_run_of_another_kind(write, tmp_path):
+    begun(tmp_path)
+    path = tmp_path / "pass-000.npz"
+    write(path)
+    with pytest.raises(ValueError, match=r"pass-000\.npz is not a sound file of a run: .+; delete"):
+        begun(tmp_path)
+
+
+def test_bytes_that_flipped_are_seen_or_do_not_matter(tmp_path):
+    _, expected = begun(tmp_path)
+    path, rng, refused = tmp_path / "pass-000.npz", np.random.default_rng(0), 0
+    whole = path.read_bytes()
+    for _ in range(60):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= rng.integers(1, 256)
+        path.write_bytes(data)
+        try:
+            for got, right in zip(begun(tmp_path)[1], expected, strict=True):
+                np.testing.assert_array_equal(got, right)
+        except ValueError as error:
+            assert "is not a sound file of a run" in str(error) or "another run" in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 20
+
+
+def stored(form, path, dense):
+    if form == "memory map":
+        np.save(path, dense)
+        return np.load(f"{path}.npy", mmap_mode="r")
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        file["a"] = dense
+    return h5py.File(path)["a"]
+
+
+@pytest.mark.parametrize("form", ["memory map", "hdf5"])
+def test_a_file_that_changed_after_its_run_had_ended(form, tmp_path):
+    """In rows that no product reads again."""
+    dense, folder = matrix(), tmp_path / "run"
+    begun(folder, stored(form, tmp_path / "a", dense))
+    dense[40] += 100
+    with pytest.raises(ValueError, match=r"last change of its file is .* ns .* there and .* here"):
+        begun(folder, stored(form, tmp_path / "b", dense))
+
+
+def test_a_file_of_another_size(tmp_path):
+    begun(tmp_path / "run", stored("memory map", tmp_path / "a", matrix()))
+    longer = stored("memory map", tmp_path / "b", np.concatenate([matrix(), matrix()]))[:M]
+    with pytest.raises(
+        ValueError, match="size of its file is 1328 bytes there and 2528 bytes here"
+    ):
+        begun(tmp_path / "run", longer)
+
+
+@pytest.mark.parametrize("form", ["memory map", "hdf5"])
+def test_a_run_over_a_file_that_did_not_change_continues(form, tmp_path):
+    first = begun(tmp_path / "run", stored(form, tmp_path / "a", matrix()))[1]
+    path = tmp_path / ("a.npy" if form == "memory map" else "a")
+    status = os.stat(path)
+    os.rename(path, tmp_path / "moved")  # its name does not matter
+    if form == "memory map":
+        source = np.load(tmp_path / "moved", mmap_mode="r")
+    else:
+        source = pytest.importorskip("h5py").File(tmp_path / "moved")["a"]
+    assert os.stat(tmp_path / "moved").st_mtime_ns == status.st_mtime_ns
+    for got, expected in zip(begun(tmp_path / "run", source)[1], first, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_file_in_place_of_a_parent(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run cannot be made: .*; expected a folder"):
+        begun(tmp_path / "file" / "run")
 
 
 def test_a_file_in_place_of_the_folder(tmp_path):

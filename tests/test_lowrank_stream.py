@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.sparse
 from stream_cases import BLOCK, M, N, matrix, thin
 
 import nyscaled as nys
@@ -37,7 +38,7 @@ def memory_map(dense, folder):
 
 def rows_of_a_map(dense, folder):
     """Rows of a map that begins somewhere in a file: a view knows a wrong offset."""
-    padded = np.concatenate([dense[:3], dense, dense[:5]])
+    padded = np.concatenate([dense[:3], dense, dense[:5]]).astype(dense.dtype)
     (folder / "a.bin").write_bytes(b"x" * 12 + padded.tobytes())
     kind = {"dtype": dense.dtype, "shape": padded.shape, "offset": 12, "mode": "r"}
     return np.memmap(folder / "a.bin", **kind)[3 : 3 + M]
@@ -104,6 +105,37 @@ def test_entries_are_converted_as_they_are_read(dtype, tmp_path):
     stored = memory_map((8 * np.abs(matrix())).astype(dtype), tmp_path)
     a = RowBlocks(stored, dtype=np.float32, block_bytes=BLOCK)
     assert_products(a, np.array(stored, np.float32))
+
+
+@pytest.mark.parametrize("form", [memory_map, rows_of_a_map, by_columns, hdf5])
+@pytest.mark.parametrize("dtype", [">f4", ">c8"])
+def test_the_other_byte_order_is_read_too(form, dtype, tmp_path):
+    dense = matrix(np.dtype(dtype).type)
+    stored = form(dense.astype(dtype), tmp_path)
+    assert not stored.dtype.isnative
+    assert_products(RowBlocks(stored, block_bytes=BLOCK), dense)
+    assert as_input("A", stored).dtype == dense.dtype
+
+
+@pytest.mark.parametrize("dtype", [">f2", ">f8"])
+def test_the_other_byte_order_of_half_and_double(dtype, tmp_path):
+    stored = memory_map(matrix().astype(dtype), tmp_path)
+    a = RowBlocks(stored)
+    assert a.dtype == np.float32  # x64 is off
+    np.testing.assert_array_equal(np.concatenate(list(a.blocks())), stored.astype(np.float32))
+
+
+def test_sparse_matrices_become_dense_by_blocks():
+    dense = np.where(matrix() > 0, matrix(), 0)
+    for form in ("csr", "csc", "coo", "dok"):
+        stored = scipy.sparse.coo_array(dense).asformat(form)
+        assert_products(RowBlocks(stored, block_bytes=BLOCK), dense)
+    blocks = RowBlocks(
+        lambda: (scipy.sparse.csr_array(dense[i : i + 7]) for i in range(0, M, 7)),
+        shape=dense.shape,
+        dtype=dense.dtype,
+    )
+    assert_products(blocks, dense)
 
 
 def test_half_precision_is_multiplied_in_single(tmp_path):
@@ -271,6 +303,8 @@ def test_a_stream_of_other_blocks_in_the_second_pass():
             [matrix()[:, :4]],
             r"rows 0 … of .* have shape \(50, 4\) .*; expected numbers \(rows, 6\)",
         ),
+        ([matrix()[:20], 3.0], "rows 20 … of .* have shape .* and dtype float64; expected"),
+        ([matrix()[0]], "rows 0 … of .* have shape"),
         ([np.full((M, N), "a")], "have shape .* and dtype <U1; expected numbers"),
         ([np.full((M, N), np.nan, np.float32)], "rows 0 … 50 of .* have NaN or Inf entries"),
         ([matrix(), np.full((1, N), np.inf, np.float32)], "has more than 50 rows"),
@@ -281,6 +315,31 @@ def test_blocks_that_are_wrong(blocks, message):
     for product, x in ((a.times, thin(N)), (a.adjoint_times, thin(M)), (a.times_both, thin(N))):
         with pytest.raises(ValueError, match=message):
             product(x)
+
+
+FACTORIES = {
+    "returns None": (lambda: None, "gives no row blocks .*NoneType.*; expected an iterable"),
+    "has an argument": (lambda rows: iter([rows]), "gives no row blocks .*missing 1 required"),
+    "raises": (lambda: {}["x"], "gives no row blocks .KeyError"),
+    "raises later": (lambda: (matrix()[: 20 // (2 - i)] for i in range(3)), "block 2 of .* failed"),
+    "is a class": (object, "gives no row blocks"),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_functions_that_give_no_blocks(name):
+    factory, message = FACTORIES[name]
+    a = RowBlocks(factory, shape=(M, N), dtype=np.float32)
+    with pytest.raises(ValueError, match=message):
+        a.times(thin(N))
+
+
+def test_an_interrupt_is_not_an_error_of_the_function():
+    def blocks():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RowBlocks(blocks, shape=(M, N), dtype=np.float32).times(thin(N))
 
 
 def test_products_that_overflow():
@@ -297,8 +356,14 @@ def test_products_that_overflow():
         (lambda: RowBlocks(np.ones((3, 2), int)), r"RowBlocks\(…, dtype=np.float32\) converts"),
         (lambda: RowBlocks(matrix(), dtype=int), "the dtype of blocks has dtype int32"),
         (lambda: RowBlocks(matrix(np.complex64), dtype=np.float32), "expected a complex one"),
+        (
+            lambda: RowBlocks(matrix(), shape=(M, N + 1)),
+            r"shape is \(50, 7\) for .*; expected None",
+        ),
+        (lambda: RowBlocks(matrix, shape=(M, N), dtype="foo"), "dtype is 'foo'; expected a dtype"),
+        (lambda: RowBlocks(matrix(), dtype="foo"), "dtype is 'foo'; expected a dtype"),
         (lambda: RowBlocks(matrix(), block_bytes=0), "block_bytes is 0; expected"),
-        (lambda: RowBlocks(matrix()).times(thin(M)), r"shape \(50, 3\); expected \(6, 3\)"),
+        (lambda: RowBlocks(matrix()).times(thin(M)), r"shape \(50, 3\) .*; expected \(6, k\)"),
     ],
 )
 def test_what_is_no_stream(make, message):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 
 import nyscaled as nys
 from nyscaled.lowrank import RowBlocks, one_pass
@@ -177,12 +178,25 @@ def test_the_same_key_gives_the_same_factors():
         lambda a: RowBlocks(a, block_bytes=10_000),
         lambda a: [a[:10], a[10:10], a[10:]],
         lambda a: (jnp.asarray(block) for block in blocks(a)),
+        scipy.sparse.csr_array,
+        lambda a: a.astype(">f4"),
         lambda a: RowBlocks(lambda: blocks(a), shape=a.shape, dtype=a.dtype),
     ],
 )
 def test_forms_of_a_stream(make):
     a = matrix("fast exponential")
     assert error(one_pass(make(a), RANK), a) <= 3 * best("fast exponential", RANK)
+
+
+def test_a_traced_stream_is_refused():
+    a = matrix("1/i")
+    message = "the stream is multiplied by NumPy and is traced by JAX"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda a: one_pass(a, RANK))(a)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda scale: scale * one_pass(blocks(a), RANK).left)(1.0)
+    with pytest.raises(ValueError, match=message):
+        jax.vmap(lambda key: one_pass(a, RANK, key=key))(jax.random.split(jax.random.key(0)))
 
 
 def test_a_stream_is_read_once():
@@ -215,6 +229,7 @@ WRONG = {
     "nan": ([np.ones((3, 3), "f"), np.full((1, 3), np.nan, "f")], 1, "rows 3 … 4 have NaN or Inf"),
     "rank": ([np.ones((3, 5), "f")], 4, "rank is 4; expected 1 ≤ rank ≤ 3"),
     "rank 0": ([np.ones((3, 5), "f")], 0, "rank is 0; expected"),
+    "raises": ((1 // i for i in range(2)), 1, "block 0 of the stream failed .ZeroDivisionError"),
     "a number": (3.0, 1, "the stream is a float; expected row blocks"),
 }
 

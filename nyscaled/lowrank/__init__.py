@@ -2,7 +2,8 @@
 
 from nyscaled.lowrank.factorization import factorize
 from nyscaled.lowrank.generalized_nystrom import one_pass
-from nyscaled.lowrank.host import HostMatrix, HostOperator
+from nyscaled.lowrank.host import HostMatrix
+from nyscaled.lowrank.host_operator import HostOperator
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
 from nyscaled.lowrank.preconditioner import NystromPreconditioner, nystrom_preconditioner
 from nyscaled.lowrank.psd import nystrom

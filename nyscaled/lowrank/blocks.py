@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,10 +11,10 @@ from typing import NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from nyscaled.lowrank.host import HOST_DTYPES
-from nyscaled.matrices import require_floating
+from nyscaled.lowrank.host_arrays import HOST_DTYPES, as_dtype, as_shape
+from nyscaled.matrices import is_scipy, require_floating
 from nyscaled.typing import MatrixLike
 
 _ALIGNMENT = 64  # bytes, of which XLA asks
@@ -37,9 +38,13 @@ class SlicedRows(Protocol):
 
 
 class Rows(NamedTuple):
-    """A matrix by its row blocks; `read(start)` yields those from row `start`, a block's first."""
+    """A matrix by its row blocks; `read(start)` yields those from row `start`, a block's first.
+
+    Its `path` is that of the file that it lies in, or None.
+    """
 
     label: str
+    path: str | None
     shape: tuple[int, int]
     dtype: np.dtype
     read: Callable[[int], Iterator[np.ndarray]]
@@ -55,28 +60,32 @@ def as_rows(
 
     Args:
         source: a matrix that is sliced by rows, or a function that yields its blocks.
-        shape: (m, n), of a function.
+        shape: (m, n), of a function; of a matrix its own, or None.
         dtype: of the blocks that are returned; by default that of the source.
         block_bytes: of a block in memory.
 
     Raises:
         ValueError: on other sources, and on dtypes that are not floats or complex numbers.
     """
+    path = None
+    if is_scipy(source):
+        source = cast(MatrixLike, source).tocsr()
     if isinstance(source, SlicedRows):
-        shape, stored = tuple(source.shape), np.dtype(source.dtype)
-        label = _label(source)
+        label, file = _label(source), _file(source)
+        path = None if file is None else file.path
+        size, stored = as_shape(label, source.shape), np.dtype(source.dtype)
+        if shape is not None and as_shape("the source", shape) != size:
+            raise ValueError(f"shape is {shape!r} for {label} {size}; expected None")
     elif callable(source):
+        label = getattr(source, "__name__", "the stream")
         if shape is None or dtype is None:
             raise ValueError("shape or dtype is None; expected both for a function of blocks")
-        stored, label = np.dtype(dtype), getattr(source, "__name__", "the stream")
+        size, stored = as_shape(label, shape), as_dtype("dtype", dtype)
     else:
         raise ValueError(
             f"the source is a {type(source).__name__}; expected an array that is sliced by rows "
             "(np.memmap, h5py, zarr), or a function that yields row blocks"
         )
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"{label} has shape {tuple(shape)}; expected a matrix, (m, n)")
-    size = (int(shape[0]), int(shape[1]))
     target = block_dtype(label, stored, dtype)
     if not isinstance(source, SlicedRows):
         read = _made(cast(BlockFactory, source), label)
@@ -84,7 +93,7 @@ def as_rows(
         per_row = max(size[1] * max(stored.itemsize, target.itemsize), 1)
         height = _height(source, max(block_bytes // per_row, 1))
         read = _from_file(source, height) or _sliced(source, height, label)
-    return Rows(label, size, target, _checked(read, label, size, target))
+    return Rows(label, path, size, target, _checked(read, label, size, target))
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -94,6 +103,32 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := future.result()) is not None:
             future = pool.submit(next, items, None)
             yield item
+
+
+def each(source: Callable[[], Iterable[T]], label: str) -> Iterator[T]:
+    """Yield what an iterable of somebody else yields; ValueError where it raises.
+
+    Args:
+        source: returns the iterable.
+        label: what errors call it.
+    """
+    try:
+        items = iter(source())
+    except Exception as error:  # what somebody else's function raises
+        raise ValueError(
+            f"{label} gives no row blocks ({type(error).__name__}: {error}); expected an iterable "
+            "of them, from a function without arguments"
+        ) from error
+    for number in itertools.count():
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(
+                f"block {number} of {label} failed ({type(error).__name__}: {error})"
+            ) from error
+        yield item
 
 
 def _label(source: SlicedRows) -> str:
@@ -117,13 +152,15 @@ def block_dtype(label: str, stored: np.dtype, dtype: DTypeLike | None) -> np.dty
     """
     if dtype is None:
         half = stored.kind in "fV" and stored.itemsize == 2  # NumPy multiplies no half precision
-        dtype = np.float32 if half else stored
-        if dtype not in HOST_DTYPES:
+        target = np.dtype(np.float32) if half else stored.newbyteorder("=")
+        if target not in HOST_DTYPES:
             raise ValueError(
                 f"{label} has dtype {stored}; expected floats or complex numbers "
                 "(nys.lowrank.RowBlocks(…, dtype=np.float32) converts blocks as they are read)"
             )
-    target = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    else:
+        target = as_dtype("dtype", dtype)
+    target = np.dtype(jax.dtypes.canonicalize_dtype(target))
     require_floating("the dtype of blocks", np.empty(0, target), HOST_DTYPES)
     if stored.kind == "c" and target.kind != "c":
         raise ValueError(f"dtype is {target} for the {stored} of {label}; expected a complex one")
@@ -138,11 +175,11 @@ def _height(source: SlicedRows, rows: int) -> int:
     return min(rows, source.shape[0])
 
 
-def as_block(block: ArrayLike, name: str, width: int, dtype: np.dtype) -> np.ndarray:
+def as_block(block: MatrixLike, name: str, width: int, dtype: np.dtype) -> np.ndarray:
     """Return a row block as an array of this dtype, row after row in memory.
 
     Args:
-        block: the block.
+        block: the block: an array, or a sparse matrix of SciPy.
         name: what errors call it.
         width: how many columns it must have.
         dtype: of the result.
@@ -150,7 +187,7 @@ def as_block(block: ArrayLike, name: str, width: int, dtype: np.dtype) -> np.nda
     Raises:
         ValueError: if it is not a matrix of numbers with so many columns.
     """
-    rows = np.asarray(block)
+    rows = as_array(block, name)
     numbers = rows.dtype.kind in "fViub" or rows.dtype.kind == dtype.kind == "c"
     if rows.ndim != 2 or rows.shape[1] != width or not numbers:
         got = f"shape {rows.shape} and dtype {rows.dtype}"
@@ -161,6 +198,20 @@ def as_block(block: ArrayLike, name: str, width: int, dtype: np.dtype) -> np.nda
     with np.errstate(over="ignore"):  # Inf is found in the products
         result[...] = rows
     return result
+
+
+def as_array(rows: MatrixLike, name: str) -> np.ndarray:
+    """Return rows as an array of NumPy; ValueError on what NumPy does not read.
+
+    Args:
+        rows: an array, or a sparse matrix of SciPy.
+        name: what errors call them.
+    """
+    try:
+        return rows.toarray() if is_scipy(rows) else np.asarray(rows)
+    except Exception as error:  # of many classes; a traced array is one
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} are a {type(rows).__name__} ({reason})") from error
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -195,10 +246,10 @@ def _checked(
 def _made(factory: BlockFactory, label: str) -> Callable[[int], Iterator[np.ndarray]]:
     def blocks(start: int) -> Iterator[np.ndarray]:
         row = 0
-        for block in factory():
+        for block in each(factory, label):
             if row >= start:
                 yield block
-            row += len(block)
+            row += np.shape(block)[0]
         if row < start:
             raise ValueError(f"{label} ended after {row} rows; expected more than {start}")
 
@@ -214,12 +265,14 @@ def _sliced(source: SlicedRows, height: int, label: str) -> Callable[[int], Iter
                 _require_bytes(file.path, file.end)
             stop = min(row + height, m)
             try:
-                block = np.asarray(source[row:stop])
+                block = source[row:stop]
+                block = block if is_scipy(block) else np.asarray(block)
             except Exception as error:  # what h5py, zarr or somebody's class raises
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(f"rows {row} … {stop} of {label}: {reason}") from error
-            if len(block) != stop - row:
-                raise ValueError(f"rows {row} … {stop} of {label} are {len(block)} rows")
+            if block.shape[:1] != (stop - row,):
+                got = f"rows {row} … {stop} of {label} have shape {block.shape}"
+                raise ValueError(f"{got}; expected {stop - row} rows")
             yield block
 
     return blocks
@@ -238,8 +291,10 @@ class _File(NamedTuple):
 
 def _file(source: SlicedRows) -> _File | None:
     if not isinstance(source, np.memmap):
-        path = str(getattr(getattr(source, "file", None), "filename", None))  # of h5py
-        return _File(path, os.stat(path).st_size, None) if os.path.isfile(path) else None
+        path = getattr(getattr(source, "file", None), "filename", None)  # of h5py
+        if not isinstance(path, str) or not os.path.isfile(path):
+            return None
+        return _File(path, os.stat(path).st_size, None)
     root = source
     while isinstance(root.base, np.ndarray):
         root = root.base

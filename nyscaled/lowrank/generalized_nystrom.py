@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact, Key
 
-from nyscaled.lowrank.blocks import ahead, as_block, block_dtype
+from nyscaled.lowrank.blocks import ahead, as_array, as_block, block_dtype, each
 from nyscaled.lowrank.core_svd import core_svd
-from nyscaled.lowrank.host import HostArray, all_finite
+from nyscaled.lowrank.host_arrays import HostArray, all_finite, require_outside_of_jit
 from nyscaled.lowrank.orthogonal import adjoint, extend
 from nyscaled.lowrank.products import random_block, random_scale
 from nyscaled.lowrank.result import LowRank
@@ -73,6 +72,7 @@ def one_pass(
         ((12, 1), True)
     """
     key = jax.random.key(0) if key is None else key
+    require_outside_of_jit("the stream", a if hasattr(a, "shape") else None, key)
     rank = require_count("rank", rank, 1)
     extra = rank + 5 if oversampling is None else require_count("oversampling", oversampling)
     blocks = _blocks(a)
@@ -164,13 +164,13 @@ def _blocks(a: MatrixLike | Iterable[HostArray]) -> Iterator[HostArray]:
         return RowBlocks(np.asarray(a) if isinstance(a, jax.Array) else a).blocks()
     if not isinstance(a, Iterable):
         raise ValueError(f"the stream is a {type(a).__name__}; expected row blocks, or a matrix")
-    return ahead(_alike(iter(a)))
+    return ahead(_alike(each(lambda: a, "the stream")))
 
 
-def _alike(blocks: Iterator[ArrayLike]) -> Iterator[HostArray]:
+def _alike(blocks: Iterator[MatrixLike]) -> Iterator[HostArray]:
     width = dtype = None
     for i, block in enumerate(blocks):
-        rows = np.asarray(block)
+        rows = as_array(block, f"rows of block {i}")
         if width is None or dtype is None:
             if rows.ndim != 2 or not rows.shape[1]:
                 raise ValueError(f"block 0 has shape {rows.shape}; expected a matrix (rows, n)")

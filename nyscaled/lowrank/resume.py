@@ -14,9 +14,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import NoReturn
 
 import numpy as np
 
@@ -58,6 +58,19 @@ def describe(product: str, argument: np.ndarray) -> Description:
     }
 
 
+def describe_file(path: str) -> Description:
+    """Return what tells one state of a file from another, as texts.
+
+    Args:
+        path: its path, which may change.
+    """
+    status = os.stat(path)
+    return {
+        "size of its file": f"{status.st_size} bytes",
+        "last change of its file": f"{status.st_mtime_ns} ns after 1970",
+    }
+
+
 class Journal:
     """The folder of a run.
 
@@ -67,18 +80,27 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike[str], source: Description) -> None:
+        if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+            raise ValueError(f"resume is {folder!r}; expected the path of a folder")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; expected a folder for a run to resume from")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.folder} cannot be made: {error}; expected a folder") from error
         self._source = source
 
-    def load(self, number: int, product: Description) -> tuple[Pass, dict[int, int]] | None:
+    def load(
+        self, number: int, product: Description, empty: Pass, rows: int
+    ) -> tuple[Pass, dict[int, int]] | None:
         """Return a pass and the checksums of blocks, as far as the folder has them.
 
         Args:
             number: how many passes came before.
             product: from `describe`.
+            empty: the pass before its first block.
+            rows: how many rows the matrix has.
 
         Raises:
             ValueError: on a broken file, and on one of another run; it shows the difference.
@@ -88,18 +110,19 @@ class Journal:
                 continue
             expected = {**self._source, **product, "pass": str(number)}
             try:
-                with np.load(path, allow_pickle=False) as file:
-                    arrays = {name: file[name] for name in file.files}
-                found = cast(Description, json.loads(str(arrays["description"])))
-                row, checksums = int(arrays["row"]), dict(arrays["checksums"].tolist())
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                arrays, found = _read(path)
+                if path.name == _PARTIAL and found.get("pass") != str(number):
+                    return None  # of a pass that ended: another file has it
+                same = found == expected
+                state = _state(arrays, empty, rows) if same else empty
+                checksums = dict(arrays["checksums"].tolist())
+            except Exception as error:  # of many classes, on files of other kinds
                 raise ValueError(
                     f"{path} is not a sound file of a run: {error}; delete {self.folder}"
                 ) from error
-            if path.name == _PARTIAL and found.get("pass") != str(number):
-                return None  # of a pass that ended: another file has it
-            self._require_same(found, expected)
-            return Pass(row, arrays.get("image"), arrays.get("sums")), checksums
+            if not same:
+                self._refuse(found, expected)
+            return state, checksums
         return None
 
     def save(
@@ -135,14 +158,38 @@ class Journal:
     def _ended(self, number: int) -> Path:
         return self.folder / f"pass-{number:03d}.npz"
 
-    def _require_same(self, found: Description, expected: Description) -> None:
+    def _refuse(self, found: Description, expected: Description) -> NoReturn:
         differences = [
             f"{name} is {found.get(name)} there and {expected.get(name)} here"
             for name in {**expected, **found}
             if found.get(name) != expected.get(name)
         ]
-        if differences:
-            raise ValueError(
-                f"{self.folder} belongs to another run: {'; '.join(differences)}; expected the "
-                "same matrix, key, rank and settings (name another folder, or delete this one)"
-            )
+        raise ValueError(
+            f"{self.folder} belongs to another run: {'; '.join(differences)}; expected the "
+            "same matrix, key, rank and settings (name another folder, or delete this one)"
+        )
+
+
+def _read(path: Path) -> tuple[Mapping[str, np.ndarray], Description]:
+    """The arrays of a file, and the texts among them."""
+    if not path.is_file():
+        raise ValueError("it is not a file")
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    texts: object = json.loads(str(arrays["description"]))
+    if not isinstance(texts, dict):
+        raise ValueError(f"its description is a {type(texts).__name__}")
+    return arrays, {str(name): str(text) for name, text in texts.items()}
+
+
+def _state(arrays: Mapping[str, np.ndarray], empty: Pass, rows: int) -> Pass:
+    """The pass in a file, of which the arrays are those that it needs."""
+    state = Pass(int(arrays["row"]), arrays.get("image"), arrays.get("sums"))
+    if not 0 <= state.row <= rows:
+        raise ValueError(f"its row is {state.row}; expected at most {rows}")
+    for name in ("image", "sums"):
+        array, like = getattr(state, name), getattr(empty, name)
+        got, expected = (None if x is None else (x.shape, x.dtype) for x in (array, like))
+        if got != expected:
+            raise ValueError(f"its {name} is {got}; expected {expected}")
+    return state

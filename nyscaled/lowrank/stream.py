@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Int
 
 from nyscaled.lowrank.blocks import BlockFactory, ahead, as_rows
-from nyscaled.lowrank.host import HostArray, all_finite
-from nyscaled.lowrank.resume import Journal, Pass, describe
+from nyscaled.lowrank.host_arrays import HostArray, all_finite, as_argument
+from nyscaled.lowrank.resume import Journal, Pass, describe, describe_file
 from nyscaled.numerics import full_precision, normalized
 from nyscaled.typing import MatrixLike
 from nyscaled.validation import require_count, require_nonnegative
@@ -34,16 +34,19 @@ class RowBlocks:
     pass. Their products are compiled for each height, and summed in double precision.
 
     Args:
-        source: what gives rows as `source[i:j]`: `np.memmap`, an h5py dataset, a zarr array, or
-            any object with `shape` and `dtype`. Or a function without arguments that yields the
-            row blocks, the same ones at each call.
+        source: what gives rows as `source[i:j]`: `np.memmap`, an h5py dataset, a zarr array, a
+            sparse matrix of SciPy, or any object with `shape` and `dtype`. Or a function without
+            arguments that returns an iterable of the row blocks, the same ones at each call.
         shape: (m, n), of a function.
         dtype: of the blocks once they are read; by default that of the source, and float32 for
             half precision. float64 becomes float32 where JAX's x64 is off.
         block_bytes: the size of a block in memory; a function chooses its own.
         progress: whether to draw a bar for each pass, with tqdm.
         resume: a folder from which a run that was killed continues, and into which this one
-            writes. It must be deleted by hand.
+            writes. It must be deleted by hand. Passes that have ended are not made again, so the
+            folder knows its matrix by shape, dtype and first block, and that of `np.memmap` or
+            h5py by the size of the file and the time of its last change too. A change of other
+            entries of another source is not seen.
         save_seconds: how often the state of a pass is written there.
 
     Raises:
@@ -68,7 +71,7 @@ class RowBlocks:
         resume: str | os.PathLike[str] | None = None,
         save_seconds: float = 60.0,
     ) -> None:
-        require_count("block_bytes", block_bytes, low=1)
+        block_bytes = require_count("block_bytes", block_bytes, low=1)
         require_nonnegative("save_seconds", save_seconds)
         self._rows = as_rows(source, shape, dtype, block_bytes)
         self.shape = self._rows.shape
@@ -83,6 +86,8 @@ class RowBlocks:
             m, n = self.shape
             description = {"shape": f"({m}, {n})", "dtype": str(self.dtype)}
             description["checksum of the first block"] = f"{first:016x}"
+            if self._rows.path is not None:
+                description |= describe_file(self._rows.path)
             self._journal = Journal(resume, description)
 
     def times(self, x: Inexact[np.ndarray, "n k"], /) -> Inexact[np.ndarray, "m k"]:
@@ -114,11 +119,9 @@ class RowBlocks:
 
     def _pass(self, product: str, x: HostArray, *, image: bool, sums: bool) -> Pass:
         """Multiply every block by x, or by rows of x; sum the adjoint products of the results."""
-        (m, n), k = self.shape, x.shape[1]
-        if len(x) != (n if image else m):
-            expected = f"({n if image else m}, {k})"
-            raise ValueError(f"the argument of {product} has shape {x.shape}; expected {expected}")
-        x = np.ascontiguousarray(x, self.dtype)
+        m, n = self.shape
+        x = np.ascontiguousarray(as_argument(product, x, n if image else m, self.dtype))
+        k = x.shape[1]
         state = Pass(
             row=0,
             image=np.empty((m, k), self.dtype) if image else None,
@@ -126,7 +129,7 @@ class RowBlocks:
         )
         journal = self._journal
         description = {} if journal is None else describe(product, x)
-        if journal is not None and (known := journal.load(self.passes, description)):
+        if journal is not None and (known := journal.load(self.passes, description, state, m)):
             state, checksums = known
             self._checksums = {**checksums, **self._checksums}
         missing, saved = state.row < m, time.monotonic()

@@ -1,0 +1,101 @@
+"""Arguments of types that annotations exclude, where nothing checks annotations."""
+
+import subprocess
+import sys
+
+CASES = r"""
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax.experimental import sparse
+
+import nyscaled as nys
+from nyscaled.lowrank import HostOperator, RowBlocks, one_pass
+
+a = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
+x = np.ones((5, 2), np.float32)
+
+
+def operator():
+    return HostOperator(lambda x: a @ x, lambda y: a.T @ y, a.shape, a.dtype)
+
+
+def stream(factory, shape=a.shape, dtype=a.dtype):
+    return RowBlocks(factory, shape=shape, dtype=dtype).times(x)
+
+
+REFUSED = [
+    (lambda: operator().times(np.ones(5, "f")), "argument of .*A x has shape"),
+    (lambda: operator().times(np.full((5, 1), "a")), "argument of .*A x has shape .*<U1"),
+    (lambda: operator().adjoint_times(None), "argument of .*Aᴴ y has shape"),
+    (lambda: jax.jit(operator().times)(x), "argument of .*A x is multiplied by NumPy and is"),
+    (lambda: RowBlocks(a).times(np.ones(5, "f")), "argument of A x has shape"),
+    (lambda: jax.jit(RowBlocks(a).times)(x), "argument of A x is multiplied by NumPy and is"),
+    (lambda: jax.jit(lambda a: RowBlocks(a).times(x))(a), "is multiplied by NumPy and is traced"),
+    *(
+        (lambda shape=shape: HostOperator(np.copy, np.copy, shape, "f4"), "operator has shape")
+        for shape in ("ab", None, 3, (3,), (3, 2.5), (0, 3), ((1, 2), 3), (3, 2, 1))
+    ),
+    *(
+        (lambda dtype=dtype: HostOperator(np.copy, np.copy, (3, 2), dtype), "operator")
+        for dtype in ("foo", None, 3, [], np.ones(2), "f4,,")
+    ),
+    (lambda: HostOperator(a, a.T, a.shape, a.dtype), "times is a ndarray; expected a function"),
+    (lambda: stream(lambda: None), "gives no row blocks .TypeError"),
+    (lambda: stream(lambda rows: iter([a])), "gives no row blocks .TypeError"),
+    (lambda: stream(object), "gives no row blocks"),
+    (lambda: stream(lambda: iter([None])), "rows 0 … of .* have shape .* and dtype object"),
+    (lambda: stream(lambda: iter([[[1.0], [2.0, 3.0]]])), "rows 0 … of .* are a list"),
+    (lambda: stream(lambda: "text"), "rows 0 … of .* have shape"),
+    (lambda: stream(lambda: iter([a]), shape="ab"), "has shape 'ab'; expected a matrix"),
+    (lambda: stream(lambda: iter([a]), shape=(12, 5.0)), "has shape .12, 5.0.; expected a matrix"),
+    (lambda: stream(lambda: iter([a]), dtype=3), "dtype is 3; expected a dtype"),
+    (lambda: RowBlocks(a, dtype="foo"), "dtype is 'foo'; expected a dtype"),
+    (lambda: RowBlocks(sparse.BCOO.fromdense(jnp.asarray(a))).times(x), "rows 0 … .* a BCOO"),
+    *(
+        (lambda folder=folder: RowBlocks(a, resume=folder), "resume is .*; expected the path")
+        for folder in (True, 3, b"run", "", ["run"])
+    ),
+    (lambda: RowBlocks(a, block_bytes=2.5), "block_bytes is 2.5; expected an integer"),
+    (lambda: RowBlocks(a, save_seconds="1"), "save_seconds is '1'; expected a number"),
+    (lambda: one_pass([[[1.0], [2.0, 3.0]]], 1), "rows of block 0 are a list"),
+    (lambda: one_pass("text", 1), "block 0 has shape"),
+    (lambda: one_pass(a, "2"), "rank is '2'; expected an integer"),
+    (lambda: one_pass(a, 2.0), "rank is 2.0; expected an integer"),
+]
+ACCEPTED = [
+    lambda: one_pass(a, jnp.asarray(3)),
+    lambda: one_pass(a, np.int64(3)),
+    lambda: one_pass(scipy.sparse.csr_array(a), 3),
+    lambda: HostOperator(np.copy, np.copy, np.array([3, 2]), "float32"),
+    lambda: RowBlocks(a, block_bytes=jnp.asarray(100)),
+]
+"""
+
+CHECKS = r"""
+import re
+import sys
+
+faults = []
+for number, (call, message) in enumerate(REFUSED):
+    try:
+        call()
+        faults.append(f"case {number} ({message}) is accepted")
+    except ValueError as error:
+        if not re.search(message, str(error)):
+            faults.append(f"case {number} ({message}) says: {error}")
+    except BaseException as error:
+        faults.append(f"case {number} ({message}) raises {type(error).__name__}: {error}")
+for call in ACCEPTED:
+    call()
+sys.exit("\n".join(faults) or 0)
+"""
+
+
+def test_arguments_of_other_types_are_a_value_error():
+    code = [sys.executable, "-c", CASES + CHECKS]
+    result = subprocess.run(code, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
