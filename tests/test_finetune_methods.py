@@ -67,8 +67,8 @@ def test_methods_train_what_they_say_and_a_step_lowers_the_loss(name):
     model, wrt = prepared(name)
     before = nnx.to_pure_dict(nnx.state(model))
     paths = trained_paths(model, wrt)
-    adapters = {path for path in paths if ".adapters." in path}
-    assert bool(adapters) == (entry.trains == "adapters")
+    adapters = {path for path in paths if ".adapters." in path or ".prefix." in path}
+    assert bool(adapters) == (entry.trains in ("adapters", "prefix"))
     assert {"classifier.kernel", "classifier.bias"} <= paths
     assert (len(paths - adapters) > 2) == (entry.trains == "everything")
     optimizer = nnx.Optimizer(model, entry.optimizer(1e-2), wrt=wrt)
@@ -92,10 +92,10 @@ def test_methods_train_what_they_say_and_a_step_lowers_the_loss(name):
 @pytest.mark.long
 def test_the_output_does_not_change_before_the_first_step():
     expected = classifier()(TOKENS)
-    for name, entry in METHODS.items():
+    for name in METHODS:
         model, _ = prepared(name)
         same = jnp.allclose(model(TOKENS), expected, atol=1e-6)
-        assert same == (entry.init != "lora_one"), name
+        assert same == (name not in ("lora-one", "prefix")), name
 
 
 def test_hyperparameters_are_arrays_in_the_state_and_change_the_update():
@@ -144,6 +144,7 @@ def test_options_of_the_start_reach_it():
     assert method("nora").options["scale"] == 0.1
     assert method("lora-one").options == {"gamma": 16.0, "niter": 2}
     assert method("full").options == {}
+    assert method("prefix").options == {"virtual_tokens": 5}
     assert [m.needs for m in map(method, ("nora", "nora-grad", "eva", "full"))] == [
         "kernel", "gradient", "inputs", None,
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from flax.nnx.filterlib import Filter
 from jaxtyping import Array, Key
 
 from nyscaled import lora
+from nyscaled.models import PrefixParam, add_prefix
 from nyscaled.transforms import lora_p, lora_plus, lora_rite, nora_plus, reflora, reflora_s
 from nyscaled.typing import Scalar
 
@@ -92,7 +93,7 @@ class Method:
     init: str | None = "lora"
     transform: Callable[..., optax.GradientTransformation] = _plain
     rank_stabilized: bool = False
-    trains: Literal["adapters", "head", "everything"] = "adapters"
+    trains: Literal["adapters", "prefix", "head", "everything"] = "adapters"
     learning_rate: float = ADAPTERS
 
     @property
@@ -107,6 +108,8 @@ class Method:
     @property
     def options(self) -> Mapping[str, object]:
         """The options of the start, such as `scale`, with their defaults."""
+        if self.trains == "prefix":
+            return _defaults(add_prefix, keyword_only=False)
         if self.init is None:
             return {}
         inits = {**lora.KERNEL_INITS, **lora.GRADIENT_INITS, **lora.INPUT_INITS}
@@ -150,7 +153,7 @@ class Method:
 
         Raises:
             ValueError: on options that the start has not, on a linear probe of a model without a
-                head of its own, and as `lora.apply` and `lora.initialize` do.
+                head of its own, and as `lora.apply`, `lora.initialize` and `models.add_prefix` do.
 
         Examples:
             >>> model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
@@ -162,6 +165,10 @@ class Method:
         parts = {str(part) for path, _ in nnx.iter_modules(model) for part in path}
         if self.trains == "everything":
             return nnx.Param
+        new = _inside(name for name in head if name in parts)
+        if self.trains == "prefix":
+            add_prefix(model, key=key, **options)  # pyright: ignore[reportArgumentType]
+            return (PrefixParam, *new)
         if self.trains == "head":
             own = [name for name in (*head, "lm_head") if name in parts]
             if not own:
@@ -186,7 +193,7 @@ class Method:
         if from_batches:
             source = {"loss": loss, "batches": batches, **options}
             lora.initialize(model, self.init, key=key, **source)  # pyright: ignore[reportArgumentType]
-        return (nnx.LoRAParam, *_inside(name for name in head if name in parts))
+        return (nnx.LoRAParam, *new)
 
     def optimizer(
         self,
@@ -261,6 +268,7 @@ METHODS: dict[str, Method] = {
     "lora-rite": Method("Yen et al., ICLR 2025", transform=_lora_rite),
     "reflora": Method("Zhang, Li, Giannakis, NeurIPS 2025", transform=_reflora),
     "reflora-s": Method("Zhang, Li, Giannakis, NeurIPS 2025", transform=_reflora_s),
+    "prefix": Method("Li, Liang, ACL 2021", init=None, trains="prefix", learning_rate=1e-2),
     "full": Method("all weights", init=None, trains="everything", learning_rate=FULL),
     "linear-probe": Method("the head", init=None, trains="head", learning_rate=1e-3),
 }

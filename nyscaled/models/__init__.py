@@ -12,6 +12,8 @@ from nyscaled.models.llama import Llama, LlamaConfig
 from nyscaled.models.loading import load, save
 from nyscaled.models.mistral import Mistral, MistralConfig
 from nyscaled.models.opt import Opt, OptConfig
+from nyscaled.models.prefix import PrefixParam
+from nyscaled.models.prefix_tuning import add_prefix
 from nyscaled.models.qwen2 import Qwen2, Qwen2Config
 from nyscaled.models.qwen3 import Qwen3, Qwen3Config
 from nyscaled.models.rope import DynamicScaling, LinearScaling, RopeScaling, YarnScaling
@@ -35,6 +37,7 @@ __all__ = [
     "Numerics",
     "Opt",
     "OptConfig",
+    "PrefixParam",
     "Qwen2",
     "Qwen2Config",
     "Qwen3",
@@ -42,6 +45,7 @@ __all__ = [
     "RopeScaling",
     "Tokenizer",
     "YarnScaling",
+    "add_prefix",
     "generate",
     "load",
     "register",

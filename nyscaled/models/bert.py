@@ -17,6 +17,7 @@ from nyscaled.models import blocks
 from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.config import Config, TokenId
 from nyscaled.models.family import Family, LanguageModel, register
+from nyscaled.models.prefix import PrefixedAttention
 from nyscaled.numerics import full_precision
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -162,7 +163,7 @@ class Residual(nnx.Module):
         return self.LayerNorm(blocks.kept(residual + self.dense(x)))
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(PrefixedAttention):
     """Each token sees all others except padding."""
 
     def __init__(self, config: BertConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
@@ -181,6 +182,8 @@ class SelfAttention(nnx.Module):
             blocks.kept(blocks.split_heads(layer(x), self.head_dim)) for layer in layers
         )
         visible = None if mask is None else mask[:, None, None, :]
+        if self.prefix is not None:
+            key, value, visible = self.prefix.before(key, value, visible)
         return blocks.attend(query, key, value, visible, causal=False)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled._pytree import pytree_dataclass
 from nyscaled.models import blocks
+from nyscaled.models.prefix import Prefix
 
 _put = jax.lax.dynamic_update_slice_in_dim
 
@@ -107,6 +108,7 @@ def attend_causally(
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
     context: Context,
+    prefix: Prefix | None = None,
 ) -> tuple[Float[Array, "batch length width"], Kept | None]:
     """Attend to the past and the new tokens, and return what is to be kept of these.
 
@@ -115,24 +117,31 @@ def attend_causally(
         key: keys of the new tokens.
         value: values of the new tokens.
         context: what the tokens may see. Without a past nothing is kept.
+        prefix: keys and values that all tokens see besides.
     """
     mask, past, window = context
     tokens = None if mask is None else mask[:, None, None, :]
-    if past is None:
+    if past is None and prefix is None:
         if window is not None:
             near = _recent(jnp.arange(key.shape[1]), jnp.arange(query.shape[1]), window)
             tokens = near if tokens is None else near & tokens
         return blocks.attend(query, key, value, tokens, causal=True), None
-    # The layer's slots with the new ones in place; the cache itself is written once, after the
-    # last layer: as an output of the scan, all of it would be copied.
-    keys, values = _put(past.keys, key, past.length, 1), _put(past.values, value, past.length, 1)
-    slots, own = jnp.arange(keys.shape[1]), past.length + jnp.arange(query.shape[1])
+    keys, values, start = key, value, jnp.zeros((), jnp.int32)
+    if past is not None:
+        # The layer's slots with the new ones in place; the cache itself is written once, after the
+        # last layer: as an output of the scan, all of it would be copied.
+        start = past.length
+        keys, values = _put(past.keys, key, start, 1), _put(past.values, value, start, 1)
+    slots, own = jnp.arange(keys.shape[1]), start + jnp.arange(query.shape[1])
     visible = slots <= own[:, None]
     if window is not None:
         visible = visible & _recent(slots, own, window)
     if tokens is not None:
         visible = visible & tokens
-    return blocks.attend(query, keys, values, visible, causal=False), Kept(key, value)
+    if prefix is not None:
+        keys, values, visible = prefix.before(keys, values, visible)
+    out = blocks.attend(query, keys, values, visible, causal=False)
+    return out, None if past is None else Kept(key, value)
 
 
 def _recent(

@@ -18,6 +18,7 @@ from nyscaled.models.blocks import FLOAT32, Mask, Numerics, Tokens
 from nyscaled.models.cache import Cache, Context, Kept, attend_causally, run_causal
 from nyscaled.models.causal import CausalLM
 from nyscaled.models.config import Config, TokenId
+from nyscaled.models.prefix import PrefixedAttention
 from nyscaled.models.rope import Rotation
 from nyscaled.numerics import full_precision
 
@@ -134,7 +135,7 @@ def with_heads(settings: JsonObject) -> JsonObject:
     return settings | {k: v for k, v in sizes.items() if settings.get(k, v) is None}
 
 
-class Attention(nnx.Module):
+class Attention(PrefixedAttention):
     """Rotary attention with grouped queries."""
 
     def __init__(
@@ -164,7 +165,7 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
         query, key, value = (blocks.kept(part) for part in (query, key, value))
-        out, kept = attend_causally(query, key, value, context)
+        out, kept = attend_causally(query, key, value, context, self.prefix)
         return self.o_proj(out), kept
 
 

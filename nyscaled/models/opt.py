@@ -17,6 +17,7 @@ from nyscaled.models.cache import Cache, Context, Kept, attend_causally, run_cau
 from nyscaled.models.causal import CausalLM
 from nyscaled.models.config import Config, TokenId
 from nyscaled.models.family import Family, register
+from nyscaled.models.prefix import PrefixedAttention
 from nyscaled.numerics import full_precision
 
 EPS = 1e-5
@@ -82,7 +83,7 @@ class OptConfig(Config):
         return settings
 
 
-class Attention(nnx.Module):
+class Attention(PrefixedAttention):
     """Attention with as many key as query heads, and biases."""
 
     def __init__(self, config: OptConfig, numerics: Numerics, rngs: nnx.Rngs) -> None:
@@ -103,7 +104,7 @@ class Attention(nnx.Module):
         query, key, value = (
             blocks.kept(blocks.split_heads(layer(x), self.head_dim)) for layer in layers
         )
-        out, kept = attend_causally(query, key, value, context)
+        out, kept = attend_causally(query, key, value, context, self.prefix)
         return self.out_proj(out), kept
 
 
