@@ -13,7 +13,8 @@ from typing import Any, SupportsIndex, cast
 import jax
 import jax.core
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Key
 
 from nyscaled.lapack import eigh
 from nyscaled.linalg import default_rcond
@@ -52,19 +53,40 @@ def require_count(name: str, value: object, low: int = 0) -> int:
     return count
 
 
-def require_rank(rank: Any, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless 1 ≤ rank ≤ min(shape).
+def require_rank(rank: object, shape: tuple[int, ...], name: str = "rank") -> int:
+    """Return `rank` as an integer; ValueError unless 1 ≤ rank ≤ min(shape).
 
     Args:
-        rank: the number of columns of factors.
+        rank: the number of columns of factors, an integer of Python, NumPy or JAX.
         shape: the shape (m, n) of the matrix.
+        name: what errors call the rank.
     """
-    if isinstance(rank, bool) or not hasattr(rank, "__index__"):
-        raise ValueError(f"rank is {rank!r}; expected an integer")
-    if not 1 <= rank <= min(shape):
+    try:
+        count = None if isinstance(rank, bool) else operator.index(cast(SupportsIndex, rank))
+    except TypeError:  # of a tracer too
+        count = None
+    if count is None:
+        raise ValueError(f"{name} is {rank!r}; expected an integer")
+    if not 1 <= count <= min(shape):
         raise ValueError(
-            f"rank is {rank}; expected 1 ≤ rank ≤ {min(shape)} for a matrix {tuple(shape)}"
+            f"{name} is {count}; expected 1 ≤ {name} ≤ {min(shape)} for a matrix {tuple(shape)}"
         )
+    return count
+
+
+def require_key(name: str, key: object) -> Key[Array, ""]:
+    """Return `key`; ValueError unless it is a PRNG key, new or old in style.
+
+    Args:
+        name: what errors call the key.
+        key: as from `jax.random.key`, or from `jax.random.PRNGKey`.
+    """
+    if isinstance(key, jax.Array) and key.ndim == 0:
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return key
+    elif isinstance(key, jax.Array | np.ndarray) and key.ndim == 1 and key.dtype == jnp.uint32:
+        return jnp.asarray(key)
+    raise ValueError(f"{name} is {key!r:.80}; expected one key, as from jax.random.key(0)")
 
 
 def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: bool) -> None:

@@ -1,5 +1,7 @@
 """`nys.factorize` of matrices that JAX traces: by rank and by tolerance."""
 
+import subprocess
+import sys
 import threading
 
 import jax
@@ -83,6 +85,72 @@ def test_a_rank_that_the_matrix_does_not_have_is_said():
     assert not np.any(f.singular_values[4:])
     zero = nys.factorize(np.zeros((6, 5), np.float32), 2)
     assert (int(zero.numerical_rank), float(zero.error_estimate)) == (0, 0)
+
+
+def few_values(kind, m, n):
+    """Matrices whose columns are sums of numbers of one sign; their rank is at most 5."""
+    rng = np.random.default_rng(0)
+    if kind == "ones":
+        return np.ones((m, n), np.float32)
+    if kind == "blocks":
+        return np.kron(rng.random((4, 4)), np.ones((m // 4, n // 4))).astype(np.float32)
+    rows = np.eye(5)[rng.integers(0, 5, m)]
+    columns = rng.standard_normal((5, n)) if kind == "steps" else np.eye(5, n)
+    return (rows @ columns).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(1000, 8), (8, 1000), (4000, 60)], ids=str)
+@pytest.mark.parametrize("kind", ["ones", "blocks", "one-hot", "steps"])
+@pytest.mark.parametrize("options", [{"rank": 6}, {"rank": 6, "passes": 2}, {"tol": 1e-4}], ids=str)
+@pytest.mark.long_beyond(12)
+def test_sums_of_numbers_of_one_sign(kind, shape, options):
+    """Their Gram matrices have errors that grow with the number of rows."""
+    a = few_values(kind, *shape)
+    rank, size = np.linalg.matrix_rank(a), np.linalg.norm(a)
+    f = nys.factorize(a, **options)
+    assert error(a, f) < 1e-4 * size
+    assert int(f.numerical_rank) == rank
+    assert np.isfinite(float(f.error_estimate))
+    under_jit = jax.jit(lambda a: nys.factorize(a, 5).singular_values)(a)
+    np.testing.assert_allclose(under_jit, nys.factorize(a, 5).singular_values, atol=1e-4 * size)
+
+
+def test_what_is_cut_for_being_small_is_in_the_estimate():
+    """Many values just below the cut of the numerical rank are not small together."""
+    s = np.where(np.arange(400) < 1, 1.0, 1.5e-6)
+    a = matrix(500, 400, s)
+    for options in ({"rank": 395}, {"tol": 1e-6}, {"rank": 10}):
+        f = nys.factorize(a, **options)
+        assert float(f.error_estimate) > 0.5 * error(a, f)
+    f = nys.factorize(a, tol=1e-6)
+    assert (int(f.status) == Status.CONVERGED) <= (float(f.relative_error) <= 1e-6)
+
+
+def test_two_passes_over_a_complete_space_leave_nothing_out():
+    a = matrix(M, 12, np.linspace(1, 0.5, 12))
+    f = nys.factorize(a, 12, passes=2)
+    assert error(a, f) < 1e-5
+    assert float(f.relative_error) < 1e-5
+
+
+def test_the_estimate_of_an_exact_rank_is_not_that_of_probes_in_the_basis():
+    """What is beyond rank 10 has the size of rounding, but is more than that of its basis."""
+    s = np.where(np.arange(N) < RANK, 1.0, 1e-7)
+    f = nys.factorize(matrix(M, N, s), RANK)
+    assert (int(f.status), int(f.passes)) == (Status.EXACT, 2)
+    assert float(f.error_estimate) > 0.5 * best(s, RANK)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-35])
+def test_numbers_that_lose_digits_are_refused(a, size):
+    with pytest.raises(ValueError, match="where float32 loses digits"):
+        nys.factorize((a.astype(np.float64) * size).astype(np.float32), 3)
+
+
+def test_a_rank_may_be_an_integer_of_numpy_or_jax(a):
+    expected = nys.factorize(a, 3).singular_values
+    for rank in (np.int64(3), jnp.asarray(3)):
+        np.testing.assert_array_equal(nys.factorize(a, rank).singular_values, expected)
 
 
 @pytest.mark.parametrize("tol", [0.5, 0.2, 1e-2, 1e-7])
@@ -196,6 +264,16 @@ def test_under_vmap_and_jit(a):
         single = nys.factorize(b, RANK)
         np.testing.assert_allclose(f.singular_values[i], single.singular_values, atol=1e-5)
         np.testing.assert_allclose(f.error_estimate[i], single.error_estimate, atol=1e-5)
+        np.testing.assert_allclose(f.left[i], single.left, atol=2e-3)
+    swapped = f.adjoint
+    right = np.asarray(swapped.left)
+    peaks = np.take_along_axis(right, np.abs(right).argmax(axis=1, keepdims=True), 1)
+    assert np.all(peaks > 0)
+    np.testing.assert_allclose(
+        (swapped.left * swapped.singular_values[:, None]) @ swapped.right.swapaxes(1, 2),
+        ((f.left * f.singular_values[:, None]) @ f.right.swapaxes(1, 2)).swapaxes(1, 2),
+        atol=1e-5,
+    )
 
 
 def test_nothing_is_compiled_again_for_another_matrix_or_key(a):
@@ -226,9 +304,14 @@ BAD = {
     "large tol": ({"tol": 2.0}, "tol is 2"),
     "one pass": ({"rank": 3, "passes": 1}, "passes is 1; expected an integer ≥ 2"),
     "max_rank with rank": ({"rank": 3, "max_rank": 4}, "max_rank is 4 and rank is 3"),
-    "max_rank": ({"tol": 0.1, "max_rank": 0}, "rank is 0"),
+    "max_rank": ({"tol": 0.1, "max_rank": 0}, "max_rank is 0"),
     "jackknife": ({"tol": 0.1, "jackknife": True}, "jackknife is True"),
     "oversampling": ({"rank": 3, "oversampling": -1}, "oversampling is -1"),
+    "oversampling with tol": ({"tol": 0.1, "oversampling": 4}, "oversampling is 4 and tol is"),
+    "jackknife of one column": (
+        {"rank": 1, "oversampling": 0, "jackknife": True},
+        "jackknife is True for 1 column",
+    ),
 }
 
 
@@ -237,6 +320,27 @@ def test_bad_arguments(a, name):
     options, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         nys.factorize(a, **options)
+
+
+@pytest.mark.long
+def test_arguments_of_another_type():
+    """In a process whose calls are not checked by type, as those of users are not."""
+    code = """
+import jax, numpy as np, nyscaled as nys
+two_keys = jax.random.split(jax.random.key(0))
+for options in (
+    {"tol": np.array([0.1, 0.2])}, {"tol": abs}, {"tol": "0.1"}, {"rank": 2, "key": 0},
+    {"rank": 2, "key": "a"}, {"rank": 2, "key": two_keys}, {"rank": np.array([1, 2])},
+    {"rank": 2.5}, {"rank": "2"}, {"tol": 0.1, "max_rank": 2.5},
+):
+    try:
+        nys.factorize(np.ones((4, 3), np.float32), **options)
+    except ValueError as error:
+        assert "; expected" in str(error), error
+    else:
+        raise AssertionError(options)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("options", [{"rank": 3}, {"tol": 0.1}])

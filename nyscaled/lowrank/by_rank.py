@@ -70,7 +70,8 @@ def of_rank(
         width, dimensions, from_left = n, n, False
     elif dimensions - width < QUIET < dimensions:
         dimensions = QUIET
-    probes = PROBES if passes > 2 else 0
+    # Leaving one column out of a complete space says nothing of the space.
+    probes = PROBES if passes > 2 or width == n else 0
     plan = _Plan(rank, width, dimensions, from_left, probes, transposed, jackknife)
     if isinstance(a, HostMatrix):
         first, exact = _begin(a, key, plan)
@@ -104,6 +105,7 @@ def _begin(
 def _end(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan, exact: bool) -> LowRank:
     """The factorization; if `exact`, by one more product, and the probes help to span the range."""
     dimensions, scale = plan.dimensions, random_scale(min(a.shape))
+    block = first.basis
     if exact:
         dimensions = 0
         more = extend(first.basis, first.probes)
@@ -114,7 +116,8 @@ def _end(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan, exact: bool) -> 
     left, core, right = project(_products(a, plan), first, dimensions)
     triples = core_svd(core)
     if plan.probes:
-        error = estimate.probed_error(left, first.probes, scale)
+        # An exact basis has the probes in it, which measure what the first block leaves out.
+        error = estimate.probed_error(block if exact else left, first.probes, scale)
     else:
         error = estimate.leave_one_out_error(first.basis, first.images, scale)
     deviations = None

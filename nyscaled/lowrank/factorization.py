@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import SupportsIndex, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, ArrayLike, Key
 
 from nyscaled.lowrank import by_rank, streamed
 from nyscaled.lowrank.adaptive import adaptive
@@ -15,19 +16,25 @@ from nyscaled.lowrank.host import HostMatrix, as_input
 from nyscaled.lowrank.result import LowRank, Status
 from nyscaled.lowrank.streamed import StreamedMatrix
 from nyscaled.typing import LinearMap, MatrixLike, Number
-from nyscaled.validation import is_concrete, require_count, require_rank, require_scalar
+from nyscaled.validation import (
+    is_concrete,
+    require_count,
+    require_key,
+    require_rank,
+    require_scalar,
+)
 
 
 @with_auto_axes
 def factorize(
     a: MatrixLike,
-    rank: int | None = None,
+    rank: SupportsIndex | None = None,
     *,
     tol: Number | None = None,
     key: Key[Array, ""] | None = None,
     passes: int = 6,
     oversampling: int | None = None,
-    max_rank: int | None = None,
+    max_rank: SupportsIndex | None = None,
     jackknife: bool = False,
 ) -> LowRank:
     """Return a factorization A ≈ L diag(s) Rᴴ of a given rank, or of a given error.
@@ -41,9 +48,9 @@ def factorize(
     With `tol`, blocks are added until the estimated error is at most tol·‖A‖_F; then the smallest
     rank that meets it is kept.
 
-    The error is estimated from products of A with random columns that are made anyhow. For more
-    than two passes it is below half the error with a probability of at most 2 %; see
-    `lowrank.estimate`.
+    The error is estimated from products of A with random columns that are made anyhow. It is below
+    half the error with a probability of at most 2 %, for two passes if `oversampling` is at least
+    3; see `lowrank.estimate`.
 
     Args:
         a: A (m, n): a dense array of NumPy or JAX (also bfloat16, float16 and complex), a sparse
@@ -80,15 +87,20 @@ def factorize(
     a = as_input("A", a)
     if (rank is None) == (tol is None):
         raise ValueError(f"rank is {rank} and tol is {tol}; expected exactly one of them")
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else require_key("key", key)
     if rank is not None:
         if max_rank is not None:
             raise ValueError(f"max_rank is {max_rank} and rank is {rank}; expected max_rank=None")
-        require_rank(rank, a.shape)
+        rank = require_rank(rank, a.shape)
         passes = require_count("passes", passes, 2)
         if oversampling is None:
             oversampling = 4 + -(rank + 4) % 8
         width = min(rank + require_count("oversampling", oversampling), *a.shape)
+        if jackknife and width < 2:
+            raise ValueError(
+                f"jackknife is True for {width} column (rank {rank}, A {a.shape}); expected at "
+                "least 2: it leaves out one at a time"
+            )
         if isinstance(a, StreamedMatrix):
             result = streamed.of_rank(a, key, rank, width, passes, jackknife)
         else:
@@ -96,14 +108,28 @@ def factorize(
     else:
         if jackknife:
             raise ValueError("jackknife is True and tol is given; expected a rank")
+        if oversampling is not None:
+            raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
         tolerance, limit = _known_tolerance(a, tol), _limit(max_rank, a.shape)
         if isinstance(a, StreamedMatrix):
             result = streamed.of_tolerance(a, key, tolerance, limit)
         else:
             result = adaptive(a, key, tolerance, limit)
-    if is_concrete(result.status) and jnp.any(result.status == Status.NON_FINITE):
-        raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
+    if is_concrete(result.status):
+        _require_sound(a, result)
     return result
+
+
+def _require_sound(a: LinearMap | HostMatrix, result: LowRank) -> None:
+    if Status(int(result.status)) is Status.NON_FINITE:
+        raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
+    size, dtype = float(result.norm_estimate), result.norm_estimate.dtype
+    limit = float(jnp.finfo(dtype).tiny) / float(jnp.finfo(dtype).eps)
+    if 0 < size < limit or (size == 0 and isinstance(a, jax.Array) and np.any(np.asarray(a))):
+        raise ValueError(
+            f"A has a norm of about {size:.1e}, where {dtype} loses digits; expected at least "
+            f"{limit:.1e} (multiply A by a power of two)"
+        )
 
 
 def _known_tolerance(a: LinearMap | HostMatrix, tol: Number | None) -> float:
@@ -112,12 +138,13 @@ def _known_tolerance(a: LinearMap | HostMatrix, tol: Number | None) -> float:
             "A or tol is traced; expected a rank under jit, vmap and grad, where the shapes of "
             "results must be known"
         )
+    if callable(tol) or np.ndim(cast(ArrayLike, tol)) != 0:
+        raise ValueError(f"tol is {tol!r}; expected a number in (0, 1]")
     require_scalar("tol", tol, 0, 1, open_low=True)
     return float(cast(float, tol))
 
 
-def _limit(max_rank: int | None, shape: tuple[int, ...]) -> int:
+def _limit(max_rank: SupportsIndex | None, shape: tuple[int, ...]) -> int:
     if max_rank is None:
         return min(shape)
-    require_rank(max_rank, shape)
-    return max_rank
+    return require_rank(max_rank, shape, "max_rank")

@@ -39,11 +39,13 @@ def extend(
     """Return an orthonormal block that, with the basis, spans the basis and the given block.
 
     Passes of Cholesky QR, of which each first takes away the part along the basis. They are shifted
-    by the rounding error of the Gram matrix, and divide the condition number by √(2b·eps)⁻¹ each,
-    until it is small: one pass for most blocks, three where it is 1/eps. A last pass is not
-    shifted. Directions that are rounding are kept: with them, what the block spans is right to
-    rounding. Columns that depend on others even so become exactly zero. There are no derivatives in
-    reverse mode; `linalg.orthonormalize` has them, for real blocks of full rank without a basis.
+    by the usual rounding error of the Gram matrix, and divide the condition number by √(2b·eps)⁻¹
+    each, until it is small: one pass for most blocks, three where it is 1/eps. Long sums of numbers
+    of one sign have larger errors; where the Cholesky factorization fails, the shift grows. A last
+    pass is not shifted. Directions that are rounding are kept: with them, what the block spans is
+    right to rounding. Columns that depend on others even so become exactly zero. There are no
+    derivatives in reverse mode; `linalg.orthonormalize` has them, for real blocks of full rank
+    without a basis.
 
     Args:
         basis: orthonormal columns, or zero columns, (m, k). None stands for k = 0.
@@ -60,10 +62,8 @@ def extend(
     """
     width = block.shape[1]
     eps = float(jnp.finfo(block.dtype).eps)
-    # With unit columns the Gram matrix carries a rounding error of about width·eps.
+    # With unit columns the Gram matrix usually carries a rounding error of about width·eps.
     ridge = 2 * width * eps
-    # After a shifted pass, the norm of a column of which a unit column had only 16·eps left.
-    lost = 16 * eps / ridge**0.5
 
     def outside(block: Array) -> tuple[Array, Array]:
         """What is left of the block, and its Gram matrix."""
@@ -75,18 +75,22 @@ def extend(
         scaled = gram * _reciprocal_norms(gram, 0)[1]
         return jnp.max(jnp.abs(scaled - jnp.diag(jnp.diagonal(scaled)))) > 0.1 / width
 
-    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
         return dependent(state[1]) & (state[2] < _MOST_PASSES)
 
-    def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        block, gram, i = state
-        # Columns of the first two passes may be rounding; later on they are unit vectors.
-        least = jnp.where(i < 2, 0, lost)
-        return *outside(block @ _inverse_root(gram, least, ridge)), i + 1
+    def again(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        block, gram, i, least = state
+        root, shift = _inverse_root(gram, least, ridge)
+        # The columns of the first two passes may be rounding; later on they are unit vectors, and
+        # one of which only 16·eps is left has this norm after the pass.
+        least = jnp.where(i < 1, 0, 16 * eps / jnp.sqrt(shift))
+        return *outside(block @ root), i + 1, least
 
     block, gram = outside(normalized(block, axis=0)[0])
-    block, gram, _ = lax.while_loop(unfinished, again, again((block, gram, jnp.asarray(0))))
-    return block @ _inverse_root(gram, 0, jnp.where(dependent(gram), ridge, 0))
+    nothing = jnp.zeros((), gram.real.dtype)
+    start = again((block, gram, jnp.asarray(0), nothing))
+    block, gram, _, _ = lax.while_loop(unfinished, again, start)
+    return block @ _inverse_root(gram, 0, jnp.where(dependent(gram), ridge, 0))[0]
 
 
 def _reciprocal_norms(
@@ -101,10 +105,27 @@ def _reciprocal_norms(
 
 def _inverse_root(
     gram: Inexact[Array, "b b"], least: Float[Array, ""] | float, ridge: Float[Array, ""] | float
-) -> Inexact[Array, "b b"]:
-    """T with Tᴴ(G + ridge·diag(G))T = I, and zero columns where the norm is at most `least`."""
+) -> tuple[Inexact[Array, "b b"], Float[Array, ""]]:
+    """T with Tᴴ(G + shift·diag(G))T = I, zero columns where the norm is at most `least`; the shift.
+
+    The shift is `ridge`, or a larger one if G is indefinite by its rounding error.
+    """
     inverse, both = _reciprocal_norms(gram, least)
     scaled = gram * both
-    diagonal = jnp.where(inverse == 0, 1, 1 + ridge).astype(gram.dtype)
     off_diagonal = scaled - jnp.diag(jnp.diagonal(scaled))
-    return inverse[:, None] * inverse_cholesky(off_diagonal + jnp.diag(diagonal))
+
+    def root(shift: Float[Array, ""]) -> Array:
+        diagonal = jnp.where(inverse == 0, 1, 1 + shift).astype(gram.dtype)
+        return inverse_cholesky(off_diagonal + jnp.diag(diagonal))
+
+    def failed(state: tuple[Array, Array]) -> Array:
+        found, shift = state
+        return ~jnp.all(jnp.isfinite(found)) & jnp.all(jnp.isfinite(scaled)) & (shift < 1)
+
+    def larger(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        shift = jnp.maximum(16 * state[1], float(jnp.finfo(gram.dtype).eps))
+        return root(shift), shift
+
+    shift = jnp.asarray(ridge, gram.real.dtype)
+    found, shift = lax.while_loop(failed, larger, (root(shift), shift))
+    return inverse[:, None] * found, shift

@@ -6,15 +6,15 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Inexact, Int
 
 from nyscaled._outcome import Outcome
 from nyscaled._pytree import pytree_dataclass
-from nyscaled.typing import Scalar
 
 
 class Status(Outcome):
-    """How a factorization ended; an int32 array under jit and vmap.
+    """How a factorization ended; in a `LowRank`, an array of integers.
 
     Examples:
         >>> Status.EXACT.message
@@ -49,7 +49,8 @@ class LowRank:
             rank are zero.
         singular_values: s (r,), falling, and 0 beyond the numerical rank.
         right: R (n, r). Columns beyond the numerical rank are zero.
-        error_estimate: an estimate of ‖A − L diag(s) Rᴴ‖_F, in units of A.
+        error_estimate: an estimate of ‖A − L diag(s) Rᴴ‖_F, in units of A. The rounding of products
+            is not part of it; it is usually below (16 + √max(m, n)/4)·eps·‖A‖_F.
         norm_estimate: an estimate of ‖A‖_F, in units of A.
         numerical_rank: how many singular values are not rounding.
         passes: how many thin products with A or Aᴴ were made.
@@ -76,10 +77,12 @@ class LowRank:
     deviations: Deviations | None = None
 
     @property
-    def relative_error(self) -> Scalar:
+    def relative_error(self) -> Float[Array, "*batch"] | Float[np.ndarray, "*batch"]:
         """The estimated error over the estimated norm; 0 for the zero matrix."""
         norm = self.norm_estimate
-        return jnp.where(norm == 0, 0, self.error_estimate / jnp.where(norm == 0, 1, norm))
+        # NumPy's arrays stay NumPy's, and so keep their precision where JAX's x64 is off.
+        where = np.where if isinstance(norm, np.ndarray | np.generic) else jnp.where
+        return where(norm == 0, 0, self.error_estimate / where(norm == 0, 1, norm))
 
     @property
     def adjoint(self) -> LowRank:
@@ -92,15 +95,16 @@ class LowRank:
 
 
 def with_fixed_signs(
-    left: Inexact[Array, "m r"], right: Inexact[Array, "n r"]
-) -> tuple[Inexact[Array, "m r"], Inexact[Array, "n r"]]:
+    left: Inexact[Array, "*batch m r"], right: Inexact[Array, "*batch n r"]
+) -> tuple[Inexact[Array, "*batch m r"], Inexact[Array, "*batch n r"]]:
     """Return L and R with columns times a sign, or a phase, that leaves L diag(s) Rᴴ as it is.
 
     Args:
         left: L; its largest entry in each column becomes positive.
         right: R.
     """
-    largest = jnp.take_along_axis(left, jnp.argmax(jnp.abs(left), axis=0)[None], 0)
+    rows = jnp.argmax(jnp.abs(left), axis=-2, keepdims=True)
+    largest = jnp.take_along_axis(left, rows, -2)
     size = jnp.abs(largest)
     sign = jnp.where(size == 0, 1, largest.conj() / jnp.where(size == 0, 1, size))
     return left * sign, right * sign

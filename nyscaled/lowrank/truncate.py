@@ -10,7 +10,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Inexact
 
-from nyscaled.linalg import default_rcond
 from nyscaled.lowrank.orthogonal import adjoint
 from nyscaled.lowrank.result import Deviations, LowRank, Status, with_fixed_signs
 from nyscaled.numerics import full_precision, norm
@@ -44,15 +43,14 @@ def truncate(
         deviations: the jackknife estimates, if they were asked for.
     """
     u, s, vh = triples
-    whole = norm(jnp.append(s, error))
-    left_out = norm(jnp.append(s[rank:], error))
     cut = rounding(max(left.shape[0], right.shape[0]), s.dtype)
-    if tol is None:
-        status = jnp.asarray(Status.RANK_REACHED)
-    else:
-        status = jnp.where(left_out <= tol * whole, Status.CONVERGED, Status.MAX_RANK)
-    status = jnp.where(left_out <= cut * whole, Status.EXACT, status)
     live = ~(s[:rank] <= cut * s[0])  # NaN shows
+    whole = norm(jnp.append(s, error))
+    left_out = norm(jnp.concatenate([jnp.where(live, 0, s[:rank]), s[rank:], jnp.ravel(error)]))
+    otherwise = Status.RANK_REACHED if tol is None else Status.MAX_RANK
+    status = jnp.where(left_out <= cut * whole, Status.EXACT, otherwise)
+    if tol is not None:
+        status = jnp.where(left_out <= tol * whole, Status.CONVERGED, status)
     left, right = with_fixed_signs(
         jnp.where(live, left @ u[:, :rank], 0), jnp.where(live, right @ adjoint(vh[:rank]), 0)
     )
@@ -71,13 +69,16 @@ def truncate(
 
 
 def rounding(m: int, dtype: DTypeLike) -> float:
-    """Return the relative error below which factors are the matrix, but for rounding.
+    """Return the relative error of products, below which factors are the matrix to rounding.
+
+    Products of 3,000 × 3,000 Gaussian matrices of low rank have up to 7·eps in float32 and 12·eps
+    in float64 (OpenBLAS and XLA on a CPU); it grows like √m where sums are made in sequence.
 
     Args:
         m: the larger side of the matrix.
         dtype: of the factors.
     """
-    return 4 * default_rcond(m, dtype)
+    return (16 + m**0.5 / 4) * float(jnp.finfo(dtype).eps)
 
 
 def is_enough(error: float, whole: float, tol: float, m: int, dtype: DTypeLike) -> bool:
