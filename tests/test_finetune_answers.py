@@ -52,10 +52,3 @@ def test_words_are_compared_as_in_squad():
     assert answers.token_f1("the", ["a"]) == 1.0  # nothing is left of both
     assert answers.token_f1("", ["car"]) == 0.0
     assert answers.token_f1("car", []) == 0.0
-
-
-def test_standard_errors_of_the_sets_of_table_2():
-    """CB 5.5 points at 78 %, RTE 2.8 at 70 %."""
-    assert 100 * answers.standard_error(0.78, 56) == pytest.approx(5.5, abs=0.1)
-    assert 100 * answers.standard_error(0.70, 277) == pytest.approx(2.8, abs=0.1)
-    assert answers.standard_error(1.0, 10) == 0

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from finetune_cases import DATA, without_data
 
 from nyscaled.finetune.examples import Example, few_shot, overlap
+from nyscaled.finetune.records import read_split
+from nyscaled.finetune.tasks import by_name
 
 
 def test_examples_are_drawn_as_by_the_global_generator_with_this_seed():
@@ -45,3 +48,19 @@ def test_examples_of_the_train_set_are_found_in_the_test_set():
         Example("other\n", "bad"),
     ]
     assert overlap(train, test) == [test[0], test[3]]
+
+
+@without_data
+@pytest.mark.parametrize(
+    ("name", "folder", "sources"),
+    [
+        ("sst2", "glue/sst2", ["test.tsv:153", "test.tsv:1451"]),
+        ("commonsense", "commonsense/ARC-Easy", ["test.json:1454", "test.json:2960"]),
+    ],
+)
+def test_published_test_sets_repeat_examples_of_the_train_sets(name, folder, sources):
+    task = by_name(name)
+    train, test = (
+        task.examples(read_split(DATA / folder, split, task.layouts)) for split in ("train", "test")
+    )
+    assert [example.source for example in overlap(train, test)] == sources

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections import Counter
@@ -133,17 +132,3 @@ def _f1(words: list[str], gold: list[str]) -> float:
         return float(words == gold)
     common = sum((Counter(words) & Counter(gold)).values())
     return 2 * common / (len(words) + len(gold))
-
-
-def standard_error(accuracy: float, count: int) -> float:
-    """Return the standard error of an accuracy, as the share of successes in independent trials.
-
-    Args:
-        accuracy: share of right answers.
-        count: number of answers.
-
-    Examples:
-        >>> round(standard_error(0.5, 100), 3)
-        0.05
-    """
-    return math.sqrt(accuracy * (1 - accuracy) / count) if count else math.nan

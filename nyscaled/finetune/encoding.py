@@ -118,7 +118,7 @@ def encode(
         tokenizer: the model's tokenizer.
         ends: whether the token that ends a text follows the answer. Candidates that are scored
             against each other have none.
-        answers: whether the right answer is encoded, all candidates, or the prompt alone.
+        answers: what is encoded after the prompt: the right answer, all candidates, or nothing.
         max_length: most tokens of prompt and answer.
         allow_cut: share of examples that may be longer.
         bos: id of the token that begins a text; None for the tokenizer's. The OPT of MeZO begins
@@ -240,11 +240,11 @@ def _encode_answers(tokenizer: Tokenizer, texts: list[str]) -> dict[str, tuple[i
         return {}
     (before,) = _encode_texts(tokenizer, [_BREAK])
     after = _encode_texts(tokenizer, [_BREAK + text for text in texts])
-    alone = _encode_texts(tokenizer, texts)
+    separate = _encode_texts(tokenizer, texts)
     size = len(before)
     return {
         text: whole[size:] if whole[:size] == before else apart
-        for text, whole, apart in zip(texts, after, alone, strict=True)
+        for text, whole, apart in zip(texts, after, separate, strict=True)
     }
 
 

@@ -167,9 +167,9 @@ def read_split(
 def read_rows(path: str | os.PathLike[str], layouts: Sequence[Sequence[str]] = ()) -> list[Row]:
     """Return the rows of a data file.
 
-    Formats are told by the name: `.json` holds a list of objects, or an object per line; `.jsonl`
-    an object per line; `.tsv` columns between tabs, without quoting, as GLUE has them. The first
-    line of a TSV file is a header if it names the columns of one of the layouts.
+    The name of a file gives its format: `.json` holds a list of objects, or an object per line;
+    `.jsonl` an object per line; `.tsv` columns between tabs, without quoting, as GLUE has them. The
+    first line of a TSV file is a header if it names the columns of one of the layouts.
 
     Args:
         path: path of the file.

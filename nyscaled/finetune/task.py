@@ -77,7 +77,7 @@ class Task:
     Attributes:
         name: what users call the task.
         source: who published the data and this use of them.
-        templates: templates by their names, the default first; none for encoders alone.
+        templates: templates by their names, the default first; none for a task of encoders only.
         build: makes an example for a causal language model of the task, a template, a row and the
             tokenizer.
         fields: for each field of the templates, its names in releases of the data.
