@@ -1,6 +1,7 @@
 """Fine-tuning: data and templates, scorers, the training loop and evaluation."""
 
 from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
+from nyscaled.finetune.evaluation import Evaluation, Prediction, Score, evaluate
 from nyscaled.finetune.examples import Encoded, Example, few_shot, overlap
 from nyscaled.finetune.methods import METHODS, Method, method
 from nyscaled.finetune.records import Row, find_splits, read_rows, read_split
@@ -11,14 +12,18 @@ __all__ = [
     "METHODS",
     "TASKS",
     "Encoded",
+    "Evaluation",
     "Example",
     "Lengths",
     "Method",
+    "Prediction",
     "Row",
+    "Score",
     "Task",
     "Template",
     "encode",
     "encode_sentences",
+    "evaluate",
     "few_shot",
     "find_splits",
     "method",
