@@ -115,7 +115,7 @@ def test_dropout_is_a_function_of_the_step_and_off_in_validation():
         runs.append(losses)
     assert runs[0] == runs[1]
     assert len(set(runs[0])) == 3
-    losses = [training.mean_loss(parts.params, parts, [batch], step) for _ in range(2)]
+    losses = [training.validate(parts.params, parts, [batch], step) for _ in range(2)]
     assert losses[0] == losses[1]
 
 

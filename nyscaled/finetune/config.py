@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
+from nyscaled._pytree import build
 from nyscaled.validation import require_count, require_positive, require_scalar
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -161,3 +163,18 @@ def as_options(config: Config) -> dict[str, bool | int | float | str | None]:
     values = dataclasses.asdict(config)
     del values["config"]
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def from_options(options: Mapping[str, object]) -> Config:
+    """Return the configuration that `as_options` gave these options of.
+
+    Args:
+        options: settings by name.
+
+    Examples:
+        >>> config = Config(model="m", data=Path("d"), task="rte", out=Path("o"))
+        >>> from_options(as_options(config)) == config
+        True
+    """
+    paths = {name: Path(str(options[name])) for name in ("data", "out")}
+    return dataclasses.replace(build(Config, config=None, **{**options, **paths}))

@@ -48,7 +48,7 @@ def tokens_loss(model: CausalLM, batch: Batch) -> tuple[Float[Array, ""], Float[
         model: a causal model.
         batch: a batch with targets.
     """
-    return jnp.sum(token_losses(model, batch)), jnp.sum(jnp.asarray(batch.weights))
+    return _token_sum(token_losses(model, batch), batch)
 
 
 def choice_scores(model: CausalLM, batch: Batch) -> Float[Array, "examples choices"]:
@@ -102,6 +102,12 @@ def class_loss(model: BertClassifier, batch: Batch) -> tuple[Float[Array, ""], F
     return _cross_entropy(class_scores(model, batch), batch)
 
 
+def _token_sum(
+    losses: Float[Array, "rows answers"], batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    return jnp.sum(losses), jnp.sum(jnp.asarray(batch.weights))
+
+
 def _cross_entropy(
     scores: Float[Array, "examples choices"], batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -119,7 +125,15 @@ OBJECTIVES: dict[str, Objective] = {
 """The losses by name."""
 
 SCORES: dict[str, Callable[..., Array]] = {
+    "tokens": token_losses,
     "choice": choice_scores,
     "class": class_scores,
 }
-"""What the largest of is the answer, by the name of the loss."""
+"""What each loss is computed from; of candidates and classes, the largest is the answer."""
+
+SUMS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "tokens": _token_sum,
+    "choice": _cross_entropy,
+    "class": _cross_entropy,
+}
+"""(scores, batch) -> the sum of the losses, and how many there are."""

@@ -72,15 +72,19 @@ class Progress:
         rate = self._tokens / max(seconds, 1e-9)
         self._bar.set_postfix_str(f"loss {lines[-1]['loss']:.4f}, {rate:.0f} tokens/s")
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, accuracy: float | None) -> None:
         """Write the line of a validation.
 
         Args:
             step: number of steps before it.
             loss: its loss.
+            accuracy: its accuracy, if there are candidates.
         """
-        self._write([{"step": step, "validation_loss": loss}])
-        self.say(f"step {step}: validation loss {loss:.4f}")
+        line, text = {"step": step, "validation_loss": loss}, f"validation loss {loss:.4f}"
+        if accuracy is not None:
+            line, text = line | {"accuracy": accuracy}, f"{text}, accuracy {accuracy:.3f}"
+        self._write([line])
+        self.say(f"step {step}: {text}")
 
     def say(self, text: str) -> None:
         """Write a line above the bar, to stderr."""

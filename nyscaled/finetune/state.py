@@ -6,13 +6,14 @@ import contextlib
 import logging
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
-import optax
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
+from jax.typing import ArrayLike
 
+T = TypeVar("T")
 Facts = Mapping[str, float | str | None]
 """Numbers and texts of the host, as JSON has them."""
 
@@ -48,7 +49,7 @@ class Checkpoints:
         with _quiet(), ocp.CheckpointManager(self.folder, options=options) as manager:
             yield manager
 
-    def save(self, step: int, tree: optax.Params, facts: Facts) -> None:
+    def save(self, step: int, tree: object, facts: Facts) -> None:
         """Write a checkpoint, and remove the oldest beyond the number to keep.
 
         Args:
@@ -70,7 +71,7 @@ class Checkpoints:
             except (ValueError, RuntimeError) as error:  # of tensorstore, on a full disk
                 raise OSError(f"{self.folder} cannot take a checkpoint: {error}") from error
 
-    def restore(self, tree: optax.Params) -> tuple[int, optax.Params, Facts] | None:
+    def restore(self, tree: T) -> tuple[int, T, Facts] | None:
         """Return the step of the newest checkpoint, its arrays and its facts; None without one.
 
         Args:
@@ -98,7 +99,7 @@ class Checkpoints:
         return step, jax.tree.unflatten(jax.tree.structure(tree), values), restored.facts
 
 
-def _named(tree: optax.Params) -> dict[str, optax.Params]:
+def _named(tree: object) -> dict[str, ArrayLike]:
     return {keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
 
 

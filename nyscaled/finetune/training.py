@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nyscaled import lora
 from nyscaled.finetune.batches import Batch
 from nyscaled.finetune.methods import Method
-from nyscaled.finetune.objectives import OBJECTIVES
+from nyscaled.finetune.objectives import OBJECTIVES, SCORES, SUMS
 from nyscaled.numerics import at_least_float32, full_precision, tree_norm
 
 Tree: TypeAlias = Any
@@ -170,14 +170,14 @@ def program_of(
     return Program(parts.training, parts.dtypes, objective, updates, weight_decay, clip)
 
 
-def update(model: nnx.Module, params: Tree) -> None:
-    """Write trained variables into a model, in its own dtypes.
+def update(model: nnx.Module, variables: Tree) -> None:
+    """Write variables into a model, in its own dtypes.
 
     Args:
         model: the model.
-        params: the variables.
+        variables: the variables.
     """
-    values = {path: v[...] for path, v in nnx.to_flat_state(params)}
+    values = {path: v[...] for path, v in nnx.to_flat_state(variables)}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path in values:
             variable[...] = values[path].astype(variable.dtype)
@@ -258,8 +258,8 @@ def train_step(
 @full_precision
 def evaluate_step(
     params: Tree, counts: Tree, frozen: Tree, batch: Batch, *, program: Program
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return the sum of the losses of a batch, and what they count.
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "rows scores"]]:
+    """Return the sum of the losses of a batch, what they count, and the scores behind them.
 
     Args:
         params: the trained variables.
@@ -268,13 +268,25 @@ def evaluate_step(
         batch: a batch without an axis of micro-batches.
         program: what is computed, with the structure without dropout.
     """
-    return OBJECTIVES[program.objective](program.merge(params, counts, frozen), batch)
+    scores = SCORES[program.objective](program.merge(params, counts, frozen), batch)
+    total, count = SUMS[program.objective](scores, batch)
+    return total, count, scores
 
 
-def mean_loss(
-    params: Tree, parts: Parts, batches: Iterable[Batch], program: Program
-) -> tuple[float, float]:
-    """Return the mean loss over batches, and what it counts.
+class Validation(NamedTuple):
+    """What a pass over examples measured.
+
+    Attributes:
+        loss: mean over what the loss counts.
+        accuracy: share of examples whose answer has the highest score; None without candidates.
+    """
+
+    loss: float
+    accuracy: float | None
+
+
+def validate(params: Tree, parts: Parts, batches: Iterable[Batch], program: Program) -> Validation:
+    """Return the mean loss and the accuracy over batches.
 
     Args:
         params: the trained variables.
@@ -283,12 +295,18 @@ def mean_loss(
         program: the program of training.
     """
     evaluating = dataclasses.replace(program, graphdef=parts.evaluating)
-    sums = [
-        evaluate_step(params, parts.counts, parts.frozen, batch, program=evaluating)
-        for batch in batches
-    ]
-    totals, counts = (math.fsum(map(float, x)) for x in zip(*jax.device_get(sums), strict=True))
-    return totals / max(counts, 1.0), counts
+    totals, counts, right, examples = [], [], 0, 0
+    for batch in batches:
+        total, count, scores = jax.device_get(
+            evaluate_step(params, parts.counts, parts.frozen, batch, program=evaluating)
+        )
+        totals.append(float(total))
+        counts.append(float(count))
+        if program.objective != "tokens":
+            right += int(np.sum((np.argmax(scores, axis=1) == batch.labels) & batch.valid))
+            examples += int(np.sum(batch.valid))
+    loss = math.fsum(totals) / max(math.fsum(counts), 1.0)
+    return Validation(loss, right / examples if examples else None)
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:

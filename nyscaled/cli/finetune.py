@@ -1,0 +1,63 @@
+"""Fine-tune a language model with adapters, and write one that was tested.
+
+DATA is a file or a folder with train, dev and test files (.json, .jsonl, .tsv). OUT gets the
+adapter in PEFT's format, metrics, settings and checkpoints.
+
+examples:
+  nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte
+  nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte --resume
+  nyscaled finetune --config run.yaml --learning-rate 1e-4 --out runs/2   # flags override the file
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+
+from nyscaled.finetune.config import Config as Config
+from nyscaled.finetune.launch import Result
+from nyscaled.finetune.launch import run as fine_tune
+from nyscaled.finetune.loop import Stopped
+
+INTERRUPTED = 130
+
+
+def run(config: Config) -> int:
+    """Fine-tune; return 0, or 130 after an interruption that saved the state.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        ValueError: on settings, data and models that do not go together.
+        OSError: if a file cannot be read or written.
+    """
+    keep_programs()
+    try:
+        print(_line(fine_tune(config)))
+    except Stopped as stopped:
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        again = shlex.join(["nyscaled", *words, "--resume"])
+        print(f"{stopped}; go on with: {again}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def keep_programs() -> None:
+    """Keep compiled programs on disk between runs, unless JAX was told where."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "nyscaled" / "programs"))
+
+
+def _line(result: Result) -> str:
+    accuracy = "" if result.accuracy is None else f", accuracy {result.accuracy:.3f}"
+    return (
+        f"{result.out / 'adapter'}: {result.steps} steps in {result.seconds:.1f} s; best at step "
+        f"{result.best_step}: validation loss {result.validation_loss:.4f}{accuracy}; the saved "
+        f"adapter was read again, and its scores differ by {result.difference:.1g}"
+    )

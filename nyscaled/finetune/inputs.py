@@ -1,0 +1,186 @@
+"""What a run reads: examples of a task from files, and the model that learns them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nyscaled import models
+from nyscaled.finetune.config import Config
+from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
+from nyscaled.finetune.examples import Encoded, Example
+from nyscaled.finetune.records import HUB, Row, find_splits, read_split
+from nyscaled.finetune.task import Task
+from nyscaled.finetune.tasks import by_name
+from nyscaled.models import Bert, BertClassifier, Tokenizer
+from nyscaled.models.family import LanguageModel
+
+HELD_OUT = 10
+"""One of so many training examples is for validation where the data have no dev split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The examples of a run.
+
+    Attributes:
+        task: the task, with its classes.
+        train: examples to train on.
+        validation: examples for validation.
+        test: examples for the scores at the end; those for validation where there are no others.
+    """
+
+    task: Task
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Examples:
+    """Return the examples of a run.
+
+    Args:
+        config: the settings of the run.
+        encoder: whether the model is an encoder.
+        tokenizer: has the chat template, for conversations.
+
+    Raises:
+        ValueError: on an unknown task, and data that are not of the task.
+    """
+    task = by_name(config.task)
+    task.objective(encoder=encoder)
+    rows = {"train": read_split(config.data, "train", task.layouts)}
+    others = () if str(config.data).startswith(HUB) else find_splits(config.data)
+    rows |= {n: read_split(config.data, n, task.layouts) for n in ("dev", "test") if n in others}
+    task = task.with_classes(rows["train"]) if encoder else task
+    shuffled = _some(rows["train"], len(rows["train"]), config.seed)
+    if "dev" not in rows:
+        count = min(config.validation_examples or len(shuffled), len(shuffled) // HELD_OUT)
+        rows["dev"], shuffled = shuffled[:count], shuffled[count:]
+    if not shuffled or not rows["dev"]:
+        raise ValueError(
+            f"{config.data} has {len(rows['train'])} examples; expected some to train on and some "
+            f"for validation (a dev split, or more than {HELD_OUT} examples)"
+        )
+
+    def examples(part: Sequence[Row]) -> list[Example]:
+        return task.examples(part, encoder=encoder, tokenizer=tokenizer)
+
+    validation = _some(rows["dev"], config.validation_examples, config.seed)
+    return Examples(
+        task,
+        examples(shuffled[: config.train_examples]),
+        examples(validation),
+        examples(rows.get("test", rows["dev"])),
+    )
+
+
+def _some(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
+    """The first of these rows in an order that the seed chooses."""
+    order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
+    return [rows[i] for i in order[:count]]
+
+
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    task: Task,
+    config: Config,
+    longest: int | None,
+    *,
+    encoder: bool,
+) -> tuple[list[Encoded], Lengths]:
+    """Return examples as ids for training, and their lengths.
+
+    Args:
+        examples: the examples.
+        tokenizer: the model's tokenizer.
+        task: the task.
+        config: the settings of the run.
+        longest: most tokens that the model reads, None for no limit.
+        encoder: whether the model is an encoder.
+
+    Raises:
+        ValueError: if more examples are too long than the settings allow.
+    """
+    limit = config.max_length if longest is None else min(config.max_length, longest)
+    if encoder:
+        return encode_sentences(examples, tokenizer, max_length=limit, allow_cut=config.allow_cut)
+    return encode(
+        examples,
+        tokenizer,
+        ends=task.ends,
+        answers="candidates" if task.objective(encoder=False) == "choice" else "right",
+        max_length=limit,
+        allow_cut=config.allow_cut,
+    )
+
+
+def read_model(config: Config) -> tuple[LanguageModel, Tokenizer]:
+    """Return the base of a run and its tokenizer.
+
+    Args:
+        config: the settings of the run.
+
+    Raises:
+        ValueError: on a model without a tokenizer, and as `nys.models.load`.
+    """
+    model, tokenizer = models.load(config.model, dtype=config.dtype, remat=config.remat)
+    return model, require_tokenizer(config.model, tokenizer)
+
+
+def require_tokenizer(model: str, tokenizer: Tokenizer | None) -> Tokenizer:
+    """Return the tokenizer of a model; ValueError if it has none.
+
+    Args:
+        model: where the model is.
+        tokenizer: its tokenizer, or None.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            f"{model} has no tokenizer; expected a tokenizer.json beside the weights, or one in "
+            "the GGUF file"
+        )
+    return tokenizer
+
+
+def is_encoder(model: nnx.Module) -> bool:
+    """Return whether a model is an encoder, which gets a head of its own."""
+    return isinstance(model, Bert | BertClassifier)
+
+
+def longest(model: LanguageModel) -> int | None:
+    """Return the most tokens that a model reads, None for no limit."""
+    known = model.config.max_position_embeddings if is_encoder(model) else None
+    return known if is_encoder(model) else getattr(model, "max_length", None)
+
+
+def with_head(model: LanguageModel, task: Task, seed: int) -> tuple[LanguageModel, tuple[str, ...]]:
+    """Return a model with the head of a task, and the names of its new modules.
+
+    Args:
+        model: a model of a file.
+        task: the task, with its classes.
+        seed: seed of the new head.
+    """
+    if isinstance(model, BertClassifier):
+        if model.config.labels == task.classes:
+            return model, ("classifier",)
+        model = model.bert
+    if not isinstance(model, Bert):
+        return model, ()
+    new = ("classifier",) if hasattr(model, "pooler") else ("classifier", "pooler")
+    return BertClassifier(model, task.classes, rngs=nnx.Rngs(jax.random.key(seed))), new
+
+
+def default_targets(model: LanguageModel) -> str:
+    """Return the regular expression of all layers in the stack of a model.
+
+    Args:
+        model: the model.
+    """
+    return rf"(?:.*\.)?{model.family.stack_module}\..*"

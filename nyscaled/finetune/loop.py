@@ -1,0 +1,228 @@
+"""The loop of training: steps, metrics, validation, checkpoints, and how a run stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nyscaled.finetune import progress, training
+from nyscaled.finetune.batches import Batches
+from nyscaled.finetune.config import Config
+from nyscaled.finetune.order import NONE, Order
+from nyscaled.finetune.progress import Interruption, Progress
+from nyscaled.finetune.state import Checkpoints
+from nyscaled.finetune.training import Parts, Program, State, Tree
+from nyscaled.lora.adapter import AdapterState
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+MOST = 500
+"""Most steps between checkpoints, unless asked for more."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop, and has saved its state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run trains on, and for how long.
+
+    Attributes:
+        parts: the model, split for training.
+        program: what a step computes.
+        hyperparameters: numbers of the method, such as `damping`.
+        train: batches to train on.
+        order: their order.
+        validation: batches for validation.
+        sources: file and line of each example.
+        steps: number of steps.
+        rate: learning rate of each step.
+        config: settings of the run.
+    """
+
+    parts: Parts
+    program: Program
+    hyperparameters: dict[str, float]
+    train: Batches
+    order: Order
+    validation: Batches
+    sources: tuple[str, ...]
+    steps: int
+    rate: Callable[[int], np.float32]
+    config: Config
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between validations."""
+        return self.config.eval_every or min(self.order.steps_per_epoch, self.steps)
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between checkpoints."""
+        return self.config.checkpoint_every or min(self.eval_every, MOST)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in a step."""
+        return self.config.batch_size // (self.config.micro_batch_size or self.config.batch_size)
+
+    def batch(self, step: int) -> training.Batch:
+        """Return the batch of a step, with an axis of micro-batches."""
+        return training.micro_batches(self.train.batch(self.order.rows(step)), self.micro_batches)
+
+    def initial(self) -> State:
+        """Return the state before the first step."""
+        params = jax.tree.map(jax.numpy.copy, self.parts.params)
+        return training.initial(self.program, params, **self.hyperparameters)
+
+    def validate(self, params: Tree) -> training.Validation:
+        """Return the loss of the examples for validation, and the accuracy."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        batches = (batch for _, batch in self.validation.sorted(size))
+        return training.validate(params, self.parts, batches, self.program)
+
+
+@dataclasses.dataclass
+class Best:
+    """The validation with the lowest loss so far.
+
+    Attributes:
+        step: number of steps before it.
+        loss: its loss.
+        waited: validations since then.
+    """
+
+    step: int = 0
+    loss: float = math.inf
+    waited: int = 0
+
+    def is_lower(self, step: int, loss: float) -> bool:
+        """Return whether a loss is the lowest so far, and remember it."""
+        lower = loss < self.loss
+        self.step, self.loss = (step, loss) if lower else (self.step, self.loss)
+        self.waited = 0 if lower else self.waited + 1
+        return lower
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training gave.
+
+    Attributes:
+        variables: trained variables at the lowest validation loss, and what adapters keep.
+        steps: number of steps that were made.
+        best: the validation with the lowest loss.
+    """
+
+    variables: Tree
+    steps: int
+    best: Best
+
+
+def train(plan: Plan, out: Path) -> Trained:
+    """Train, from the newest checkpoint of the folder if there is one.
+
+    Args:
+        plan: what is trained.
+        out: folder of the run.
+
+    Raises:
+        Stopped: after Ctrl-C or SIGTERM, when the state is saved.
+        ValueError: at a loss or gradient that is not finite.
+        OSError: if a file cannot be written.
+    """
+    checkpoints, bests = Checkpoints(out / CHECKPOINTS), Checkpoints(out / BEST, keep=1)
+    state, step, best = plan.initial(), 0, Best()
+    kept = nnx.filter_state(plan.parts.frozen, AdapterState)
+    if (saved := checkpoints.restore((state, kept))) is not None:
+        # Another machine may round the starts of adapters otherwise.
+        step, (state, kept), facts = saved
+        frozen = nnx.merge_state(plan.parts.frozen, kept)
+        plan = dataclasses.replace(plan, parts=plan.parts._replace(frozen=frozen))
+        best = Best(**facts)  # pyright: ignore[reportArgumentType]
+    log = Progress(out, step, plan.steps)
+    pending: list[tuple[int, training.Measured]] = []
+
+    def save() -> None:
+        checkpoints.save(step, (state, kept), dataclasses.asdict(best))
+
+    with log, Interruption() as interruption:
+        if step:
+            log.say(f"going on after step {step}")
+        while step < plan.steps and not _is_stopped(plan, best):
+            state, measured = training.train_step(
+                state,
+                plan.parts.counts,
+                plan.parts.frozen,
+                plan.batch(step),
+                plan.rate(step),
+                program=plan.program,
+            )
+            step += 1
+            pending.append((step, measured))
+            is_last, asked = step == plan.steps, interruption.asked
+            validates = is_last or step % plan.eval_every == 0
+            saves = is_last or step % plan.checkpoint_every == 0 or asked
+            if validates or saves or step % plan.config.log_every == 0:
+                bad = _write(log, plan, pending)
+                pending.clear()
+                if bad is not None:
+                    # The state is that before the bad step.
+                    step = int(state.step)
+                    state = state._replace(finite=jax.numpy.ones((), bool))
+                    save()
+                    raise ValueError(bad)
+            if validates:
+                validation = plan.validate(state.params)
+                log.validation(step, *validation)
+                if best.is_lower(step, validation.loss):
+                    bests.save(step, state.params, {"validation_loss": validation.loss})
+            if saves or (validates and _is_stopped(plan, best)):
+                save()
+            if asked and not is_last:
+                raise Stopped(f"stopped after step {step} of {plan.steps}, which is saved")
+        restored = bests.restore(state.params)
+        params = state.params if restored is None else restored[1]
+    return Trained(nnx.merge_state(params, kept), step, best)
+
+
+def _is_stopped(plan: Plan, best: Best) -> bool:
+    """Whether the validation loss has not fallen for too long."""
+    return plan.config.patience is not None and best.waited >= plan.config.patience
+
+
+def _write(log: Progress, plan: Plan, pending: list[tuple[int, training.Measured]]) -> str | None:
+    """Write the metrics of steps; return what to say of the first one that is not finite."""
+    lines: list[progress.Line] = []
+    message = None
+    for step, measured in jax.device_get(pending):
+        rate = float(f"{plan.rate(step - 1):.6g}")
+        if not measured.finite:
+            rows = plan.order.rows(step - 1)
+            message = progress.not_finite(
+                step,
+                float(measured.loss),
+                [plan.sources[i] for i in rows if i != NONE],
+                rate,
+                plan.config.dtype,
+            )
+            break
+        lines.append(
+            {
+                "step": step,
+                "loss": float(measured.loss),
+                "learning_rate": rate,
+                "gradient_norm": float(measured.gradient_norm),
+                "tokens": int(measured.tokens),
+            }
+        )
+    if lines:
+        log.steps(lines)
+    return message

@@ -1,0 +1,255 @@
+"""A run from settings to a folder: what it writes, how it stops, and how it goes on."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import yaml
+from training_cases import settings
+
+import nyscaled as nys
+from nyscaled.cli import main
+from nyscaled.finetune import launch, loop, progress
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with models, data and a run."""
+    folder = tmp_path_factory.mktemp("finetune")
+    nys.finetune.run(settings(folder))
+    return folder
+
+
+def lines(out):
+    """The metrics without times."""
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in progress.read_metrics(out / progress.METRICS)
+    ]
+
+
+def tensors(out):
+    """The bytes of what was trained."""
+    values = safetensors.numpy.load_file(out / "adapter" / "adapter_model.safetensors")
+    return {name: value.tobytes() for name, value in values.items()}
+
+
+def test_the_folder_of_a_run(root):
+    out = root / "out"
+    steps = [line for line in lines(out) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    validations = [line for line in lines(out) if "validation_loss" in line]
+    assert [line["step"] for line in validations] == [6, 12]
+    result = json.loads((out / "result.json").read_text())
+    assert result["validation_loss"] == min(line["validation_loss"] for line in validations)
+    record = json.loads((out / "run.json").read_text())
+    assert record["versions"]["nyscaled"] == nys.__version__
+    assert yaml.safe_load((out / "config.yaml").read_text())["method"] == "nora+"
+
+
+def test_the_adapter_is_that_of_the_lowest_validation_loss(root):
+    """It is loaded into a fresh base, and gives the loss of the result."""
+    out = root / "out"
+    result = json.loads((out / "result.json").read_text())
+    prepared = launch.prepare(settings(root))
+    model, _ = nys.models.load(root / "llama")
+    nys.lora.load_peft(model, out / "adapter")
+    total = count = 0
+    for _, batch in prepared.plan.validation.sorted(8):
+        parts = launch.OBJECTIVES["choice"](model, batch)
+        total, count = total + float(parts[0]), count + float(parts[1])
+    assert total / count == pytest.approx(result["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base": "bert_encoder", "method": "lora"},
+        {"method": "pissa", "dropout": 0.1},
+        pytest.param({"method": "full"}, marks=pytest.mark.long),
+        pytest.param({"method": "lora-one"}, marks=pytest.mark.long),
+        pytest.param({"base": "bert_encoder", "method": "linear-probe"}, marks=pytest.mark.long),
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)  # fmt: skip
+def test_other_models_and_methods(root, options, tmp_path):
+    result = nys.finetune.run(settings(root, steps=4, out=tmp_path / "out", **options))
+    assert result.difference < 1e-4
+    assert result.steps == 4
+
+
+def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatch):
+    def without_head(model, folder, **options):
+        save(model, folder, **(options | {"modules_to_save": (), "task_type": None}))
+
+    save = nys.lora.save_peft
+    monkeypatch.setattr(launch.lora, "save_peft", without_head)
+    with pytest.raises(ValueError, match="differ by"):
+        nys.finetune.run(
+            settings(root, base="bert_encoder", method="lora", steps=4, out=tmp_path / "out")
+        )
+
+
+def interrupted(monkeypatch, after):
+    """Press Ctrl-C when that many steps were written."""
+    write = progress.Progress.steps
+
+    def pressing(self, lines):
+        write(self, lines)
+        if lines[-1]["step"] == after:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(progress.Progress, "steps", pressing)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(root, tmp_path, monkeypatch, capsys):
+    config = settings(root, out=tmp_path / "out")
+    path = tmp_path / "run.yaml"
+    options = launch.as_options(config)
+    path.write_text(yaml.safe_dump({k: v for k, v in options.items() if k != "resume"}))
+    words = ["finetune", "--config", str(path)]
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=6)
+        patch.setattr(sys, "argv", ["nyscaled", *words])
+        assert main(words) == 130
+    message = capsys.readouterr().err
+    assert "stopped after step 7 of 12, which is saved; go on with: nyscaled finetune" in message
+    assert main([*words, "--resume"]) == 0
+    assert "going on after step 7" in capsys.readouterr().err
+    assert tensors(config.out) == tensors(root / "out")
+    assert lines(config.out) == lines(root / "out")
+    # A run that is finished is not made again.
+    assert main([*words, "--resume"]) == 0
+    assert main(words) == 1
+    assert "has a run; expected --resume" in capsys.readouterr().err
+
+
+def test_a_run_of_other_settings_does_not_go_on(root):
+    with pytest.raises(ValueError, match="rank was 2 and is 4, seed was 0 and is 1"):
+        nys.finetune.run(settings(root, rank=4, seed=1, resume=True))
+    with pytest.raises(ValueError, match="has no run"):
+        nys.finetune.run(settings(root, out=root / "absent", resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
+    config = settings(
+        root, out=tmp_path / "out", learning_rate=1e38, schedule="constant", clip=None
+    )
+    with pytest.raises(ValueError, match=r"at step \d+, of the examples train.tsv:\d+") as error:
+        nys.finetune.run(config)
+    assert "a lower --learning-rate (it was 1e+38)" in str(error.value)
+    restored = [int(p.name) for p in (tmp_path / "out" / loop.CHECKPOINTS).iterdir()]
+    assert restored == [lines(tmp_path / "out")[-1]["step"]]
+
+
+def test_a_run_stops_early(root, tmp_path, monkeypatch):
+    losses = iter([1.0, 0.5, 0.7, 0.6, 0.1])
+    validate = loop.Plan.validate
+    monkeypatch.setattr(
+        loop.Plan,
+        "validate",
+        lambda self, params: validate(self, params)._replace(loss=next(losses)),
+    )
+    config = settings(root, out=tmp_path / "out", eval_every=2, patience=2)
+    result = nys.finetune.run(config)
+    assert (result.steps, result.best_step) == (8, 4)
+
+
+RUN = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from training_cases import settings
+import nyscaled as nys
+limit = {limit}
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+root = Path({root!r})
+nys.finetune.run(settings(root, out=Path({out!r}), resume={resume}, **{options}))
+"""
+
+
+def start(root, out, options, resume, limit=0):
+    """A run in a process of its own."""
+    code = RUN.format(
+        tests=str(ROOT / "tests"), root=str(root), out=str(out), options=options, resume=resume,
+        limit=limit,
+    )  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_run_that_is_killed_goes_on_to_the_same_end(root, tmp_path, kills):
+    options = {"steps": 12 * kills, "log_every": 1, "checkpoint_every": 3, "dropout": 0.1}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    nys.finetune.run(settings(root, out=whole, **options))
+    chance = random.Random(kills)
+    for _ in range(kills):
+        before = len(lines(out))
+        process = start(root, out, options, resume=(out / "config.yaml").exists())
+        while len(lines(out)) <= before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+    process = start(root, out, options, resume=True)
+    assert process.wait() == 0, process.stderr.read().decode()
+    assert tensors(out) == tensors(whole)
+    assert lines(out) == lines(whole)
+
+
+def test_a_full_disk_loses_nothing_that_was_written(root, tmp_path):
+    options = {"log_every": 1, "checkpoint_every": 2, "steps": 150, "eval_every": 150}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    nys.finetune.run(settings(root, out=whole, **options))
+    sizes = [path.stat().st_size for path in (whole / loop.CHECKPOINTS).rglob("*")]
+    # Files may have so many bytes: checkpoints fit, and the metrics of all steps do not.
+    assert max(sizes) + 1000 < (whole / progress.METRICS).stat().st_size
+    process = start(root, out, options, resume=False, limit=max(sizes) + 1000)
+    assert process.wait() != 0
+    message = process.stderr.read().decode()
+    assert "OSError" in message, message
+    step = max(int(p.name) for p in (out / loop.CHECKPOINTS).iterdir() if p.name.isdigit())
+    assert step > 0
+    nys.finetune.run(settings(root, out=out, resume=True, **options))
+    assert tensors(out) == tensors(whole)
+    assert lines(out) == lines(whole)
+
+
+def test_gradients_of_a_resumed_pissa_use_its_saved_start(root, tmp_path, monkeypatch):
+    """A machine that rounds the SVD otherwise must not change what is subtracted."""
+    config = settings(root, out=tmp_path / "out", method="pissa")
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=6)
+        with pytest.raises(loop.Stopped):
+            nys.finetune.run(config)
+    prepare = launch.prepare
+
+    def perturbed(config):
+        prepared = prepare(config)
+        scale = jax.tree.map(lambda x: x * 1.01, prepared.plan.parts.frozen)
+        kept = loop.nnx.filter_state(scale, loop.AdapterState)
+        frozen = loop.nnx.merge_state(prepared.plan.parts.frozen, kept)
+        parts = prepared.plan.parts._replace(frozen=frozen)
+        return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, parts=parts))
+
+    monkeypatch.setattr(launch, "prepare", perturbed)
+    result = nys.finetune.run(dataclasses.replace(config, resume=True))
+    monkeypatch.setattr(launch, "prepare", prepare)
+    whole = nys.finetune.run(settings(root, out=tmp_path / "whole", method="pissa"))
+    np.testing.assert_allclose(result.validation_loss, whole.validation_loss, rtol=1e-6)
+    assert tensors(config.out) == tensors(tmp_path / "whole")
