@@ -2,6 +2,7 @@
 
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
+from nyscaled.finetune.evaluation import Evaluation, Prediction, Score, evaluate
 from nyscaled.finetune.examples import Encoded, Example, few_shot, overlap
 from nyscaled.finetune.launch import Result, run
 from nyscaled.finetune.methods import METHODS, Method, method
@@ -14,15 +15,19 @@ __all__ = [
     "TASKS",
     "Config",
     "Encoded",
+    "Evaluation",
     "Example",
     "Lengths",
     "Method",
+    "Prediction",
     "Result",
     "Row",
+    "Score",
     "Task",
     "Template",
     "encode",
     "encode_sentences",
+    "evaluate",
     "few_shot",
     "find_splits",
     "method",

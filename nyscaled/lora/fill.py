@@ -28,6 +28,7 @@ from nyscaled.lora.recipe import (
 )
 from nyscaled.lora.view import is_quantized, values_of
 from nyscaled.transforms.leaf_names import Path, names_of
+from nyscaled.validation import is_concrete
 
 
 def initialize(
@@ -98,6 +99,7 @@ def initialize(
             with _measuring([layer.adapters[name] for layer in layers.values()]):
                 gradient = _gradient_of(model, pairs, loss, batches)
             values = input_inits.start(str(init), key, pairs, leaves, gradient, options)
+        values = {path: _placed(x, leaves[path]) for path, x in values.items()}
         # The path of a factor of ours is that of its layer, `adapters`, the set and its name.
         weights = {
             ".".join(p.a[:-3]): Weights(values.pop(p.a), values.pop(p.b))
@@ -155,6 +157,11 @@ def _fill_pair(
         )
     product = view.from_matrices(own.scaling * (new.a @ new.b))
     return values | {pair.kernel: (old - product).astype(old.dtype)}
+
+
+def _placed(x: Array, like: Array) -> Array:
+    """The array on the devices of another one, where these are known."""
+    return jax.device_put(x, like.sharding) if is_concrete((x, like)) else x
 
 
 @contextlib.contextmanager

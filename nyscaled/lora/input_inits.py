@@ -37,7 +37,7 @@ def eva(
 ) -> ByLayer:
     """EVA: a = the r leading right singular vectors of the layer's inputs X, b = 0.
 
-    Ranks are not moved between layers.
+    Unlike in PEFT, the mean of the inputs is not subtracted. Ranks are not moved between layers.
 
     Args:
         products: from V to XᵀX·V, for each layer.

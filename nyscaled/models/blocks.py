@@ -70,17 +70,60 @@ class Numerics:
 
 FLOAT32 = Numerics()
 
-KEPT = "kept"
+KEPT, INPUT = "kept", "input"  # what the backward pass of a layer reads
 UNSEEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, as what padding sees then is too
 
 
-def kept(x: Array) -> Array:
+def kept(x: Array, name: str = KEPT) -> Array:
     """Return x, which the backward pass of a layer reads and does not compute again.
 
     Of a layer only products are kept, and what they are summed to. Whatever lies between is
     elementwise or a norm, and costs less to compute again than to write, and to read.
+
+    Args:
+        x: what is kept.
+        name: name of the kind, by which `scan` chooses.
     """
-    return checkpoint_name(x, KEPT)
+    if not _is_narrow(x):
+        return checkpoint_name(x, name)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return _from_bits(checkpoint_name(bits, name), x)
+
+
+# XLA has no loops over bfloat16 on CPUs: of a stack of which it reads or writes a layer, it makes
+# one of float32 before the loop. It lets integers be, and what depends on the layer's index.
+@jax.custom_jvp
+def _from_bits(bits: Array, x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_from_bits.defjvp
+def _from_bits_jvp(
+    primals: tuple[Array, Array], tangents: tuple[object, Array]
+) -> tuple[Array, Array]:
+    return _from_bits(*primals), tangents[1]
+
+
+@jax.custom_jvp
+def _layer_of(layer: Array, stack: Array, index: Array) -> Array:
+    def read(layer: Array, stack: Array, index: Array) -> Array:
+        stack, index = jax.lax.optimization_barrier((stack, index))
+        return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+    return jax.lax.platform_dependent(
+        layer, stack, index, cpu=read, default=lambda layer, *_: layer
+    )
+
+
+@_layer_of.defjvp
+def _layer_of_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, object, object]
+) -> tuple[Array, Array]:
+    return _layer_of(*primals), tangents[0]
+
+
+def _is_narrow(x: Array) -> bool:
+    return x.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def prepare(
@@ -264,16 +307,22 @@ def _scan(
     inputs: Any,
     shared: Any,
 ) -> tuple[Array, Any]:
+    stacks = jax.lax.stop_gradient((rest, inputs))
+
     def body(x: Array, each: Any) -> tuple[Array, Any]:
-        random, rest, layer_input = each
+        index, random, sliced = each
+        rest, layer_input = jax.tree.map(
+            lambda a, stack: _layer_of(a, stack, index) if _is_narrow(a) else a, sliced, stacks
+        )
         layer = nnx.merge(graphdef, random, rest, copy=True)
-        x, output = step(split_batch(x), layer, layer_input, *shared)
+        x, output = step(split_batch(kept(x, INPUT)), layer, layer_input, *shared)
         return split_batch(x), (output, nnx.as_pure(nnx.state(layer, nnx.RngState)))
 
+    saved = jax.checkpoint_policies.save_only_these_names(INPUT, *(() if remat else (KEPT,)))
     # The two passes are loops of their own, between which the compiler shares nothing anyway.
-    saved = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
     body = jax.checkpoint(body, policy=saved, prevent_cse=False)
-    return jax.lax.scan(body, x, (random, rest, inputs))
+    indices = jnp.arange(len(jax.tree.leaves(rest)[0]))
+    return jax.lax.scan(body, x, (indices, random, (rest, inputs)))
 
 
 def run(layers: Any, x: Array, *shared: Any, remat: bool) -> Array:

@@ -157,7 +157,7 @@ class _Decays(NamedTuple):
 
 
 def _decays(count: Array, b1: float | Scalar, b2: float | Scalar) -> _Decays:
-    t = (count + 1).astype(jnp.float32)
+    t = (count + 1).astype(jnp.result_type(float))
     return _Decays(*(jnp.asarray(b * (1 - b ** (t - 1)) / (1 - b**t)) for b in (b1, b2)))
 
 

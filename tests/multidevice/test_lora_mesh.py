@@ -54,16 +54,19 @@ def losses(model, tx, x, steps=4):
     return values, params
 
 
-@pytest.mark.parametrize(("init", "tx"), [("nora", "nora_plus"), ("pissa", "reflora")])
+@pytest.mark.parametrize(
+    ("init", "tx"), [("nora", "nora_plus"), ("pissa", "reflora"), ("lora", "lora_rite")]
+)
 def test_losses_are_those_of_one_device(init, tx):
     make = {
         "nora_plus": lambda: nys.nora_plus(optax.adamw(1e-2)),
         "reflora": lambda: nys.reflora(optax.adamw(1e-2), warmup_steps=2),
+        "lora_rite": lambda: nys.lora_rite(1e-2),
     }[tx]
+    options = {"pissa": {"niter": 2}, "nora": {"scale": 0.3}, "lora": {}}[init]
     found = {}
     for sharded in (False, True):
         model = build(sharded)
-        options = {"niter": 2} if init == "pissa" else {"scale": 0.3}
         nys.lora.apply(model, 2, 4, targets=".*", init=init, key=jax.random.key(1), **options)
         x = inputs()
         if sharded:
@@ -115,3 +118,18 @@ def test_same_start_on_the_mesh_as_on_one_device():
         starts.append(jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *starts)
     assert jnp.any(starts[0]["layers"]["up"]["adapters"]["default"]["lora_a"])
+
+
+@pytest.mark.parametrize("init", ["nora_grad", "eva"])
+def test_starts_from_batches_are_those_of_one_device_and_lie_as_before(init):
+    starts = []
+    for sharded in (False, True):
+        model = build(sharded)
+        nys.lora.apply(model, 2, targets=".*", key=jax.random.key(1))
+        a = model.layers.up.adapters["default"].lora_a
+        place = a[...].sharding
+        batches = [inputs() * jnp.geomspace(1, 9, 8)]
+        nys.lora.initialize(model, init, key=jax.random.key(2), loss=square, batches=batches)
+        assert a[...].sharding.is_equivalent_to(place, 3)
+        starts.append(np.asarray(a[...] @ a[...].mT))
+    np.testing.assert_allclose(*starts, rtol=1e-3, atol=1e-4)

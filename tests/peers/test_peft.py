@@ -121,9 +121,10 @@ def close(actual, expected):
         {"init": "nora"},
         {"init": "lora", "rank_stabilized": True},
         {"init": "pissa", "rank_stabilized": True},
+        {"init": "milora"},
         {"targets": {r".*q_proj": 4, r".*0\.v_proj": 2, r".*out_proj": 3}, "alpha": 5.0},
     ],
-    ids=["nora", "lora-rslora", "pissa", "ranks"],
+    ids=["nora", "lora-rslora", "pissa", "milora", "ranks"],
 )
 def test_peft_computes_what_was_saved(options, tmp_path):
     base, model = TorchNet(), Net()
