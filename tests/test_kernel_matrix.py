@@ -108,6 +108,8 @@ REFUSED = {
     "kernel": (3.0, POINTS[3], "kernel is a float; expected a function of two points"),
     "vector": (kernels.gaussian(), jnp.ones(3), r"POINTS|points has shape \(3,\)"),
     "integers": (kernels.gaussian(), jnp.ones((3, 1), int), "points has dtype int32"),
+    "NumPy": (lambda x, y: np.exp(x @ y), POINTS[3], "the kernel of two points fails .*Tracer"),
+    "one point": (lambda x: x[0], POINTS[3], "the kernel of two points fails .TypeError"),
     "matrix": (lambda x, y: x, POINTS[3], "the kernel of two points is .*; expected a number"),
     "dtype": (lambda x, y: 1, POINTS[3], "the kernel of two points is .*; expected"),
 }
@@ -118,6 +120,13 @@ def test_bad_input_is_refused(case):
     kernel, points, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         KernelMatrix(kernel, points)
+
+
+@pytest.mark.parametrize("shape", [(), (49,), (49, 2), (2, 50, 1)])
+def test_products_that_do_not_fit_are_refused(shape):
+    a = KernelMatrix(kernels.gaussian(), POINTS[3])
+    with pytest.raises(ValueError, match=r"x has shape .*; expected \(50,\) or \(50, k\)"):
+        a @ jnp.ones(shape)
 
 
 def test_an_unknown_smoothness_is_refused():

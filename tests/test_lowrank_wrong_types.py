@@ -13,10 +13,13 @@ import scipy.sparse
 from jax.experimental import sparse
 
 import nyscaled as nys
-from nyscaled.lowrank import HostOperator, RowBlocks, one_pass
+from nyscaled.lowrank import HostOperator, RowBlocks, nystrom_preconditioner, one_pass
+from nyscaled.lowrank import pivoted_cholesky
+from nyscaled.sklearn import Nystroem
 
 a = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
 x = np.ones((5, 2), np.float32)
+kernel = nys.linalg.KernelMatrix(nys.linalg.kernels.gaussian(), jnp.asarray(a))
 
 
 def operator():
@@ -65,10 +68,22 @@ REFUSED = [
     (lambda: one_pass("text", 1), "block 0 has shape"),
     (lambda: one_pass(a, "2"), "rank is '2'; expected an integer"),
     (lambda: one_pass(a, 2.0), "rank is 2.0; expected an integer"),
+    (lambda: pivoted_cholesky(kernel, 2.0), "rank is 2.0; expected an integer"),
+    (lambda: pivoted_cholesky(kernel, 2, tol=[0.1]), "tol is .0.1.; expected a number"),
+    (lambda: nys.nystrom(jnp.eye(9), 2.0), "rank is 2.0; expected an integer"),
+    (lambda: nystrom_preconditioner(jnp.eye(9), 1.0), "approximation is a ArrayImpl; expected"),
+    (lambda: Nystroem(kernel=["rbf"]).fit(a), "kernel is .'rbf'.; expected one of"),
+    (lambda: Nystroem(gamma="scale").fit(a), "gamma is 'scale'; expected a number"),
+    (lambda: Nystroem(gamma=[1.0, 2.0]).fit(a), "gamma is .1.0, 2.0.; expected a finite number"),
+    (lambda: Nystroem(gamma=abs).fit(a), "gamma is .*abs.*; expected a finite number"),
+    (lambda: Nystroem(lambda x, y: x @ y, kernel_params=3).fit(a), "kernel_params is 3; expected"),
 ]
 ACCEPTED = [
     lambda: one_pass(a, jnp.asarray(3)),
     lambda: one_pass(a, np.int64(3)),
+    lambda: pivoted_cholesky(kernel, jnp.asarray(3)),
+    lambda: nys.nystrom(kernel, jnp.asarray(3)),
+    lambda: nys.nystrom(jnp.eye(9), jnp.asarray(3)),
     lambda: one_pass(scipy.sparse.csr_array(a), 3),
     lambda: HostOperator(np.copy, np.copy, np.array([3, 2]), "float32"),
     lambda: RowBlocks(a, block_bytes=jnp.asarray(100)),

@@ -104,3 +104,18 @@ def test_a_rank_that_the_matrix_does_not_have_is_no_fault():
 def test_a_shift_that_is_not_positive_is_refused(mu):
     with pytest.raises(ValueError, match="mu is"):
         nystrom_preconditioner(nys.nystrom(A, 5), mu)
+
+
+@pytest.mark.parametrize("shape", [(), (SIZE - 1,), (SIZE - 1, 2), (2, SIZE, 1)])
+def test_products_that_do_not_fit_are_refused(shape):
+    inverse = nystrom_preconditioner(nys.nystrom(A, 5), MU)
+    with pytest.raises(ValueError, match=rf"x has shape .*; expected \({SIZE},\) or \({SIZE}, k\)"):
+        inverse @ jnp.ones(shape)
+
+
+def test_a_batch_of_approximations_is_refused():
+    batch = jax.vmap(lambda a: nys.nystrom(a, 5))(jnp.stack([A, 2 * A]))
+    with pytest.raises(
+        ValueError, match=r"the approximation is a batch \(2, 200, 5\); expected one"
+    ):
+        nystrom_preconditioner(batch, MU)

@@ -141,6 +141,22 @@ def test_a_numerical_rank_below_the_rank_is_returned_and_rounding_is_no_pivot(sc
     assert np.linalg.eigvalsh(error)[0] > -1e-4
 
 
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**121, 2.0**126])
+def test_a_trace_beyond_the_range_of_the_dtype_changes_nothing(scale):
+    a, scaled = (KernelMatrix(Partial(_scaled, c), POINTS) for c in (1.0, scale))
+    f, g = (pivoted_cholesky(matrix, 40, tol=0.3) for matrix in (a, scaled))
+    chex.assert_trees_all_equal(f.pivots, g.pivots)
+    assert 0 < int(g.numerical_rank) < 40
+    chex.assert_trees_all_close(g.factor / np.sqrt(scale), f.factor, atol=1e-4)
+    if scale < 2.0**126:
+        psd, expected = nys.nystrom(scaled, 20), nys.nystrom(a, 20)
+        chex.assert_trees_all_close(psd.eigenvalues / scale, expected.eigenvalues, rtol=1e-2)
+        chex.assert_trees_all_close(psd.vectors[:, :3], expected.vectors[:, :3], atol=1e-3)
+    else:
+        with pytest.raises(ValueError, match="A has eigenvalues beyond float32"):
+            nys.nystrom(scaled, 20)
+
+
 def _scaled(scale, x, y):
     return scale * SMOOTH(x, y)
 
@@ -201,9 +217,11 @@ def test_it_lowers_for_accelerators_in_full_precision():
 REFUSED = {
     "rank": (SMOOTH, {"rank": SIZE + 1}, "rank is 301"),
     "tol": (SMOOTH, {"tol": -1.0}, "tol is -1"),
+    "tol of everything": (SMOOTH, {"tol": 1.0}, r"tol is 1.0; expected a number in \[0, 1\)"),
     "negative": (lambda x, y: -SMOOTH(x, y), {}, "A is not positive semidefinite"),
     "indefinite": (lambda x, y: jnp.sum((x - y) ** 2) + 0.1, {}, "A is not positive semidefinite"),
-    "NaN": (lambda x, y: jnp.nan * x[0], {}, "A is not positive semidefinite"),
+    "NaN": (lambda x, y: jnp.nan * x[0], {}, "A has a diagonal entry of nan"),
+    "Inf": (lambda x, y: 1e38 * (10 + x[0] * y[0]), {}, "A has a diagonal entry of inf"),
 }
 
 

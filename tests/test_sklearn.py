@@ -178,6 +178,32 @@ def test_parameters_are_checked_in_fit(digits, parameters, reason):
         svd.fit(digits)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.long_beyond(1)
+def test_data_that_do_not_vary_have_no_explained_variance(dtype):
+    for x in (np.zeros((20, 4)), np.diag([1.0, 0, 0, 0])[[0] * 20], np.full((1, 4), 3.0)):
+        for form in (np.asarray, scipy.sparse.csr_array):
+            svd = TruncatedSVD(1, random_state=0).fit(form(x.astype(dtype)))
+            np.testing.assert_array_equal(svd.explained_variance_ratio_, [0])
+            assert svd.explained_variance_ratio_.dtype == dtype
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e150])
+def test_sizes_whose_squares_leave_the_range(scale):
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    one, other = (TruncatedSVD(2, random_state=0).fit(c * x) for c in (1, scale))
+    for name in ("explained_variance_ratio_", "relative_error_"):
+        np.testing.assert_allclose(getattr(other, name), getattr(one, name), rtol=1e-9)
+
+
+def test_components_beyond_the_numerical_rank_are_zero():
+    x = np.outer(np.arange(1.0, 21), [1.0, -2, 3, 0.5])
+    svd = TruncatedSVD(3, random_state=0).fit(x)
+    np.testing.assert_array_equal(svd.components_[1:], 0)
+    np.testing.assert_array_equal(svd.singular_values_[1:], 0)
+    np.testing.assert_allclose(svd.inverse_transform(svd.transform(x)), x, rtol=1e-9)
+
+
 KERNELS = {
     "rbf": {"gamma": 0.02},
     "laplacian": {"gamma": 0.02},
@@ -278,6 +304,14 @@ def test_nystroem_is_pickled_and_named(points):
         ({"kernel": "polynomial", "coef0": -1.0}, "coef0 is -1"),
         ({"n_components": 0}, "n_components is 0"),
         ({"tol": -1.0}, "tol is -1"),
+        ({"tol": 1.0}, r"tol is 1.0; expected a number in \[0, 1\)"),
+        ({"gamma": np.inf}, "gamma is inf; expected a finite number"),
+        ({"kernel": lambda x, y: 1e200 * x @ (1e200 * y)}, "A has a diagonal entry of inf"),
+        ({"kernel": lambda x, y: np.exp(x @ y)}, "the kernel of two points fails"),
+        (
+            {"kernel": lambda x, y: x @ y, "kernel_params": {"c": 1}},
+            "the kernel of two points fail",
+        ),
         ({"kernel": lambda x, y: -x @ y}, "not positive semidefinite"),
         ({"kernel": lambda x, y: 0 * x @ y}, "vanishes"),
         ({"kernel": lambda x, y: x}, "expected a number"),

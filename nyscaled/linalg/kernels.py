@@ -211,7 +211,14 @@ class KernelMatrix:
     def __post_init__(self) -> None:
         require_floating("points", self.points)
         point = jax.ShapeDtypeStruct(self.points.shape[1:], self.points.dtype)
-        value = jax.eval_shape(self.kernel, point, point)
+        try:
+            value = jax.eval_shape(self.kernel, point, point)
+        except Exception as error:  # what somebody else's function raises
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise ValueError(
+                f"the kernel of two points fails ({type(error).__name__}: {reason}); expected a "
+                "function of JAX from two points (d,) to a number"
+            ) from error
         if not isinstance(value, jax.ShapeDtypeStruct) or value.shape != ():
             raise ValueError(f"the kernel of two points is {value}; expected a number")
         if value.dtype != self.points.dtype:
@@ -244,6 +251,9 @@ class KernelMatrix:
         return jax.vmap(self.kernel)(self.points, self.points)
 
     def __matmul__(self, other: Float[Array, "*n"]) -> Float[Array, "*n"]:
+        if jnp.ndim(other) not in (1, 2) or len(other) != len(self.points):
+            expected = f"({len(self.points)},) or ({len(self.points)}, k)"
+            raise ValueError(f"x has shape {jnp.shape(other)}; expected {expected}")
         return _product(self, other)
 
 

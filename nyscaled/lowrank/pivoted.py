@@ -28,7 +28,7 @@ from nyscaled.lapack import inverse_upper
 from nyscaled.linalg import KernelMatrix
 from nyscaled.linalg.kernels import evaluate
 from nyscaled.lowrank.explicit import with_auto_axes
-from nyscaled.numerics import full_precision
+from nyscaled.numerics import full_precision, normalized, shift
 from nyscaled.typing import MatrixLike, Number, Scalar
 
 _BLOCK = 64  # columns evaluated at once, at most
@@ -82,11 +82,12 @@ def pivoted_cholesky(
         a: the kernel matrix (n, n).
         rank: the number of columns r, 1 ≤ r ≤ n; with `tol` the largest number.
         key: PRNG key of the pivots; `jax.random.key(0)` by default.
-        tol: the factorization ends once the trace of A − FFᵀ is at most this times that of A.
+        tol: the factorization ends once the trace of A − FFᵀ is at most this times that of A;
+            0 ≤ tol < 1.
 
     Raises:
-        ValueError: on a rank out of range, a negative `tol`, a diagonal with entries that are not
-            finite or negative, or a kernel that turns out to be indefinite (outside of jit).
+        ValueError: on a rank or a `tol` out of range, a diagonal with entries that are not finite
+            or negative, or a kernel that turns out to be indefinite (outside of jit).
 
     Examples:
         >>> import nyscaled as nys
@@ -99,10 +100,18 @@ def pivoted_cholesky(
     """
     if not isinstance(a, KernelMatrix):
         raise ValueError(f"A is a {type(a).__name__}; expected a nys.linalg.KernelMatrix")
+    rank = validation.require_count("rank", rank, low=1)
     validation.require_rank(rank, a.shape)
     validation.require_nonnegative("tol", tol)
+    if jnp.ndim(tol) != 0 or (validation.is_concrete(tol) and float(tol) >= 1):
+        raise ValueError(f"tol is {tol}; expected a number in [0, 1)")
     key = jax.random.key(0) if key is None else key
-    result, least = _factorization(a, key, jnp.asarray(tol, a.dtype), rank)
+    result, least, largest = _factorization(a, key, jnp.asarray(tol, a.dtype), rank)
+    if validation.is_concrete(largest) and not bool(jnp.isfinite(largest)):
+        raise ValueError(
+            f"A has a diagonal entry of {largest}; expected a kernel with finite values at the "
+            f"points (in {a.dtype}; divide the points or the kernel by a number)"
+        )
     if validation.is_concrete(least) and not float(least) > -(float(jnp.finfo(a.dtype).eps) ** 0.5):
         raise ValueError(
             f"A is not positive semidefinite: a diagonal entry of the residual is {least:.1e} "
@@ -115,16 +124,19 @@ def pivoted_cholesky(
 @full_precision
 def _factorization(
     a: KernelMatrix, key: Key[Array, ""], tol: Scalar, rank: int
-) -> tuple[PivotedCholesky, Scalar]:
-    """The factorization, and the least entry of its residual before it was cut off at 0."""
+) -> tuple[PivotedCholesky, Scalar, Scalar]:
+    """The factorization, the least entry of its residual before it was cut off at 0, and of A the
+    largest entry."""
     n, dtype = a.shape[0], a.dtype
     width = -(-rank // -(-rank // _BLOCK))  # so that the last block is about full
     diagonal = a.diagonal()
     rounding = 8 * rank**0.5 * float(jnp.finfo(dtype).eps) * diagonal
     points = a.points
+    _, e = normalized(diagonal)  # the trace may be too large for the dtype
+    trace = jnp.sum(shift(diagonal, -e))
 
     def unfinished(state: _State) -> Bool[Array, ""]:
-        left = jnp.sum(state.residual) > tol * jnp.sum(diagonal)
+        left = jnp.sum(shift(state.residual, -e)) > tol * trace
         possible = jnp.any(state.residual > rounding) & (state.blocks < rank)
         return (state.size < rank) & left & possible
 
@@ -135,7 +147,7 @@ def _factorization(
 
         def propose(block: _Block) -> _Block:
             draw_key, keep_key = jax.random.split(jax.random.fold_in(block_key, block.rounds))
-            proposals = _draws(draw_key, weights, width)
+            proposals = _draws(draw_key, shift(weights, -e), width)
             both = jnp.concatenate([block.pivots, proposals])
             rows = state.factor[both]
             left = evaluate(a.kernel, points[both], points[both]) - rows @ rows.T
@@ -187,7 +199,7 @@ def _factorization(
     )
     end = lax.while_loop(unfinished, extend, start)
     result = PivotedCholesky(end.factor, end.pivots, end.residual, end.size)
-    return result, end.least
+    return result, end.least, jnp.max(diagonal)
 
 
 def _draws(key: Key[Array, ""], weights: Float[Array, " n"], count: int) -> Int[Array, " b"]:

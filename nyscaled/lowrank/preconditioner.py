@@ -44,6 +44,9 @@ class NystromPreconditioner:
     @full_precision
     def __call__(self, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Return P⁻¹x of a vector (m,) or of columns (m, k)."""
+        m = len(self.vectors)
+        if jnp.ndim(x) not in (1, 2) or len(x) != m:
+            raise ValueError(f"x has shape {jnp.shape(x)}; expected ({m},) or ({m}, k)")
         coordinates = self.vectors.T @ x
         weights = self.weights if coordinates.ndim == 1 else self.weights[:, None]
         return x - self.vectors @ (weights * coordinates)
@@ -63,6 +66,9 @@ def nystrom_preconditioner(approximation: PSDApproximation, mu: Number) -> Nystr
         approximation: Â = U diag(λ)Uᵀ, from `nystrom`.
         mu: μ > 0.
 
+    Raises:
+        ValueError: on another matrix than a result of `nystrom`, and if μ is not positive.
+
     References:
         Frangella, Tropp and Udell, Randomized Nyström preconditioning, SIAM J. Matrix Anal. Appl.
         44, 2023.
@@ -78,6 +84,11 @@ def nystrom_preconditioner(approximation: PSDApproximation, mu: Number) -> Nystr
         >>> bool(jnp.linalg.norm(shifted(x) - b) < 1e-3)
         True
     """
+    if not isinstance(approximation, PSDApproximation) or approximation.vectors.ndim != 2:
+        got = f"a {type(approximation).__name__}"
+        if isinstance(approximation, PSDApproximation):
+            got = f"a batch {approximation.vectors.shape}"
+        raise ValueError(f"the approximation is {got}; expected one result of nys.nystrom")
     validation.require_positive("mu", mu)
     values = approximation.eigenvalues
     mu = jnp.asarray(mu, values.dtype)

@@ -86,13 +86,17 @@ def nystrom(
     if isinstance(a, KernelMatrix):
         if jackknife:
             raise ValueError("jackknife is True; expected False for a KernelMatrix")
-        return _of_kernel(pivoted_cholesky(a, rank, key=key))
+        result = _of_kernel(pivoted_cholesky(a, rank, key=key))
+        if validation.is_concrete(result) and int(result.status) == int(Status.NON_FINITE):
+            raise ValueError(f"A has eigenvalues beyond {a.dtype}; expected a smaller kernel")
+        return result
     a = as_matrix("A", a)
     m, n = a.shape
     if m != n:
         raise ValueError(
             f"A has shape {(m, n)}; expected a square matrix (nys.factorize takes any)"
         )
+    rank = validation.require_count("rank", rank, low=1)
     validation.require_rank(rank, a.shape)
     columns = rank + validation.require_count("oversampling", oversampling)
     passes = validation.require_count("passes", passes, low=1)
@@ -192,7 +196,7 @@ def _of_kernel(cholesky: PivotedCholesky) -> PSDApproximation:
     The columns of F are well conditioned once they have unit length, because each is what the
     others have left.
     """
-    factor = cholesky.factor
+    factor, e = normalized(cholesky.factor)
     rank, dtype = factor.shape[1], factor.dtype
     live = jnp.arange(rank) < cholesky.numerical_rank
     dead = jnp.diag(jnp.where(live, 0, 1).astype(dtype))
@@ -207,12 +211,14 @@ def _of_kernel(cholesky: PivotedCholesky) -> PSDApproximation:
     triangle = jnp.where(live & live[:, None], triangle, 0)
     rising, turn = eigh(triangle @ triangle.T)
     order = jnp.arange(rank)[::-1]
+    eigenvalues = shift(jnp.where(live, jnp.maximum(rising[order], 0), 0), 2 * e)
+    finite = jnp.all(jnp.isfinite(eigenvalues))
     return PSDApproximation(
         vectors=_signed(jnp.where(live, basis @ (second @ turn[:, order]), 0)),
-        eigenvalues=jnp.where(live, jnp.maximum(rising[order], 0), 0),
+        eigenvalues=eigenvalues,
         error_estimate=jnp.sum(cholesky.residual),
         numerical_rank=cholesky.numerical_rank,
         passes=jnp.asarray(0),
-        status=jnp.asarray(int(Status.RANK_REACHED)),
+        status=jnp.where(finite, int(Status.RANK_REACHED), int(Status.NON_FINITE)),
         pivots=cholesky.pivots,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import no_type_check
+from typing import cast, no_type_check
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,12 +38,13 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     Args:
         kernel: "rbf" exp(−γ‖x − y‖²), "laplacian" exp(−γ Σᵢ|xᵢ − yᵢ|), "polynomial" or "poly"
             (γxᵀy + c₀)^degree, "linear" xᵀy, or a function of JAX from two points to a number.
-        gamma: γ ≥ 0; by default 1 / n_features.
+        gamma: γ ≥ 0, finite; by default 1 / n_features.
         coef0: c₀ ≥ 0 of "polynomial"; 1 by default.
         degree: of "polynomial", an integer; 3 by default.
         kernel_params: keyword arguments of a function.
         n_components: number of features, at most.
-        tol: no more features are made once they explain all but this share of the kernel's trace.
+        tol: no more features are made once they explain all but this share of the kernel's trace;
+            0 ≤ tol < 1.
         random_state: of the points: an integer, a generator, or None.
 
     Attributes:
@@ -130,7 +132,9 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             rank = int(result.numerical_rank)
             if rank == 0:
                 raise ValueError("the kernel vanishes at all points; expected another kernel or X")
-            share = float(jnp.sum(result.residual) / jnp.sum(matrix.diagonal()))
+            # Means of a size that both fit, where sums may not.
+            size = jnp.max(matrix.diagonal())
+            share = float(jnp.sum(result.residual / size) / jnp.sum(matrix.diagonal() / size))
             return np.asarray(result.pivots[:rank]), share
 
     @full_precision
@@ -146,12 +150,12 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             given = [name for name, value in parameters.items() if value is not None]
             if given:
                 raise ValueError(f"kernel is a function and has {given[0]}; expected kernel_params")
-            return Partial(self.kernel, **(self.kernel_params or {}))
-        for name, value in parameters.items():
-            if value is not None:
-                require_nonnegative(name, value)
-        gamma = 1 / dimension if self.gamma is None else float(self.gamma)
-        coef0 = 1.0 if self.coef0 is None else float(self.coef0)
+            options = {} if self.kernel_params is None else self.kernel_params
+            if not isinstance(options, Mapping):
+                raise ValueError(f"kernel_params is {options!r}; expected values by name")
+            return Partial(self.kernel, **options)
+        gamma = 1 / dimension if self.gamma is None else _number("gamma", self.gamma)
+        coef0 = 1.0 if self.coef0 is None else _number("coef0", self.coef0)
         degree = require_count("degree", 3 if self.degree is None else self.degree, low=1)
         kernels = {
             "rbf": lambda: gaussian(_over(1, (2 * gamma) ** 0.5)),
@@ -160,7 +164,7 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             "poly": lambda: Partial(_polynomial, gamma, coef0, degree),
             "linear": lambda: Partial(_linear),
         }
-        if self.kernel not in kernels:
+        if not isinstance(self.kernel, str) or self.kernel not in kernels:
             names = ", ".join(kernels)
             raise ValueError(f"kernel is {self.kernel!r}; expected one of {names}, or a function")
         return kernels[self.kernel]()
@@ -181,6 +185,18 @@ def _linear(x: Point, y: Point) -> Scalar:
 
 def _polynomial(gamma: Number, coef0: Number, degree: Number, x: Point, y: Point) -> Scalar:
     return (gamma * (x @ y) + coef0) ** degree
+
+
+def _number(name: str, value: object) -> float:
+    """A parameter as a finite number that is not negative."""
+    require_nonnegative(name, value)
+    try:
+        number = float(cast(float, value))
+    except (TypeError, ValueError):  # of an array with axes, and of a function
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    return number
 
 
 def _over(numerator: float, denominator: float) -> float:

@@ -40,10 +40,11 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     Attributes:
         components_: V (n_components, n_features), orthonormal rows. The largest entry of each is
-            positive, as in scikit-learn.
-        singular_values_: σ (n_components,), falling.
+            positive, as in scikit-learn. Rows beyond the numerical rank of X are zero.
+        singular_values_: σ (n_components,), falling, and 0 beyond the numerical rank.
         explained_variance_: variances of the columns of `fit_transform(X)`.
-        explained_variance_ratio_: the same over the sum of variances of the features.
+        explained_variance_ratio_: the same over the sum of variances of the features; 0 if these
+            do not vary, but for rounding.
         relative_error_: estimate of the relative error in the Frobenius norm.
         n_features_in_: number of features.
         feature_names_in_: names of features, if X had names.
@@ -100,12 +101,19 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         signs = np.where(right[np.arange(len(right)), largest] < 0, -1, 1)
         self.components_ = right * signs[:, None].astype(right.dtype)
         self.singular_values_ = low_rank.singular_values
-        self.relative_error_ = float(low_rank.relative_error)
+        norm = float(low_rank.norm_estimate)
+        self.relative_error_ = float(low_rank.error_estimate) / norm if norm > 0 else 0.0
         projected = safe_sparse_dot(x, self.components_.T)
-        dense = isinstance(x, np.ndarray)
-        variances = x.var(axis=0) if dense else np.asarray(mean_variance_axis(x, axis=0))[1]
-        self.explained_variance_ = np.var(projected, axis=0)
-        self.explained_variance_ratio_ = self.explained_variance_ / variances.sum()
+        # The squares of numbers of size 1 stay in range.
+        limit = np.finfo(x.dtype).maxexp - 2
+        power = int(np.clip(-np.frexp(norm)[1], -limit, limit))
+        scale = x.dtype.type(2.0**power)
+        variances = _variances(projected * scale)
+        total = float(_variances(x * scale).sum())
+        constant = total <= len(projected) * np.finfo(np.float64).eps ** 2  # of sums of squares ≤ 1
+        ratio = np.zeros_like(variances) if constant else variances / total
+        self.explained_variance_ = np.ldexp(variances, -2 * power).astype(x.dtype)
+        self.explained_variance_ratio_ = ratio.astype(x.dtype)
         return projected
 
     def transform(self, X: MatrixLike) -> Float[np.ndarray, "n k"]:
@@ -169,3 +177,10 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     @property
     def _n_features_out(self) -> int:
         return len(self.components_)
+
+
+def _variances(x: MatrixLike) -> Float[np.ndarray, " m"]:
+    """The variances of columns, in double precision."""
+    if isinstance(x, np.ndarray):
+        return np.var(x, axis=0, dtype=np.float64)
+    return np.asarray(np.asarray(mean_variance_axis(x, axis=0))[1], np.float64)
