@@ -68,6 +68,16 @@ REFUSED = [
     (lambda: one_pass("text", 1), "block 0 has shape"),
     (lambda: one_pass(a, "2"), "rank is '2'; expected an integer"),
     (lambda: one_pass(a, 2.0), "rank is 2.0; expected an integer"),
+    *(
+        (lambda fn=fn, key=key: fn(key), "key is .*; expected one key")
+        for key in (0, "a", jax.random.split(jax.random.key(0)), np.zeros(2))
+        for fn in (
+            lambda key: one_pass(a, 2, key=key),
+            lambda key: pivoted_cholesky(kernel, 2, key=key),
+            lambda key: nys.nystrom(kernel, 2, key=key),
+            lambda key: nys.nystrom(jnp.eye(9), 2, key=key),
+        )
+    ),
     (lambda: pivoted_cholesky(kernel, 2.0), "rank is 2.0; expected an integer"),
     (lambda: pivoted_cholesky(kernel, 2, tol=[0.1]), "tol is .0.1.; expected a number"),
     (lambda: nys.nystrom(jnp.eye(9), 2.0), "rank is 2.0; expected an integer"),
@@ -80,7 +90,7 @@ REFUSED = [
 ]
 ACCEPTED = [
     lambda: one_pass(a, jnp.asarray(3)),
-    lambda: one_pass(a, np.int64(3)),
+    lambda: one_pass(a, np.int64(3), key=jax.random.PRNGKey(0)),
     lambda: pivoted_cholesky(kernel, jnp.asarray(3)),
     lambda: nys.nystrom(kernel, jnp.asarray(3)),
     lambda: nys.nystrom(jnp.eye(9), jnp.asarray(3)),

@@ -22,7 +22,7 @@ from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.lowrank.truncate import truncate
 from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import MatrixLike, Scalar
-from nyscaled.validation import require_count, require_rank
+from nyscaled.validation import require_count, require_key, require_rank
 
 PROBES = 8  # columns that measure the error
 _CHUNK = 4096  # rows of Ψ that are drawn at once
@@ -71,7 +71,7 @@ def one_pass(
         >>> f.left.shape, bool(f.relative_error < 1e-5)
         ((12, 1), True)
     """
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else require_key("key", key)
     require_outside_of_jit("the stream", a if hasattr(a, "shape") else None, key)
     rank = require_count("rank", rank, 1)
     extra = rank + 5 if oversampling is None else require_count("oversampling", oversampling)

@@ -100,12 +100,11 @@ def pivoted_cholesky(
     """
     if not isinstance(a, KernelMatrix):
         raise ValueError(f"A is a {type(a).__name__}; expected a nys.linalg.KernelMatrix")
-    rank = validation.require_count("rank", rank, low=1)
-    validation.require_rank(rank, a.shape)
+    rank = validation.require_rank(rank, a.shape)
     validation.require_nonnegative("tol", tol)
     if jnp.ndim(tol) != 0 or (validation.is_concrete(tol) and float(tol) >= 1):
         raise ValueError(f"tol is {tol}; expected a number in [0, 1)")
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else validation.require_key("key", key)
     result, least, largest = _factorization(a, key, jnp.asarray(tol, a.dtype), rank)
     if validation.is_concrete(largest) and not bool(jnp.isfinite(largest)):
         raise ValueError(

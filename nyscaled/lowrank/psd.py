@@ -82,7 +82,7 @@ def nystrom(
         >>> bool(0.9 < psd.error_estimate / error < 1.5)
         True
     """
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else validation.require_key("key", key)
     if isinstance(a, KernelMatrix):
         if jackknife:
             raise ValueError("jackknife is True; expected False for a KernelMatrix")
@@ -96,8 +96,7 @@ def nystrom(
         raise ValueError(
             f"A has shape {(m, n)}; expected a square matrix (nys.factorize takes any)"
         )
-    rank = validation.require_count("rank", rank, low=1)
-    validation.require_rank(rank, a.shape)
+    rank = validation.require_rank(rank, a.shape)
     columns = rank + validation.require_count("oversampling", oversampling)
     passes = validation.require_count("passes", passes, low=1)
     validation.require_sound_matrix("A", a, symmetric=True)
