@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from finetune_cases import ROOT, characters, pieces, words
+from tokenizers.processors import TemplateProcessing
 
 import nyscaled as nys
 from nyscaled.finetune.encoding import Ends, Lengths, encode, encode_sentences
@@ -89,7 +90,9 @@ def test_beginnings():
     assert Ends.of(Tokenizer(inner, {"bos_token": "<s>", "eos_token": "<s>"})) == Ends(0, 0)
     assert Ends.of(Tokenizer(inner, {"eos_token": "<s>"})) == Ends(None, 0)
     assert Ends.of(Tokenizer(inner, {"bos_token": "<m>"})) == Ends(None, None)
-    ((encoded,), _) = encode([Example("a", "b")], characters(), bos=2)
+    inner.post_processor = TemplateProcessing(single="<m> $A", special_tokens=[("<m>", 2)])
+    other = Tokenizer(inner, {"bos_token": "<m>"})  # as MeZO gives OPT another beginning
+    ((encoded,), _) = encode([Example("a", "b")], other)
     assert encoded.prompt[0] == 2
     ((encoded,), _) = encode([Example("<s>a", "b")], characters())  # as chat templates write it
     assert encoded.prompt.count(0) == 1

@@ -105,7 +105,6 @@ def encode(
     answers: Answers = "right",
     max_length: int | None = None,
     allow_cut: float = 0.01,
-    bos: int | None = None,
 ) -> tuple[list[Encoded], Lengths]:
     """Return examples for a causal language model as token ids, and their lengths.
 
@@ -121,8 +120,6 @@ def encode(
         answers: what is encoded after the prompt: the right answer, all candidates, or nothing.
         max_length: most tokens of prompt and answer.
         allow_cut: share of examples that may be longer.
-        bos: id of the token that begins a text; None for the tokenizer's. The OPT of MeZO begins
-            with 0, where its tokenizer has 2.
 
     Raises:
         ValueError: without a token that ends a text where `ends` asks for one; on a prompt or an
@@ -143,7 +140,6 @@ def encode(
     if max_length is not None:
         require_count("max_length", max_length, low=2)
     marks = Ends.of(tokenizer)
-    marks = marks if bos is None else dataclasses.replace(marks, bos=bos)
     eos = marks.eos if ends and answers == "right" else None
     if ends and answers == "right" and eos is None:
         raise ValueError(
