@@ -260,6 +260,8 @@ def test_what_is_refused():
         evaluate(causal(), characters(), rte(), task, generated=True)
     with pytest.raises(ValueError, match="the task copa needs a causal language model"):
         evaluate(classifier(), words(), copa(), by_name("copa"))
+    with pytest.raises(ValueError, match="the model has 0 classes; expected a BertClassifier of 2"):
+        evaluate(classifier().bert, words(), rte(), task)
     with pytest.raises(ValueError, match="batch_size is 0"):
         evaluate(causal(), characters(), rte(), task, batch_size=0)
     squad = by_name("squad")

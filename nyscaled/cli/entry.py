@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "factorize": "approximate the matrices of a file, or the weights of a model, by low rank",
     "finetune": "fine-tune a language model with adapters, from data to a tested adapter",
+    "evaluate": "score a language model, with or without an adapter, in a task",
 }
 """What each subcommand does; `nyscaled.cli.NAME` has its `Config` and its `run`."""
 

@@ -18,10 +18,11 @@ from nyscaled.finetune.answers import token_f1 as f1
 from nyscaled.finetune.batches import Batch
 from nyscaled.finetune.encoding import Ends, Lengths, encode, encode_sentences
 from nyscaled.finetune.examples import Encoded, Example
+from nyscaled.finetune.inputs import is_encoder
 from nyscaled.finetune.objectives import SCORES
 from nyscaled.finetune.order import NONE, by_length
 from nyscaled.finetune.task import Metric, Task
-from nyscaled.models import Tokenizer, generate
+from nyscaled.models import BertClassifier, Tokenizer, generate
 from nyscaled.numerics import full_precision
 from nyscaled.validation import require_count
 
@@ -84,15 +85,6 @@ class Evaluation:
         return f"{self.task}: {scores} on {len(self.predictions)} examples"
 
 
-def is_encoder(model: nnx.Module) -> bool:
-    """Return whether a model classifies whole texts; if not, it is a causal language model.
-
-    Args:
-        model: a model with a head, or one that `nyscaled.models.generate` takes.
-    """
-    return not hasattr(model, "new_cache")
-
-
 def evaluate(
     model: nnx.Module,
     tokenizer: Tokenizer,
@@ -144,6 +136,8 @@ def evaluate(
         raise ValueError("there are no examples to score; expected one at least")
     encoder = is_encoder(model)
     task.objective(encoder=encoder)  # refuses a task of the other kind
+    if encoder:
+        _require_head(model, task)
     model = without_dropout(model)
     if encoder:
         encoded, lengths = encode_sentences(
@@ -169,6 +163,15 @@ def evaluate(
         best = _best_candidates(model, encoded, batch_size)
         predictions = [_choice(e, i) for e, i in zip(examples, best, strict=True)]
     return Evaluation(task.name, tuple(predictions), lengths)
+
+
+def _require_head(model: nnx.Module, task: Task) -> None:
+    labels = model.config.labels if isinstance(model, BertClassifier) else ()
+    if len(labels) != len(task.classes):
+        raise ValueError(
+            f"the model has {len(labels)} classes; expected a BertClassifier of "
+            f"{len(task.classes)}, {', '.join(task.classes)}"
+        )
 
 
 def without_dropout(model: M) -> M:

@@ -1,0 +1,209 @@
+"""Score a language model, with or without an adapter, in a task.
+
+DATA is a file or a folder with train, dev and test files (.json, .jsonl, .tsv). A .json file gets
+the scores and what the model answers in each example.
+
+examples:
+  nyscaled evaluate --model MODEL --data glue/sst2 --task sst2
+  nyscaled evaluate --model MODEL --adapter runs/rte/adapter --data glue/rte --task rte
+  nyscaled evaluate --model MODEL --data gsm8k/test.jsonl --task gsm8k --out scores.json
+  nyscaled evaluate --model MODEL --harness arc_easy,boolq   # tasks of lm-evaluation-harness
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nyscaled import lora, models
+from nyscaled.checkpoints.files import as_json
+from nyscaled.cli import outputs
+from nyscaled.finetune import inputs
+from nyscaled.finetune.evaluation import evaluate
+from nyscaled.finetune.harness import run_harness
+from nyscaled.finetune.records import HUB, Row, find_splits, read_split
+from nyscaled.finetune.task import Task
+from nyscaled.finetune.tasks import by_name
+from nyscaled.models import BertClassifier, Tokenizer
+from nyscaled.models.causal import CausalLM
+from nyscaled.models.family import LanguageModel
+from nyscaled.validation import require_count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of `nyscaled evaluate`."""
+
+    model: str
+    """Model: a folder, a GGUF file or a hub id."""
+    adapter: Path | None = None
+    """Folder of an adapter of this model, in PEFT's format."""
+    data: Path | None = None
+    """File or folder of examples."""
+    task: str | None = None
+    """Task: how examples become prompts and answers."""
+    template: str | None = None
+    """Template of the prompts; the task's first by default."""
+    split: str | None = None
+    """Split of a folder: train, dev or test. By default test, or dev where there is no test."""
+    examples: int | None = None
+    """Score only so many examples, the first ones."""
+    generated: bool = False
+    """Read the answers of a task with candidates from generated text."""
+    batch_size: int = 16
+    """Examples in a batch."""
+    max_length: int | None = None
+    """Most tokens of an example with its answer; the prompt's middle is cut. By default as many as
+    the model reads."""
+    allow_cut: float = 0.01
+    """Share of examples that may be longer than that."""
+    dtype: str = "float32"
+    """Dtype of the model: float32, bfloat16, float16."""
+    harness: str | None = None
+    """Tasks of lm-evaluation-harness (nyscaled[eval]), separated by commas, in place of a task.
+    Tasks of your own are in the folder --data."""
+    out: Path | None = None
+    """A .json file for the scores, and what the model answers in each example."""
+    overwrite: bool = False
+    """Replace an existing file."""
+    config: Path | None = None
+    """YAML or TOML file of these options; flags override it."""
+
+
+def run(config: Config) -> int:
+    """Score a model, print the scores, and return 0.
+
+    Args:
+        config: the options.
+
+    Raises:
+        ValueError: on data, a task and a model that do not go together, and an adapter of another
+            model.
+        ImportError: if the harness is asked for and not installed.
+        OSError: if a file cannot be read or written.
+    """
+    if config.examples is not None:
+        require_count("examples", config.examples, low=1)
+    out = config.out
+    if out is not None:
+        if out.suffix != ".json":
+            raise ValueError(f"out is {str(out)!r}; expected a name that ends in .json")
+        outputs.require_writable([out], overwrite=config.overwrite)
+    record = _in_task(config) if config.harness is None else _in_harness(config, config.harness)
+    if out is not None:
+        text = as_json(record)
+        outputs.write({out: lambda path: _write(path, text)}, overwrite=config.overwrite)
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _in_task(config: Config) -> dict[str, object]:
+    if config.data is None or config.task is None:
+        raise ValueError("data or task is missing; expected both, or --harness")
+    task = by_name(config.task)
+    split = config.split or _split(config.data)
+    rows = read_split(config.data, split, task.layouts)
+    model, tokenizer = _read(config)
+    encoder = inputs.is_encoder(model)
+    if encoder:
+        task.objective(encoder=True)
+        task = task.with_classes(_training_rows(config.data, task) or rows)
+        model = _with_head(model, task, config.adapter)
+    elif config.adapter is not None:
+        lora.load_peft(model, config.adapter)
+    examples = task.examples(
+        rows[: config.examples], config.template, encoder=encoder, tokenizer=tokenizer
+    )
+    limits = [x for x in (config.max_length, inputs.longest(model)) if x is not None]
+    result = evaluate(
+        model,
+        tokenizer,
+        examples,
+        task,
+        batch_size=config.batch_size,
+        max_length=min(limits, default=None),
+        allow_cut=config.allow_cut,
+        generated=config.generated,
+    )
+    print(result)
+    return {
+        "task": task.name,
+        "split": split,
+        "examples": len(examples),
+        "scores": {name: score._asdict() for name, score in result.scores.items()},
+        "predictions": [dataclasses.asdict(prediction) for prediction in result.predictions],
+    }
+
+
+def _in_harness(config: Config, names: str) -> dict[str, object]:
+    model, tokenizer = _read(config)
+    if not isinstance(model, CausalLM):
+        raise ValueError("the model is an encoder; expected a causal language model for --harness")
+    if config.adapter is not None:
+        lora.load_peft(model, config.adapter)
+    scores = run_harness(
+        model,
+        tokenizer,
+        names.split(","),
+        name=config.model,
+        folder=config.data,
+        examples=config.examples,
+        batch_size=config.batch_size,
+    )
+    for task, values in scores.items():
+        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    return {"scores": scores}
+
+
+def _split(data: Path) -> str:
+    """Return the split to score: test, or what there is."""
+    if str(data).startswith(HUB):
+        return "test"
+    splits = find_splits(data)
+    return next(name for name in ("test", "dev", "train") if name in splits)
+
+
+def _training_rows(data: Path, task: Task) -> list[Row]:
+    """Return the rows that say the classes of a task without classes of its own."""
+    own = task.labels or str(data).startswith(HUB) or "train" not in find_splits(data)
+    return [] if own else read_split(data, "train", task.layouts)
+
+
+def _read(config: Config) -> tuple[LanguageModel, Tokenizer]:
+    model, tokenizer = models.load(config.model, dtype=config.dtype)
+    return model, inputs.require_tokenizer(config.model, tokenizer)
+
+
+def _with_head(model: LanguageModel, task: Task, adapter: Path | None) -> LanguageModel:
+    """Return an encoder with its own head for a task, or with that of an adapter."""
+    own = isinstance(model, BertClassifier) and _same_classes(model.config.labels, task)
+    if adapter is None:
+        if not own:
+            raise ValueError(
+                f"the model has no head with the classes {', '.join(task.classes)}; expected "
+                "--adapter, or a model that was trained for the task"
+            )
+        return model
+    if not own:
+        model, _ = inputs.with_head(model, task, 0)
+    assert isinstance(model, BertClassifier)
+    before = np.asarray(model.classifier.kernel[...])
+    lora.load_peft(model, adapter)
+    if not own and np.array_equal(before, np.asarray(model.classifier.kernel[...])):
+        raise ValueError(f"{adapter} has no head; expected one that was trained for the task")
+    return model
+
+
+def _same_classes(labels: Sequence[str], task: Task) -> bool:
+    """Return whether a head has the classes of a task, or as many without a name."""
+    spellings = [{x.lower() for x in own} for own in task.labels]
+    return len(labels) == len(spellings) and all(
+        label.lower() in {*own, f"label_{i}"}
+        for i, (label, own) in enumerate(zip(labels, spellings, strict=True))
+    )

@@ -1,0 +1,121 @@
+"""`nyscaled evaluate`: what it scores, writes and refuses."""
+
+import json
+
+import jax
+import pytest
+from finetune_cases import characters, words
+from flax import nnx
+from test_finetune_evaluation import causal, classifier
+
+import nyscaled as nys
+from nyscaled.cli import main
+from nyscaled.models import BertClassifier
+
+ROWS = [("a b c", 1), ("d e", 0), ("h g a", 1), ("b b", 0)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A causal model, an encoder, one with a head, data, and adapters of the first and the last."""
+    folder = tmp_path_factory.mktemp("files")
+    nys.models.save(causal(), folder / "causal", characters())
+    nys.models.save(classifier().bert, folder / "encoder", words())
+    encoder = nys.models.load(folder / "encoder")[0]
+    head = BertClassifier(encoder, ["negative", "positive"], rngs=nnx.Rngs(3))
+    nys.models.save(head, folder / "classifier", words())
+    for name, base, modules in (("a", causal(), []), ("b", head, ["classifier", "pooler"])):
+        model = nnx.clone(base)
+        layers = nys.lora.apply(model, rank=2, targets=r".*(q_proj|query)", key=jax.random.key(0))
+        for layer in layers.values():
+            layer.adapters["default"].lora_b[...] += 1.0
+        paths = [
+            ".".join(map(str, path))
+            for path, _ in nnx.iter_modules(model)
+            if path and path[-1] in modules
+        ]
+        nys.lora.save_peft(model, folder / name, base_model="base", modules_to_save=paths)
+    (folder / "data").mkdir()
+    for split in ("train", "dev"):
+        lines = [f"{text}\t{label}\n" for text, label in ROWS]
+        (folder / "data" / f"{split}.tsv").write_text("".join(lines))
+    return folder
+
+
+def evaluate(files, *options, model="causal", task="sst2", data="data"):
+    words = ["--model", files / model, "--task", task, "--data", files / data, *options]
+    return main(["evaluate", *map(str, words)])
+
+
+def test_scores_and_answers(files, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    assert evaluate(files, "--out", out) == 0
+    record = json.loads(out.read_text())
+    accuracy = record["scores"]["accuracy"]["value"]
+    assert capsys.readouterr().out.startswith(f"sst2: accuracy {100 * accuracy:.2f} ± ")
+    assert (record["task"], record["split"], record["examples"]) == ("sst2", "dev", 4)
+    answers = [p["answer"] for p in record["predictions"]]
+    assert set(answers) <= {" terrible", " great"}
+    right = [p["values"]["accuracy"] for p in record["predictions"]]
+    assert sum(right) / 4 == accuracy
+    assert next(p["source"] for p in record["predictions"]) == "dev.tsv:1"
+    assert evaluate(files, "--examples", 2, "--split", "train", "--out", out, "--overwrite") == 0
+    record = json.loads(out.read_text())
+    assert (record["split"], record["examples"]) == ("train", 2)
+
+
+def test_adapters(files, tmp_path):
+    """The adapter of an encoder brings its head."""
+    answers = {}
+    for name, model, options in (
+        ("head", "classifier", ()),
+        ("adapter of a head", "classifier", ("--adapter", files / "b")),
+        ("adapter", "encoder", ("--adapter", files / "b")),
+        ("causal", "causal", ("--adapter", files / "a")),
+    ):
+        out = tmp_path / f"{name}.json"
+        assert evaluate(files, *options, "--out", out, model=model) == 0
+        answers[name] = json.loads(out.read_text())["predictions"]
+    assert answers["adapter"] == answers["adapter of a head"]
+    adapted = nys.models.load(files / "classifier")[0]
+    nys.lora.load_peft(adapted, files / "b")
+    tokens, mask = words()([text for text, _ in ROWS], side="right")
+    best = [("negative", "positive")[i] for i in adapted(tokens, mask).argmax(1)]
+    assert [p["answer"] for p in answers["adapter"]] == best
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "none"}, "task is 'none'; expected one of sst2"),
+        ({"data": "none"}, "which does not exist; expected a file, a folder"),
+        ({"task": "copa", "model": "encoder"}, "the task copa needs a causal language model"),
+        ({"model": "encoder"}, "the model has no head with the classes negative, positive; exp"),
+        ({"options": ["--split", "test"]}, "has train, dev; expected a test split"),
+        ({"options": ["--template", "x"]}, "template is 'x'; expected one of mezo"),
+        ({"options": ["--examples", "0"]}, "examples is 0"),
+        ({"options": ["--out", "x.txt"]}, "out is 'x.txt'; expected a name that ends in .json"),
+        ({"options": ["--max-length", "20"]}, "have more than 20 tokens"),
+        ({"options": ["--generated"]}, "the task sst2 has no generated answers"),
+        ({"options": ["--harness", "none", "--data", "none"]}, "nyscaled[eval]"),
+        (
+            {"options": ["--harness", "x"], "model": "encoder"},
+            "the model is an encoder; expected a",
+        ),
+    ],
+)
+def test_what_is_refused(options, message, files, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    options = dict(options)
+    assert evaluate(files, *options.pop("options", ()), **options) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_without_a_head_is_refused(files, tmp_path, capsys):
+    model = nnx.clone(nys.models.load(files / "classifier")[0])
+    nys.lora.apply(model, rank=2, targets=r".*query", key=jax.random.key(0))
+    nys.lora.save_peft(model, tmp_path, base_model="base")
+    assert evaluate(files, "--adapter", tmp_path, model="encoder") == 1
+    assert "has no head; expected one that was trained for the task" in capsys.readouterr().err
+    assert main(["evaluate", "--model", str(files / "causal")]) == 1
+    assert "data or task is missing; expected both, or --harness" in capsys.readouterr().err
