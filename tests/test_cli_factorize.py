@@ -335,6 +335,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, a, capsys, monkeypatch
     assert {p.name for p in tmp_path.iterdir()} == {"a.npy", "o.npz"}
 
 
+def test_a_tolerance_below_rounding_is_missed(tmp_path, a, capsys):
+    for out in ("a.npz", "a.csv"):
+        assert factorize(saved(tmp_path / "a.npy", a), "--tol", 1e-30, "--out", tmp_path / out) == 1
+        assert "above --tol 1e-30" in capsys.readouterr().err
+
+
 def test_a_missed_tolerance_is_a_status(tmp_path, a, capsys):
     path, out = saved(tmp_path / "a.npy", a), tmp_path / "o.npz"
     assert factorize(path, "--rank", 1, "--tol", 1e-3, "--out", out) == 1
