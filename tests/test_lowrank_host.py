@@ -401,7 +401,22 @@ def test_reading_a_matrix_imports_no_optional_package():
     assert result.stdout.strip() == "set()", result.stderr
 
 
-def test_sparse_matrices_are_stored_once():
-    a = as_input("A", scipy.sparse.random_array((M, N), density=0.5, dtype=np.float32, rng=0))
-    assert isinstance(a, SparseMatrix)
-    assert np.shares_memory(a.rows.T.data, a.rows.data)
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("empty", ["none", "first half", "all but one"])
+def test_sparse_matrices_are_stored_once_and_multiplied_in_blocks(dtype, empty):
+    m, n, columns = 700, 500, 4
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((m, n)).astype(dtype)
+    dense *= 1 + 1j if dtype == np.complex64 else 1
+    rows = {"none": slice(0), "first half": slice(m // 2), "all but one": slice(1, None)}[empty]
+    dense[rows] = 0
+    stored = scipy.sparse.csr_array(dense)
+    a = SparseMatrix(stored)
+    assert len(a.blocks) == {"none": 4, "first half": 1, "all but one": 1}[empty]
+    for block in a.blocks:
+        assert np.shares_memory(block.matrix.data, stored.data) or not block.matrix.nnz
+        assert np.shares_memory(block.transpose.data, stored.data) or not block.matrix.nnz
+    assert a.blocks[-1].rows.stop == m
+    x, y = (rng.standard_normal((k, columns)).astype(np.float32) for k in (n, m))
+    np.testing.assert_allclose(a.times(x), dense @ x, atol=1e-3)
+    np.testing.assert_allclose(a.adjoint_times(y), dense.conj().T @ y, atol=1e-3)

@@ -23,9 +23,11 @@ threads do not make them faster either, because such products wait for memory.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Hashable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,13 @@ from nyscaled.matrices import Operator, as_matrix, is_scipy, require_floating
 from nyscaled.typing import LinearMap, MatrixLike
 from nyscaled.validation import is_concrete
 
+if TYPE_CHECKING:
+    from scipy.sparse import csc_array, csr_array
+
 DTYPES = (jnp.bfloat16, jnp.float16, *HOST_DTYPES)
+
+_THREADS = 4
+_LARGE = 2**18  # entries; a product of fewer takes about as long as starting threads
 
 
 @runtime_checkable
@@ -126,25 +134,72 @@ def _as_input(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
 class SparseMatrix:
     """A sparse matrix whose products SciPy makes on the host; its rows are stored once.
 
+    SciPy multiplies on one thread and lets others run. So a large matrix is cut into blocks of rows
+    with about as many entries, whose products are made at the same time. How it is cut does not
+    depend on the machine, and so the results do not.
+
     Args:
         rows: the matrix in CSR.
     """
 
     def __init__(self, rows: MatrixLike) -> None:
-        self.rows = rows
         self.shape = tuple(map(int, rows.shape))
         self.dtype = np.dtype(rows.dtype)
+        pointers = rows.indptr
+        count = _THREADS if rows.nnz >= _LARGE else 1
+        ends = np.searchsorted(pointers, np.linspace(0, rows.nnz, count + 1)[1:-1])
+        bounds = [0, *map(int, ends), self.shape[0]]
+        self.blocks = [_Block.of(rows, i, j) for i, j in itertools.pairwise(bounds) if i < j]
 
     def times(self, x: Inexact[np.ndarray, "n k"], /) -> Inexact[np.ndarray, "m k"]:
         """Return A x."""
-        return self.rows @ np.asarray(x, self.dtype)
+        x = np.asarray(x, self.dtype)
+        return np.concatenate(_at_once(lambda block: block.matrix @ x, self.blocks))
 
     def adjoint_times(self, y: Inexact[np.ndarray, "m k"], /) -> Inexact[np.ndarray, "n k"]:
         """Return Aᴴ y."""
         y = np.asarray(y, self.dtype)
         if np.iscomplexobj(y):
-            return (self.rows.T @ y.conj()).conj()
-        return self.rows.T @ y
+            return self._transpose_times(y.conj()).conj()
+        return self._transpose_times(y)
+
+    def _transpose_times(self, y: Inexact[np.ndarray, "m k"]) -> Inexact[np.ndarray, "n k"]:
+        first, *others = _at_once(lambda block: block.transpose @ y[block.rows], self.blocks)
+        for other in others:
+            first += other
+        return first
+
+
+class _Block(NamedTuple):
+    """Rows of a sparse matrix, whose entries are not copied."""
+
+    rows: slice
+    matrix: csr_array
+    transpose: csc_array
+
+    @classmethod
+    def of(cls, rows: MatrixLike, i: int, j: int) -> _Block:
+        """Rows i to j − 1 of a matrix in CSR."""
+        import scipy.sparse
+
+        pointers: np.ndarray = rows.indptr[i : j + 1]
+        own, shape = slice(pointers[0], pointers[-1]), (j - i, rows.shape[1])
+        matrix = scipy.sparse.csr_array(shape, dtype=rows.dtype)
+        transpose = scipy.sparse.csc_array(shape[::-1], dtype=rows.dtype)
+        for block in (matrix, transpose):
+            # Given to a constructor, parts of arrays would be copied.
+            block.data, block.indices = rows.data[own], rows.indices[own]
+            block.indptr = pointers - pointers[0]
+        return cls(slice(i, j), matrix, transpose)
+
+
+def _at_once(
+    product: Callable[[_Block], np.ndarray], blocks: Sequence[_Block]
+) -> Sequence[np.ndarray]:
+    if len(blocks) == 1:
+        return [product(blocks[0])]
+    with ThreadPoolExecutor(len(blocks)) as threads:
+        return list(threads.map(product, blocks))
 
 
 def _is_stored(a: object) -> bool:
@@ -178,7 +233,7 @@ def _sparse(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
         inside = (indices < a.shape).all(axis=1)  # BCOO pads with indices beyond the matrix
         i, j = indices[inside].T
         rows = scipy.sparse.csr_array((entries[inside], (i, j)), shape=a.shape)
-    rows = rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
+    rows.data = rows.data.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
     if not all_finite(rows.data):
         raise ValueError(f"{name} has NaN or Inf entries; expected finite ones")
     return SparseMatrix(rows)
