@@ -103,6 +103,8 @@ bench-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python benchmarks/lora_init.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/lowrank.py
+	$(BIN)/python benchmarks/lowrank_growth.py
+	$(BIN)/python benchmarks/lowrank_dask.py
 
 $(DIGITS): $(VENV)/.experiments experiments/lib/matrix.py
 	$(BIN)/python -m experiments.lib.matrix $@
