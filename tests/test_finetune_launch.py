@@ -19,7 +19,7 @@ from training_cases import settings
 
 import nyscaled as nys
 from nyscaled.cli import main
-from nyscaled.finetune import launch, loop, progress
+from nyscaled.finetune import launch, loop, objectives, progress
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +69,7 @@ def test_the_adapter_is_that_of_the_lowest_validation_loss(root):
     nys.lora.load_peft(model, out / "adapter")
     total = count = 0
     for _, batch in prepared.plan.validation.sorted(8):
-        parts = launch.OBJECTIVES["choice"](model, batch)
+        parts = objectives.choice_loss(model, batch)
         total, count = total + float(parts[0]), count + float(parts[1])
     assert total / count == pytest.approx(result["validation_loss"], rel=1e-5)
 

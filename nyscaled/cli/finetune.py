@@ -6,6 +6,7 @@ adapter in PEFT's format, metrics, settings and checkpoints.
 examples:
   nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte
   nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte --resume
+  nyscaled finetune --model MODEL --data glue/rte --task rte --out runs/rte --dry-run
   nyscaled finetune --config run.yaml --learning-rate 1e-4 --out runs/2   # flags override the file
 """
 
@@ -22,6 +23,7 @@ from nyscaled.finetune.config import Config as Config
 from nyscaled.finetune.launch import Result
 from nyscaled.finetune.launch import run as fine_tune
 from nyscaled.finetune.loop import Stopped
+from nyscaled.finetune.preview import preview
 
 INTERRUPTED = 130
 
@@ -37,6 +39,10 @@ def run(config: Config) -> int:
         OSError: if a file cannot be read or written.
     """
     keep_programs()
+    if config.dry_run:
+        for line in preview(config):
+            print(line, flush=True)
+        return 0
     try:
         print(_line(fine_tune(config)))
     except Stopped as stopped:

@@ -72,6 +72,8 @@ class Config:
     """Examples to train on; all by default."""
     validation_examples: int | None = 500
     """Most examples for validation; None for all."""
+    test_examples: int | None = 1000
+    """Most examples for the scores at the end; None for all."""
     eval_every: int | None = None
     """Steps between validations; the default is an epoch."""
     patience: int | None = None
@@ -123,6 +125,7 @@ _COUNTS = (
     "micro_batch_size",
     "train_examples",
     "validation_examples",
+    "test_examples",
     "eval_every",
     "patience",
     "checkpoint_every",

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nyscaled import models
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
 from nyscaled.finetune.examples import Encoded, Example
@@ -31,7 +30,8 @@ class Examples:
         task: the task, with its classes.
         train: examples to train on.
         validation: examples for validation.
-        test: examples for the scores at the end; those for validation where there are no others.
+        test: examples for the scores at the end. Where the data have no test split, these are the
+            examples for validation if their answers are generated, and none otherwise.
     """
 
     task: Task
@@ -75,7 +75,11 @@ def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Exa
         task,
         examples(shuffled[: config.train_examples]),
         examples(validation),
-        examples(rows.get("test", rows["dev"])),
+        examples(_some(rows["test"], config.test_examples, config.seed))
+        if "test" in rows
+        else examples(validation)
+        if task.metric is not None and task.objective(encoder=encoder) == "tokens"
+        else [],
     )
 
 
@@ -90,7 +94,7 @@ def encode_all(
     tokenizer: Tokenizer,
     task: Task,
     config: Config,
-    longest: int | None,
+    limit: int,
     *,
     encoder: bool,
 ) -> tuple[list[Encoded], Lengths]:
@@ -101,13 +105,12 @@ def encode_all(
         tokenizer: the model's tokenizer.
         task: the task.
         config: the settings of the run.
-        longest: most tokens that the model reads, None for no limit.
+        limit: most tokens of an example.
         encoder: whether the model is an encoder.
 
     Raises:
         ValueError: if more examples are too long than the settings allow.
     """
-    limit = config.max_length if longest is None else min(config.max_length, longest)
     if encoder:
         return encode_sentences(examples, tokenizer, max_length=limit, allow_cut=config.allow_cut)
     return encode(
@@ -118,19 +121,6 @@ def encode_all(
         max_length=limit,
         allow_cut=config.allow_cut,
     )
-
-
-def read_model(config: Config) -> tuple[LanguageModel, Tokenizer]:
-    """Return the base of a run and its tokenizer.
-
-    Args:
-        config: the settings of the run.
-
-    Raises:
-        ValueError: on a model without a tokenizer, and as `nys.models.load`.
-    """
-    model, tokenizer = models.load(config.model, dtype=config.dtype, remat=config.remat)
-    return model, require_tokenizer(config.model, tokenizer)
 
 
 def require_tokenizer(model: str, tokenizer: Tokenizer | None) -> Tokenizer:
@@ -153,10 +143,16 @@ def is_encoder(model: nnx.Module) -> bool:
     return isinstance(model, Bert | BertClassifier)
 
 
-def longest(model: LanguageModel) -> int | None:
-    """Return the most tokens that a model reads, None for no limit."""
-    known = model.config.max_position_embeddings if is_encoder(model) else None
-    return known if is_encoder(model) else getattr(model, "max_length", None)
+def limit(config: Config, model: LanguageModel) -> int:
+    """Return the most tokens of an example.
+
+    Args:
+        config: the settings of the run.
+        model: the model, which may read fewer.
+    """
+    own = model.config.max_position_embeddings if is_encoder(model) else None
+    longest = own if is_encoder(model) else getattr(model, "max_length", None)
+    return config.max_length if longest is None else min(config.max_length, longest)
 
 
 def with_head(model: LanguageModel, task: Task, seed: int) -> tuple[LanguageModel, tuple[str, ...]]:

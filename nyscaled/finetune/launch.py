@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
-import math
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 import yaml
 from flax import nnx
-from flax.nnx.filterlib import Filter
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from nyscaled import lora, models
 from nyscaled._files import replacing
-from nyscaled.finetune import batches, inputs, loop, training
-from nyscaled.finetune.batches import Batch, Batches
+from nyscaled.checkpoints.files import write_tensors
+from nyscaled.finetune import inputs, loop, training
 from nyscaled.finetune.config import Config, as_options, differences, from_options
-from nyscaled.finetune.encoding import Lengths
-from nyscaled.finetune.inputs import Examples
-from nyscaled.finetune.loop import Plan
-from nyscaled.finetune.methods import Method, method
-from nyscaled.finetune.objectives import OBJECTIVES
-from nyscaled.finetune.order import Order, Rows
-from nyscaled.finetune.progress import timed
+from nyscaled.finetune.evaluation import evaluate
+from nyscaled.finetune.methods import method
+from nyscaled.finetune.preparation import Prepared, prepare
+from nyscaled.finetune.progress import METRICS, read_metrics, timed
 from nyscaled.finetune.records import HUB, find_splits
 from nyscaled.finetune.tasks import by_name
-from nyscaled.models import BertClassifier, Tokenizer
-from nyscaled.models.family import LanguageModel
+from nyscaled.models import BertClassifier
 
 CONFIG, RECORD, RESULT, ADAPTER = "config.yaml", "run.json", "result.json", "adapter"
-PROGRAMS = 6
-"""Most lengths of batches to train on, each a compiled program."""
-VALIDATION_PROGRAMS = 3
-STEPS_PER_PROGRAM = 20
-"""Steps for which another length of batches is worth its compilation."""
-GRADIENT_BATCHES = 8
-"""Batches from which a start is made that needs a gradient."""
-WARMUP = 0.03
+EVALUATION, CURVES, PREFIX = "evaluation.json", "curves.png", "prefix.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +47,7 @@ class Result:
         best_step: number of steps before the validation with the lowest loss.
         validation_loss: that loss; the adapter is that of this step.
         accuracy: accuracy in that validation, None without candidates.
+        scores: means on the test examples, or of generated answers, by name.
         difference: largest difference between scores of the trained model and of the saved one.
         parameters: number of trained numbers.
         seconds: time of the training.
@@ -68,36 +58,10 @@ class Result:
     best_step: int
     validation_loss: float
     accuracy: float | None
+    scores: dict[str, float]
     difference: float
     parameters: int
     seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to train.
-
-    Attributes:
-        config: its settings.
-        examples: its examples.
-        model: the model, with adapters.
-        tokenizer: the model's tokenizer.
-        objective: name of the loss.
-        plan: what is trained, and for how long.
-        trained: filter of the trained variables.
-        lengths: tokens of the examples to train on.
-        head: names of new modules of the model.
-    """
-
-    config: Config
-    examples: Examples
-    model: LanguageModel
-    tokenizer: Tokenizer
-    objective: str
-    plan: Plan
-    trained: Filter
-    lengths: Lengths
-    head: tuple[str, ...]
 
 
 def run(config: Config) -> Result:
@@ -147,12 +111,39 @@ def run(config: Config) -> Result:
         trained.best.step,
         validation.loss,
         validation.accuracy,
+        _evaluate(prepared),
         difference,
         count(prepared.plan.parts.params),
         round(seconds, 3),
     )
+    if importlib.util.find_spec("matplotlib") is not None:
+        from nyscaled.finetune import curves
+
+        with replacing(config.out / CURVES) as file:
+            curves.draw(read_metrics(config.out / METRICS)).savefig(file, format="png", dpi=160)
     _write_json(config.out / RESULT, dataclasses.asdict(result) | {"out": str(config.out)})
     return result
+
+
+def _evaluate(prepared: Prepared) -> dict[str, float]:
+    """The scores on the test examples; they are written with the predictions."""
+    config, examples = prepared.config, prepared.examples
+    if not examples.test:
+        return {}
+    with timed(f"scoring {len(examples.test)} examples"):
+        evaluation = evaluate(
+            prepared.model,
+            prepared.tokenizer,
+            examples.test,
+            examples.task,
+            batch_size=config.micro_batch_size or config.batch_size,
+            max_length=inputs.limit(config, prepared.model),
+            allow_cut=config.allow_cut,
+        )
+    scores = {name: score._asdict() for name, score in evaluation.scores.items()}
+    predictions = [dataclasses.asdict(prediction) for prediction in evaluation.predictions]
+    _write_json(config.out / EVALUATION, {"scores": scores, "predictions": predictions})
+    return {name: score.value for name, score in evaluation.scores.items()}
 
 
 def open_folder(config: Config) -> Result | None:
@@ -197,128 +188,6 @@ def open_folder(config: Config) -> Result | None:
     return None
 
 
-def prepare(config: Config) -> Prepared:
-    """Return a run that is ready to train.
-
-    Args:
-        config: the settings.
-
-    Raises:
-        ValueError: on settings, data and models that do not go together.
-    """
-    chosen = method(config.method)
-    with timed(f"reading {config.model}"):
-        model, tokenizer = inputs.read_model(config)
-    encoder = inputs.is_encoder(model)
-    examples = inputs.read_examples(config, encoder=encoder, tokenizer=tokenizer)
-    task, longest = examples.task, inputs.longest(model)
-    model, head = inputs.with_head(model, task, config.seed)
-    objective = task.objective(encoder=encoder)
-    (train, lengths), (validation, _) = (
-        inputs.encode_all(part, tokenizer, task, config, longest, encoder=encoder)
-        for part in (examples.train, examples.validation)
-    )
-    order, made = _batches(config, objective, train, tokenizer.pad_id or 0)
-    steps = steps_of(config, order)
-    size = config.micro_batch_size or config.batch_size
-    validating = batches.make(
-        validation,
-        objective,
-        batch_size=size,
-        programs=_programs(-(-len(validation) // size), VALIDATION_PROGRAMS),
-        loss_on=config.loss_on,
-        pad_id=tokenizer.pad_id or 0,
-    )
-    trained, parts = _adapted(config, chosen, model, head, objective, made, order)
-    warmup = round(WARMUP * steps) if config.warmup_steps is None else config.warmup_steps
-    peak = chosen.learning_rate if config.learning_rate is None else config.learning_rate
-    given = {"damping": config.damping, "ratio": config.ratio}
-    plan = Plan(
-        parts,
-        training.program_of(
-            parts, objective, chosen, weight_decay=config.weight_decay, clip=config.clip
-        ),
-        {name: value for name, value in given.items() if value is not None},
-        made,
-        order,
-        validating,
-        tuple(e.source for e in train),
-        steps,
-        training.schedule(config.schedule, peak, steps, warmup),
-        config,
-    )
-    return Prepared(config, examples, model, tokenizer, objective, plan, trained, lengths, head)
-
-
-def steps_of(config: Config, order: Order) -> int:
-    """Return the number of steps of a run.
-
-    Args:
-        config: the settings.
-        order: the order of the examples.
-    """
-    return config.steps or max(1, math.ceil(config.epochs * order.steps_per_epoch))
-
-
-def _programs(steps: int, most: int) -> int:
-    return min(most, 1 + steps // STEPS_PER_PROGRAM)
-
-
-def _batches(
-    config: Config, objective: str, train: list[batches.Encoded], pad_id: int
-) -> tuple[Order, Batches]:
-    """The order of the examples, and what makes their batches."""
-
-    def make(longest: Rows | None, programs: int = 1) -> Batches:
-        return batches.make(
-            train,
-            objective,
-            batch_size=config.batch_size,
-            programs=programs,
-            loss_on=config.loss_on,
-            pad_id=pad_id,
-            longest=longest,
-        )
-
-    order = Order(make(None).lengths, config.batch_size, config.seed)
-    return order, make(order.longest(), _programs(steps_of(config, order), PROGRAMS))
-
-
-def _adapted(
-    config: Config,
-    chosen: Method,
-    model: LanguageModel,
-    head: tuple[str, ...],
-    objective: str,
-    made: Batches,
-    order: Order,
-) -> tuple[Filter, training.Parts]:
-    """Put adapters into a model; return the filter of what is trained, and the parts."""
-
-    def loss(model: LanguageModel, batch: Batch) -> Array:
-        total, count = OBJECTIVES[objective](model, batch)
-        return total / count
-
-    def some() -> Iterator[Batch]:
-        steps = min(GRADIENT_BATCHES, order.steps_per_epoch)
-        return (made.batch(order.rows(step)) for step in range(steps))
-
-    with timed(f"preparing {config.method}"):
-        trained = chosen.prepare(
-            model,
-            rank=config.rank,
-            alpha=config.alpha or 2.0 * config.rank,
-            targets=config.targets or inputs.default_targets(model),
-            key=jax.random.key(config.seed),
-            dropout=config.dropout,
-            head=head,
-            loss=loss if chosen.needs != "kernel" else None,
-            batches=some() if chosen.needs != "kernel" else (),
-            **({} if config.scale is None else {"scale": config.scale}),
-        )
-        return trained, training.split(model, trained)
-
-
 def save(prepared: Prepared) -> float:
     """Write what was trained, read it again, and return the largest difference of scores.
 
@@ -344,6 +213,8 @@ def save(prepared: Prepared) -> float:
         for name in prepared.head:  # so that they must come from the file
             _blank(read, name)
         lora.load_peft(read, folder)
+    elif method(prepared.config.method).trains == "prefix":
+        read = _through_file(model, folder, prepared)
     else:
         models.save(model, folder, prepared.tokenizer)
         read, _ = models.load(folder, dtype=prepared.config.dtype)
@@ -355,6 +226,22 @@ def save(prepared: Prepared) -> float:
             f"expected at most {limit:.2g}"
         )
     return difference
+
+
+def _through_file(model: nnx.Module, folder: Path, prepared: Prepared) -> nnx.Module:
+    """Write the trained variables by their paths, for which PEFT has no names; read them again."""
+    folder.mkdir(exist_ok=True)
+    params = training.split(model, prepared.trained).params
+    flat = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(params)}
+    values = {name: np.asarray(value) for name, value in flat.items()}
+    write_tensors(folder / PREFIX, values, {"format": "pt"})
+    prepared.tokenizer.save(folder)
+    tensors = safetensors.numpy.load_file(folder / PREFIX)
+    read = nnx.clone(model)
+    for path, variable in nnx.to_flat_state(nnx.state(read)):
+        if (name := ".".join(map(str, path))) in tensors:
+            variable[...] = jnp.asarray(tensors[name], variable.dtype)
+    return read
 
 
 def _scores(model: nnx.Module, prepared: Prepared) -> Float[np.ndarray, "rows scores"]:

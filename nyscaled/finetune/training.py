@@ -25,6 +25,7 @@ from nyscaled.finetune.batches import Batch
 from nyscaled.finetune.methods import Method
 from nyscaled.finetune.objectives import OBJECTIVES, SCORES, SUMS
 from nyscaled.numerics import at_least_float32, full_precision, tree_norm
+from nyscaled.validation import is_concrete
 
 Tree: TypeAlias = Any
 """Arrays, in a structure that flax and optax choose."""
@@ -142,8 +143,7 @@ def split(model: nnx.Module, trained: Filter) -> Parts:
         for adapter, init in zip(adapters, inits, strict=True):
             adapter.init = init
     dtypes = tuple(x.dtype for x in jax.tree.leaves(params))
-    # Copies, since a step gives its arguments' memory to its results.
-    wide = jax.tree.map(lambda x: jnp.array(at_least_float32(x), copy=True), params)
+    wide = _widened(params) if is_concrete(params) else jax.eval_shape(_widened, params)
     return Parts(graphdef, evaluating, wide, counts, frozen, dtypes)
 
 
@@ -168,6 +168,10 @@ def program_of(
         method, reference="", init=None, rank_stabilized=False, learning_rate=0.0
     )
     return Program(parts.training, parts.dtypes, objective, updates, weight_decay, clip)
+
+
+def _widened(params: Tree) -> Tree:
+    return jax.tree.map(at_least_float32, params)
 
 
 def update(model: nnx.Module, variables: Tree) -> None:

@@ -9,7 +9,7 @@ from nyscaled.models.gated import GatedConfig
 from nyscaled.models.gemma import Gemma, GemmaConfig
 from nyscaled.models.generation import generate
 from nyscaled.models.llama import Llama, LlamaConfig
-from nyscaled.models.loading import load, save
+from nyscaled.models.loading import load, outline, save
 from nyscaled.models.mistral import Mistral, MistralConfig
 from nyscaled.models.opt import Opt, OptConfig
 from nyscaled.models.prefix import PrefixParam
@@ -48,6 +48,7 @@ __all__ = [
     "add_prefix",
     "generate",
     "load",
+    "outline",
     "register",
     "resize_token_embeddings",
     "save",

@@ -96,22 +96,7 @@ def load(
     path = _located(folder, revision)
     source, model, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
     family = model.family
-    if tokenizer is not None and not family.generates:
-        tokenizer.settings["padding_side"] = tokenizer.settings.get("padding_side") or "right"
-    tokens = 0 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if tokens > config.vocab_size:  # by the largest id, as ids may leave some out
-        warnings.warn(
-            f"{source.path} has a tokenizer of {tokens} tokens and a model of {config.vocab_size}: "
-            "it gives NaN for the others",
-            stacklevel=2,
-        )
-    numerics = Numerics(dtype, compute_dtype, remat)
-    try:
-        abstract = nnx.eval_shape(
-            lambda: model.build(config, source.names, numerics=numerics, rngs=nnx.Rngs(0))
-        )
-    except (TypeError, OverflowError) as error:  # JAX's, on products of sizes
-        raise ValueError(f"{source.config_path} has sizes that no array has: {error}") from error
+    abstract = _outline(source, model, config, tokenizer, Numerics(dtype, compute_dtype, remat))
     graphdef, state = nnx.split(abstract)
     tied = config.tie_word_embeddings
     table = matched(source, places(state, family), family, tied=tied)
@@ -123,6 +108,70 @@ def load(
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
+
+
+def outline(
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    remat: bool = False,
+) -> tuple[Any, Tokenizer | None]:
+    """Return a model without the values of its parameters, and its tokenizer; read no weight.
+
+    The parameters are `jax.ShapeDtypeStruct`, of which programs can be compiled.
+
+    Args:
+        folder: as in `load`.
+        revision: as in `load`.
+        dtype: as in `load`.
+        compute_dtype: as in `load`.
+        remat: as in `load`.
+
+    Raises:
+        ValueError: as `load` does, but for errors in tensors.
+
+    Examples:
+        >>> import tempfile
+        >>> from nyscaled.models import Llama, LlamaConfig, save
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     save(Llama(LlamaConfig(**sizes, **heads), rngs=nnx.Rngs(0)), path)
+        ...     model, _ = outline(path)
+        >>> model.lm_head.kernel.shape
+        (8, 16)
+    """
+    path = _located(folder, revision)
+    source, model, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
+    numerics = Numerics(dtype, compute_dtype, remat)
+    return _outline(source, model, config, tokenizer, numerics), tokenizer
+
+
+def _outline(
+    source: WeightSource,
+    model: type[LanguageModel],
+    config: Any,
+    tokenizer: Tokenizer | None,
+    numerics: Numerics,
+) -> Any:
+    """The model of a file, without values."""
+    if tokenizer is not None and not model.family.generates:
+        tokenizer.settings["padding_side"] = tokenizer.settings.get("padding_side") or "right"
+    tokens = 0 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if tokens > config.vocab_size:  # by the largest id, as ids may leave some out
+        warnings.warn(
+            f"{source.path} has a tokenizer of {tokens} tokens and a model of {config.vocab_size}: "
+            "it gives NaN for the others",
+            stacklevel=3,
+        )
+    try:
+        return nnx.eval_shape(
+            lambda: model.build(config, source.names, numerics=numerics, rngs=nnx.Rngs(0))
+        )
+    except (TypeError, OverflowError) as error:  # JAX's, on products of sizes
+        raise ValueError(f"{source.config_path} has sizes that no array has: {error}") from error
 
 
 def save(

@@ -1,0 +1,198 @@
+"""A run that is ready to train: its examples, its model with adapters, and its plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+from flax import nnx
+from flax.nnx.filterlib import Filter
+from jaxtyping import Array
+
+from nyscaled import models
+from nyscaled.finetune import batches, inputs, training
+from nyscaled.finetune.batches import Batch, Batches
+from nyscaled.finetune.config import Config
+from nyscaled.finetune.encoding import Lengths
+from nyscaled.finetune.inputs import Examples
+from nyscaled.finetune.loop import Plan
+from nyscaled.finetune.methods import Method, method
+from nyscaled.finetune.objectives import OBJECTIVES
+from nyscaled.finetune.order import Order, Rows
+from nyscaled.finetune.progress import timed
+from nyscaled.models import Tokenizer
+from nyscaled.models.family import LanguageModel
+
+PROGRAMS = 6
+"""Most lengths of batches to train on, each a compiled program."""
+VALIDATION_PROGRAMS = 3
+STEPS_PER_PROGRAM = 20
+"""Steps for which another length of batches is worth its compilation."""
+GRADIENT_BATCHES = 8
+"""Batches from which a start is made that needs a gradient."""
+WARMUP = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to train.
+
+    Attributes:
+        config: its settings.
+        examples: its examples.
+        model: the model, with adapters.
+        tokenizer: the model's tokenizer.
+        objective: name of the loss.
+        plan: what is trained, and for how long.
+        trained: filter of the trained variables.
+        lengths: tokens of the examples to train on.
+        head: names of new modules of the model.
+    """
+
+    config: Config
+    examples: Examples
+    model: LanguageModel
+    tokenizer: Tokenizer
+    objective: str
+    plan: Plan
+    trained: Filter
+    lengths: Lengths
+    head: tuple[str, ...]
+
+
+def prepare(config: Config, *, outline: bool = False) -> Prepared:
+    """Return a run that is ready to train.
+
+    Args:
+        config: the settings.
+        outline: whether the model has shapes in place of values, and no weight is read.
+
+    Raises:
+        ValueError: on settings, data and models that do not go together.
+    """
+    chosen = method(config.method)
+    with timed(f"reading {'the outline of ' * outline}{config.model}"):
+        read = models.outline if outline else models.load
+        model, tokenizer = read(config.model, dtype=config.dtype, remat=config.remat)
+        tokenizer = inputs.require_tokenizer(config.model, tokenizer)
+    encoder = inputs.is_encoder(model)
+    examples = inputs.read_examples(config, encoder=encoder, tokenizer=tokenizer)
+    task, limit = examples.task, inputs.limit(config, model)
+    objective = task.objective(encoder=encoder)
+    (train, lengths), (validation, _) = (
+        inputs.encode_all(part, tokenizer, task, config, limit, encoder=encoder)
+        for part in (examples.train, examples.validation)
+    )
+    order, made = _batches(config, objective, train, tokenizer.pad_id or 0)
+    steps = steps_of(config, order)
+    size = config.micro_batch_size or config.batch_size
+    validating = batches.make(
+        validation,
+        objective,
+        batch_size=size,
+        programs=_programs(-(-len(validation) // size), VALIDATION_PROGRAMS),
+        loss_on=config.loss_on,
+        pad_id=tokenizer.pad_id or 0,
+    )
+    if outline and chosen.needs in ("gradient", "inputs"):
+        chosen = dataclasses.replace(chosen, init="lora")  # of the same shapes
+
+    def build(model: LanguageModel) -> LanguageModel:
+        nonlocal head, trained
+        model, head = inputs.with_head(model, task, config.seed)
+        trained = _adapt(config, chosen, model, head, objective, made, order)
+        return model
+
+    head: tuple[str, ...] = ()
+    trained: Filter = ...
+    with timed(f"preparing {config.method}"):
+        model = nnx.eval_shape(build, model) if outline else build(model)
+        parts = training.split(model, trained)
+    warmup = round(WARMUP * steps) if config.warmup_steps is None else config.warmup_steps
+    peak = chosen.learning_rate if config.learning_rate is None else config.learning_rate
+    given = {"damping": config.damping, "ratio": config.ratio}
+    plan = Plan(
+        parts,
+        training.program_of(
+            parts, objective, chosen, weight_decay=config.weight_decay, clip=config.clip
+        ),
+        {name: value for name, value in given.items() if value is not None},
+        made,
+        order,
+        validating,
+        tuple(e.source for e in train),
+        steps,
+        training.schedule(config.schedule, peak, steps, warmup),
+        config,
+    )
+    return Prepared(config, examples, model, tokenizer, objective, plan, trained, lengths, head)
+
+
+def steps_of(config: Config, order: Order) -> int:
+    """Return the number of steps of a run.
+
+    Args:
+        config: the settings.
+        order: the order of the examples.
+    """
+    return config.steps or max(1, math.ceil(config.epochs * order.steps_per_epoch))
+
+
+def _programs(steps: int, most: int) -> int:
+    return min(most, 1 + steps // STEPS_PER_PROGRAM)
+
+
+def _batches(
+    config: Config, objective: str, train: list[batches.Encoded], pad_id: int
+) -> tuple[Order, Batches]:
+    """The order of the examples, and what makes their batches."""
+
+    def make(longest: Rows | None, programs: int = 1) -> Batches:
+        return batches.make(
+            train,
+            objective,
+            batch_size=config.batch_size,
+            programs=programs,
+            loss_on=config.loss_on,
+            pad_id=pad_id,
+            longest=longest,
+        )
+
+    order = Order(make(None).lengths, config.batch_size, config.seed)
+    return order, make(order.longest(), _programs(steps_of(config, order), PROGRAMS))
+
+
+def _adapt(
+    config: Config,
+    chosen: Method,
+    model: LanguageModel,
+    head: tuple[str, ...],
+    objective: str,
+    made: Batches,
+    order: Order,
+) -> Filter:
+    """Put adapters into a model; return the filter of what is trained."""
+
+    def loss(model: LanguageModel, batch: Batch) -> Array:
+        total, count = OBJECTIVES[objective](model, batch)
+        return total / count
+
+    def some() -> Iterator[Batch]:
+        steps = min(GRADIENT_BATCHES, order.steps_per_epoch)
+        return (made.batch(order.rows(step)) for step in range(steps))
+
+    from_batches = chosen.needs in ("gradient", "inputs")
+    return chosen.prepare(
+        model,
+        rank=config.rank,
+        alpha=config.alpha or 2.0 * config.rank,
+        targets=config.targets or inputs.default_targets(model),
+        key=jax.random.key(config.seed),
+        dropout=config.dropout,
+        head=head,
+        loss=loss if from_batches else None,
+        batches=some() if from_batches else (),
+        **({} if config.scale is None else {"scale": config.scale}),
+    )

@@ -1,0 +1,150 @@
+"""What a run will do, before it is made: data, layers, memory and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from nyscaled import lora
+from nyscaled.finetune import training
+from nyscaled.finetune.batches import Row
+from nyscaled.finetune.config import Config
+from nyscaled.finetune.examples import overlap
+from nyscaled.finetune.loop import Plan
+from nyscaled.finetune.preparation import Prepared, prepare
+from nyscaled.models import Tokenizer
+
+SHOWN = 3
+OPEN, CLOSE = "⟦", "⟧"
+"""What stands around the tokens that the loss counts."""
+GB = 1e9
+
+
+def preview(config: Config) -> Iterator[str]:
+    """Yield what a run will do, a line at a time; nothing is trained and no file is written.
+
+    Everything up to the memory is known before a weight is read. The time is measured in two steps
+    on the longest batch.
+
+    Args:
+        config: the settings of the run.
+
+    Raises:
+        ValueError: as `run` does.
+    """
+    outline = prepare(config, outline=True)
+    yield from _data(outline)
+    yield from _layers(outline)
+    yield from _memory(outline.plan)
+    yield from _time(prepare(config).plan)
+
+
+def shown(row: Row, tokenizer: Tokenizer) -> str:
+    """Return the text of a row, with marks around what the loss counts.
+
+    Args:
+        row: a row of a batch.
+        tokenizer: the model's tokenizer.
+    """
+
+    def text(ids: Sequence[int]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    if not row.targets:
+        return text(row.tokens)
+    return f"{text(row.tokens[: row.start + 1])}{OPEN}{text(row.targets)}{CLOSE}"
+
+
+def _data(prepared: Prepared) -> Iterator[str]:
+    examples, plan = prepared.examples, prepared.plan
+    task, lengths = examples.task, prepared.lengths
+    yield f"task {task.name} ({task.source}); the loss is that of {prepared.objective}"
+    for index in range(min(SHOWN, len(plan.train))):
+        rows, label = plan.train.rows[index], plan.train.labels[index]
+        row = rows[label if len(rows) > 1 else 0]
+        text = shown(row, prepared.tokenizer).replace("\n", "\\n")
+        answer = "" if row.targets else f" → {task.classes[label]}"
+        yield f"  {plan.sources[index]}: {text}{answer}"
+    yield f"train: {lengths}"
+    yield f"validation: {len(examples.validation)} examples; test: {len(examples.test)}"
+    for name in ("validation", "test"):
+        same = overlap(examples.train, getattr(examples, name))
+        if same:
+            yield f"{len(same)} of the {name} examples are in train too, such as {same[0].source}"
+    padded = _padded(plan)
+    read = sum(plan.train.lengths) / plan.order.steps_per_epoch
+    shapes = ", ".join(str(length) for length, _ in plan.train.shapes)
+    waste = 1 - read / (plan.config.batch_size * float(np.mean(padded)))
+    yield f"batches of {shapes} tokens; {waste:.0%} of them is padding"
+
+
+def _padded(plan: Plan) -> Float[np.ndarray, " batches"]:
+    """The length of each batch of the first epoch."""
+    lengths = np.array([length for length, _ in plan.train.shapes])
+    return lengths[np.searchsorted(lengths, plan.order.longest())].astype(float)
+
+
+def _layers(prepared: Prepared) -> Iterator[str]:
+    layers = lora.adapted_layers(prepared.model)
+    for path, layer in layers.items():
+        adapter = next(iter(layer.adapters.values()))
+        yield f"  {path}: a {adapter.lora_a.shape}, b {adapter.lora_b.shape}"
+    params = prepared.plan.parts.params
+    trained = sum(x.size for x in jax.tree.leaves(params))
+    others = sum(x.size for x in jax.tree.leaves(prepared.plan.parts.frozen))
+    yield f"{len(layers)} adapted layers; {trained:,} of {trained + others:,} numbers are trained"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """Compile a step on the longest batch, from shapes alone."""
+    state = jax.eval_shape(
+        lambda params: training.initial(plan.program, params, **plan.hyperparameters),
+        plan.parts.params,
+    )
+    batch = longest_batch(plan)
+    parts = plan.parts
+    lowered = training.train_step.lower(
+        state, parts.counts, parts.frozen, batch, np.float32(0), program=plan.program
+    )
+    memory = lowered.compile().memory_analysis()
+    if memory is None:
+        yield "memory: not known on this device"
+        return
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    yield (
+        f"memory of a step, compiled before any weight is read: {arguments / GB:.2f} GB of values "
+        f"and {temporary / GB:.2f} GB of temporaries on each device"
+    )
+
+
+def longest_batch(plan: Plan) -> training.Batch:
+    """Return a batch of the longest shape.
+
+    Args:
+        plan: the plan of a run.
+    """
+    return plan.batch(int(np.argmax(plan.order.longest())))
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    batch, state, seconds, loss = longest_batch(plan), plan.initial(), [], 0.0
+    for _ in range(3):  # of which the first compiles
+        began = time.perf_counter()
+        values = state, plan.parts.counts, plan.parts.frozen, batch, np.float32(0)
+        state, measured = training.train_step(*values, program=plan.program)
+        loss = float(measured.loss)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - began)
+    longest = (seconds[1] + seconds[2]) / 2
+    share = float(np.mean(_padded(plan)) / batch.tokens.shape[-1])
+    programs = len(plan.train.shapes)
+    whole = longest * share * plan.steps + seconds[0] * programs
+    yield f"a step on the longest batch takes {longest:.2f} s; the loss is {loss:.4f}"
+    yield (
+        f"{plan.steps} steps take about {whole / 60:.1f} min, with at most {programs} programs to "
+        f"compile ({seconds[0]:.0f} s each, once)"
+    )

@@ -1,0 +1,43 @@
+"""What a dry run says, and that it reads no weight before it knows the memory."""
+
+import re
+
+import pytest
+from training_cases import settings
+
+from nyscaled.cli import main
+from nyscaled.finetune import preview
+
+
+def words(config):
+    """The command line of these settings."""
+    names = ("model", "data", "task", "out", "rank", "targets", "steps", "batch_size", "method")
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in names]
+    return ["finetune", *[word for pair in pairs for word in pair], "--dry-run"]
+
+
+def test_a_dry_run_says_what_will_be_done(tmp_path, capsys):
+    config = settings(tmp_path)
+    assert main(words(config)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"train.tsv:\d+: <s> .* It was⟦(great|terrible)⟧", said)
+    # Three layers, rank 2: q has 16 rows and 16 columns, v 16 and 8.
+    assert f"2 adapted layers; {3 * 2 * (16 + 16 + 16 + 8)} of" in said
+    assert "40 examples of" in said
+    assert "; 0 (0.0%) are cut" in said
+    assert re.search(r"memory of a step.*: 0\.\d\d GB of values", said)
+    assert re.search(r"12 steps take about \d+\.\d min", said)
+    assert not config.out.exists()
+
+
+def test_no_weight_is_read_before_the_memory_is_known(tmp_path):
+    config = settings(tmp_path)
+    (weights,) = (tmp_path / "llama").glob("*.safetensors")
+    lines = preview.preview(config)
+    for line in lines:
+        if line.startswith("memory"):
+            break
+    # Values are wrong from here on, and the header with the shapes is right.
+    weights.write_bytes(weights.read_bytes()[:-64])
+    with pytest.raises(ValueError, match="safetensors"):
+        list(lines)
