@@ -102,6 +102,7 @@ bench: $(VENV)/.experiments
 bench-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python benchmarks/lora_init.py
 	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/lowrank.py
 	$(BIN)/python benchmarks/lowrank_growth.py
 	$(BIN)/python benchmarks/lowrank_dask.py

@@ -1,4 +1,4 @@
-"""The gradients of LoRA on MiniLM and SmolLM2 against transformers and PEFT on torch.
+"""The gradients of LoRA: MiniLM and SmolLM2 here and in transformers and PEFT; memory of bfloat16.
 
     python benchmarks/finetune.py
     python benchmarks/finetune.py --rounds 15
@@ -9,6 +9,10 @@ and as many threads as the process may use cores. Their losses are compared befo
 The floor of the forward pass is the matrix products of its layers and its head alone; one of the
 forward and the backward pass is twice that, as the base is frozen. The bounds are printed beside
 the numbers, and nothing is asserted.
+
+The second table is what a step of a LLaMA of 1.1 billion parameters takes beside its arguments, as
+the compiler plans it; nothing of that size is allocated. On Linux each step also pays for pages
+that the system clears: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment makes these large.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -108,14 +113,14 @@ def ours(model: Any, case: Case, tokens: np.ndarray) -> tuple[Work, Any, float]:
     classifies = case.model is transformers.BertForSequenceClassification
     nys.lora.apply(model, RANK, targets=f".*({'|'.join(case.targets)})", key=jax.random.key(0))
     graph, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
-    labels = jax.numpy.asarray(tokens[:, 0] % 2 if classifies else tokens[:, 1:])
+    labels = jnp.asarray(tokens[:, 0] % 2 if classifies else tokens[:, 1:])
 
     def loss(adapters: Any, base: Any, tokens: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, adapters, base, copy=True)(tokens)
         logits = logits if classifies else logits[:, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    ids = jax.numpy.asarray(tokens)
+    ids = jnp.asarray(tokens)
     forward = jax.jit(loss)
     start = time.perf_counter()
     step = jax.jit(jax.value_and_grad(loss)).lower(adapters, base, ids).compile()
@@ -164,11 +169,49 @@ def products(model: Any, shape: tuple[int, int]) -> tuple[Callable[[], Any], flo
     return lambda: [multiply(rows[s[0]], matrices[s]) for s in sides], work
 
 
+def memory(quick: bool, dtype: Any) -> tuple[float, float]:
+    """MB of the arguments of a step of LoRA, and of what it takes beside them.
+
+    Args:
+        quick: whether the model is small.
+        dtype: dtype of the base.
+    """
+    width, inner, vocabulary = (64, 192, 64) if quick else (2048, 5632, 32000)
+    config = nys.models.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=22,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 512),
+        head_dim=64,
+    )
+
+    def make() -> nys.models.Llama:
+        numerics = nys.models.Numerics(dtype)
+        model = nys.models.Llama(config, numerics=numerics, rngs=nnx.Rngs(0))
+        nys.lora.apply(model, RANK, targets=".*[qv]_proj", key=jax.random.key(0))
+        return model
+
+    graph, adapters, base = nnx.split(nnx.eval_shape(make), nnx.LoRAParam, ...)
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+
+    def loss(adapters: Any, base: Any, tokens: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, adapters, base, copy=True)(tokens)[:, :-1].astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(adapters, base, tokens).compile()
+    sizes: Any = program.memory_analysis()
+    return sizes.argument_size_in_bytes / 1e6, sizes.temp_size_in_bytes / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="LoRA's gradients here and in PEFT.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="models of two layers, one round")
-    parser.add_argument("--only", choices=["MiniLM", "SmolLM2"])
+    parser.add_argument(
+        "--only", choices=["MiniLM", "SmolLM2"], help="the only model that is timed"
+    )
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     threads = len(os.sched_getaffinity(0))
@@ -197,7 +240,7 @@ def main() -> None:
         functions = {"floor": floor}
         functions |= {f"{part}, here": mine[part] for part in mine}
         functions |= {f"{part}, torch": other[part] for part in other}
-        times = interleaved(functions, rounds)
+        times = interleaved(functions, rounds, warm=True)  # torch's threads spin on
         size = f"{name}, {case.shape[0]} × {case.shape[1]}"
         for part, title, bound in (
             ("forward", "forward", ""),
@@ -214,6 +257,11 @@ def main() -> None:
             f"(2 if nothing else took time). The step compiled in {seconds:.1f} s."
         )
     print("", *notes, sep="\n")
+    print("\n| LLaMA, 22 layers, 1 × 64 tokens | base and adapters, MB | beside them, MB |")
+    print("|---|---|---|")
+    for dtype in (jnp.bfloat16, jnp.float32):
+        held, taken = memory(options.quick, dtype)
+        print(f"| {jnp.dtype(dtype)} | {held:.1f} | {taken:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

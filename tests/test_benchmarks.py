@@ -32,3 +32,12 @@ def test_the_memory_of_a_stream(passes):
     command += ["--passes", passes]
     table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert f"{passes} passes" in table
+
+
+@pytest.mark.long
+def test_the_gradients_of_lora():
+    pytest.importorskip("peft", reason="the benchmark compares with PEFT")
+    command = [sys.executable, str(BENCHMARKS / "finetune.py"), "--quick"]
+    tables = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert tables.count("forward + backward") == 2
+    assert "| bfloat16 |" in tables
