@@ -91,6 +91,8 @@ def main() -> None:
         ax.set(xscale=scale, yscale="log", xlabel=label)
         ax.grid(alpha=0.3, which="both")
     axes[2].invert_xaxis()
+    axes[2].set_xticks(tolerances, [f"{t:g}" for t in tolerances])
+    axes[2].minorticks_off()
     axes[0].set_ylabel("milliseconds")
     axes[0].legend()
     options.out.parent.mkdir(parents=True, exist_ok=True)
