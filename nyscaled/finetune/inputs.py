@@ -143,6 +143,17 @@ def is_encoder(model: nnx.Module) -> bool:
     return isinstance(model, Bert | BertClassifier)
 
 
+def longest(model: LanguageModel) -> int | None:
+    """Return the most tokens that a model reads, None for no limit.
+
+    Args:
+        model: the model.
+    """
+    if isinstance(model, Bert | BertClassifier):
+        return model.config.max_position_embeddings
+    return getattr(model, "max_length", None)
+
+
 def limit(config: Config, model: LanguageModel) -> int:
     """Return the most tokens of an example.
 
@@ -150,9 +161,8 @@ def limit(config: Config, model: LanguageModel) -> int:
         config: the settings of the run.
         model: the model, which may read fewer.
     """
-    own = model.config.max_position_embeddings if is_encoder(model) else None
-    longest = own if is_encoder(model) else getattr(model, "max_length", None)
-    return config.max_length if longest is None else min(config.max_length, longest)
+    own = longest(model)
+    return config.max_length if own is None else min(config.max_length, own)
 
 
 def with_head(model: LanguageModel, task: Task, seed: int) -> tuple[LanguageModel, tuple[str, ...]]:
