@@ -85,6 +85,23 @@ def test_a_decoder_reads_one_token_at_a_time_as_it_reads_the_text(name):
     np.testing.assert_allclose(jnp.concatenate(steps, 1)[mask], whole[mask], atol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_padding_moves_no_text_away_from_the_prefix(name):
+    model, count = prefixed(name), 5
+    tokens = jax.random.randint(KEY, (2, count), 0, model.config.vocab_size)
+    mask = jnp.arange(count) >= jnp.asarray([[0], [2]])
+    new = nys.models.generate(model, tokens, mask, max_new_tokens=4, stop_tokens=[])
+    for text, own, start in zip(tokens, new, (0, 2), strict=True):
+        whole = jnp.concatenate([text[start:], own])[None]
+        logits = call(model, whole)
+        for width in (1, 7):
+            padded = jnp.pad(whole, ((0, 0), (width, 0)))
+            found = call(model, padded, jnp.arange(padded.shape[1])[None] >= width)
+            np.testing.assert_allclose(found[:, width:], logits, atol=2e-4)
+        before = logits[0, -len(own) - 1 : -1]  # the most probable tokens, ties aside
+        assert jnp.all(before[jnp.arange(len(own)), own] >= before.max(-1) - 1e-3)
+
+
 def test_the_start_is_keys_and_values_of_tokens_and_the_base_is_what_it_was():
     model = prefixed("llama")
     prefix = model.layers.self_attn.prefix

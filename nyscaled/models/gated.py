@@ -296,12 +296,15 @@ class GatedDecoder(CausalLM):
         # Only differences of positions matter, so padding may be counted.
         positions = (0 if cache is None else cache.length) + jnp.arange(count)
         length = count
-        if cache is not None and isinstance(scaling, rope.DynamicScaling):
-            # But here later tokens have other frequencies, which depend on the longest row.
-            present = jnp.ones((1, count), bool) if mask is None else mask
-            before = jnp.sum(cache.mask, axis=1, keepdims=True)
-            ends = before + jnp.cumsum(present, axis=1)
-            positions, length = ends - 1, jnp.max(ends)
+        dynamic = cache is not None and isinstance(scaling, rope.DynamicScaling)
+        if dynamic or self.layers.self_attn.prefix is not None:
+            # But not where a prefix has keys with rotations of its own.
+            ends = jnp.cumsum(jnp.ones((1, count), bool) if mask is None else mask, axis=1)
+            if cache is not None:
+                ends = ends + jnp.sum(cache.mask, axis=1, keepdims=True)
+            positions = ends - 1
+            if dynamic:  # later tokens have other frequencies, which depend on the longest row
+                length = jnp.max(ends)
         frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta, scaling, length)
         return rope.rotation(positions, frequencies, scaling.attention_factor if scaling else 1.0)
 

@@ -25,7 +25,8 @@ def add_prefix(model: nnx.Module, virtual_tokens: int = 5, *, key: Key[Array, ""
     """Put a prefix into all layers of a model, in place: keys and values that are `PrefixParam`s.
 
     They start as the keys and values of random tokens, without reparametrization. Every token sees
-    them, and the positions of the text are what they were.
+    them, and the positions of the text are what they were: from 0 at its first token, wherever
+    padding is.
 
     Args:
         model: a causal language model or an encoder of this package.
