@@ -7,7 +7,8 @@ import types
 import pytest
 from finetune_cases import DATA, without_data
 
-from nyscaled.finetune.records import find_splits, read_rows, read_split
+from nyscaled.finetune.records import UnlabelledError, find_splits, read_rows, read_split
+from nyscaled.finetune.tasks import by_name
 
 SST2 = [("sentence", "label")]
 RTE = [("sentence1", "sentence2", "label")]
@@ -50,6 +51,62 @@ def test_columns_with_and_without_a_header(tmp_path):
     three = written(tmp_path, "test.tsv", "a\tb\tyes\n")
     (row,) = read_rows(three, [*SST2, ("sentence", "sentence2", "label")])
     assert row.fields["sentence2"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("task", "header", "columns"),
+    [
+        ("classification", "text\tlabel", ["text", "label"]),
+        ("classification", "label\ttext", ["label", "text"]),
+        ("classification", "Sentence\tLabel ", ["sentence", "label"]),
+        ("classification", "Label\tid\tsentence1", ["label", "id", "sentence1"]),
+        ("classification", "sentence2\tTEXT\tlabel", ["sentence2", "text", "label"]),
+        ("sst2", "LABEL\tSentence", ["label", "sentence"]),
+        ("rte", "Index\tHypothesis\tPremise\tLabel", ["Index", "hypothesis", "premise", "label"]),
+    ],
+)
+def test_headers_in_any_order_and_case(task, header, columns, tmp_path):
+    cells = [str(i) for i in range(len(columns))]
+    path = written(tmp_path, "train.tsv", header + "\n" + "\t".join(cells) + "\n")
+    (row,) = read_rows(path, by_name(task).layouts)
+    assert row.fields == dict(zip(columns, cells, strict=True))
+    assert row.source == "train.tsv:2"
+
+
+@pytest.mark.parametrize(
+    ("task", "header"),
+    [
+        ("classification", "sentence2\tlabel"),
+        ("classification", "review\tlabel"),
+        ("classification", "label\tLabel"),
+        ("classification", "Text\ttext\tlabel"),
+        ("sst2", "text\tlabel"),
+        ("rte", "sentence1\thypothesis\tlabel"),
+    ],
+)
+def test_part_of_a_header_is_no_example(task, header, tmp_path):
+    path = written(tmp_path, "train.tsv", f"\n{header}\n" + header.replace("e", "x"))
+    with pytest.raises(
+        ValueError, match=r"train.tsv:2 is \[.*, part of a header; expected the col"
+    ):
+        read_rows(path, by_name(task).layouts)
+
+
+@pytest.mark.parametrize(
+    ("task", "header"),
+    [
+        ("rte", "index\tsentence1\tsentence2"),
+        ("sst2", "index\tsentence"),
+        ("classification", "index\tsentence1\tsentence2"),
+        ("classification", "Text\tgold"),
+    ],
+)
+def test_files_without_labels(task, header, tmp_path):
+    path = written(tmp_path, "test.tsv", header + "\n" + header.replace("e", "x"))
+    with pytest.raises(
+        UnlabelledError, match=r"test.tsv:1 has .* no labels; expected a column lab"
+    ):
+        read_rows(path, by_name(task).layouts)
 
 
 def test_splits_by_the_names_of_files(tmp_path):

@@ -122,14 +122,11 @@ INSTRUCTIONS = Task(
     max_new_tokens=256,
     splits=("train",),
 )
+_FIRST = "sentence", "sentence1", "text"
 CLASSIFICATION = Task(
     name="classification",
     source="a user's own data",
-    sentences=(("sentence", "sentence1", "text"), ("sentence2",)),
-    layouts=(
-        ("sentence", "label"),
-        ("sentence1", "sentence2", "label"),
-        ("sentence", "sentence2", "label"),
-    ),
+    sentences=(_FIRST, ("sentence2",)),
+    layouts=tuple((first, *second, "label") for second in ((), ("sentence2",)) for first in _FIRST),
     splits=("train",),
 )

@@ -24,6 +24,10 @@ _SPLITS = {
 _ENDINGS = (".json", ".jsonl", ".tsv")
 
 
+class UnlabelledError(ValueError):
+    """A file has a header without the column of the labels."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A row of a data file.
@@ -140,9 +144,10 @@ def read_split(
         data: a file, a folder, or `hf:owner/name:configuration`, where the package datasets is
             installed.
         split: "train", "dev" or "test".
-        layouts: orders of columns that a TSV file without a header may have.
+        layouts: orders of columns that a TSV file without a header may have, the label last.
 
     Raises:
+        UnlabelledError: as `read_rows` does.
         ValueError: if the data has no such split, and as `read_rows` does.
         ImportError: on a data set of the package datasets without this package.
 
@@ -169,16 +174,18 @@ def read_rows(path: str | os.PathLike[str], layouts: Sequence[Sequence[str]] = (
 
     The name of a file gives its format: `.json` holds a list of objects, or an object per line;
     `.jsonl` an object per line; `.tsv` columns between tabs, without quoting, as GLUE has them. The
-    first line of a TSV file is a header if it names the columns of one of the layouts.
+    first line of a TSV file is a header if it names the columns of one of the layouts, in any order
+    and case.
 
     Args:
         path: path of the file.
-        layouts: orders of columns that a TSV file may have. Without a header, the one with as
-            many columns as the file is used.
+        layouts: orders of columns that a TSV file may have, the label last. Without a header, the
+            one with as many columns as the file is used.
 
     Raises:
+        UnlabelledError: on a TSV file whose header names all columns of a layout but the label.
         ValueError: on a file that cannot be read, is not UTF-8, is cut, has no rows, or has a row
-            of another form; the message names the line.
+            of another form, or half a header; the message names the line.
 
     Examples:
         >>> import tempfile
@@ -285,22 +292,45 @@ def _tsv(name: str, text: str, layouts: Sequence[Sequence[str]]) -> Iterator[Row
     lines = [(i, line.split("\t")) for i, line in enumerate(_lines(text), 1) if line.strip()]
     if not lines:
         return
-    first = lines[0][1]
-    if any(set(layout) <= set(first) for layout in layouts) or not layouts:
-        columns: Sequence[str] = first
-        lines = lines[1:]
-    else:
-        columns = next((layout for layout in layouts if len(layout) == len(first)), ())
+    number, first = lines[0]
+    header = _header(f"{name}:{number}", first, layouts) if layouts else first
+    columns = header or next((layout for layout in layouts if len(layout) == len(first)), ())
     if not columns:
-        expected = " or ".join(f"the columns {', '.join(layout)}" for layout in layouts)
-        raise ValueError(f"{name}:1 has {len(first)} columns, {first!r:.100}; expected {expected}")
-    for number, cells in lines:
+        raise ValueError(
+            f"{name}:{number} has {len(first)} columns, {first!r:.100}; expected {_choice(layouts)}"
+        )
+    for number, cells in lines[1 if header else 0 :]:
         if len(cells) != len(columns):
             raise ValueError(
                 f"{name}:{number} has {len(cells)} columns; expected {len(columns)} between tabs "
                 f"({', '.join(columns)}; the line may be cut)"
             )
         yield Row(dict(zip(columns, cells, strict=True)), f"{name}:{number}")
+
+
+def _header(source: str, first: Sequence[str], layouts: Sequence[Sequence[str]]) -> Sequence[str]:
+    """Return the names of columns with those of the layouts in lower case; none for an example."""
+    fields = {field for layout in layouts for field in layout}
+    columns = [x.strip().lower() if x.strip().lower() in fields else x for x in first]
+    named = [column for column in columns if column in fields]
+    if not named:
+        return ()
+    twice = len(set(named)) < len(named)
+    if not twice and any(set(layout) <= set(named) for layout in layouts):
+        return columns
+    if not twice and any(set(layout[:-1]) <= set(named) for layout in layouts):
+        raise UnlabelledError(
+            f"{source} has the columns {', '.join(first):.100} and no labels; expected a column "
+            f"{layouts[0][-1]} (a test file that is published without labels gives no scores)"
+        )
+    raise ValueError(
+        f"{source} is {first!r:.100}, part of a header; expected {_choice(layouts)} (if it is an "
+        "example, write a header above it)"
+    )
+
+
+def _choice(layouts: Sequence[Sequence[str]]) -> str:
+    return " or ".join(f"the columns {', '.join(layout)}" for layout in layouts)
 
 
 def _read_hub(data: str, split: str) -> list[Row]:
