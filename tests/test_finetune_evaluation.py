@@ -234,6 +234,34 @@ def test_metrics_of_generated_text(monkeypatch):
     assert result.scores["f1"].value == pytest.approx(2 / 3)
 
 
+def test_generated_text_has_room_beside_the_prompt(monkeypatch):
+    """Texts of 512 tokens follow prompts of up to 512 where the model has no last position."""
+    gsm8k, squad = by_name("gsm8k"), by_name("squad")
+    examples = gsm8k.examples([row(instruction="Q" * 300, output="x", answer="5")])
+    spoken(monkeypatch, "The answer is: 5")
+    result = evaluate(causal(), characters(), examples, gsm8k, max_length=512)
+    assert result.scores["accuracy (marker)"].value == 1
+    fields = {"title": "a", "context": "b" * 100, "question": "c", "answers": {"text": ["b"]}}
+    monkeypatch.setattr(evaluation, "longest", lambda model: 120)
+    with pytest.raises(ValueError, match="have more than 70 tokens"):
+        evaluate(causal(), characters(), squad.examples([row(**fields)]), squad)
+    with pytest.raises(ValueError, match="reads 120 tokens, of which the task gsm8k generates 512"):
+        evaluate(causal(), characters(), examples, gsm8k)
+
+
+def test_batches_have_no_positions_that_the_model_has_not():
+    config = BertConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=19,
+    )  # fmt: skip
+    model = BertClassifier(Bert(config, rngs=nnx.Rngs(0)), ["no", "yes"], rngs=nnx.Rngs(1))
+    task = by_name("sst2")
+    rows = [row(sentence="a b " * count, label=count % 2) for count in (8, 9)]
+    examples = task.examples(rows, encoder=True)
+    result = evaluate(model, words(), examples, task, allow_cut=0.5)
+    assert (result.lengths.longest, result.lengths.cut) == (20, 1)
+
+
 def test_dropout_is_off_and_the_model_as_it_was():
     examples, task = rte(), by_name("rte")
     model = nnx.clone(causal())

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from training_cases import settings
+from training_cases import settings, write_data
 
 import nyscaled as nys
 from nyscaled.cli import main
@@ -97,10 +99,54 @@ def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatc
 
     save = nys.lora.save_peft
     monkeypatch.setattr(launch.lora, "save_peft", without_head)
+    options = {"base": "bert_encoder", "method": "lora", "steps": 4, "learning_rate": 0.5}
     with pytest.raises(ValueError, match="differ by"):
-        nys.finetune.run(
-            settings(root, base="bert_encoder", method="lora", steps=4, out=tmp_path / "out")
-        )
+        nys.finetune.run(settings(root, out=tmp_path / "out", dtype="bfloat16", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 30}, r"1 of 1 examples \(100.0%\) have more than 30 tokens"),
+        ({"loss_on": "all"}, "loss_on is 'all'; expected 'answer' for the task sst2"),
+        ({"method": "lora", "damping": 0.1}, "hyperparameter is 'damping'; expected none"),
+        ({"method": "lora", "scale": 0.1}, "option is 'scale'; expected"),
+        ({"dry_run": True}, "dry_run is True; expected False .nyscaled.finetune.preview.preview"),
+    ],
+)
+def test_what_is_refused_leaves_the_folder_to_a_mended_command(root, options, message, tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "test.tsv").write_text("film " * 600 + "\t1\n")
+    config = settings(root, out=tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.run(dataclasses.replace(config, data=data))
+    assert not config.out.exists()
+
+
+def test_splits_of_a_data_set_of_the_hub_are_used(root, monkeypatch):
+    def rows(count, label=1):
+        return [{"sentence": "fine film", "label": label} for _ in range(count)]
+
+    splits = {"train": rows(20), "validation": rows(3), "test": rows(4)}
+    load = types.SimpleNamespace(load_dataset=lambda name, configuration: splits)
+    monkeypatch.setitem(sys.modules, "datasets", load)
+    config = dataclasses.replace(settings(root), data=Path("hf:owner/name"))
+    examples = launch.prepare(config).examples
+    assert list(map(len, (examples.train, examples.validation, examples.test))) == [20, 3, 4]
+    assert examples.validation[0].source.startswith("owner/name[validation]")
+    splits["test"] = rows(4, label=-1)  # as where the labels are hidden
+    del splits["validation"]
+    examples = launch.prepare(config).examples
+    assert list(map(len, (examples.train, examples.validation, examples.test))) == [18, 2, 0]
+
+
+def test_settings_may_be_texts_and_paths(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    given = {"model": Path("m"), "data": "d", "out": "o", "task": "rte"}
+    config = nys.finetune.Config(**given)
+    assert (config.model, config.data, config.out) == ("m", Path("d"), Path("o"))
+    with pytest.raises(ValueError, match="seed is -1"):
+        nys.finetune.Config(**given, seed=-1)
 
 
 def interrupted(monkeypatch, after):

@@ -150,6 +150,40 @@ def test_options_of_the_start_reach_it():
     ]  # fmt: skip
 
 
+def test_starts_from_batches_are_made_without_dropout():
+    for name in ("nora-grad",):
+        plain, _ = prepared(name)
+        dropping, _ = prepared(name, dropout=0.7)
+        a, b = (
+            m.bert.encoder.layer.attention.self.query.adapters["default"].lora_a[...]
+            for m in (plain, dropping)
+        )
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        dropouts = [m for _, m in nnx.iter_modules(dropping) if isinstance(m, nnx.Dropout)]
+        assert dropouts
+        assert not any(m.deterministic for m in dropouts)  # as before
+
+
+def test_lora_rite_clips_and_decays():
+    params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.full((2, 4), 0.1)}
+    grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params)
+
+    def second_update(first_scale, **options):
+        tx = method("lora-rite").optimizer(0.1, optax.sgd, **options)
+        state, update = tx.init(params), jax.jit(tx.update)
+        scaled = jax.tree.map(lambda x: first_scale * x, grads)
+        return update(grads, update(scaled, state, params)[1], params)[0]
+
+    # A gradient a hundred times as large is clipped to the same one.
+    limit = float(optax.global_norm(grads))
+    clipped = second_update(100.0, clip=limit)
+    chex.assert_trees_all_close(clipped, second_update(1.0), rtol=1e-4, atol=1e-6)
+    assert optax.global_norm(second_update(100.0)) < 0.5 * optax.global_norm(clipped)
+    decayed = second_update(1.0, weight_decay=0.5)
+    expected = jax.tree.map(lambda u, p: u - 0.1 * 0.5 * p, second_update(1.0), params)
+    chex.assert_trees_all_close(decayed, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_rslora_scales_by_the_root_of_the_rank():
     model, _ = prepared("rslora")
     layer = model.bert.encoder.layer.attention.self.query

@@ -30,6 +30,11 @@ def test_a_dry_run_says_what_will_be_done(tmp_path, capsys):
     assert not config.out.exists()
 
 
+def test_a_start_from_gradients_is_shown_with_its_options(tmp_path):
+    lines = preview.preview(settings(tmp_path, method="nora-grad", scale=0.5))
+    assert any("2 adapted layers" in line for line in lines)
+
+
 def test_no_weight_is_read_before_the_memory_is_known(tmp_path):
     config = settings(tmp_path)
     (weights,) = (tmp_path / "llama").glob("*.safetensors")

@@ -56,8 +56,8 @@ class Config:
     batch_size: int = 16
     """Examples in a batch."""
     max_length: int | None = None
-    """Most tokens of an example with its answer; the prompt's middle is cut. By default as many as
-    the model reads."""
+    """Most tokens of an example with its candidates; the prompt's middle is cut. By default as many
+    as the model reads; generated text has its room beside them."""
     allow_cut: float = 0.01
     """Share of examples that may be longer than that."""
     dtype: str = "float32"
@@ -120,14 +120,13 @@ def _in_task(config: Config) -> dict[str, object]:
     examples = task.examples(
         rows[: config.examples], config.template, encoder=encoder, tokenizer=tokenizer
     )
-    limits = [x for x in (config.max_length, inputs.longest(model)) if x is not None]
     result = evaluate(
         model,
         tokenizer,
         examples,
         task,
         batch_size=config.batch_size,
-        max_length=min(limits, default=None),
+        max_length=config.max_length,
         allow_cut=config.allow_cut,
         generated=config.generated,
     )

@@ -162,6 +162,7 @@ def make(
     loss_on: str = "answer",
     pad_id: int = 0,
     longest: Sequence[int] | Rows | None = None,
+    most: int | None = None,
 ) -> Batches:
     """Return what makes batches of examples.
 
@@ -174,6 +175,7 @@ def make(
         loss_on: "answer", or "all" for the prompt's tokens too.
         pad_id: id at padding.
         longest: length of each batch; None for batches of examples sorted by length.
+        most: most tokens that the model reads, None for no limit.
 
     Examples:
         >>> data = [Encoded((1, 5, 6), ((7, 2),), 0), Encoded((1, 5), ((8, 2),), 0)]
@@ -191,7 +193,7 @@ def make(
     answers = np.array([max(len(row.targets) for row in own) for own in rows])
     shapes = tuple(
         (length, int(answers[lengths <= length].max(initial=0)))
-        for length in choose_lengths(longest, programs)
+        for length in choose_lengths(longest, programs, most)
     )
     choices = max(len(own) for own in rows)
     return Batches(rows, tuple(e.label for e in encoded), choices, candidates, shapes, pad_id)

@@ -32,7 +32,8 @@ class Config:
     rank: int = 8
     """Rank of the adapters."""
     alpha: float | None = None
-    """α: updates are multiplied by α / rank. The default is twice the rank."""
+    """α: updates are multiplied by α / rank, for rslora by α / √rank. The default is twice the
+    rank."""
     targets: str | None = None
     """Regular expression for whole paths of layers that get adapters. By default all linear layers
     of the stack."""
@@ -51,7 +52,7 @@ class Config:
     warmup_steps: int | None = None
     """Steps in which the learning rate rises; the default is 3 % of all."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay, apart from the gradient as in AdamW."""
     clip: float | None = 1.0
     """Largest norm of the gradient, None for no limit."""
     steps: int | None = None
@@ -67,7 +68,8 @@ class Config:
     allow_cut: float = 0.01
     """Share of examples that may be longer than that."""
     loss_on: str = "answer"
-    """Tokens that the loss counts: those of the answer, or all."""
+    """Tokens that the loss counts: those of the answer, or all. Where candidates or classes are
+    compared, it is answer."""
     train_examples: int | None = None
     """Examples to train on; all by default."""
     validation_examples: int | None = 500
@@ -79,7 +81,7 @@ class Config:
     patience: int | None = None
     """Validations without a lower loss after which the run stops; by default it goes on."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints; the default is that between validations."""
+    """Steps between checkpoints; the default is that between validations, 500 at most."""
     log_every: int = 10
     """Steps between lines of metrics."""
     dtype: str = "float32"
@@ -96,6 +98,8 @@ class Config:
     """YAML or TOML file of these options; flags override it."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("model", str), ("data", Path), ("out", Path)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
         for name, known in (("schedule", SCHEDULES), ("loss_on", LOSS_ON), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in known:
@@ -108,6 +112,7 @@ class Config:
         for name in _POSITIVE:
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
+        require_count("seed", self.seed)
         if self.warmup_steps is not None:
             require_count("warmup_steps", self.warmup_steps)
         require_scalar("dropout", self.dropout, 0, 1, open_low=False)

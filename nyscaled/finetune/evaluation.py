@@ -18,7 +18,7 @@ from nyscaled.finetune.answers import token_f1 as f1
 from nyscaled.finetune.batches import Batch
 from nyscaled.finetune.encoding import Ends, Lengths, encode, encode_sentences
 from nyscaled.finetune.examples import Encoded, Example
-from nyscaled.finetune.inputs import is_encoder
+from nyscaled.finetune.inputs import is_encoder, longest
 from nyscaled.finetune.objectives import SCORES
 from nyscaled.finetune.order import NONE, by_length
 from nyscaled.finetune.task import Metric, Task
@@ -108,13 +108,12 @@ def evaluate(
         examples: examples that `task.examples` made for such a model.
         task: the task.
         batch_size: examples in a batch.
-        max_length: most tokens of an example with its answer; the prompt's middle is cut.
+        max_length: most tokens of an example with its candidates; the prompt's middle is cut.
         allow_cut: share of examples that may be longer.
         generated: whether the answers of a task with candidates are read from generated text.
 
     Raises:
-        ValueError: without examples, on a task that such a model cannot do or that has no such
-            answers, scores that are not finite, and examples that `encode` refuses.
+        ValueError: on scores that are not finite, and as `encode_scored` does.
 
     Examples:
         >>> import tokenizers
@@ -132,37 +131,101 @@ def evaluate(
         (' great',)
     """
     require_count("batch_size", batch_size, low=1)
-    if not examples:
-        raise ValueError("there are no examples to score; expected one at least")
+    encoded, lengths = encode_scored(
+        model,
+        tokenizer,
+        examples,
+        task,
+        max_length=max_length,
+        allow_cut=allow_cut,
+        generated=generated,
+    )
     encoder = is_encoder(model)
-    task.objective(encoder=encoder)  # refuses a task of the other kind
     if encoder:
         _require_head(model, task)
     model = without_dropout(model)
     if encoder:
-        encoded, lengths = encode_sentences(
-            examples, tokenizer, max_length=max_length, allow_cut=allow_cut
-        )
         best = _best(model, encoded, "class", batch_size)
         predictions = [_class_of(e, task, i) for e, i in zip(examples, best, strict=True)]
-    elif generated or not all(example.candidates for example in examples):
-        room = None if max_length is None else max_length - task.max_new_tokens
-        encoded, lengths = encode(
-            examples, tokenizer, answers="none", max_length=room, allow_cut=allow_cut
-        )
+    elif _is_generated(examples, generated):
         texts = _generated(model, tokenizer, encoded, task, batch_size)
         predictions = [_read(e, task, text) for e, text in zip(examples, texts, strict=True)]
     else:
-        encoded, lengths = encode(
-            examples,
-            tokenizer,
-            answers="candidates",
-            max_length=max_length,
-            allow_cut=allow_cut,
-        )
         best = _best_candidates(model, encoded, batch_size)
         predictions = [_choice(e, i) for e, i in zip(examples, best, strict=True)]
     return Evaluation(task.name, tuple(predictions), lengths)
+
+
+def encode_scored(
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    task: Task,
+    *,
+    max_length: int | None = None,
+    allow_cut: float = 0.01,
+    generated: bool = False,
+) -> tuple[list[Encoded], Lengths]:
+    """Return examples as the ids that `evaluate` reads, and their lengths; no weight is read.
+
+    Beside `max_length`, the model's own positions limit an example. Of these, generated text takes
+    `task.max_new_tokens`.
+
+    Args:
+        model: as in `evaluate`; an encoder may be without its head.
+        tokenizer: as in `evaluate`.
+        examples: as in `evaluate`.
+        task: as in `evaluate`.
+        max_length: as in `evaluate`.
+        allow_cut: as in `evaluate`.
+        generated: as in `evaluate`.
+
+    Raises:
+        ValueError: without examples, on a task that such a model cannot do or that has no such
+            answers, and examples without a right answer or that `encode` refuses.
+    """
+    if not examples:
+        raise ValueError("there are no examples to score; expected one at least")
+    encoder, own = is_encoder(model), longest(model)
+    task.objective(encoder=encoder)  # refuses a task of the other kind
+    reads_text = not encoder and _is_generated(examples, generated)
+    if reads_text:
+        _require_golds(examples, task)
+        own = None if own is None else own - task.max_new_tokens
+        if own is not None and own < 2:
+            raise ValueError(
+                f"the model reads {longest(model)} tokens, of which the task {task.name} generates "
+                f"{task.max_new_tokens}; expected a model with more positions"
+            )
+    limits = [x for x in (max_length, own) if x is not None]
+    limit = min(limits, default=None)
+    if encoder:
+        return encode_sentences(examples, tokenizer, max_length=limit, allow_cut=allow_cut)
+    return encode(
+        examples,
+        tokenizer,
+        answers="none" if reads_text else "candidates",
+        max_length=limit,
+        allow_cut=allow_cut,
+    )
+
+
+def _is_generated(examples: Sequence[Example], generated: bool) -> bool:
+    return generated or not all(example.candidates for example in examples)
+
+
+def _require_golds(examples: Sequence[Example], task: Task) -> None:
+    if task.metric is None:
+        raise ValueError(
+            f"the task {task.name} has no generated answers; expected its candidates to be scored"
+        )
+    for example in examples:
+        if not example.golds:
+            raise ValueError(f"{example.source} has no right answer to compare with")
+        if task.metric == "number" and number(example.golds[0]) is None:
+            raise ValueError(
+                f"{example.source}: the right answer is {example.golds[0]!r:.80}; expected a number"
+            )
 
 
 def _require_head(model: nnx.Module, task: Task) -> None:
@@ -236,7 +299,8 @@ def _best(model: nnx.Module, encoded: Sequence[Encoded], objective: str, size: i
     if not encoded:
         return best
     graphdef, state = nnx.split(model)
-    for indices, batch in batches.make(encoded, objective, batch_size=size).sorted(size):
+    made = batches.make(encoded, objective, batch_size=size, most=longest(model))
+    for indices, batch in made.sorted(size):
         scores = np.asarray(_scores(graphdef, objective, nnx.as_pure(state), batch))
         for i, row in zip(indices, scores, strict=True):
             if i == NONE:
@@ -262,10 +326,6 @@ def _generated(
     model: nnx.Module, tokenizer: Tokenizer, encoded: Sequence[Encoded], task: Task, size: int
 ) -> list[str]:
     """Return a generated answer of each example."""
-    if task.metric is None:
-        raise ValueError(
-            f"the task {task.name} has no generated answers; expected its candidates to be scored"
-        )
     stops = _stop_tokens(model, tokenizer, task)
     new = generated_ids(model, [e.prompt for e in encoded], task.max_new_tokens, stops, size)
     return [_text(tokenizer.decode(ids), task.stop) for ids in new]
@@ -316,8 +376,6 @@ def _text(text: str, stop: str | None) -> str:
 
 
 def _read(example: Example, task: Task, text: str) -> Prediction:
-    if not example.golds:
-        raise ValueError(f"{example.source} has no right answer to compare with")
     assert task.metric is not None
     values = _METRICS[task.metric](example, task, text)
     return Prediction(example.source, text, example.golds, values)
@@ -330,10 +388,7 @@ def _first_word(example: Example, task: Task, text: str) -> dict[str, float]:
 
 def _number(example: Example, _: Task, text: str) -> dict[str, float]:
     gold = number(example.golds[0])
-    if gold is None:
-        raise ValueError(
-            f"{example.source}: the right answer is {example.golds[0]!r:.80}; expected a number"
-        )
+    assert gold is not None
     # Rounded, as in MetaMath's evaluation: answers of GSM8K are whole.
     values = {name: number_after(text, marker) for name, marker in EXTRACTIONS.items()}
     right = {name: x is not None and round(x) == round(gold) for name, x in values.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -54,8 +55,9 @@ def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Exa
     task = by_name(config.task)
     task.objective(encoder=encoder)
     rows = {"train": read_split(config.data, "train", task.layouts)}
-    others = () if str(config.data).startswith(HUB) else find_splits(config.data)
-    rows |= {n: read_split(config.data, n, task.layouts) for n in ("dev", "test") if n in others}
+    for name in ("dev", "test"):
+        if (part := _read_if_there(config.data, name, task)) is not None:
+            rows[name] = part
     task = task.with_classes(rows["train"]) if encoder else task
     shuffled = _some(rows["train"], len(rows["train"]), config.seed)
     if "dev" not in rows:
@@ -81,6 +83,21 @@ def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Exa
         if task.metric is not None and task.objective(encoder=encoder) == "tokens"
         else [],
     )
+
+
+def _read_if_there(data: Path, split: str, task: Task) -> list[Row] | None:
+    """The rows of a split, None where the data have none, or a test split of hidden labels."""
+    if str(data).startswith(HUB):
+        try:
+            rows = read_split(data, split, task.layouts)
+        except ValueError:  # the data set was loaded as a whole: only the split can be missing
+            return None
+    elif split in find_splits(data):
+        rows = read_split(data, split, task.layouts)
+    else:
+        return None
+    labels = {str(row.fields[name]) for row in rows for name in task.label if name in row.fields}
+    return None if split == "test" and labels == {"-1"} else rows
 
 
 def _some(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
@@ -143,7 +160,7 @@ def is_encoder(model: nnx.Module) -> bool:
     return isinstance(model, Bert | BertClassifier)
 
 
-def longest(model: LanguageModel) -> int | None:
+def longest(model: nnx.Module) -> int | None:
     """Return the most tokens that a model reads, None for no limit.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import platform
 import shlex
 import sys
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from nyscaled import lora, models
 from nyscaled._files import replacing
 from nyscaled.checkpoints.files import write_tensors
-from nyscaled.finetune import inputs, loop, training
+from nyscaled.finetune import loop, training
 from nyscaled.finetune.config import Config, as_options, differences, from_options
 from nyscaled.finetune.evaluation import evaluate
 from nyscaled.finetune.methods import method
@@ -35,6 +36,8 @@ from nyscaled.models import BertClassifier
 
 CONFIG, RECORD, RESULT, ADAPTER = "config.yaml", "run.json", "result.json", "adapter"
 EVALUATION, CURVES, PREFIX = "evaluation.json", "curves.png", "prefix.safetensors"
+
+Scores = Float[np.ndarray, "rows scores"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +92,20 @@ def run(config: Config) -> Result:
         ...     print(str(error)[:38])
         data is 'absent', which does not exist
     """
+    if config.dry_run:
+        raise ValueError(
+            "dry_run is True; expected False (nyscaled.finetune.preview.preview says what a run "
+            "will do)"
+        )
     method(config.method)
     by_name(config.task)
     if not str(config.data).startswith(HUB):
         find_splits(config.data)  # refused before a folder is made or a model is read
-    finished = open_folder(config)
+    finished = find_finished(config)
     if finished is not None:
         return finished
     prepared = prepare(config)
+    claim(config)  # after all that may be refused, so that the mended command has the folder
     began = time.perf_counter()
     trained = loop.train(prepared.plan, config.out)
     seconds = time.perf_counter() - began
@@ -137,7 +146,7 @@ def _evaluate(prepared: Prepared) -> dict[str, float]:
             examples.test,
             examples.task,
             batch_size=config.micro_batch_size or config.batch_size,
-            max_length=inputs.limit(config, prepared.model),
+            max_length=config.max_length,
             allow_cut=config.allow_cut,
         )
     scores = {name: score._asdict() for name, score in evaluation.scores.items()}
@@ -146,8 +155,8 @@ def _evaluate(prepared: Prepared) -> dict[str, float]:
     return {name: score.value for name, score in evaluation.scores.items()}
 
 
-def open_folder(config: Config) -> Result | None:
-    """Make or open the folder of a run; return the result of a run that is finished.
+def find_finished(config: Config) -> Result | None:
+    """Return the result of a run that is finished, None for one that is to begin or to go on.
 
     Args:
         config: the settings.
@@ -172,6 +181,20 @@ def open_folder(config: Config) -> Result | None:
         raise ValueError(
             f"{config.out} has no run; expected a folder with {CONFIG}, or no --resume"
         )
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"out is '{config.out}', a file; expected a folder")
+    return None
+
+
+def claim(config: Config) -> None:
+    """Make the folder of a run that begins, with its settings.
+
+    Args:
+        config: the settings.
+    """
+    path = config.out / CONFIG
+    if path.exists():
+        return
     config.out.mkdir(parents=True, exist_ok=True)
     packages = ("nyscaled", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
     _write_json(
@@ -185,7 +208,6 @@ def open_folder(config: Config) -> Result | None:
     )
     with replacing(path) as file:
         file.write(yaml.safe_dump(as_options(config), sort_keys=False).encode())
-    return None
 
 
 def save(prepared: Prepared) -> float:
@@ -218,14 +240,37 @@ def save(prepared: Prepared) -> float:
     else:
         models.save(model, folder, prepared.tokenizer)
         read, _ = models.load(folder, dtype=prepared.config.dtype)
-    difference = float(np.max(np.abs(_scores(read, prepared) - expected)))
-    limit = 1e-3 * max(1.0, float(np.max(np.abs(expected))))
-    if not difference <= limit and prepared.config.dtype == "float32":
+    difference, size = compare(_scores(read, prepared), expected)
+    limit = max(1e-3, 4 * float(jnp.finfo(prepared.config.dtype).eps)) * max(1.0, size)
+    if not difference <= limit:
         raise ValueError(
             f"the scores of {folder} differ by {difference:.2g} from those of the trained model; "
             f"expected at most {limit:.2g}"
         )
     return difference
+
+
+def compare(scores: Scores, expected: Scores) -> tuple[float, float]:
+    """Return the largest difference of scores, and the largest of the expected ones.
+
+    The difference is infinite where only one of two scores is finite.
+
+    Args:
+        scores: scores of a model.
+        expected: those of another one.
+
+    Examples:
+        >>> compare(np.array([[1.0, -np.inf]]), np.array([[1.5, -np.inf]]))
+        (0.5, 1.5)
+        >>> compare(np.array([[1.0, np.nan]]), np.array([[1.5, 2.0]]))
+        (inf, 2.0)
+    """
+    finite = np.isfinite(expected)
+    size = float(np.max(np.abs(expected), where=finite, initial=0.0))
+    if not np.array_equal(finite, np.isfinite(scores)):
+        return math.inf, size
+    # Apart from the others: the difference of two infinite scores is no number.
+    return float(np.max(np.abs(scores[finite] - expected[finite]), initial=0.0)), size
 
 
 def _through_file(model: nnx.Module, folder: Path, prepared: Prepared) -> nnx.Module:
@@ -244,15 +289,15 @@ def _through_file(model: nnx.Module, folder: Path, prepared: Prepared) -> nnx.Mo
     return read
 
 
-def _scores(model: nnx.Module, prepared: Prepared) -> Float[np.ndarray, "rows scores"]:
+def _scores(model: nnx.Module, prepared: Prepared) -> Scores:
     """The scores of the longest batch for validation, whose program exists."""
     plan, parts = prepared.plan, training.split(model, prepared.trained)
     size = prepared.config.micro_batch_size or prepared.config.batch_size
     _, batch = next(plan.validation.sorted(size))
     program = dataclasses.replace(plan.program, graphdef=parts.evaluating, dtypes=parts.dtypes)
     state = parts.params, parts.counts, parts.frozen
-    scores = np.asarray(training.evaluate_step(*state, batch, program=program)[2])
-    return np.where(np.isfinite(scores), scores, 0.0)
+    scores = training.evaluate_step(*state, batch, program=program)[2]
+    return np.asarray(scores, np.float32)
 
 
 def _path(model: nnx.Module, name: str) -> str:

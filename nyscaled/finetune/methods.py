@@ -7,9 +7,11 @@ damping are in the state of the optimizer. So methods with one transform can sha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Literal
 
 import jax.numpy as jnp
@@ -69,8 +71,17 @@ def _lora_rite(
     learning_rate: optax.ScalarOrSchedule,
     b1: float | Scalar = 0.9,
     b2: float | Scalar = 0.999,
+    clip: float | Scalar = math.inf,
+    weight_decay: float | Scalar = 0.0,
 ) -> optax.GradientTransformation:
-    return lora_rite(learning_rate, b1, b2)
+    """An optimizer itself, so that it has its own clipping and decay, as AdamW has."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip),  # pyright: ignore[reportArgumentType]
+        lora_rite(1.0, b1, b2),
+        optax.scale(-1.0),
+        optax.add_decayed_weights(weight_decay),  # pyright: ignore[reportArgumentType]
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +131,21 @@ class Method:
         """The numbers of the transform besides the learning rate, such as `damping`."""
         return _defaults(self.transform, keyword_only=False)
 
+    def require_known(
+        self, options: Iterable[str] = (), hyperparameters: Iterable[str] = ()
+    ) -> None:
+        """Refuse names of options and hyperparameters that the method has not.
+
+        Args:
+            options: names of options of the start.
+            hyperparameters: names of numbers of the transform.
+
+        Raises:
+            ValueError: if one is not in `options` or `hyperparameters` of the method.
+        """
+        _require_known("option", options, self.options)
+        _require_known("hyperparameter", hyperparameters, self.hyperparameters)
+
     def prepare(
         self,
         model: nnx.Module,
@@ -161,7 +187,7 @@ class Method:
             >>> sum(x.size for x in jax.tree.leaves(nnx.state(model, wrt)))
             28
         """
-        _require_known("option", options, self.options)
+        self.require_known(options)
         parts = {str(part) for path, _ in nnx.iter_modules(model) for part in path}
         if self.trains == "everything":
             return nnx.Param
@@ -192,7 +218,8 @@ class Method:
         )
         if from_batches:
             source = {"loss": loss, "batches": batches, **options}
-            lora.initialize(model, self.init, key=key, **source)  # pyright: ignore[reportArgumentType]
+            with _without_dropout(model):
+                lora.initialize(model, self.init, key=key, **source)  # pyright: ignore[reportArgumentType]
         return (nnx.LoRAParam, *new)
 
     def optimizer(
@@ -218,7 +245,7 @@ class Method:
             >>> sorted(state.hyperparams)
             ['damping', 'learning_rate']
         """
-        _require_known("hyperparameter", hyperparameters, self.hyperparameters)
+        self.require_known(hyperparameters=hyperparameters)
         make = optax.inject_hyperparams(
             self.transform,
             static_args="inner",
@@ -226,6 +253,19 @@ class Method:
         )
         rate = self.learning_rate if learning_rate is None else learning_rate
         return make(inner=inner, learning_rate=rate, **hyperparameters)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nnx.Module) -> Generator[None, None, None]:
+    """Switch dropout off, and back to what it was."""
+    modules = [m for _, m in nnx.iter_modules(model) if hasattr(m, "deterministic")]
+    before: list[object] = [getattr(m, "deterministic") for m in modules]  # noqa: B009
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            setattr(module, "deterministic", value)  # noqa: B010
 
 
 def _inside(names: Iterable[str]) -> tuple[Filter, ...]:

@@ -90,18 +90,24 @@ def _cut(examples: Int[np.ndarray, " examples"], size: int) -> Int[np.ndarray, "
     return np.append(examples, np.full(missing, NONE)).reshape(-1, size)
 
 
-def choose_lengths(longest: Sequence[int] | Rows, count: int) -> tuple[int, ...]:
+def choose_lengths(
+    longest: Sequence[int] | Rows, count: int, most: int | None = None
+) -> tuple[int, ...]:
     """Return the lengths of batches that waste least padding.
 
     Args:
         longest: length of the longest example of each batch.
         count: most different lengths, and so of compiled programs.
+        most: the greatest length, which need not be a multiple; None for no limit.
 
     Examples:
         >>> choose_lengths([5, 6, 20, 22, 90], 3)
         (8, 24, 96)
+        >>> choose_lengths([5, 6, 20, 22, 90], 3, most=90)
+        (8, 24, 90)
     """
     rounded = -(-np.maximum(np.asarray(longest), 1) // MULTIPLE) * MULTIPLE
+    rounded = rounded if most is None else np.minimum(rounded, most)
     lengths, batches = np.unique(rounded, return_counts=True)
     lengths, before = np.append(0, lengths), np.append(0, np.cumsum(batches))
     # padded[i, j]: tokens of the batches between the lengths i and j, padded to the length j.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 from flax import nnx
@@ -16,6 +16,7 @@ from nyscaled.finetune import batches, inputs, training
 from nyscaled.finetune.batches import Batch, Batches
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.encoding import Lengths
+from nyscaled.finetune.evaluation import encode_scored
 from nyscaled.finetune.inputs import Examples
 from nyscaled.finetune.loop import Plan
 from nyscaled.finetune.methods import Method, method
@@ -72,7 +73,9 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     Raises:
         ValueError: on settings, data and models that do not go together.
     """
-    chosen = method(config.method)
+    chosen, options = method(config.method), _given(config, "scale")
+    hyperparameters = _given(config, "damping", "ratio")
+    chosen.require_known(options, hyperparameters)
     with timed(f"reading {'the outline of ' * outline}{config.model}"):
         read = models.outline if outline else models.load
         model, tokenizer = read(config.model, dtype=config.dtype, remat=config.remat)
@@ -81,11 +84,26 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     examples = inputs.read_examples(config, encoder=encoder, tokenizer=tokenizer)
     task, limit = examples.task, inputs.limit(config, model)
     objective = task.objective(encoder=encoder)
+    if config.loss_on != "answer" and objective != "tokens":
+        raise ValueError(
+            f"loss_on is {config.loss_on!r}; expected 'answer' for the task {task.name}, whose "
+            f"loss compares {'classes' if encoder else 'candidates'}"
+        )
     (train, lengths), (validation, _) = (
         inputs.encode_all(part, tokenizer, task, config, limit, encoder=encoder)
         for part in (examples.train, examples.validation)
     )
-    order, made = _batches(config, objective, train, tokenizer.pad_id or 0)
+    if examples.test:  # so that what cannot be scored is refused before the training
+        encode_scored(
+            model,
+            tokenizer,
+            examples.test,
+            task,
+            max_length=config.max_length,
+            allow_cut=config.allow_cut,
+        )
+    most = inputs.longest(model)
+    order, made = _batches(config, objective, train, tokenizer.pad_id or 0, most)
     steps = steps_of(config, order)
     size = config.micro_batch_size or config.batch_size
     validating = batches.make(
@@ -95,14 +113,15 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         programs=_programs(-(-len(validation) // size), VALIDATION_PROGRAMS),
         loss_on=config.loss_on,
         pad_id=tokenizer.pad_id or 0,
+        most=most,
     )
     if outline and chosen.needs in ("gradient", "inputs"):
-        chosen = dataclasses.replace(chosen, init="lora")  # of the same shapes
+        chosen, options = dataclasses.replace(chosen, init="lora"), {}  # of the same shapes
 
     def build(model: LanguageModel) -> LanguageModel:
         nonlocal head, trained
         model, head = inputs.with_head(model, task, config.seed)
-        trained = _adapt(config, chosen, model, head, objective, made, order)
+        trained = _adapt(config, chosen, options, model, head, objective, made, order)
         return model
 
     head: tuple[str, ...] = ()
@@ -112,13 +131,12 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         parts = training.split(model, trained)
     warmup = round(WARMUP * steps) if config.warmup_steps is None else config.warmup_steps
     peak = chosen.learning_rate if config.learning_rate is None else config.learning_rate
-    given = {"damping": config.damping, "ratio": config.ratio}
     plan = Plan(
         parts,
         training.program_of(
             parts, objective, chosen, weight_decay=config.weight_decay, clip=config.clip
         ),
-        {name: value for name, value in given.items() if value is not None},
+        hyperparameters,
         made,
         order,
         validating,
@@ -140,12 +158,18 @@ def steps_of(config: Config, order: Order) -> int:
     return config.steps or max(1, math.ceil(config.epochs * order.steps_per_epoch))
 
 
+def _given(config: Config, *names: str) -> dict[str, float]:
+    """The settings of these names that were set."""
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _programs(steps: int, most: int) -> int:
     return min(most, 1 + steps // STEPS_PER_PROGRAM)
 
 
 def _batches(
-    config: Config, objective: str, train: list[batches.Encoded], pad_id: int
+    config: Config, objective: str, train: list[batches.Encoded], pad_id: int, most: int | None
 ) -> tuple[Order, Batches]:
     """The order of the examples, and what makes their batches."""
 
@@ -158,6 +182,7 @@ def _batches(
             loss_on=config.loss_on,
             pad_id=pad_id,
             longest=longest,
+            most=most,
         )
 
     order = Order(make(None).lengths, config.batch_size, config.seed)
@@ -167,6 +192,7 @@ def _batches(
 def _adapt(
     config: Config,
     chosen: Method,
+    options: Mapping[str, float],
     model: LanguageModel,
     head: tuple[str, ...],
     objective: str,
@@ -194,5 +220,5 @@ def _adapt(
         head=head,
         loss=loss if from_batches else None,
         batches=some() if from_batches else (),
-        **({} if config.scale is None else {"scale": config.scale}),
+        **options,
     )

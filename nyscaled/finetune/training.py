@@ -94,6 +94,13 @@ class Program:
             adam = optax.adamw(learning_rate, weight_decay=self.weight_decay)
             return adam if self.clip is None else optax.chain(_clip(self.clip), adam)
 
+        # An optimizer of its own has these among its hyperparameters.
+        settings = {
+            "clip": math.inf if self.clip is None else self.clip,
+            "weight_decay": self.weight_decay,
+        }
+        own = self.method.hyperparameters
+        hyperparameters = {k: v for k, v in settings.items() if k in own} | hyperparameters
         return self.method.optimizer(0.0, inner, **hyperparameters)
 
     def merge(self, params: Tree, counts: Tree, frozen: Tree) -> nnx.Module:
