@@ -5,8 +5,10 @@ import sys
 import types
 
 import pytest
-from finetune_cases import DATA, without_data
+from finetune_cases import DATA, without_data, words
 
+from nyscaled.finetune.config import Config
+from nyscaled.finetune.inputs import read_examples
 from nyscaled.finetune.records import UnlabelledError, find_splits, read_rows, read_split
 from nyscaled.finetune.tasks import by_name
 
@@ -107,6 +109,25 @@ def test_files_without_labels(task, header, tmp_path):
         UnlabelledError, match=r"test.tsv:1 has .* no labels; expected a column lab"
     ):
         read_rows(path, by_name(task).layouts)
+
+
+def test_a_run_leaves_out_a_test_split_without_labels(tmp_path, capsys):
+    """GLUE's test files are published so."""
+    rows = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\tc\td\tnot_entailment\n"
+    for name in ("train.tsv", "dev.tsv"):
+        written(tmp_path, name, rows)
+    bare = "index\tsentence1\tsentence2\n0\te\tf\n"
+    written(tmp_path, "test.tsv", bare)
+    config = Config(model="none", data=tmp_path, task="rte", out=tmp_path)
+    found = read_examples(config, encoder=True, tokenizer=words())
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [2, 2, 0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "the test split is left out: test.tsv:1 has the columns index, sentence1"
+    )
+    written(tmp_path, "dev.tsv", bare)
+    with pytest.raises(UnlabelledError, match=r"dev.tsv:1 has .* no labels"):
+        read_examples(config, encoder=True, tokenizer=words())
 
 
 def test_splits_by_the_names_of_files(tmp_path):

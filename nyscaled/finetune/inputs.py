@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flax import nnx
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
 from nyscaled.finetune.examples import Encoded, Example
-from nyscaled.finetune.records import HUB, Row, find_splits, read_split
+from nyscaled.finetune.records import HUB, Row, UnlabelledError, find_splits, read_split
 from nyscaled.finetune.task import Task
 from nyscaled.finetune.tasks import by_name
 from nyscaled.models import Bert, BertClassifier, Tokenizer
@@ -86,14 +87,20 @@ def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Exa
 
 
 def _read_if_there(data: Path, split: str, task: Task) -> list[Row] | None:
-    """The rows of a split, None where the data have none, or a test split of hidden labels."""
+    """The rows of a split, None where the data have none, or a test split without labels."""
     if str(data).startswith(HUB):
         try:
             rows = read_split(data, split, task.layouts)
         except ValueError:  # the data set was loaded as a whole: only the split can be missing
             return None
     elif split in find_splits(data):
-        rows = read_split(data, split, task.layouts)
+        try:
+            rows = read_split(data, split, task.layouts)
+        except UnlabelledError as error:
+            if split != "test":
+                raise
+            print(f"the test split is left out: {error}", file=sys.stderr)
+            return None
     else:
         return None
     labels = {str(row.fields[name]) for row in rows for name in task.label if name in row.fields}
