@@ -80,7 +80,7 @@ def test_the_adapter_is_that_of_the_lowest_validation_loss(root):
     "options",
     [
         {"base": "bert_encoder", "method": "lora"},
-        {"method": "pissa", "dropout": 0.1},
+        pytest.param({"method": "pissa", "dropout": 0.1}, marks=pytest.mark.long),
         pytest.param({"method": "full"}, marks=pytest.mark.long),
         pytest.param({"method": "lora-one"}, marks=pytest.mark.long),
         pytest.param({"base": "bert_encoder", "method": "linear-probe"}, marks=pytest.mark.long),
@@ -107,7 +107,10 @@ def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 30}, r"1 of 1 examples \(100.0%\) have more than 30 tokens"),
+        (
+            {"max_length": 30},
+            r"the test examples cannot be scored: 1 of 1 examples \(100.0%\) have more than 30 tokens",
+        ),
         ({"loss_on": "all"}, "loss_on is 'all'; expected 'answer' for the task sst2"),
         ({"method": "lora", "damping": 0.1}, "hyperparameter is 'damping'; expected none"),
         ({"method": "lora", "scale": 0.1}, "option is 'scale'; expected"),
@@ -238,26 +241,28 @@ def start(root, out, options, resume, limit=0):
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_goes_on_to_the_same_end(root, tmp_path, kills):
-    options = {"steps": 12 * kills, "log_every": 1, "checkpoint_every": 3, "dropout": 0.1}
+    options = {"steps": 12 + 12 * kills, "log_every": 1, "checkpoint_every": 3, "dropout": 0.1}
     whole, out = tmp_path / "whole", tmp_path / "out"
     nys.finetune.run(settings(root, out=whole, **options))
-    chance = random.Random(kills)
+    chance, killed = random.Random(kills), 0
     for _ in range(kills):
         before = len(lines(out))
         process = start(root, out, options, resume=(out / "config.yaml").exists())
         while len(lines(out)) <= before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.2))
+        killed += process.poll() is None
         process.kill()
         process.wait()
-    process = start(root, out, options, resume=True)
-    assert process.wait() == 0, process.stderr.read().decode()
+    assert killed
+    nys.finetune.run(settings(root, out=out, resume=True, **options))
     assert tensors(out) == tensors(whole)
     assert lines(out) == lines(whole)
 
 
+@pytest.mark.long
 def test_a_full_disk_loses_nothing_that_was_written(root, tmp_path):
     options = {"log_every": 1, "checkpoint_every": 2, "steps": 150, "eval_every": 150}
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -276,6 +281,7 @@ def test_a_full_disk_loses_nothing_that_was_written(root, tmp_path):
     assert lines(out) == lines(whole)
 
 
+@pytest.mark.long
 def test_gradients_of_a_resumed_pissa_use_its_saved_start(root, tmp_path, monkeypatch):
     """A machine that rounds the SVD otherwise must not change what is subtracted."""
     config = settings(root, out=tmp_path / "out", method="pissa")

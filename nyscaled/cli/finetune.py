@@ -1,7 +1,8 @@
 """Fine-tune a language model with adapters, and write one that was tested.
 
-DATA is a file or a folder with train, dev and test files (.json, .jsonl, .tsv). OUT gets the
-adapter in PEFT's format, metrics, settings and checkpoints.
+DATA is a file or a folder with train, dev and test files (.json, .jsonl, .tsv). OUT gets what was
+trained, metrics, settings and checkpoints. Adapters are in PEFT's format; full and linear-probe
+write a whole model, prefix a file prefix.safetensors.
 
 examples:
   nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte

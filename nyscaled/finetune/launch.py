@@ -45,7 +45,7 @@ class Result:
     """What a run gave.
 
     Attributes:
-        out: folder of the run; its `adapter` is in PEFT's format, or a whole model.
+        out: folder of the run; its `adapter` is in PEFT's format, a whole model or a prefix.
         steps: number of steps.
         best_step: number of steps before the validation with the lowest loss.
         validation_loss: that loss; the adapter is that of this step.

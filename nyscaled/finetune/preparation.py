@@ -93,15 +93,7 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         inputs.encode_all(part, tokenizer, task, config, limit, encoder=encoder)
         for part in (examples.train, examples.validation)
     )
-    if examples.test:  # so that what cannot be scored is refused before the training
-        encode_scored(
-            model,
-            tokenizer,
-            examples.test,
-            task,
-            max_length=config.max_length,
-            allow_cut=config.allow_cut,
-        )
+    _require_scorable(config, examples, model, tokenizer)
     most = inputs.longest(model)
     order, made = _batches(config, objective, train, tokenizer.pad_id or 0, most)
     steps = steps_of(config, order)
@@ -156,6 +148,25 @@ def steps_of(config: Config, order: Order) -> int:
         order: the order of the examples.
     """
     return config.steps or max(1, math.ceil(config.epochs * order.steps_per_epoch))
+
+
+def _require_scorable(
+    config: Config, examples: Examples, model: LanguageModel, tokenizer: Tokenizer
+) -> None:
+    """Refuse test examples before the training that could not be scored after it."""
+    if not examples.test:
+        return
+    try:
+        encode_scored(
+            model,
+            tokenizer,
+            examples.test,
+            examples.task,
+            max_length=config.max_length,
+            allow_cut=config.allow_cut,
+        )
+    except ValueError as error:
+        raise ValueError(f"the test examples cannot be scored: {error}") from error
 
 
 def _given(config: Config, *names: str) -> dict[str, float]:
