@@ -109,7 +109,7 @@ def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatc
     [
         (
             {"max_length": 30},
-            r"the test examples cannot be scored: 1 of 1 examples \(100.0%\) have more than 30 tokens",
+            r"examples cannot be scored: 1 of 1 examples \(100.0%\) have more than 30 tokens",
         ),
         ({"loss_on": "all"}, "loss_on is 'all'; expected 'answer' for the task sst2"),
         ({"method": "lora", "damping": 0.1}, "hyperparameter is 'damping'; expected none"),
