@@ -126,7 +126,7 @@ def test_what_is_refused_leaves_the_folder_to_a_mended_command(root, options, me
     assert not config.out.exists()
 
 
-def test_splits_of_a_data_set_of_the_hub_are_used(root, monkeypatch):
+def test_splits_of_a_data_set_of_the_hub_are_used(root, monkeypatch, capsys):
     def rows(count, label=1):
         return [{"sentence": "fine film", "label": label} for _ in range(count)]
 
@@ -141,6 +141,7 @@ def test_splits_of_a_data_set_of_the_hub_are_used(root, monkeypatch):
     del splits["validation"]
     examples = launch.prepare(config).examples
     assert list(map(len, (examples.train, examples.validation, examples.test))) == [18, 2, 0]
+    assert "the test split is left out: all its labels are -1" in capsys.readouterr().err
 
 
 def test_settings_may_be_texts_and_paths(monkeypatch):
