@@ -394,6 +394,7 @@ def test_sizes_whose_squares_leave_the_range(tmp_path, a, scale, capsys):
 
 
 @pytest.mark.parametrize("out", [(), ("--out", "o.npz"), ("--out", "o.csv")])
+@pytest.mark.long_beyond(1)
 def test_a_rank_above_the_shorter_side_is_that_side(tmp_path, a, out, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("a.npz", a=a, b=a[:7])

@@ -108,6 +108,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.long_beyond(2)
 def test_candidates_are_chosen_as_by_a_plain_loop(name):
     task, make = CASES[name]
     examples = make()

@@ -98,6 +98,7 @@ def test_the_output_does_not_change_before_the_first_step():
         assert same == (name not in ("lora-one", "prefix")), name
 
 
+@pytest.mark.long
 def test_hyperparameters_are_arrays_in_the_state_and_change_the_update():
     params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.full((2, 4), 0.1)}
     grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params)

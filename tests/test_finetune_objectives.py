@@ -37,6 +37,7 @@ def means(log_p, example):
 
 
 @pytest.mark.parametrize("answers", [WORDS, PHRASES])
+@pytest.mark.long_beyond(1)
 def test_choices_are_scored_as_in_mezo(log_p, answers):
     data, batch = examples(answers=answers), made("choice", answers).batch(ROWS)
     model = model_cases.load("llama")

@@ -53,6 +53,7 @@ def test_entries_and_products_are_those_of_the_kernel(name, d):
     assert a.T is a
 
 
+@pytest.mark.long
 def test_a_product_of_several_blocks_is_that_of_one(monkeypatch):
     a = KernelMatrix(kernels.gaussian(0.7), POINTS[3])
     expected = a @ POINTS[3]

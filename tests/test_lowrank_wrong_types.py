@@ -9,6 +9,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.sparse
 from jax.experimental import sparse
 
@@ -120,6 +121,7 @@ sys.exit("\n".join(faults) or 0)
 """
 
 
+@pytest.mark.long
 def test_arguments_of_other_types_are_a_value_error():
     code = [sys.executable, "-c", CASES + CHECKS]
     result = subprocess.run(code, capture_output=True, text=True)

@@ -55,6 +55,7 @@ def error_after(steps, preconditioner):
     return energy(difference) / energy(exact)
 
 
+@pytest.mark.long
 def test_steps_fall_to_what_the_condition_number_allows():
     rank = 50  # about twice the effective dimension, 31
     measured, _ = condition(rank)

@@ -196,6 +196,7 @@ def test_sizes_whose_squares_leave_the_range(scale):
         np.testing.assert_allclose(getattr(other, name), getattr(one, name), rtol=1e-9)
 
 
+@pytest.mark.long
 def test_components_beyond_the_numerical_rank_are_zero():
     x = np.outer(np.arange(1.0, 21), [1.0, -2, 3, 0.5])
     svd = TruncatedSVD(3, random_state=0).fit(x)
