@@ -115,6 +115,7 @@ def test_sums_of_numbers_of_one_sign(kind, shape, options):
     np.testing.assert_allclose(under_jit, nys.factorize(a, 5).singular_values, atol=1e-4 * size)
 
 
+@pytest.mark.long
 def test_what_is_cut_for_being_small_is_in_the_estimate():
     """Many values just below the cut of the numerical rank are not small together."""
     s = np.where(np.arange(N) < 1, 1.0, 1.5e-6)

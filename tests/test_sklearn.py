@@ -179,7 +179,7 @@ def test_parameters_are_checked_in_fit(digits, parameters, reason):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 def test_data_that_do_not_vary_have_no_explained_variance(dtype):
     for x in (np.zeros((20, 4)), np.diag([1.0, 0, 0, 0])[[0] * 20], np.full((1, 4), 3.0)):
         for form in (np.asarray, scipy.sparse.csr_array):
