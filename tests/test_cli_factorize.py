@@ -6,70 +6,22 @@ import json
 import subprocess
 import sys
 
-import h5py
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import scipy.io
 import scipy.sparse
+from cli_cases import RANK, M, N, factorize, folder_of, matrix, product, refused, saved
 
 from nyscaled import lowrank
 from nyscaled.cli import inputs, main
 from nyscaled.cli.table import kinds
 
-M, N, RANK = 30, 20, 3
-
 
 @pytest.fixture(scope="module")
 def a():
-    """A matrix of rank 3."""
-    rng = np.random.default_rng(0)
-    return (rng.normal(size=(M, RANK)) @ rng.normal(size=(RANK, N))).astype(np.float32)
-
-
-def saved(path, a):
-    """`path`, written with the matrix in the format of its name."""
-    if path.suffix == ".npy":
-        np.save(path, a)
-    elif path.suffix == ".npz":
-        np.savez(path, a=a, vector=a[0], counts=np.ones((2, 2), int))
-    elif path.suffix == ".safetensors":
-        tensors = {"h.0.a.weight": a, "h.0.a.bias": a[0], "ids": np.ones((2, 2), int)}
-        safetensors.numpy.save_file(tensors, path)
-    elif path.suffix in (".h5", ".hdf5"):
-        with h5py.File(path, "w") as file:
-            file["group/a"], file["group/vector"] = a, a[0]
-    else:
-        scipy.io.mmwrite(path, scipy.sparse.coo_array(a) if "sparse" in path.name else a)
-    return path
-
-
-def folder_of(path, tensors):
-    """A folder of a model with these tensors."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": "mine"}))
-    safetensors.numpy.save_file(tensors, path / "model.safetensors")
-    return path
-
-
-def factorize(*words):
-    return main(["factorize", *map(str, words)])
-
-
-def product(arrays, prefix=""):
-    left, values, right = (arrays[prefix + k] for k in ("left", "singular_values", "right"))
-    return left * values @ right.T
-
-
-def refused(capsys, *words):
-    """The one line of reason with which a command line fails."""
-    status = factorize(*words)
-    error = capsys.readouterr().err
-    assert status in (1, 2)
-    assert error.startswith("nyscaled factorize: error: ")
-    assert error.count("\n") == 1
-    return error
+    return matrix()
 
 
 FILES = ["a.npy", "a.npz", "a.safetensors", "a.h5", "dense.mtx", "sparse.mtx"]
@@ -173,8 +125,8 @@ def test_table_and_picture_of_a_folder(tmp_path, a):
     values = np.linalg.svd(a, compute_uv=False)
     assert int(low["rank"]) <= RANK < int(high["rank"])
     assert float(high["relative_error"]) <= 0.1
-    for name, matrix in (("h.0.q.weight", a), ("h.1.q.weight", full)):
-        values = np.linalg.svd(matrix, compute_uv=False)
+    for name, weight in (("h.0.q.weight", a), ("h.1.q.weight", full)):
+        values = np.linalg.svd(weight, compute_uv=False)
         energy = np.sum(values**2)
         assert float(table[name]["stable_rank"]) == pytest.approx(energy / values[0] ** 2, rel=0.02)
         share = float(table[name][f"share_of_top_{RANK}"])
@@ -372,66 +324,6 @@ def test_large_arrays_are_read_by_blocks(tmp_path, a, monkeypatch):
         out = tmp_path / "out.npz"
         assert factorize(tmp_path / name, "--rank", RANK, "--out", out, "--overwrite") == 0
         np.testing.assert_allclose(product(np.load(out)), a, atol=1e-4 * np.abs(a).max())
-
-
-@pytest.mark.parametrize("out", ["o.csv", "o.npz"])
-def test_the_zero_matrix(tmp_path, out, capsys):
-    path = saved(tmp_path / "a.npy", np.zeros((5, 4), np.float32))
-    for words in (("--rank", 3), ("--tol", 0.1)):
-        assert factorize(path, *words, "--out", tmp_path / out, "--overwrite") == 0
-        assert "relative error 0, stable rank 0" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("scale", [1e-160, 1e-280, 1e300])
-def test_sizes_whose_squares_leave_the_range(tmp_path, a, scale, capsys):
-    path = saved(tmp_path / "a.npy", scale * a.astype(np.float64))
-    for words in (("--rank", 1), ("--rank", 1, "--out", tmp_path / f"{scale}.npz")):
-        assert factorize(path, *words) == 0
-        values = np.linalg.svd(a, compute_uv=False)
-        share = np.linalg.norm(values[1:]) / np.linalg.norm(values)
-        said = capsys.readouterr().out.partition("rank 1, relative error ")[2]
-        assert float(said.partition(",")[0]) == pytest.approx(share, rel=0.1)
-
-
-@pytest.mark.parametrize("out", [(), ("--out", "o.npz"), ("--out", "o.csv")])
-@pytest.mark.long_beyond(1)
-def test_a_rank_above_the_shorter_side_is_that_side(tmp_path, a, out, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    np.savez("a.npz", a=a, b=a[:7])
-    assert factorize("a.npz", "--rank", 10, *out) == 0
-    said = capsys.readouterr()
-    assert "1 of 2 matrices: the shorter side is less than --rank 10" in said.err
-    if "o.npz" in out:
-        arrays = np.load("o.npz")
-        assert (arrays["a.left"].shape, arrays["b.left"].shape) == ((M, 10), (7, 7))
-    else:
-        if out:
-            table = csv.DictReader(io.StringIO((tmp_path / "o.csv").read_text()))
-            assert [row["rank"] for row in table] == ["10", "7"]
-        assert out or ("rank 10," in said.out and "rank 7," in said.out)
-    # Beside a tolerance it is a limit.
-    assert factorize("a.npz", "--rank", 10, "--tol", 0.5, *out, "--overwrite") == 0
-    assert "shorter side" not in capsys.readouterr().err
-
-
-OUT_OF_RANGE = {
-    "--tol is 2; expected a number in (0, 1]": ("--tol", 2),
-    "--tol is nan": ("--tol", "nan"),
-    "--seed is 99999999999999999999; expected": ("--rank", 1, "--seed", 99999999999999999999),
-    "--seed is -1; expected": ("--rank", 1, "--seed", -1),
-    "--rank is 0; expected": ("--rank", 0),
-    "--passes is 1; expected an integer ≥ 2": ("--rank", 1, "--passes", 1),
-    "none.toml does not exist": ("--config", "none.toml"),
-}
-
-
-@pytest.mark.parametrize("out", [(), ("--out", "o.npz"), ("--out", "o.csv")])
-def test_numbers_out_of_range_are_refused_for_every_output(tmp_path, a, out, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = saved(tmp_path / "a.npy", a)
-    for reason, words in OUT_OF_RANGE.items():
-        assert reason in refused(capsys, path, *words, *out)
-    assert {p.name for p in tmp_path.iterdir()} == {"a.npy"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell with pipes")

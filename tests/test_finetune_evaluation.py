@@ -10,7 +10,7 @@ from finetune_cases import characters, row, words
 from flax import nnx
 
 import nyscaled as nys
-from nyscaled.finetune import evaluation
+from nyscaled.finetune import evaluation, generated
 from nyscaled.finetune.encoding import encode
 from nyscaled.finetune.evaluation import evaluate
 from nyscaled.finetune.examples import Encoded, Example
@@ -199,7 +199,7 @@ def spoken(monkeypatch, *texts):
         rows = [characters().encode(next(said, ""), add_special_tokens=False).ids for _ in tokens]
         return np.array([(*row, *[1] * (max_new_tokens - len(row))) for row in rows])
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(generated, "generate", generate)
 
 
 def test_metrics_of_generated_text(monkeypatch):

@@ -23,8 +23,9 @@ from jaxtyping import Array, Bool, Float
 from nyscaled.finetune import batches
 from nyscaled.finetune.batches import Batch
 from nyscaled.finetune.encoding import Ends
-from nyscaled.finetune.evaluation import generated_ids, without_dropout
+from nyscaled.finetune.evaluation import without_dropout
 from nyscaled.finetune.examples import Encoded
+from nyscaled.finetune.generated import generated_ids
 from nyscaled.finetune.objectives import answer_logits
 from nyscaled.models import Tokenizer
 from nyscaled.models.causal import CausalLM
