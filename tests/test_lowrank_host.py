@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
-from host_cases import K, M, N, assert_products, matrix, operator, thin
+from host_cases import K, M, N, assert_products, both, matrix, operator, thin
 from jax.experimental import sparse
 from scipy.sparse.linalg import aslinearoperator
 
