@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from training_cases import settings, write_data
 
 import nyscaled as nys
 from nyscaled.cli import main
-from nyscaled.finetune import launch, loop, objectives, progress
+from nyscaled.finetune import launch, loop, objectives, progress, saving
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +99,7 @@ def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatc
         save(model, folder, **(options | {"modules_to_save": (), "task_type": None}))
 
     save = nys.lora.save_peft
-    monkeypatch.setattr(launch.lora, "save_peft", without_head)
+    monkeypatch.setattr(saving.lora, "save_peft", without_head)
     options = {"base": "bert_encoder", "method": "lora", "steps": 4, "learning_rate": 0.5}
     with pytest.raises(ValueError, match="differ by"):
         nys.finetune.run(settings(root, out=tmp_path / "out", dtype="bfloat16", **options))
@@ -192,6 +193,59 @@ def test_a_run_of_other_settings_does_not_go_on(root):
         nys.finetune.run(settings(root, rank=4, seed=1, resume=True))
     with pytest.raises(ValueError, match="has no run"):
         nys.finetune.run(settings(root, out=root / "absent", resume=True))
+
+
+@pytest.fixture
+def unfinished(root, tmp_path, monkeypatch):
+    """Settings of a run with a model and data of its own, which Ctrl-C stopped."""
+    model, data, out = tmp_path / "llama", tmp_path / "data", tmp_path / "out"
+    shutil.copytree(root / "llama", model)
+    shutil.copytree(root / "data", data)
+    config = dataclasses.replace(settings(root, out=out), model=str(model), data=data)
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=6)
+        with pytest.raises(loop.Stopped):
+            nys.finetune.run(config)
+    return dataclasses.replace(config, resume=True)
+
+
+def perturb(folder, name):
+    """Change one value of a tensor in a model's folder."""
+    path = folder / "model.safetensors"
+    values = safetensors.numpy.load_file(path)
+    values[name].flat[0] += 1
+    safetensors.numpy.save_file(values, path, metadata={"format": "pt"})
+
+
+def test_another_base_is_refused(root, unfinished, capsys):
+    model = Path(unfinished.model)
+    words = ["--task", "sst2", "--data", root / "data", "--adapter", root / "out" / "adapter"]
+    command = ["evaluate", *map(str, words), "--model", str(model)]
+    assert main(command) == 0  # of the same values
+    perturb(model, "model.embed_tokens.weight")
+    with pytest.raises(ValueError, match=r"is not the base of .*values of model.embed_tokens"):
+        nys.finetune.run(unfinished)
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert "they differ in the values of model.embed_tokens.weight; expected" in message
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
+    assert main(command) == 1
+    assert "they differ in rope_theta (7.0, not 10000.0)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("split", "old", "new", "message"),
+    [
+        ("train", "\t0", "\t1", "train has other texts or labels in some of its 40 examples"),
+        ("dev", "\t0\n", "\t0\nfilm\t0\n", "validation has 13 examples, not 12"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(unfinished, split, old, new, message):
+    path = unfinished.data / f"{split}.tsv"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.run(unfinished)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):

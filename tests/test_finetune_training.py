@@ -9,7 +9,7 @@ from flax import nnx
 from training_cases import PHRASES, adapted, made, model_of, one_step, program
 
 import nyscaled as nys
-from nyscaled.finetune import training
+from nyscaled.finetune import schedules, training
 
 ROWS = np.arange(8)
 
@@ -145,7 +145,7 @@ def test_update_writes_what_was_trained():
 
 
 def test_schedules():
-    rates = [training.schedule(name, 2.0, 10, 2) for name in ("constant", "linear", "cosine")]
+    rates = [schedules.schedule(name, 2.0, 10, 2) for name in ("constant", "linear", "cosine")]
     for rate in rates:
         assert [float(rate(step)) for step in (0, 1, 2)] == [1.0, 2.0, 2.0]
     assert [float(rate(6)) for rate in rates] == pytest.approx([2.0, 1.0, 1.0])

@@ -21,7 +21,7 @@ import numpy as np
 from nyscaled import lora, models
 from nyscaled.checkpoints.files import as_json
 from nyscaled.cli import outputs
-from nyscaled.finetune import inputs
+from nyscaled.finetune import identity, inputs
 from nyscaled.finetune.evaluation import evaluate
 from nyscaled.finetune.harness import run_harness
 from nyscaled.finetune.records import HUB, Row, find_splits, read_split
@@ -92,6 +92,8 @@ def run(config: Config) -> int:
         if out.suffix != ".json":
             raise ValueError(f"out is {str(out)!r}; expected a name that ends in .json")
         outputs.require_writable([out], overwrite=config.overwrite)
+    if config.adapter is not None:
+        identity.require_base(config.adapter, config.model)
     record = _in_task(config) if config.harness is None else _in_harness(config, config.harness)
     if out is not None:
         text = as_json(record)

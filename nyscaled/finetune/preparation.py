@@ -17,12 +17,14 @@ from nyscaled.finetune.batches import Batch, Batches
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.encoding import Lengths
 from nyscaled.finetune.evaluation import encode_scored
+from nyscaled.finetune.identity import Digest, of_examples
 from nyscaled.finetune.inputs import Examples
 from nyscaled.finetune.loop import Plan
 from nyscaled.finetune.methods import Method, method
 from nyscaled.finetune.objectives import OBJECTIVES
 from nyscaled.finetune.order import Order, Rows
 from nyscaled.finetune.progress import timed
+from nyscaled.finetune.schedules import schedule
 from nyscaled.models import Tokenizer
 from nyscaled.models.family import LanguageModel
 
@@ -50,6 +52,7 @@ class Prepared:
         trained: filter of the trained variables.
         lengths: tokens of the examples to train on.
         head: names of new modules of the model.
+        digests: what distinguishes the encoded examples from others, by split.
     """
 
     config: Config
@@ -61,6 +64,7 @@ class Prepared:
     trained: Filter
     lengths: Lengths
     head: tuple[str, ...]
+    digests: dict[str, Digest]
 
 
 def prepare(config: Config, *, outline: bool = False) -> Prepared:
@@ -134,10 +138,13 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         validating,
         tuple(e.source for e in train),
         steps,
-        training.schedule(config.schedule, peak, steps, warmup),
+        schedule(config.schedule, peak, steps, warmup),
         config,
     )
-    return Prepared(config, examples, model, tokenizer, objective, plan, trained, lengths, head)
+    digests = {"train": of_examples(train), "validation": of_examples(validation)}
+    return Prepared(
+        config, examples, model, tokenizer, objective, plan, trained, lengths, head, digests
+    )
 
 
 def steps_of(config: Config, order: Order) -> int:

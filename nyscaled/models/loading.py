@@ -238,6 +238,41 @@ def save(
     write(folder, config, named, max_shard_size=max_shard_size, texts=texts)
 
 
+def open_weights(
+    folder: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[WeightSource, Any, dict[str, str]]:
+    """Return a model's open file, its outline, and what the file calls each of its tensors.
+
+    Args:
+        folder: as in `load`.
+        revision: as in `load`.
+
+    Returns:
+        The file, the model without values, and names in the file by those that `save` writes.
+
+    Raises:
+        ValueError: as `outline` does, and on tensors that do not fit the parameters.
+
+    Examples:
+        >>> import tempfile
+        >>> from nyscaled.models import Llama, LlamaConfig, save
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     save(Llama(LlamaConfig(**sizes, **heads), rngs=nnx.Rngs(0)), path)
+        ...     source, _, names = open_weights(path)
+        >>> source.shape(names["lm_head.weight"])
+        (16, 8)
+    """
+    path = _located(folder, revision)
+    source, model, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
+    abstract = _outline(source, model, config, tokenizer, Numerics())
+    table = places(nnx.state(abstract), model.family)
+    in_file = matched(source, table, model.family, tied=config.tie_word_embeddings)
+    pairs = (zip(table[path].names, in_file[path].names, strict=True) for path in table)
+    return source, abstract, dict(pair for of_parameter in pairs for pair in of_parameter)
+
+
 def _located(folder: str | os.PathLike[str], revision: str | None) -> Path:
     """Return the path of the folder, of the GGUF file, or of the local copy from the hub."""
     path = files.as_folder(folder)

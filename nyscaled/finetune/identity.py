@@ -1,0 +1,159 @@
+"""What a run was made with, its base and its examples, and how others are noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from nyscaled._files import replacing
+from nyscaled.checkpoints import files
+from nyscaled.finetune.examples import Encoded
+from nyscaled.models.loading import open_weights
+
+FILE = "base.json"
+SAMPLED = 32
+"""Tensors of which the first rows are hashed."""
+SAMPLE = 2**16
+"""Most bytes of these rows, unless one row has more."""
+SHOWN = 4
+
+
+class Base(TypedDict):
+    """What distinguishes a base from others.
+
+    Attributes:
+        model: how the user called it, for messages.
+        config: what `config.json` holds, without ids of special tokens.
+        shapes: shapes of its tensors, by name.
+        samples: hashes of the first rows of some of them, as float32.
+    """
+
+    model: str
+    config: dict[str, object]
+    shapes: dict[str, list[int]]
+    samples: dict[str, str]
+
+
+class Digest(TypedDict):
+    """What distinguishes encoded examples from others: their number, and a hash of all ids."""
+
+    examples: int
+    sha256: str
+
+
+def of_base(model: str | os.PathLike[str]) -> Base:
+    """Return what identifies a model; a small part of its weights is read.
+
+    Args:
+        model: a folder, a GGUF file or a hub id.
+
+    Raises:
+        ValueError: as `nys.models.outline` does.
+    """
+    source, outline, names = open_weights(model)
+    ordered = sorted(names)
+    picked = np.linspace(0, len(ordered) - 1, min(SAMPLED, len(ordered))).astype(int)
+
+    def sample(name: str) -> str:
+        _, rows = next(iter(source.blocks(names[name], SAMPLE)))
+        return hashlib.sha256(np.ascontiguousarray(rows, np.float32)).hexdigest()[:16]
+
+    config = {k: v for k, v in outline.config.to_json().items() if not k.endswith("_token_id")}
+    return {
+        "model": str(model),
+        "config": json.loads(json.dumps(config)),  # as it is read again
+        "shapes": {name: list(source.shape(names[name])) for name in ordered},
+        "samples": {ordered[i]: sample(ordered[i]) for i in picked},
+    }
+
+
+def write_base(folder: Path, base: Base) -> None:
+    """Write what identifies a base into a folder.
+
+    Args:
+        folder: the folder.
+        base: what identifies the base.
+    """
+    with replacing(folder / FILE) as file:
+        file.write((json.dumps(base) + "\n").encode())
+
+
+def require_base(folder: Path, model: str | os.PathLike[str]) -> None:
+    """Refuse a model that is not the base of a folder; folders of other programs do not say it.
+
+    Args:
+        folder: folder of an adapter or of a run.
+        model: a folder, a GGUF file or a hub id.
+
+    Raises:
+        ValueError: if the model is another one; the message says in what.
+    """
+    if not (folder / FILE).exists():
+        return
+    saved = files.read_object(folder / FILE, "what identifies the base")
+    own = of_base(model)
+    for part, what in (
+        ("config", "in {}"),
+        ("shapes", "in the shapes of {}"),
+        ("samples", "in the values of {}"),
+    ):
+        before: Mapping[str, object] = saved.get(part, {})
+        now: Mapping[str, object] = own[part]
+        if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+            shown = ", ".join(
+                name if part == "samples" else f"{name} ({now.get(name)}, not {before.get(name)})"
+                for name in changed[:SHOWN]
+            )
+            more = f" and {len(changed) - SHOWN} others" if len(changed) > SHOWN else ""
+            raise ValueError(
+                f"{model} is not the base of {folder}: they differ {what.format(shown)}{more}; "
+                f"expected {saved.get('model')!r}, or a file with the same values (without "
+                f"{FILE} in the folder, nothing is compared)"
+            )
+
+
+def of_examples(encoded: Sequence[Encoded]) -> Digest:
+    """Return what distinguishes encoded examples, in their order, from others.
+
+    Args:
+        encoded: the examples.
+
+    Examples:
+        >>> of_examples([Encoded((1, 2), ((3,),), 0)]) == of_examples([Encoded((1,), ((3,),), 0)])
+        False
+    """
+    digest = hashlib.sha256()
+    for example in encoded:
+        values = (example.prompt, example.answers, example.label, example.types)
+        digest.update(f"{values}\n".encode())
+    return {"examples": len(encoded), "sha256": digest.hexdigest()}
+
+
+def require_examples(folder: Path, saved: Mapping[str, Digest], own: Mapping[str, Digest]) -> None:
+    """Refuse examples that are not those that a run began with.
+
+    Args:
+        folder: folder of the run.
+        saved: digests of the examples that it began with, by name.
+        own: digests of those that are read now.
+
+    Raises:
+        ValueError: if they differ; the message says which.
+    """
+    for name, before in saved.items():
+        now = own[name]
+        if before == now:
+            continue
+        counts = f"{now['examples']} examples, not {before['examples']}"
+        if before["examples"] == now["examples"]:
+            counts = f"other texts or labels in some of its {now['examples']} examples"
+        raise ValueError(
+            f"the data have changed since the run in {folder} began: {name} has {counts}; expected "
+            "the files that it began with, or another --out"
+        )
