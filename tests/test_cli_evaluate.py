@@ -1,6 +1,7 @@
 """`nyscaled evaluate`: what it scores, writes and refuses."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from test_finetune_evaluation import causal, classifier
 
 import nyscaled as nys
 from nyscaled.cli import main
+from nyscaled.finetune import inputs
 from nyscaled.models import BertClassifier
 
 ROWS = [("a b c", 1), ("d e", 0), ("h g a", 1), ("b b", 0)]
@@ -82,6 +84,43 @@ def test_adapters(files, tmp_path):
     tokens, mask = words()([text for text, _ in ROWS], side="right")
     best = [("negative", "positive")[i] for i in adapted(tokens, mask).argmax(1)]
     assert [p["answer"] for p in answers["adapter"]] == best
+
+
+def test_a_run_says_its_template_and_its_classes(files, tmp_path, capsys, monkeypatch):
+    """They are beside what was trained, and `evaluate` reads them there."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.tsv").write_text(
+        "".join(f"a b{' c' * i}\t{['no', 'yes'][i % 2]}\n" for i in range(20))
+    )
+    (data / "test.tsv").write_text("a b c\tyes\nd e\tyes\n")
+    common = {"out": tmp_path / "classes", "steps": 1, "rank": 2, "batch_size": 4}
+    encoder = {"model": str(files / "encoder"), "task": "classification", "data": data}
+    nys.finetune.run(nys.finetune.Config(**common, **encoder, targets=r".*query"))
+    test = tmp_path / "alone"
+    test.mkdir()
+    shutil.move(data / "test.tsv", test)  # in which one class does not occur
+    adapter, out = tmp_path / "classes" / "adapter", tmp_path / "scores.json"
+    options = ("--adapter", adapter, "--out", out)
+    assert evaluate(files, *options, model="encoder", task="classification", data=test) == 0
+    answers = {p["answer"] for p in json.loads(out.read_text())["predictions"]}
+    assert answers <= {"no", "yes"}
+    assert evaluate(files, *options, model="encoder") == 1
+    assert "the head has the classes no, yes; expected those of the" in capsys.readouterr().err
+
+    (tmp_path / "texts.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 4)
+    causal = {"model": str(files / "causal"), "task": "instructions", "template": "plain"}
+    common |= {"out": tmp_path / "texts", "data": tmp_path / "texts.jsonl"}
+    monkeypatch.setattr(inputs, "HELD_OUT", 2)
+    nys.finetune.run(nys.finetune.Config(**common, **causal, method="full"))
+    written = json.loads((tmp_path / "texts" / "adapter" / "task.json").read_text())
+    assert (written["template"], written["prompt"]["prompt"]) == ("plain", "{instruction}\n")
+    model, data = tmp_path / "texts" / "adapter", tmp_path / "texts.jsonl"
+    options = ("--out", out, "--overwrite")
+    assert evaluate(files, *options, model=model, task="instructions", data=data) == 0
+    assert json.loads(out.read_text())["template"] == "plain"
+    with pytest.raises(ValueError, match="template is 'plain'; expected one of mezo"):
+        nys.finetune.run(nys.finetune.Config(**common, **{**causal, "task": "sst2"}))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import numpy as np
 from nyscaled import lora, models
 from nyscaled.checkpoints.files import as_json
 from nyscaled.cli import outputs
-from nyscaled.finetune import identity, inputs
+from nyscaled.finetune import described, identity, inputs
 from nyscaled.finetune.evaluation import evaluate
 from nyscaled.finetune.harness import run_harness
 from nyscaled.finetune.records import HUB, Row, find_splits, read_split
@@ -46,7 +46,7 @@ class Config:
     task: str | None = None
     """Task: how examples become prompts and answers."""
     template: str | None = None
-    """Template of the prompts; the task's first by default."""
+    """Template of the prompts; by default that of the adapter's training, or the task's first."""
     split: str | None = None
     """Split of a folder: train, dev or test. By default test, or dev where there is no test."""
     examples: int | None = None
@@ -109,18 +109,23 @@ def _in_task(config: Config) -> dict[str, object]:
     if config.data is None or config.task is None:
         raise ValueError("data or task is missing; expected both, or --harness")
     task = by_name(config.task)
+    trained = described.read(config.adapter or Path(config.model))
+    template = config.template
+    if template is None and trained is not None and trained["template"] in task.templates:
+        template = trained["template"]
     split = config.split or _split(config.data)
     rows = read_split(config.data, split, task.layouts)
     model, tokenizer = _read(config)
     encoder = inputs.is_encoder(model)
     if encoder:
         task.objective(encoder=True)
+        task = described.with_classes(task, trained)
         task = task.with_classes(_training_rows(config.data, task) or rows)
         model = _with_head(model, task, config.adapter)
     elif config.adapter is not None:
         lora.load_peft(model, config.adapter)
     examples = task.examples(
-        rows[: config.examples], config.template, encoder=encoder, tokenizer=tokenizer
+        rows[: config.examples], template, encoder=encoder, tokenizer=tokenizer
     )
     result = evaluate(
         model,
@@ -135,6 +140,7 @@ def _in_task(config: Config) -> dict[str, object]:
     print(result)
     return {
         "task": task.name,
+        "template": template,
         "split": split,
         "examples": len(examples),
         "scores": {name: score._asdict() for name, score in result.scores.items()},

@@ -25,6 +25,8 @@ class Config:
     """File or folder of examples."""
     task: str
     """Task: how examples become prompts and answers."""
+    template: str | None = None
+    """Template of the prompts; the task's first by default."""
     out: Path
     """Folder for the adapter, the metrics and the checkpoints."""
     method: str = "nora"

@@ -71,7 +71,7 @@ def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Exa
         )
 
     def examples(part: Sequence[Row]) -> list[Example]:
-        return task.examples(part, encoder=encoder, tokenizer=tokenizer)
+        return task.examples(part, config.template, encoder=encoder, tokenizer=tokenizer)
 
     validation = _some(rows["dev"], config.validation_examples, config.seed)
     return Examples(

@@ -51,8 +51,7 @@ def _build(task: Task, template: str | None, row: Row, tokenizer: Tokenizer | No
     question, answer = row.text("instruction"), row.text("output")
     extra = row.text("input") if row.fields.get("input") else ""
     if template is None:
-        has_chat = tokenizer is not None and bool(tokenizer.settings.get("chat_template"))
-        template = "chat" if has_chat else "alpaca"
+        template = task.template_name(None, tokenizer)
     if template == "chat":
         question = f"{question}\n\n{extra}" if extra else question
         return _chat(row, _turns(question, answer), tokenizer)

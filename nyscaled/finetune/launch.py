@@ -88,7 +88,9 @@ def run(config: Config) -> Result:
             "will do)"
         )
     method(config.method)
-    by_name(config.task)
+    task = by_name(config.task)
+    if config.template is not None:
+        task.template(config.template)
     if not str(config.data).startswith(HUB):
         find_splits(config.data)  # refused before a folder is made or a model is read
     finished = find_finished(config)

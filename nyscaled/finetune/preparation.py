@@ -15,6 +15,7 @@ from nyscaled import models
 from nyscaled.finetune import batches, inputs, training
 from nyscaled.finetune.batches import Batch, Batches
 from nyscaled.finetune.config import Config
+from nyscaled.finetune.described import Described, of_task
 from nyscaled.finetune.encoding import Lengths
 from nyscaled.finetune.evaluation import encode_scored
 from nyscaled.finetune.identity import Digest, of_examples
@@ -52,6 +53,7 @@ class Prepared:
         trained: filter of the trained variables.
         lengths: tokens of the examples to train on.
         head: names of new modules of the model.
+        described: what the model is trained to do.
         digests: what distinguishes the encoded examples from others, by split.
     """
 
@@ -64,6 +66,7 @@ class Prepared:
     trained: Filter
     lengths: Lengths
     head: tuple[str, ...]
+    described: Described
     digests: dict[str, Digest]
 
 
@@ -143,7 +146,17 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     )
     digests = {"train": of_examples(train), "validation": of_examples(validation)}
     return Prepared(
-        config, examples, model, tokenizer, objective, plan, trained, lengths, head, digests
+        config,
+        examples,
+        model,
+        tokenizer,
+        objective,
+        plan,
+        trained,
+        lengths,
+        head,
+        of_task(task, config.template, encoder=encoder, tokenizer=tokenizer),
+        digests,
     )
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from nyscaled import lora, models
 from nyscaled.checkpoints.files import write_tensors
-from nyscaled.finetune import identity, training
+from nyscaled.finetune import described, identity, training
 from nyscaled.finetune.methods import method
 from nyscaled.finetune.preparation import Prepared
 from nyscaled.models import BertClassifier
@@ -58,6 +58,7 @@ def save(prepared: Prepared) -> float:
     if method(prepared.config.method).trains in ("adapters", "prefix"):
         base = (prepared.config.out / identity.FILE).read_bytes()
         (folder / identity.FILE).write_bytes(base)
+    described.write(folder, prepared.described)
     difference, size = compare(_scores(read, prepared), expected)
     limit = max(1e-3, 4 * float(jnp.finfo(prepared.config.dtype).eps)) * max(1.0, size)
     if not difference <= limit:

@@ -127,6 +127,24 @@ class Task:
             )
         return self.templates[name]
 
+    def template_name(self, name: str | None, tokenizer: Tokenizer | None) -> str | None:
+        """Return the name of the template that is used, None for a task without any.
+
+        The default is the first one; a chat template, where the tokenizer has none, is passed over.
+
+        Args:
+            name: name that the user gave, or None.
+            tokenizer: tokenizer of the model.
+
+        Raises:
+            ValueError: on an unknown name.
+        """
+        if name is not None:
+            self.template(name)
+            return name
+        has_chat = tokenizer is not None and bool(tokenizer.settings.get("chat_template"))
+        return next((own for own in self.templates if own != "chat" or has_chat), None)
+
     def objective(self, *, encoder: bool) -> Objective:
         """Return what a model minimizes in this task; ValueError if it cannot do the task.
 
@@ -207,6 +225,10 @@ class Task:
         self.objective(encoder=encoder)
         if template is not None:
             self.template(template)
+        if encoder and template is not None:
+            raise ValueError(
+                f"template is {template!r}; expected none for an encoder, which reads the fields"
+            )
         if encoder:
             return [self._for_encoder(row) for row in rows]
         assert self.build is not None
