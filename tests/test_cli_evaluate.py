@@ -86,6 +86,19 @@ def test_adapters(files, tmp_path):
     assert [p["answer"] for p in answers["adapter"]] == best
 
 
+@pytest.mark.parametrize("hidden", ["sentence\na b c\n", "sentence\tlabel\na b c\t-1\n"])
+def test_the_split_is_dev_where_test_has_no_labels(files, tmp_path, hidden, capsys):
+    data, out = tmp_path / "data", tmp_path / "scores.json"
+    shutil.copytree(files / "data", data)
+    (data / "test.tsv").write_text(hidden)
+    assert evaluate(files, "--out", out, data=data) == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("% on 4 examples of dev\n")
+    assert "the test split is left out" in said.err
+    assert json.loads(out.read_text())["split"] == "dev"
+    assert evaluate(files, "--split", "test", data=data) == 1
+
+
 def test_a_run_says_its_template_and_its_classes(files, tmp_path, capsys, monkeypatch):
     """They are beside what was trained, and `evaluate` reads them there."""
     data = tmp_path / "data"

@@ -48,7 +48,8 @@ class Config:
     template: str | None = None
     """Template of the prompts; by default that of the adapter's training, or the task's first."""
     split: str | None = None
-    """Split of a folder: train, dev or test. By default test, or dev where there is no test."""
+    """Split of a folder: train, dev or test. By default test, or dev where no test example has a
+    label."""
     examples: int | None = None
     """Score only so many examples, the first ones."""
     generated: bool = False
@@ -113,8 +114,7 @@ def _in_task(config: Config) -> dict[str, object]:
     template = config.template
     if template is None and trained is not None and trained["template"] in task.templates:
         template = trained["template"]
-    split = config.split or _split(config.data)
-    rows = read_split(config.data, split, task.layouts)
+    split, rows = _labelled(config.data, config.split, task)
     model, tokenizer = _read(config)
     encoder = inputs.is_encoder(model)
     if encoder:
@@ -137,7 +137,7 @@ def _in_task(config: Config) -> dict[str, object]:
         allow_cut=config.allow_cut,
         generated=config.generated,
     )
-    print(result)
+    print(f"{result} of {split}")
     return {
         "task": task.name,
         "template": template,
@@ -168,12 +168,13 @@ def _in_harness(config: Config, names: str) -> dict[str, object]:
     return {"scores": scores}
 
 
-def _split(data: Path) -> str:
-    """Return the split to score: test, or what there is."""
-    if str(data).startswith(HUB):
-        return "test"
-    splits = find_splits(data)
-    return next(name for name in ("test", "dev", "train") if name in splits)
+def _labelled(data: Path, split: str | None, task: Task) -> tuple[str, list[Row]]:
+    """Return the split to score, the first one with labels by default, and its rows."""
+    for name in ("test", "dev", "train") if split is None else ():
+        if (rows := inputs.read_if_labelled(data, name, task)) is not None:
+            return name, rows
+    split = split or "test"
+    return split, read_split(data, split, task.layouts)
 
 
 def _training_rows(data: Path, task: Task) -> list[Row]:

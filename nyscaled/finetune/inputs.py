@@ -34,12 +34,14 @@ class Examples:
         validation: examples for validation.
         test: examples for the scores at the end. Where the data have no test split, these are the
             examples for validation if their answers are generated, and none otherwise.
+        scored: the split that they are of, "test" or "validation".
     """
 
     task: Task
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    scored: str
 
 
 def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Examples:
@@ -57,7 +59,7 @@ def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Exa
     task.objective(encoder=encoder)
     rows = {"train": read_split(config.data, "train", task.layouts)}
     for name in ("dev", "test"):
-        if (part := _read_if_there(config.data, name, task)) is not None:
+        if (part := read_if_labelled(config.data, name, task)) is not None:
             rows[name] = part
     task = task.with_classes(rows["train"]) if encoder else task
     shuffled = _some(rows["train"], len(rows["train"]), config.seed)
@@ -83,11 +85,20 @@ def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Exa
         else examples(validation)
         if task.metric is not None and task.objective(encoder=encoder) == "tokens"
         else [],
+        "test" if "test" in rows else "validation",
     )
 
 
-def _read_if_there(data: Path, split: str, task: Task) -> list[Row] | None:
-    """The rows of a split, None where the data have none, or a test split without labels."""
+def read_if_labelled(data: Path, split: str, task: Task) -> list[Row] | None:
+    """Return the rows of a split; None if the data have none, or a test split without labels.
+
+    A line on stderr says that the test split is left out.
+
+    Args:
+        data: a file, a folder, or a data set of the package datasets.
+        split: name of the split.
+        task: the task.
+    """
     if str(data).startswith(HUB):
         try:
             rows = read_split(data, split, task.layouts)

@@ -143,7 +143,10 @@ def _evaluate(prepared: Prepared) -> dict[str, float]:
         )
     scores = {name: score._asdict() for name, score in evaluation.scores.items()}
     predictions = [dataclasses.asdict(prediction) for prediction in evaluation.predictions]
-    _write_json(config.out / EVALUATION, {"scores": scores, "predictions": predictions})
+    _write_json(
+        config.out / EVALUATION,
+        {"split": examples.scored, "scores": scores, "predictions": predictions},
+    )
     return {name: score.value for name, score in evaluation.scores.items()}
 
 
