@@ -1,12 +1,14 @@
 """Models for lm-evaluation-harness; its tests need the package lm_eval."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 from finetune_cases import characters
 from test_finetune_evaluation import causal, commonsense, mean_log_p, record
 
+from nyscaled.finetune import harness as harness_module
 from nyscaled.finetune.encoding import encode
 from nyscaled.finetune.evaluation import evaluate
 from nyscaled.finetune.harness import harness_model, log_likelihoods, run_harness
@@ -48,6 +50,24 @@ class Request:
 def harness():
     pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'nyscaled[eval]'")
     return harness_model(causal(), characters(), name="tiny", batch_size=4)
+
+
+def test_prompts_have_the_room_that_generated_tokens_leave(monkeypatch):
+    """Without the package: only the class that its models inherit from is needed."""
+    package = types.SimpleNamespace(TemplateLM=object)
+    monkeypatch.setattr(harness_module, "_lm_eval", lambda module: package)
+    seen = []
+
+    def generated(model, prompts, count, stops, size):
+        seen.append((prompts, count))
+        return [[5]] * len(prompts)
+
+    monkeypatch.setattr(harness_module, "generated_ids", generated)
+    own, most = harness_model(causal(), characters(), name="tiny"), causal().max_length or 2048
+    for asked in (most - 3, most - 1, most, 2 * most):
+        own.generate_until([Request("It was", {"max_gen_toks": asked})])
+    whole = tuple(own.tok_encode("It was"))
+    assert seen == [([whole[-3:]], most - 3), *[([whole[-1:]], most - 1)] * 3]
 
 
 def test_both_scorers_agree(harness):

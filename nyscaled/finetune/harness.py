@@ -166,7 +166,9 @@ def harness_model(
             texts = [""] * len(requests)
             groups: dict[int, list[int]] = {}
             for i, request in enumerate(requests):
-                groups.setdefault(_new_tokens(request.args[1]), []).append(i)
+                # The prompt keeps a token at least.
+                count = min(_new_tokens(request.args[1]), longest - 1)
+                groups.setdefault(count, []).append(i)
             for count, indices in groups.items():
                 prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
                 prompts = [(*p,)[-(longest - count) :] or (end,) for p in prompts]
