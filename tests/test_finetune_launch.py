@@ -94,6 +94,27 @@ def test_other_models_and_methods(root, options, tmp_path):
     assert result.steps == 4
 
 
+@pytest.mark.parametrize(
+    "method", ["lora-one", pytest.param("eva", marks=pytest.mark.long)]
+)  # fmt: skip
+def test_starts_are_made_of_micro_batches(root, method, monkeypatch):
+    """Although the last batch of an epoch has fewer examples."""
+    sizes, loss = set(), objectives.choice_loss
+
+    def counted(model, batch):
+        sizes.add(len(batch.tokens))
+        return loss(model, batch)
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "choice", counted)
+    starts = []
+    for size in (None, 2):
+        config = settings(root, method=method, micro_batch_size=size, train_examples=21)
+        starts.append(jax.tree.leaves(launch.prepare(config).plan.parts.params))
+    assert sizes == {8, 2}
+    for whole, parts in zip(*starts, strict=True):
+        np.testing.assert_allclose(parts, whole, atol=1e-3 * float(abs(whole).max()))
+
+
 def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatch):
     def without_head(model, folder, **options):
         save(model, folder, **(options | {"modules_to_save": (), "task_type": None}))

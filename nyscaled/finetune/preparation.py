@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Mapping
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.nnx.filterlib import Filter
 from jaxtyping import Array
@@ -232,13 +234,19 @@ def _adapt(
 ) -> Filter:
     """Put adapters into a model; return the filter of what is trained."""
 
-    def loss(model: LanguageModel, batch: Batch) -> Array:
-        total, count = OBJECTIVES[objective](model, batch)
-        return total / count
+    def loss(model: LanguageModel, part: tuple[Batch, float]) -> Array:
+        micro_batch, count = part
+        return OBJECTIVES[objective](model, micro_batch)[0] / count
 
-    def some() -> Iterator[Batch]:
-        steps = min(GRADIENT_BATCHES, order.steps_per_epoch)
-        return (made.batch(order.rows(step)) for step in range(steps))
+    def some() -> Iterator[tuple[Batch, float]]:
+        """Yield micro-batches, whose losses add up to the means of their batches."""
+        number = config.batch_size // (config.micro_batch_size or config.batch_size)
+        for step in range(min(GRADIENT_BATCHES, order.steps_per_epoch)):
+            batch = made.batch(order.rows(step))
+            counts = batch.weights if objective == "tokens" else batch.valid
+            parts = training.micro_batches(batch, number)
+            for i in range(number):
+                yield jax.tree.map(operator.itemgetter(i), parts), float(np.sum(counts))
 
     from_batches = chosen.needs in ("gradient", "inputs")
     return chosen.prepare(
