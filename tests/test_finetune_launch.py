@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -278,6 +279,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
     assert "a lower --learning-rate (it was 1e+38)" in str(error.value)
     restored = [int(p.name) for p in (tmp_path / "out" / loop.CHECKPOINTS).iterdir()]
     assert restored == [lines(tmp_path / "out")[-1]["step"]]
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(root, tmp_path, monkeypatch):
+    losses = iter([1.0, math.nan])
+    validate = loop.Plan.validate
+    monkeypatch.setattr(
+        loop.Plan,
+        "validate",
+        lambda self, params: validate(self, params)._replace(loss=next(losses)),
+    )
+    config = settings(root, out=tmp_path / "out", eval_every=4)
+    with pytest.raises(ValueError, match=r"validation loss is nan after step 8; .*learning-rate"):
+        nys.finetune.run(config)
+    assert [int(p.name) for p in (tmp_path / "out" / loop.CHECKPOINTS).iterdir()] == [4]
 
 
 def test_a_run_stops_early(root, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def train(plan: Plan, out: Path) -> Trained:
 
     Raises:
         Stopped: after Ctrl-C or SIGTERM, when the state is saved.
-        ValueError: at a loss or gradient that is not finite.
+        ValueError: at a loss or gradient that is not finite, in training or in validation.
         OSError: if a file cannot be written.
     """
     checkpoints, bests = Checkpoints(out / CHECKPOINTS), Checkpoints(out / BEST, keep=1)
@@ -181,6 +181,13 @@ def train(plan: Plan, out: Path) -> Trained:
                     raise ValueError(bad)
             if validates:
                 validation = plan.validate(state.params)
+                if not math.isfinite(validation.loss):
+                    # What was saved before is kept: the state is that which gave this loss.
+                    raise ValueError(
+                        progress.not_finite_in_validation(
+                            step, validation.loss, float(plan.rate(step - 1)), plan.config.dtype
+                        )
+                    )
                 log.validation(step, *validation)
                 if best.is_lower(step, validation.loss):
                     bests.save(step, state.params, {"validation_loss": validation.loss})

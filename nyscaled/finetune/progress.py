@@ -183,11 +183,29 @@ def not_finite(
         learning_rate: its learning rate.
         dtype: dtype of the base.
     """
-    advice = f"a lower --learning-rate (it was {learning_rate:.3g}), or a lower --clip"
-    if dtype != "float32":
-        advice += f", or --dtype float32 in place of {dtype}"
     what = "the gradient is not finite" if abs(loss) < float("inf") else f"the loss is {loss}"
     return (
         f"{what} at step {step}, of the examples {', '.join(filter(None, sources)) or 'unknown'}; "
-        f"expected finite numbers (try {advice}). The checkpoint has the state before this step"
+        f"expected finite numbers (try {_advice(learning_rate, dtype)}). The checkpoint has the "
+        "state before this step"
     )
+
+
+def not_finite_in_validation(step: int, loss: float, learning_rate: float, dtype: str) -> str:
+    """Return what a run says that stops at a validation loss which is not finite.
+
+    Args:
+        step: number of steps before the validation.
+        loss: its loss.
+        learning_rate: learning rate of the last step.
+        dtype: dtype of the base.
+    """
+    return (
+        f"the validation loss is {loss} after step {step}; expected a finite number (try "
+        f"{_advice(learning_rate, dtype)}). The checkpoint has a state before this step"
+    )
+
+
+def _advice(learning_rate: float, dtype: str) -> str:
+    advice = f"a lower --learning-rate (it was {learning_rate:.3g}), or a lower --clip"
+    return advice if dtype == "float32" else f"{advice}, or --dtype float32 in place of {dtype}"
