@@ -23,7 +23,7 @@ from training_cases import settings, write_data
 
 import nyscaled as nys
 from nyscaled.cli import main
-from nyscaled.finetune import launch, loop, objectives, progress, saving
+from nyscaled.finetune import launch, loop, objectives, progress, saving, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,6 +114,23 @@ def test_starts_are_made_of_micro_batches(root, method, monkeypatch):
     assert sizes == {8, 2}
     for whole, parts in zip(*starts, strict=True):
         np.testing.assert_allclose(parts, whole, atol=1e-3 * float(abs(whole).max()))
+
+
+def test_reflora_balances_in_a_short_run(root):
+    """A share of the steps passes as in LoRA: one of twelve, ten of two thousand."""
+    values = []
+    for method in ("lora", "reflora"):
+        plan = launch.prepare(settings(root, method=method)).plan
+        state, of_method = plan.initial(), []
+        for step in range(2):
+            inputs = plan.parts.counts, plan.parts.frozen, plan.batch(step), plan.rate(step)
+            state, _ = training.train_step(state, *inputs, program=plan.program)
+            of_method.append([np.asarray(x) for x in jax.tree.leaves(state.params)])
+        values.append(of_method)
+    same = [all(map(np.allclose, lora, reflora)) for lora, reflora in zip(*values, strict=True)]
+    assert same == [True, False]
+    plan = launch.prepare(settings(root, method="reflora", steps=2000)).plan
+    assert plan.initial().optimizer.hyperparams["warmup_steps"] == 10
 
 
 def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatch):

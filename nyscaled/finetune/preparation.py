@@ -106,6 +106,8 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     most = inputs.longest(model)
     order, made = _batches(config, objective, train, tokenizer.pad_id or 0, most)
     steps = steps_of(config, order)
+    if chosen.warmup is not None:
+        hyperparameters["warmup_steps"] = max(1, round(chosen.warmup * steps))
     size = config.micro_batch_size or config.batch_size
     validating = batches.make(
         validation,

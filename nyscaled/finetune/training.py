@@ -172,7 +172,7 @@ def program_of(
         clip: largest norm of what the optimizer gets, None for no limit.
     """
     updates = dataclasses.replace(
-        method, reference="", init=None, rank_stabilized=False, learning_rate=0.0
+        method, reference="", init=None, warmup=None, rank_stabilized=False, learning_rate=0.0
     )
     return Program(parts.training, parts.dtypes, objective, updates, weight_decay, clip)
 
