@@ -16,8 +16,10 @@ def words(config):
     return ["finetune", *[word for pair in pairs for word in pair], "--dry-run"]
 
 
-def test_a_dry_run_says_what_will_be_done(tmp_path, capsys):
+def test_a_dry_run_says_what_will_be_done(tmp_path, capsys, monkeypatch):
     config = settings(tmp_path)
+    (config.data / "test.tsv").write_text("fine film\t1\n" * 20)
+    monkeypatch.setattr(preview, "_seconds", lambda work: (work(), (240.0, 60.0))[1])
     assert main(words(config)) == 0
     said = capsys.readouterr().out
     assert re.search(r"train.tsv:\d+: <s> .* It was⟦(great|terrible)⟧", said)
@@ -26,7 +28,16 @@ def test_a_dry_run_says_what_will_be_done(tmp_path, capsys):
     assert "40 examples of" in said
     assert "; 0 (0.0%) are cut" in said
     assert re.search(r"memory of a step.*: 0\.\d\d GB of values", said)
-    assert re.search(r"12 steps take about \d+\.\d min", said)
+    # Of a minute each: 12 steps, 2 batches in each of 4 validations (an epoch has 5 steps), 20 test
+    # examples in batches of 8; and one program, compiled in four.
+    match = re.search(
+        r"about (.*) min: 12 steps (.*) min, 4 validations (.*) min, (.*)$", said, re.M
+    )
+    assert match is not None, said
+    assert float(match[2]) == pytest.approx(12, rel=0.5)  # shorter batches take less
+    assert 4 < float(match[3]) <= 8
+    assert match[4] == "scores of 20 test examples 2.5 min, compiling 1 programs, once 4.0 min"
+    assert float(match[1]) == pytest.approx(float(match[2]) + float(match[3]) + 6.5, abs=0.2)
     assert not config.out.exists()
 
 

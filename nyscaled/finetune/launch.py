@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import yaml
 from nyscaled._files import replacing
 from nyscaled.finetune import identity, loop, training
 from nyscaled.finetune.config import Config, as_options, differences, from_options
-from nyscaled.finetune.evaluation import evaluate
+from nyscaled.finetune.evaluation import Evaluation, evaluate
+from nyscaled.finetune.examples import Example
 from nyscaled.finetune.methods import method
 from nyscaled.finetune.preparation import Prepared, prepare
 from nyscaled.finetune.progress import METRICS, read_metrics, timed
@@ -132,15 +134,7 @@ def _evaluate(prepared: Prepared) -> dict[str, float]:
     if not examples.test:
         return {}
     with timed(f"scoring {len(examples.test)} examples"):
-        evaluation = evaluate(
-            prepared.model,
-            prepared.tokenizer,
-            examples.test,
-            examples.task,
-            batch_size=config.micro_batch_size or config.batch_size,
-            max_length=config.max_length,
-            allow_cut=config.allow_cut,
-        )
+        evaluation = scored(prepared, examples.test)
     scores = {name: score._asdict() for name, score in evaluation.scores.items()}
     predictions = [dataclasses.asdict(prediction) for prediction in evaluation.predictions]
     _write_json(
@@ -148,6 +142,25 @@ def _evaluate(prepared: Prepared) -> dict[str, float]:
         {"split": examples.scored, "scores": scores, "predictions": predictions},
     )
     return {name: score.value for name, score in evaluation.scores.items()}
+
+
+def scored(prepared: Prepared, examples: Sequence[Example]) -> Evaluation:
+    """Return the scores of a run's model.
+
+    Args:
+        prepared: the run.
+        examples: the examples to score.
+    """
+    config = prepared.config
+    return evaluate(
+        prepared.model,
+        prepared.tokenizer,
+        examples,
+        prepared.examples.task,
+        batch_size=config.micro_batch_size or config.batch_size,
+        max_length=config.max_length,
+        allow_cut=config.allow_cut,
+    )
 
 
 def find_finished(config: Config) -> Result | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from nyscaled.finetune import training
 from nyscaled.finetune.batches import Row
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.examples import overlap
+from nyscaled.finetune.launch import scored
 from nyscaled.finetune.loop import Plan
 from nyscaled.finetune.preparation import Prepared, prepare
 from nyscaled.models import Tokenizer
@@ -27,8 +28,9 @@ GB = 1e9
 def preview(config: Config) -> Iterator[str]:
     """Yield what a run will do, a line at a time; nothing is trained and no file is written.
 
-    Everything up to the memory is known before a weight is read. The time is measured in two steps
-    on the longest batch.
+    Everything up to the memory is known before a weight is read. The time is that of two steps and
+    two validations on the longest batches, and of scoring a batch of test examples twice, each
+    times their number.
 
     Args:
         config: the settings of the run.
@@ -40,7 +42,7 @@ def preview(config: Config) -> Iterator[str]:
     yield from _data(outline)
     yield from _layers(outline)
     yield from _memory(outline.plan)
-    yield from _time(prepare(config).plan)
+    yield from _time(prepare(config))
 
 
 def shown(row: Row, tokenizer: Tokenizer) -> str:
@@ -130,21 +132,54 @@ def longest_batch(plan: Plan) -> training.Batch:
     return plan.batch(int(np.argmax(plan.order.longest())))
 
 
-def _time(plan: Plan) -> Iterator[str]:
-    batch, state, seconds, loss = longest_batch(plan), plan.initial(), [], 0.0
-    for _ in range(3):  # of which the first compiles
-        began = time.perf_counter()
+def _time(prepared: Prepared) -> Iterator[str]:
+    plan = prepared.plan
+    batch, state, loss = longest_batch(plan), plan.initial(), 0.0
+
+    def step() -> None:
+        nonlocal state, loss
         values = state, plan.parts.counts, plan.parts.frozen, batch, np.float32(0)
         state, measured = training.train_step(*values, program=plan.program)
         loss = float(measured.loss)
         jax.block_until_ready(state)
-        seconds.append(time.perf_counter() - began)
-    longest = (seconds[1] + seconds[2]) / 2
-    share = float(np.mean(_padded(plan)) / batch.tokens.shape[-1])
-    programs = len(plan.train.shapes)
-    whole = longest * share * plan.steps + seconds[0] * programs
+
+    first, longest = _seconds(step)
     yield f"a step on the longest batch takes {longest:.2f} s; the loss is {loss:.4f}"
-    yield (
-        f"{plan.steps} steps take about {whole / 60:.1f} min, with at most {programs} programs to "
-        f"compile ({seconds[0]:.0f} s each, once)"
-    )
+    share = float(np.mean(_padded(plan)) / batch.tokens.shape[-1])
+    validations = -(-plan.steps // plan.eval_every) + 1  # once more with what was written
+    parts = {
+        f"{plan.steps} steps": plan.steps * longest * share,
+        f"{validations} validations": validations * _validation_seconds(plan),
+        f"scores of {len(prepared.examples.test)} test examples": _scoring_seconds(prepared),
+        f"compiling {len(plan.train.shapes)} programs, once": first * len(plan.train.shapes),
+    }
+    listed = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in parts.items())
+    yield f"the run takes about {sum(parts.values()) / 60:.1f} min: {listed}"
+
+
+def _seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """The time of the first call, which compiles, and the mean of two others."""
+    seconds: list[float] = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return seconds[0], (seconds[1] + seconds[2]) / 2
+
+
+def _validation_seconds(plan: Plan) -> float:
+    """The time of a validation, by its longest batch."""
+    size = plan.config.micro_batch_size or plan.config.batch_size
+    lengths = [batch.tokens.shape[-1] for _, batch in plan.validation.sorted(size)]
+    _, batch = next(plan.validation.sorted(size))
+    one = _seconds(lambda: training.validate(plan.parts.params, plan.parts, [batch], plan.program))
+    return one[1] * sum(lengths) / lengths[0]
+
+
+def _scoring_seconds(prepared: Prepared) -> float:
+    """The time of the scores at the end, by the first of the test examples."""
+    some = prepared.examples.test[: prepared.plan.config.batch_size]
+    if not some:
+        return 0.0
+    one = _seconds(lambda: scored(prepared, some))
+    return one[1] * len(prepared.examples.test) / len(some)
