@@ -12,6 +12,7 @@ COMMANDS = {
     "factorize": "approximate the matrices of a file, or the weights of a model, by low rank",
     "finetune": "fine-tune a language model with adapters, from data to a tested adapter",
     "evaluate": "score a language model, with or without an adapter, in a task",
+    "export": "merge an adapter into its base, from file to file",
 }
 """What each subcommand does; `nyscaled.cli.NAME` has its `Config` and its `run`."""
 

@@ -199,7 +199,7 @@ def _with_head(model: LanguageModel, task: Task, adapter: Path | None) -> Langua
             )
         return model
     if not own:
-        model, _ = inputs.with_head(model, task, 0)
+        model, _ = inputs.with_head(model, task.classes, 0)
     assert isinstance(model, BertClassifier)
     before = np.asarray(model.classifier.kernel[...])
     lora.load_peft(model, adapter)

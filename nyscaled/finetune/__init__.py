@@ -5,6 +5,7 @@ from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
 from nyscaled.finetune.evaluation import Evaluation, Prediction, Score, evaluate
 from nyscaled.finetune.examples import Encoded, Example, few_shot, overlap
 from nyscaled.finetune.launch import Result, run
+from nyscaled.finetune.merging import Exported, export
 from nyscaled.finetune.methods import METHODS, Method, method
 from nyscaled.finetune.records import Row, find_splits, read_rows, read_split
 from nyscaled.finetune.task import Task, Template
@@ -17,6 +18,7 @@ __all__ = [
     "Encoded",
     "Evaluation",
     "Example",
+    "Exported",
     "Lengths",
     "Method",
     "Prediction",
@@ -28,6 +30,7 @@ __all__ = [
     "encode",
     "encode_sentences",
     "evaluate",
+    "export",
     "few_shot",
     "find_splits",
     "method",

@@ -14,7 +14,7 @@ import numpy as np
 from nyscaled._files import replacing
 from nyscaled.checkpoints import files
 from nyscaled.finetune.examples import Encoded
-from nyscaled.models.loading import open_weights
+from nyscaled.models.opening import open_weights
 
 FILE = "base.json"
 SAMPLED = 32
@@ -56,7 +56,7 @@ def of_base(model: str | os.PathLike[str]) -> Base:
     Raises:
         ValueError: as `nys.models.outline` does.
     """
-    source, outline, names = open_weights(model)
+    source, outline, _, names = open_weights(model)
     ordered = sorted(names)
     picked = np.linspace(0, len(ordered) - 1, min(SAMPLED, len(ordered))).astype(int)
 

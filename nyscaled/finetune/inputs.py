@@ -203,22 +203,24 @@ def limit(config: Config, model: LanguageModel) -> int:
     return config.max_length if own is None else min(config.max_length, own)
 
 
-def with_head(model: LanguageModel, task: Task, seed: int) -> tuple[LanguageModel, tuple[str, ...]]:
-    """Return a model with the head of a task, and the names of its new modules.
+def with_head(
+    model: LanguageModel, classes: tuple[str, ...], seed: int
+) -> tuple[LanguageModel, tuple[str, ...]]:
+    """Return a model with a head if it is an encoder, and the names of its new modules.
 
     Args:
         model: a model of a file.
-        task: the task, with its classes.
+        classes: classes of the head.
         seed: seed of the new head.
     """
     if isinstance(model, BertClassifier):
-        if model.config.labels == task.classes:
+        if model.config.labels == classes:
             return model, ("classifier",)
         model = model.bert
     if not isinstance(model, Bert):
         return model, ()
     new = ("classifier",) if hasattr(model, "pooler") else ("classifier", "pooler")
-    return BertClassifier(model, task.classes, rngs=nnx.Rngs(jax.random.key(seed))), new
+    return BertClassifier(model, classes, rngs=nnx.Rngs(jax.random.key(seed))), new
 
 
 def default_targets(model: LanguageModel) -> str:

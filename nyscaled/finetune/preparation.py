@@ -123,7 +123,7 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
 
     def build(model: LanguageModel) -> LanguageModel:
         nonlocal head, trained
-        model, head = inputs.with_head(model, task, config.seed)
+        model, head = inputs.with_head(model, task.classes, config.seed)
         trained = _adapt(config, chosen, options, model, head, objective, made, order)
         return model
 

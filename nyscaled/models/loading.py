@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from nyscaled.checkpoints import files, hub, swap
-from nyscaled.checkpoints.folder import SHARD_SIZE, Folder, open_folder, write
-from nyscaled.checkpoints.gguf import SUFFIX, Gguf, open_gguf
-from nyscaled.checkpoints.source import WeightSource
+from nyscaled.checkpoints import swap
+from nyscaled.checkpoints.folder import SHARD_SIZE, write
 from nyscaled.models.blocks import Numerics
-from nyscaled.models.family import MODELS, LanguageModel, gguf_maps
+from nyscaled.models.family import MODELS
 from nyscaled.models.generation_config import FILE as GENERATION
-from nyscaled.models.generation_config import generation_config, with_generation
-from nyscaled.models.matching import matched, tied_as_in_the_file
+from nyscaled.models.generation_config import generation_config
+from nyscaled.models.matching import matched
 from nyscaled.models.names import places
+from nyscaled.models.opening import located, open_all, outline_of
 from nyscaled.models.sharding import require_mesh, shardings
 from nyscaled.models.tensors import read, tensors
-from nyscaled.models.tokenizers.files import open_tokenizer
-from nyscaled.models.tokenizers.gguf import gguf_tokenizer
 from nyscaled.models.tokenizers.tokenizer import Tokenizer
 
 
@@ -93,10 +90,10 @@ def load(
     """
     if mesh is not None:
         require_mesh(mesh)
-    path = _located(folder, revision)
-    source, model, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
+    path = located(folder, revision)
+    source, model, config, tokenizer = swap.consistent(path, functools.partial(open_all, path))
     family = model.family
-    abstract = _outline(source, model, config, tokenizer, Numerics(dtype, compute_dtype, remat))
+    abstract = outline_of(source, model, config, tokenizer, Numerics(dtype, compute_dtype, remat))
     graphdef, state = nnx.split(abstract)
     tied = config.tie_word_embeddings
     table = matched(source, places(state, family), family, tied=tied)
@@ -143,35 +140,10 @@ def outline(
         >>> model.lm_head.kernel.shape
         (8, 16)
     """
-    path = _located(folder, revision)
-    source, model, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
+    path = located(folder, revision)
+    source, model, config, tokenizer = swap.consistent(path, functools.partial(open_all, path))
     numerics = Numerics(dtype, compute_dtype, remat)
-    return _outline(source, model, config, tokenizer, numerics), tokenizer
-
-
-def _outline(
-    source: WeightSource,
-    model: type[LanguageModel],
-    config: Any,
-    tokenizer: Tokenizer | None,
-    numerics: Numerics,
-) -> Any:
-    """The model of a file, without values."""
-    if tokenizer is not None and not model.family.generates:
-        tokenizer.settings["padding_side"] = tokenizer.settings.get("padding_side") or "right"
-    tokens = 0 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if tokens > config.vocab_size:  # by the largest id, as ids may leave some out
-        warnings.warn(
-            f"{source.path} has a tokenizer of {tokens} tokens and a model of {config.vocab_size}: "
-            "it gives NaN for the others",
-            stacklevel=3,
-        )
-    try:
-        return nnx.eval_shape(
-            lambda: model.build(config, source.names, numerics=numerics, rngs=nnx.Rngs(0))
-        )
-    except (TypeError, OverflowError) as error:  # JAX's, on products of sizes
-        raise ValueError(f"{source.config_path} has sizes that no array has: {error}") from error
+    return outline_of(source, model, config, tokenizer, numerics), tokenizer
 
 
 def save(
@@ -231,102 +203,30 @@ def save(
         for pair in tensors(variable[...], table[path])
     )
     dtype = next(variable.dtype.name for _, variable in nnx.to_flat_state(state))
+    write_tensors(model, folder, named, dtype, tokenizer, max_shard_size=max_shard_size)
+
+
+def write_tensors(
+    model: Any,
+    folder: str | os.PathLike[str],
+    named: Iterable[tuple[str, np.ndarray]],
+    dtype: str,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_size: int = SHARD_SIZE,
+) -> None:
+    """Write tensors as the folder of a model, as `save` does with those of its parameters.
+
+    Args:
+        model: the model, which may be without values.
+        folder: as in `save`.
+        named: names and values of all tensors of the model, asked for one by one.
+        dtype: name of their dtype.
+        tokenizer: as in `save`.
+        max_shard_size: as in `save`.
+    """
     config = {"architectures": [model.family.architecture], **model.config.to_json()}
     config["torch_dtype"] = dtype
     texts: dict[str, str | None] = {} if tokenizer is None else tokenizer.files()
     texts[GENERATION] = generation_config(model.config) if model.family.generates else None
     write(folder, config, named, max_shard_size=max_shard_size, texts=texts)
-
-
-def open_weights(
-    folder: str | os.PathLike[str], *, revision: str | None = None
-) -> tuple[WeightSource, Any, dict[str, str]]:
-    """Return a model's open file, its outline, and what the file calls each of its tensors.
-
-    Args:
-        folder: as in `load`.
-        revision: as in `load`.
-
-    Returns:
-        The file, the model without values, and names in the file by those that `save` writes.
-
-    Raises:
-        ValueError: as `outline` does, and on tensors that do not fit the parameters.
-
-    Examples:
-        >>> import tempfile
-        >>> from nyscaled.models import Llama, LlamaConfig, save
-        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
-        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
-        >>> with tempfile.TemporaryDirectory() as path:
-        ...     save(Llama(LlamaConfig(**sizes, **heads), rngs=nnx.Rngs(0)), path)
-        ...     source, _, names = open_weights(path)
-        >>> source.shape(names["lm_head.weight"])
-        (16, 8)
-    """
-    path = _located(folder, revision)
-    source, model, config, tokenizer = swap.consistent(path, functools.partial(_read_all, path))
-    abstract = _outline(source, model, config, tokenizer, Numerics())
-    table = places(nnx.state(abstract), model.family)
-    in_file = matched(source, table, model.family, tied=config.tie_word_embeddings)
-    pairs = (zip(table[path].names, in_file[path].names, strict=True) for path in table)
-    return source, abstract, dict(pair for of_parameter in pairs for pair in of_parameter)
-
-
-def _located(folder: str | os.PathLike[str], revision: str | None) -> Path:
-    """Return the path of the folder, of the GGUF file, or of the local copy from the hub."""
-    path = files.as_folder(folder)
-    on_hub = not path.exists() and path.suffix != SUFFIX
-    if on_hub and isinstance(folder, str) and hub.is_id(folder):
-        return hub.fetch(folder, revision)
-    if revision is not None:
-        raise ValueError(f"{folder} is not from the hub; expected no revision, got {revision!r}")
-    return path
-
-
-def _read_all(
-    path: Path,
-) -> tuple[WeightSource, type[LanguageModel], Any, Tokenizer | None]:
-    """Open a file, and return it with its model's class, configuration and tokenizer."""
-    is_file = path.is_file() or path.suffix == SUFFIX
-    source = open_gguf(path, gguf_maps()) if is_file else open_folder(path)
-    model_type = source.config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODELS:
-        raise ValueError(
-            f"{source.config_path} has model_type {model_type!r}; expected one of "
-            f"{', '.join(sorted(MODELS))}"
-        )
-    if source.config.get("quantization_config"):
-        raise ValueError(f"{source.path} is quantized; expected floating weights")
-    architectures = source.config.get("architectures")
-    named = architectures if isinstance(architectures, list) else []
-    models = MODELS[model_type]
-    model = next((m for m in models if m.family.architecture in named), models[0])
-    try:
-        config = model.family.config.from_json(source.config)
-    except ValueError as error:
-        raise ValueError(f"{source.config_path}: {files.brief(error)}") from None
-    if config.num_hidden_layers > len(source.names):  # before anything is counted to
-        raise ValueError(
-            f"{source.config_path} has {config.num_hidden_layers} layers, and {source.path} "
-            f"{len(source.names)} tensors; expected some for each layer"
-        )
-    if model.family.generates:
-        config = tied_as_in_the_file(source, config)
-    if model.family.generates and isinstance(source, Folder):
-        config = with_generation(config, source.path, source.config)
-    return source, model, config, _tokenizer(source)
-
-
-def _tokenizer(source: WeightSource) -> Tokenizer | None:
-    if not isinstance(source, Gguf):
-        return open_tokenizer(source.path)
-    try:
-        return gguf_tokenizer(source.metadata)
-    except ValueError as error:
-        warnings.warn(
-            f"{source.path} has a vocabulary of which no tokenizer is made here: it is None, and "
-            f"the model is read ({error})",
-            stacklevel=3,  # of the call of `load`
-        )
-        return None

@@ -198,14 +198,14 @@ def _make_model(folder: Path) -> None:
 
 def _read_model(folder: Path, full: bool) -> Any:
     import nyscaled as nys
-    from nyscaled.models.loading import _read_all
+    from nyscaled.models.opening import open_all
 
     if full:
         model, _ = nys.models.load(folder)
         logits = np.asarray(model(np.ones((1, 3), np.int32)))
         assert np.isfinite(logits).all() or not _small(folder), "NaN from weights that are small"
         return repr(model.config), _array(logits)
-    opened, _, config, _ = _read_all(folder)
+    opened, _, config, _ = open_all(folder)
     return repr(config), _arrays(opened)
 
 

@@ -1,0 +1,124 @@
+"""A base and an adapter as one folder: what `export` writes is the model merged in memory."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from training_cases import write_model
+
+import nyscaled as nys
+from nyscaled.cli import main
+from nyscaled.finetune import described, identity, merging
+from nyscaled.models import BertClassifier
+
+CLASSES = ("no", "maybe", "yes")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Folders of two bases."""
+    folder = tmp_path_factory.mktemp("export")
+    write_model(folder / "llama")
+    write_model(folder / "bert", "bert_encoder")
+    return folder
+
+
+def adapted(model, folder, targets, init="lora", **options):
+    """Put adapters whose update is not zero into a model, and save them."""
+    layers = nys.lora.apply(
+        model, rank=2, alpha=3, targets=targets, init=init, key=jax.random.key(1)
+    )
+    for layer in layers.values():
+        b = layer.adapters["default"].lora_b
+        b[...] += jax.random.normal(jax.random.key(2), b.shape)
+    nys.lora.save_peft(model, folder, base_model="base", **options)
+    return model
+
+
+def assert_same(model, folder):
+    """The parameters of a model, and those that a folder holds."""
+    read = nys.models.load(folder)[0]
+    expected = dict(nnx.to_flat_state(nnx.state(model)))
+    values = dict(nnx.to_flat_state(nnx.state(read)))
+    assert values.keys() == expected.keys()
+    for path, value in values.items():
+        np.testing.assert_allclose(value[...], expected[path][...], rtol=1e-5, atol=1e-6)
+    return read
+
+
+@pytest.mark.parametrize(
+    ("init", "targets"),
+    [("lora", r".*(embed_tokens|[qo]_proj)"), ("pissa", r".*(lm_head|down_proj)")],
+)
+def test_a_merged_folder_is_the_model_merged_in_memory(root, tmp_path, init, targets, monkeypatch):
+    monkeypatch.setattr(merging, "BLOCK", 40)  # so that a tensor is merged in several parts
+    base, adapter, out = root / "llama", tmp_path / "adapter", tmp_path / "out"
+    model, tokenizer = nys.models.load(base)
+    adapted(model, adapter, targets, init)
+    words = ["--model", base, "--adapter", adapter, "--out", out]
+    assert main(["export", *map(str, words)]) == 0
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    assert_same(model, out)
+    assert nys.models.load(out)[1].get_vocab() == tokenizer.get_vocab()
+    config = json.loads((out / "config.json").read_text())
+    assert config == json.loads((base / "config.json").read_text())
+    sizes = [
+        sum(value.nbytes for value in safetensors.numpy.load_file(path).values())
+        for path in out.glob("*.safetensors")
+    ]
+    assert len(sizes) > 2
+    largest = max(
+        x.nbytes for x in safetensors.numpy.load_file(base / "model.safetensors").values()
+    )
+    assert max(sizes) == largest
+
+
+def test_an_encoder_gets_its_head(root, tmp_path):
+    encoder = nys.models.load(root / "bert")[0]
+    model = BertClassifier(encoder, CLASSES, rngs=nnx.Rngs(3))
+    head = {"modules_to_save": ["classifier", "bert.pooler"], "task_type": "SEQ_CLS"}
+    adapter = tmp_path / "adapter"
+    adapted(model, adapter, ".*query", **head)
+    task = nys.finetune.TASKS["classification"]
+    task = described.with_classes(task, {"classes": [*CLASSES]})
+    described.write(adapter, described.of_task(task, None, encoder=True, tokenizer=None))
+    done = nys.finetune.export(root / "bert", adapter, tmp_path / "out")
+    assert done.replaced == 4
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    assert assert_same(model, tmp_path / "out").config.labels == CLASSES
+    (adapter / described.FILE).unlink()
+    nys.finetune.export(root / "bert", adapter, tmp_path / "unnamed")
+    labels = nys.models.load(tmp_path / "unnamed")[0].config.labels
+    assert labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+def test_what_is_refused(root, tmp_path):
+    base, adapter = root / "llama", tmp_path / "adapter"
+    adapted(nys.models.load(base)[0], adapter, ".*q_proj")
+    with pytest.raises(ValueError, match="which the model does not have"):
+        nys.finetune.export(root / "bert", adapter, tmp_path / "out")
+    identity.write_base(adapter, identity.of_base(root / "bert"))
+    with pytest.raises(ValueError, match="is not the base of"):
+        nys.finetune.export(base, adapter, tmp_path / "out")
+    (adapter / identity.FILE).unlink()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="exists; expected a new folder"):
+        nys.finetune.export(base, adapter, tmp_path)
+
+
+@pytest.mark.long
+def test_transformers_reads_an_export(root, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = adapted(nys.models.load(root / "llama")[0], tmp_path / "adapter", ".*q_proj")
+    nys.finetune.export(root / "llama", tmp_path / "adapter", tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = np.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(model(tokens), expected, rtol=1e-4, atol=1e-4)
