@@ -11,7 +11,6 @@ from test_finetune_evaluation import causal, classifier
 
 import nyscaled as nys
 from nyscaled.cli import main
-from nyscaled.finetune import inputs
 from nyscaled.models import BertClassifier
 
 ROWS = [("a b c", 1), ("d e", 0), ("h g a", 1), ("b b", 0)]
@@ -99,7 +98,7 @@ def test_the_split_is_dev_where_test_has_no_labels(files, tmp_path, hidden, caps
     assert evaluate(files, "--split", "test", data=data) == 1
 
 
-def test_a_run_says_its_template_and_its_classes(files, tmp_path, capsys, monkeypatch):
+def test_a_run_says_its_classes(files, tmp_path, capsys):
     """They are beside what was trained, and `evaluate` reads them there."""
     data = tmp_path / "data"
     data.mkdir()
@@ -118,22 +117,25 @@ def test_a_run_says_its_template_and_its_classes(files, tmp_path, capsys, monkey
     assert evaluate(files, *options, model="encoder", task="classification", data=test) == 0
     answers = {p["answer"] for p in json.loads(out.read_text())["predictions"]}
     assert answers <= {"no", "yes"}
-    assert evaluate(files, *options, model="encoder") == 1
+    assert evaluate(files, *options, "--overwrite", model="encoder") == 1
     assert "the head has the classes no, yes; expected those of the" in capsys.readouterr().err
 
-    (tmp_path / "texts.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 4)
-    causal = {"model": str(files / "causal"), "task": "instructions", "template": "plain"}
-    common |= {"out": tmp_path / "texts", "data": tmp_path / "texts.jsonl"}
-    monkeypatch.setattr(inputs, "HELD_OUT", 2)
-    nys.finetune.run(nys.finetune.Config(**common, **causal, method="full"))
-    written = json.loads((tmp_path / "texts" / "adapter" / "task.json").read_text())
-    assert (written["template"], written["prompt"]["prompt"]) == ("plain", "{instruction}\n")
-    model, data = tmp_path / "texts" / "adapter", tmp_path / "texts.jsonl"
-    options = ("--out", out, "--overwrite")
-    assert evaluate(files, *options, model=model, task="instructions", data=data) == 0
-    assert json.loads(out.read_text())["template"] == "plain"
-    with pytest.raises(ValueError, match="template is 'plain'; expected one of mezo"):
-        nys.finetune.run(nys.finetune.Config(**common, **{**causal, "task": "sst2"}))
+
+@pytest.mark.long
+def test_a_run_says_its_template(files, tmp_path):
+    data, out = tmp_path / "train.jsonl", tmp_path / "scores.json"
+    data.write_text('{"instruction": "a", "answer": "true"}\n' * 20)
+    causal = {"model": str(files / "causal"), "data": data, "out": tmp_path / "out", "steps": 1}
+    causal |= {"task": "commonsense-boolq", "template": "compact", "method": "full"}
+    nys.finetune.run(nys.finetune.Config(**causal, batch_size=4))
+    written = json.loads((tmp_path / "out" / "adapter" / "task.json").read_text())
+    assert (written["template"], written["prompt"]["prompt"]) == ("compact", "{instruction}\n")
+    options = ("--out", out, "--batch-size", 4)
+    model = tmp_path / "out" / "adapter"
+    assert evaluate(files, *options, model=model, task="commonsense-boolq", data=data) == 0
+    assert json.loads(out.read_text())["template"] == "compact"
+    with pytest.raises(ValueError, match="template is 'compact'; expected one of mezo"):
+        nys.finetune.run(nys.finetune.Config(**{**causal, "task": "sst2"}))
 
 
 @pytest.mark.parametrize(

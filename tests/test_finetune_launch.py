@@ -96,7 +96,7 @@ def test_other_models_and_methods(root, options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["lora-one", pytest.param("eva", marks=pytest.mark.long)]
+    "method", ["nora-grad", *(pytest.param(x, marks=pytest.mark.long) for x in ("lora-one", "eva"))]
 )  # fmt: skip
 def test_starts_are_made_of_micro_batches(root, method, monkeypatch):
     """Although the last batch of an epoch has fewer examples."""

@@ -31,7 +31,7 @@ def test_a_dry_run_says_what_will_be_done(tmp_path, capsys, monkeypatch):
     # Of a minute each: 12 steps, 2 batches in each of 4 validations (an epoch has 5 steps), 20 test
     # examples in batches of 8; and one program, compiled in four.
     match = re.search(
-        r"about (.*) min: 12 steps (.*) min, 4 validations (.*) min, (.*)$", said, re.M
+        r"about ([\d.]+) min: 12 steps ([\d.]+) min, 4 validations ([\d.]+) min, (.*)$", said, re.M
     )
     assert match is not None, said
     assert float(match[2]) == pytest.approx(12, rel=0.5)  # shorter batches take less

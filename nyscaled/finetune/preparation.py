@@ -236,7 +236,7 @@ def _adapt(
 ) -> Filter:
     """Put adapters into a model; return the filter of what is trained."""
 
-    def loss(model: LanguageModel, part: tuple[Batch, float]) -> Array:
+    def loss(model: LanguageModel, part: tuple[Batch, float | Array]) -> Array:
         micro_batch, count = part
         return OBJECTIVES[objective](model, micro_batch)[0] / count
 
