@@ -62,7 +62,7 @@ def of_base(model: str | os.PathLike[str]) -> Base:
 
     def sample(name: str) -> str:
         _, rows = next(iter(source.blocks(names[name], SAMPLE)))
-        return hashlib.sha256(np.ascontiguousarray(rows, np.float32)).hexdigest()[:16]
+        return hashlib.sha256(np.asarray(rows, np.float32).tobytes()).hexdigest()[:16]
 
     config = {k: v for k, v in outline.config.to_json().items() if not k.endswith("_token_id")}
     return {

@@ -245,7 +245,8 @@ def _adapt(
         number = config.batch_size // (config.micro_batch_size or config.batch_size)
         for step in range(min(GRADIENT_BATCHES, order.steps_per_epoch)):
             batch = made.batch(order.rows(step))
-            counts = batch.weights if objective == "tokens" else batch.valid
+            counts = batch.valid if objective != "tokens" else batch.weights
+            assert counts is not None
             parts = training.micro_batches(batch, number)
             for i in range(number):
                 yield jax.tree.map(operator.itemgetter(i), parts), float(np.sum(counts))

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from nyscaled.checkpoints import swap
 from nyscaled.checkpoints.folder import SHARD_SIZE, write
 from nyscaled.models.blocks import Numerics
-from nyscaled.models.family import MODELS
+from nyscaled.models.family import MODELS, LanguageModel
 from nyscaled.models.generation_config import FILE as GENERATION
 from nyscaled.models.generation_config import generation_config
 from nyscaled.models.matching import matched
@@ -207,7 +207,7 @@ def save(
 
 
 def write_tensors(
-    model: Any,
+    model: LanguageModel,
     folder: str | os.PathLike[str],
     named: Iterable[tuple[str, np.ndarray]],
     dtype: str,

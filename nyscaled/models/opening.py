@@ -15,6 +15,7 @@ from nyscaled.checkpoints.folder import Folder, open_folder
 from nyscaled.checkpoints.gguf import SUFFIX, Gguf, open_gguf
 from nyscaled.checkpoints.source import WeightSource
 from nyscaled.models.blocks import Numerics
+from nyscaled.models.config import Config
 from nyscaled.models.family import MODELS, LanguageModel, gguf_maps
 from nyscaled.models.generation_config import with_generation
 from nyscaled.models.matching import matched, tied_as_in_the_file
@@ -35,7 +36,7 @@ class Weights(NamedTuple):
     """
 
     source: WeightSource
-    model: Any
+    model: LanguageModel
     tokenizer: Tokenizer | None
     names: dict[str, str]
 
@@ -77,7 +78,7 @@ def outline_of(
     config: Any,
     tokenizer: Tokenizer | None,
     numerics: Numerics,
-) -> Any:
+) -> LanguageModel:
     """Return the model of a file without values.
 
     Args:
@@ -128,7 +129,7 @@ def located(folder: str | os.PathLike[str], revision: str | None) -> Path:
 
 def open_all(
     path: Path,
-) -> tuple[WeightSource, type[LanguageModel], Any, Tokenizer | None]:
+) -> tuple[WeightSource, type[LanguageModel], Config, Tokenizer | None]:
     """Open a file, and return it with its model's class, configuration and tokenizer.
 
     Args:
