@@ -6,6 +6,8 @@ Li, Zhang, Mokhtari, He, On the Crucial Role of Initialization for Matrix Factor
 
 import os
 
-# Hundreds of programs run once each: compiling them is most of the time, and no optimization takes
-# half as long. No result depends on it; flags that are set already stay.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+from .compiler import FLAGS
+
+# Hundreds of programs run once each: compiling them is most of the time. No result depends on these
+# flags; those that are set already stay.
+os.environ.setdefault("XLA_FLAGS", FLAGS)

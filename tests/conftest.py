@@ -9,8 +9,6 @@ from pathlib import Path
 
 # Two workers with two BLAS threads each wait for one another most of the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Most of the time goes into compiling small programs that run once.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # The workers of one run, and the processes that tests start, share what they compile.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="nyscaled-compiled-")
@@ -19,6 +17,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 from jaxtyping import install_import_hook
+
+import paper_checks  # noqa: F401  before jax: it sets the flags of the compiler
 
 # Before anything imports nyscaled: each annotation of the package is then checked in each call.
 install_import_hook("nyscaled", "typecheck.check")

@@ -3,14 +3,16 @@
 import pytest
 from cases import run_pytest
 
-FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+from paper_checks.compiler import FLAGS
+
+DEVICES = f"{FLAGS} --xla_force_host_platform_device_count=8"
 
 
 @pytest.mark.long
 def test_mesh_suite_passes():
-    run_pytest("multidevice", "not long", XLA_FLAGS=FLAGS)
+    run_pytest("multidevice", "not long", XLA_FLAGS=DEVICES)
 
 
 @pytest.mark.long
 def test_long_mesh_suite_passes():
-    run_pytest("multidevice", "long", XLA_FLAGS=FLAGS)
+    run_pytest("multidevice", "long", XLA_FLAGS=DEVICES)

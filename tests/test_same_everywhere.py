@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from paper_checks.compiler import FLAGS
+
 ROOT = Path(__file__).parent.parent
-LEVEL = "--xla_backend_optimization_level=0"
 
 
 def check(*command, threads=None, **environment):
@@ -40,7 +41,7 @@ by_hand = pytest.mark.everywhere
     [pytest.param(1, marks=pytest.mark.long), *(pytest.param(s, marks=by_hand) for s in (2, 3))],
 )
 def test_report_does_not_change_when_each_product_is_rounded_otherwise(seed):
-    check("tests/perturb.py", str(seed), "--check", XLA_FLAGS=LEVEL)
+    check("tests/perturb.py", str(seed), "--check", XLA_FLAGS=FLAGS)
 
 
 # The names are XLA's and, for what NumPy multiplies, OpenBLAS's.
@@ -54,7 +55,7 @@ def test_report_does_not_change_when_each_product_is_rounded_otherwise(seed):
     ],
 )
 def test_report_does_not_change_with_the_instruction_set(isa, blas, threads):
-    flags = {"XLA_FLAGS": f"{LEVEL} --xla_cpu_max_isa={isa}", "OPENBLAS_CORETYPE": blas}
+    flags = {"XLA_FLAGS": f"{FLAGS} --xla_cpu_max_isa={isa}", "OPENBLAS_CORETYPE": blas}
     command = ("-m", "paper_checks", "--workers", "1", "--check")
     check(*command, threads=threads, OPENBLAS_NUM_THREADS=str(threads), **flags)
 

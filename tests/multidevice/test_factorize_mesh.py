@@ -20,6 +20,7 @@ from mesh_cases import collectives, compiled, split
 
 import nyscaled as nys
 from nyscaled.lowrank.by_rank import PROBES
+from paper_checks.compiler import FLAGS
 
 M, N, RANK = 256, 64, 4
 WIDTH = RANK + 4  # columns of a product
@@ -207,7 +208,7 @@ def test_a_mesh_with_explicit_axes(a):
 
 def run(script, *arguments, flags):
     """Start a script of this folder."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {flags}"}
+    environment = os.environ | {"XLA_FLAGS": f"{FLAGS} {flags}"}
     path = os.pathsep.join(filter(None, sys.path))
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / script), *arguments],
