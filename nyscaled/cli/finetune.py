@@ -8,6 +8,8 @@ examples:
   nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte
   nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte --resume
   nyscaled finetune --model MODEL --data glue/rte --task rte --out runs/rte --dry-run
+  nyscaled finetune --model MODEL --data glue/rte --task rte --out sweep \
+    --sweep learning_rate=1e-4,3e-4,1e-3
   nyscaled finetune --config run.yaml --learning-rate 1e-4 --out runs/2   # flags override the file
 """
 
@@ -25,6 +27,7 @@ from nyscaled.finetune.launch import Result
 from nyscaled.finetune.launch import run as fine_tune
 from nyscaled.finetune.loop import Stopped
 from nyscaled.finetune.preview import preview
+from nyscaled.finetune.sweeping import configs, sweep
 
 INTERRUPTED = 130
 
@@ -41,11 +44,14 @@ def run(config: Config) -> int:
     """
     keep_programs()
     if config.dry_run:
-        for line in preview(config):
+        runs = [config] if config.sweep is None else [own for _, own in configs(config)]
+        for line in preview(runs[0]):
             print(line, flush=True)
+        if config.sweep is not None:
+            print(f"the sweep has {len(runs)} runs, of which this is the first")
         return 0
     try:
-        print(_line(fine_tune(config)))
+        print(_line(fine_tune(config)) if config.sweep is None else sweep(config))
     except Stopped as stopped:
         words = [word for word in sys.argv[1:] if word != "--resume"]
         again = shlex.join(["nyscaled", *words, "--resume"])

@@ -8,6 +8,7 @@ from nyscaled.finetune.launch import Result, run
 from nyscaled.finetune.merging import Exported, export
 from nyscaled.finetune.methods import METHODS, Method, method
 from nyscaled.finetune.records import Row, find_splits, read_rows, read_split
+from nyscaled.finetune.sweeping import Run, Sweep, sweep
 from nyscaled.finetune.task import Task, Template
 from nyscaled.finetune.tasks import TASKS
 
@@ -24,7 +25,9 @@ __all__ = [
     "Prediction",
     "Result",
     "Row",
+    "Run",
     "Score",
+    "Sweep",
     "Task",
     "Template",
     "encode",
@@ -38,4 +41,5 @@ __all__ = [
     "read_rows",
     "read_split",
     "run",
+    "sweep",
 ]

@@ -89,6 +89,8 @@ def run(config: Config) -> Result:
             "dry_run is True; expected False (nyscaled.finetune.preview.preview says what a run "
             "will do)"
         )
+    if config.sweep is not None:
+        raise ValueError(f"sweep is {config.sweep!r}; expected None (nys.finetune.sweep has it)")
     method(config.method)
     task = by_name(config.task)
     if config.template is not None:

@@ -15,7 +15,7 @@ from nyscaled.finetune import progress, training
 from nyscaled.finetune.batches import Batches
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.order import NONE, Order
-from nyscaled.finetune.progress import Interruption, Progress
+from nyscaled.finetune.progress import Interruption, NotFiniteError, Progress
 from nyscaled.finetune.state import Checkpoints
 from nyscaled.finetune.training import Parts, Program, State, Tree
 from nyscaled.lora.adapter import AdapterState
@@ -135,7 +135,7 @@ def train(plan: Plan, out: Path) -> Trained:
 
     Raises:
         Stopped: after Ctrl-C or SIGTERM, when the state is saved.
-        ValueError: at a loss or gradient that is not finite, in training or in validation.
+        NotFiniteError: at a loss or gradient that is not finite, in training or in validation.
         OSError: if a file cannot be written.
     """
     checkpoints, bests = Checkpoints(out / CHECKPOINTS), Checkpoints(out / BEST, keep=1)
@@ -178,12 +178,12 @@ def train(plan: Plan, out: Path) -> Trained:
                     step = int(state.step)
                     state = state._replace(finite=jax.numpy.ones((), bool))
                     save()
-                    raise ValueError(bad)
+                    raise NotFiniteError(bad)
             if validates:
                 validation = plan.validate(state.params)
                 if not math.isfinite(validation.loss):
                     # What was saved before is kept: the state is that which gave this loss.
-                    raise ValueError(
+                    raise NotFiniteError(
                         progress.not_finite_in_validation(
                             step, validation.loss, float(plan.rate(step - 1)), plan.config.dtype
                         )

@@ -24,6 +24,10 @@ Line = dict[str, float]
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
+class NotFiniteError(ValueError):
+    """A run has a loss or a gradient that is not finite."""
+
+
 class Progress:
     """The bar and `metrics.jsonl` of a run.
 
@@ -169,6 +173,15 @@ def timed(name: str) -> Generator[None, None, None]:
         yield
     finally:
         print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr)
+
+
+def say(text: str) -> None:
+    """Write a line to stderr.
+
+    Args:
+        text: the line.
+    """
+    print(text, file=sys.stderr, flush=True)
 
 
 def not_finite(

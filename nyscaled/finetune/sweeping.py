@@ -1,0 +1,220 @@
+"""Runs that differ in one setting or two, and the table that compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from nyscaled._files import replacing
+from nyscaled.finetune.config import Config
+from nyscaled.finetune.launch import CONFIG, run
+from nyscaled.finetune.progress import NotFiniteError, say
+
+TABLE, PICTURE = "sweep.json", "sweep.png"
+SWEPT = (
+    *("learning_rate", "method", "rank", "alpha", "scale", "damping", "ratio", "schedule"),
+    *("warmup_steps", "weight_decay", "clip", "dropout", "seed"),
+)
+"""Settings that leave the number of steps and the examples as they are."""
+
+Value = int | float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of a sweep.
+
+    Attributes:
+        settings: the swept settings of the run.
+        folder: its folder.
+        validation_loss: the lowest, by which runs are compared; None where a loss was not finite.
+        accuracy: accuracy in that validation, None without candidates.
+        best_step: number of steps before it.
+        scores: means on the test examples.
+        error: why the run stopped, None if it did not.
+    """
+
+    settings: dict[str, Value]
+    folder: str
+    validation_loss: float | None = None
+    accuracy: float | None = None
+    best_step: int = 0
+    scores: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep.
+
+    Attributes:
+        out: folder of the sweep; each run has a folder in it.
+        runs: the runs.
+    """
+
+    out: Path
+    runs: tuple[Run, ...]
+
+    @property
+    def best(self) -> Run:
+        """The run with the lowest validation loss."""
+        return min(self.runs, key=lambda run: _order(run.validation_loss))
+
+    def __str__(self) -> str:
+        lines = [_line(run, run is self.best) for run in self.runs]
+        lines += [
+            f"the best {name} is {self.best.settings[name]:g}, an end of the grid; try values "
+            "beyond it"
+            for name in _at_an_end(self)
+        ]
+        return "\n".join(lines)
+
+
+def grid_of(text: str) -> dict[str, tuple[Value, ...]]:
+    """Return the settings of a sweep and their values.
+
+    Args:
+        text: a setting and its values as in "learning_rate=1e-4,3e-4"; a semicolon stands before a
+            second one.
+
+    Raises:
+        ValueError: on another form, a setting that is not in `SWEPT`, a value of another type, and
+            a value that stands there twice.
+
+    Examples:
+        >>> grid_of("learning_rate=1e-4,1e-3; method=lora,nora+")
+        {'learning_rate': (0.0001, 0.001), 'method': ('lora', 'nora+')}
+    """
+    grid: dict[str, tuple[Value, ...]] = {}
+    for part in text.split(";"):
+        name, mark, values = (x.strip() for x in part.partition("="))
+        name = name.replace("-", "_")
+        if not mark or name not in SWEPT or name in grid:
+            raise ValueError(
+                f"sweep is {text!r}; expected one setting or two, as in learning_rate=1e-4,3e-4 or "
+                f"learning_rate=1e-4,3e-4;rank=4,8, of {', '.join(SWEPT)}"
+            )
+        grid[name] = tuple(_value(name, value.strip()) for value in values.split(","))
+        if len(set(grid[name])) < len(grid[name]):
+            raise ValueError(f"sweep is {text!r}; expected each value of {name} once")
+    if len(grid) > 2:
+        raise ValueError(f"sweep is {text!r}, of {len(grid)} settings; expected one or two")
+    return grid
+
+
+def _value(name: str, text: str) -> Value:
+    hint = get_type_hints(Config)[name]
+    types = get_args(hint) or (hint,)
+    read = next(cls for cls in (int, float, str) if cls in types)
+    try:
+        return read(text)
+    except ValueError:
+        raise ValueError(f"sweep has {name}={text!r}; expected {read.__name__} values") from None
+
+
+def configs(config: Config) -> Iterator[tuple[dict[str, Value], Config]]:
+    """Yield the swept settings and the configuration of each run.
+
+    Args:
+        config: settings with a `sweep`.
+
+    Raises:
+        ValueError: as `grid_of` does, and on values that a configuration refuses.
+    """
+    assert config.sweep is not None
+    grid = grid_of(config.sweep)
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        folder = config.out / ",".join(f"{name}={value}" for name, value in settings.items())
+        changes: Mapping[str, object] = {**settings, "out": folder, "sweep": None}
+        goes_on = config.resume and (folder / CONFIG).exists()
+        yield settings, dataclasses.replace(config, **changes, resume=goes_on)  # pyright: ignore[reportArgumentType]
+
+
+def sweep(config: Config) -> Sweep:
+    """Make a run for each value of a setting, or for each pair of values of two, and compare them.
+
+    All have the same examples and the same number of steps. The folder gets `sweep.json`, a picture
+    and a folder per run. A run whose loss is not finite is a row of the table like others. With
+    `resume`, finished runs are kept, and the grid may have more values than before.
+
+    Args:
+        config: the settings, with a `sweep` such as "learning_rate=1e-4,3e-4,1e-3".
+
+    Raises:
+        ValueError: as `run` does, on another form of the sweep, and if no run has a finite loss.
+
+    Examples:
+        >>> config = Config(model="m", data=Path("d"), task="rte", out=Path("o"), sweep="steps=3")
+        >>> try:
+        ...     sweep(config)
+        ... except ValueError as error:
+        ...     print(str(error)[:40])
+        sweep is 'steps=3'; expected one setting
+    """
+    if config.sweep is None:
+        raise ValueError("sweep is None; expected a setting with values (or nys.finetune.run)")
+    planned = list(configs(config))
+    if (config.out / TABLE).exists() and not config.resume:
+        raise ValueError(f"{config.out} has a sweep; expected --resume, or another --out")
+    done = Sweep(config.out, ())
+    for number, (settings, own) in enumerate(planned, 1):
+        say(f"run {number} of {len(planned)}: {_shown(settings)}")
+        done = Sweep(config.out, (*done.runs, _run(settings, own)))
+        _write(done)
+    if done.best.validation_loss is None:
+        raise ValueError(f"no run of the sweep has a finite loss: {done.best.error}")
+    return done
+
+
+def _run(settings: dict[str, Value], config: Config) -> Run:
+    try:
+        result = run(config)
+    except NotFiniteError as error:
+        return Run(settings, config.out.name, error=str(error))
+    own = {name: getattr(result, name) for name in ("accuracy", "best_step", "scores")}
+    return Run(settings, config.out.name, result.validation_loss, **own)
+
+
+def _write(done: Sweep) -> None:
+    runs = [dataclasses.asdict(run) for run in done.runs]
+    with replacing(done.out / TABLE) as file:
+        file.write((json.dumps({"best": done.best.folder, "runs": runs}, indent=2) + "\n").encode())
+    if importlib.util.find_spec("matplotlib") is not None:
+        from nyscaled.finetune.sweep_picture import draw
+
+        with replacing(done.out / PICTURE) as file:
+            draw(done.runs).savefig(file, format="png", dpi=160)
+
+
+def _order(loss: float | None) -> float:
+    return math.inf if loss is None else loss
+
+
+def _shown(settings: Mapping[str, Value]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _line(run: Run, best: bool) -> str:
+    if run.validation_loss is None:
+        return f"{_shown(run.settings)}: {run.error}"
+    accuracy = "" if run.accuracy is None else f", accuracy {run.accuracy:.3f}"
+    mark = " (best)" if best else ""
+    return f"{_shown(run.settings)}: validation loss {run.validation_loss:.4f}{accuracy}{mark}"
+
+
+def _at_an_end(done: Sweep) -> list[str]:
+    """The settings of which the best value is the least or the greatest of several numbers."""
+    names: list[str] = []
+    for name, best in done.best.settings.items():
+        values = [run.settings[name] for run in done.runs]
+        numbers = {float(value) for value in values if not isinstance(value, str)}
+        if name != "seed" and len(numbers) > 1 and best in (min(numbers), max(numbers)):
+            names.append(name)
+    return names
