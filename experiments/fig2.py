@@ -68,7 +68,9 @@ Cases = dict[str, dict[int, list[Case]]]
 def read(config: Config) -> tuple[dict[str, Decomposed], Cases]:
     """Return the weights and their updates."""
     model, _ = load(config.model)
-    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    modules: dict[str, Any] = {
+        ".".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+    }
     weights: dict[str, Decomposed] = {}
     cases: Cases = {}
     for method in METHODS:

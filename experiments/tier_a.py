@@ -151,7 +151,8 @@ class Study:
         name = Path(self.setting.model).name
         sizes = dataclasses.asdict(self.setting) | {"model": name, "data": self.setting.data.name}
         setting = " ".join(str(value).replace(" ", "") for value in sizes.values())
-        identity = dict(zip(KEYS, (setting, label, *point, seed, steps), strict=True))
+        values = (setting, label, *point, seed, steps)
+        identity: Line = dict(zip(KEYS, values, strict=True))
 
         def make() -> Line:
             if time.monotonic() >= self.ends:

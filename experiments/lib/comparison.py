@@ -92,11 +92,11 @@ def verdict(result: Mapping[str, Any]) -> str:
         result: the entries of `paired.Paired`, with `corrected` and `equal`.
 
     Examples:
-        >>> seen = {"count": 8, "low": -2.0, "high": -1.0, "p": 0.008, "corrected": 0.01}
+        >>> seen = {"pairs": 8, "low": -2.0, "high": -1.0, "p": 0.008, "corrected": 0.01}
         >>> verdict(seen | {"equal": False}), verdict(seen | {"high": 1.0, "equal": False})
         ('lower', 'no difference was seen')
     """
-    if result["count"] < ENOUGH:
+    if result["pairs"] < ENOUGH:
         return FEW
     outside = result["low"] > 0 or result["high"] < 0
     if outside and result["p"] < 0.05 and result["corrected"] < 0.05:

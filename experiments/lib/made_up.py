@@ -19,7 +19,10 @@ NAMES = (
     *("[PAD]", "<s>", "</s>", "?", "It", "was", "terrible", "great", "good", "fine"),
     *("dull", "bad", "film", "plot", "scene", "end"),
 )
-SIZES = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 32, "hidden_size": 24, "intermediate_size": 32},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4},
+}
 
 
 def tokenizer(*, encoder: bool) -> nys.models.Tokenizer:
@@ -48,12 +51,12 @@ def write_model(folder: Path, kind: Literal["bert", "llama"]) -> str:
         folder: the folder to make.
         kind: an encoder, or a causal language model.
     """
-    rngs, heads = nnx.Rngs(jax.random.key(0)), {"num_attention_heads": 4}
+    rngs = nnx.Rngs(jax.random.key(0))
     model: Any
     if kind == "bert":
-        model = nys.models.Bert(nys.models.BertConfig(**SIZES, **heads), rngs=rngs)
+        model = nys.models.Bert(nys.models.BertConfig(**SIZES), rngs=rngs)
     else:
-        sizes = nys.models.LlamaConfig(**SIZES, **heads, num_key_value_heads=2)
+        sizes = nys.models.LlamaConfig(**SIZES, num_key_value_heads=2)
         model = nys.models.Llama(sizes, rngs=rngs)
     nys.models.save(model, folder, tokenizer(encoder=kind == "bert"))
     return str(folder)

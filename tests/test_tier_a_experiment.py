@@ -1,0 +1,63 @@
+"""experiments/tier_a.py and fig2.py in their quick forms."""
+
+import json
+
+import numpy as np
+import pytest
+from experiment_cases import read_rows
+
+from experiments import fig2, tier_a
+from experiments.lib.journal import Journal
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tier_a")
+    tier_a.main(tier_a.Config(out=out, quick=True))
+    return out
+
+
+def lines_of(folder):
+    return Journal(folder / "tier_a.jsonl", tier_a.KEYS).lines
+
+
+@pytest.mark.long
+def test_quick_form_goes_on_where_it_stopped(quick, tmp_path):
+    """Without lines at the end it makes the same runs again."""
+    lines = (quick / "tier_a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "tier_a.jsonl").write_text("".join(lines[:-3]) + lines[-3][:40])
+    tier_a.main(tier_a.Config(out=tmp_path, quick=True, minutes=0))
+    assert len(read_rows(tmp_path / "tier_a.csv")["validation loss"]["LoRA again"][0]) < 3
+    tier_a.main(tier_a.Config(out=tmp_path, quick=True))
+    first, second = lines_of(quick), lines_of(tmp_path)
+    assert first.keys() == second.keys()
+    for key, line in first.items():
+        assert second[key]["validation_loss"] == pytest.approx(line["validation_loss"], rel=1e-3)
+
+
+@pytest.mark.long
+def test_quick_form_compares_paired_seeds(quick):
+    how = json.loads((quick / "tier_a.json").read_text())
+    assert how["seeds"]["NoRA"] == 3
+    panels = read_rows(quick / "tier_a.csv", ("x", "value"))
+    one, other = (panels["validation loss"][name][1] for name in ("NoRA", "LoRA"))
+    result = how["differences"]["validation_loss"]["NoRA − LoRA"]
+    assert result["mean"] == pytest.approx(np.mean(one - other), abs=1e-5)
+    assert result["verdict"] == "too few pairs"
+    # All methods learn what shuffled labels do not teach.
+    accuracy = {name: y.mean() for name, (_, y) in panels["test accuracy"].items()}
+    assert accuracy.pop("LoRA, shuffled labels") < min(accuracy.values())
+    tuned = [x for x in lines_of(quick).values() if x["seed"] == 100]
+    for method in how["chosen"].keys() - {"LoRA again", "LoRA, shuffled labels"}:
+        assert 9 <= sum(x["method"] == method for x in tuned) <= 11
+
+
+def test_quick_figure_2_has_its_nulls(tmp_path):
+    fig2.main(fig2.Config(out=tmp_path, quick=True))
+    panels = read_rows(tmp_path / "fig2.csv", ("index", "value"))
+    for name in ("changed", "random", "random right"):
+        for _, counts in panels[name].values():
+            assert counts.sum() == pytest.approx(2 * 3 * 2)  # seeds, weights, r
+    shares = json.loads((tmp_path / "fig2.json").read_text())["shares"]
+    assert shares["PiSSA"]["left"] == pytest.approx(1)  # its a is along the first vectors
+    assert shares["LoRA"]["left"] < 0.5
