@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import pytest
+import safetensors.numpy
 from finetune_cases import characters, words
 from flax import nnx
 from test_finetune_evaluation import causal, classifier
@@ -119,6 +120,30 @@ def test_a_run_says_its_classes(files, tmp_path, capsys):
     assert answers <= {"no", "yes"}
     assert evaluate(files, *options, "--overwrite", model="encoder") == 1
     assert "the head has the classes no, yes; expected those of the" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["causal", "encoder"])
+def test_a_prefix_is_read(files, tmp_path, model, capsys):
+    """With it, the scores are those of the run on the same examples."""
+    data, out = tmp_path / "data", tmp_path / "scores.json"
+    shutil.copytree(files / "data", data)
+    shutil.copy(data / "dev.tsv", data / "test.tsv")
+    run = {"model": str(files / model), "data": data, "task": "sst2", "out": tmp_path / "out"}
+    run |= {"method": "prefix", "steps": 2, "batch_size": 4, "learning_rate": 1.0}
+    nys.finetune.run(nys.finetune.Config(**run))
+    adapter = tmp_path / "out" / "adapter"
+    assert evaluate(files, "--adapter", adapter, "--out", out, model=model, data=data) == 0
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    again = json.loads(out.read_text())["predictions"]
+    by_source = {p["source"]: p["answer"] for p in again}
+    assert {p["source"]: p["answer"] for p in written["predictions"]} == by_source
+    values = safetensors.numpy.load_file(adapter / "prefix.safetensors")
+    name = next(name for name in values if name.endswith("prefix.value"))
+    values[name] = values[name][..., :-1]
+    safetensors.numpy.save_file(values, adapter / "prefix.safetensors")
+    assert evaluate(files, "--adapter", adapter, model=model, data=data) == 1
+    assert "expected a prefix of this base" in capsys.readouterr().err
 
 
 @pytest.mark.long

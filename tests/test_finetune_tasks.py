@@ -3,7 +3,7 @@
 import pytest
 from finetune_cases import DATA, characters, row, without_data
 
-from nyscaled.finetune.records import read_split
+from nyscaled.finetune.records import read_rows, read_split
 from nyscaled.finetune.tasks import TASKS, by_name
 
 I16 = " " * 16
@@ -248,6 +248,19 @@ def test_classes_of_own_data():
         task.with_classes(rows[:1])
     rte = by_name("rte")
     assert rte.with_classes(rows) is rte
+
+
+def test_a_header_of_unknown_names_is_not_a_class(tmp_path):
+    """Its label would be one that no other line has."""
+    lines = ["review\tgood?", "a fine film\tyes", "a bad film\tno", "a film\tyes"]
+    task, path = by_name("classification"), tmp_path / "train.tsv"
+    path.write_text("\n".join(lines))
+    with pytest.raises(
+        ValueError, match=r"train.tsv:1 has the label 'good\?', which no other line"
+    ):
+        task.with_classes(read_rows(path, task.layouts))
+    path.write_text("\n".join(lines[1:]))
+    assert task.with_classes(read_rows(path, task.layouts)).classes == ("no", "yes")
 
 
 def test_every_task_and_template_has_a_source():

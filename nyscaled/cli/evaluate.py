@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nyscaled import lora, models
+from nyscaled import models
 from nyscaled.checkpoints.files import as_json
 from nyscaled.cli import outputs
 from nyscaled.finetune import described, identity, inputs
 from nyscaled.finetune.evaluation import evaluate
 from nyscaled.finetune.harness import run_harness
 from nyscaled.finetune.records import HUB, Row, find_splits, read_split
+from nyscaled.finetune.saving import load_adapter
 from nyscaled.finetune.task import Task
 from nyscaled.finetune.tasks import by_name
 from nyscaled.models import BertClassifier, Tokenizer
@@ -40,7 +41,7 @@ class Config:
     model: str
     """Model: a folder, a GGUF file or a hub id."""
     adapter: Path | None = None
-    """Folder of an adapter of this model, in PEFT's format."""
+    """Folder of an adapter of this model, in PEFT's format, or of a prefix."""
     data: Path | None = None
     """File or folder of examples."""
     task: str | None = None
@@ -123,7 +124,7 @@ def _in_task(config: Config) -> dict[str, object]:
         task = task.with_classes(_training_rows(config.data, task) or rows)
         model = _with_head(model, task, config.adapter)
     elif config.adapter is not None:
-        lora.load_peft(model, config.adapter)
+        load_adapter(model, config.adapter)
     examples = task.examples(
         rows[: config.examples], template, encoder=encoder, tokenizer=tokenizer
     )
@@ -153,7 +154,7 @@ def _in_harness(config: Config, names: str) -> dict[str, object]:
     if not isinstance(model, CausalLM):
         raise ValueError("the model is an encoder; expected a causal language model for --harness")
     if config.adapter is not None:
-        lora.load_peft(model, config.adapter)
+        load_adapter(model, config.adapter)
     scores = run_harness(
         model,
         tokenizer,
@@ -202,7 +203,7 @@ def _with_head(model: LanguageModel, task: Task, adapter: Path | None) -> Langua
         model, _ = inputs.with_head(model, task.classes, 0)
     assert isinstance(model, BertClassifier)
     before = np.asarray(model.classifier.kernel[...])
-    lora.load_peft(model, adapter)
+    load_adapter(model, adapter)
     if not own and np.array_equal(before, np.asarray(model.classifier.kernel[...])):
         raise ValueError(f"{adapter} has no head; expected one that was trained for the task")
     return model

@@ -9,16 +9,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 from jaxtyping import Float
 
 from nyscaled import lora, models
-from nyscaled.checkpoints.files import write_tensors
+from nyscaled.checkpoints.files import open_tensors, read_tensor, write_tensors
 from nyscaled.finetune import described, identity, training
 from nyscaled.finetune.methods import method
 from nyscaled.finetune.preparation import Prepared
 from nyscaled.models import BertClassifier
+from nyscaled.models.prefix import PrefixedAttention
 
 ADAPTER, PREFIX = "adapter", "prefix.safetensors"
 
@@ -100,12 +100,46 @@ def _through_file(model: nnx.Module, folder: Path, prepared: Prepared) -> nnx.Mo
     values = {name: np.asarray(value) for name, value in flat.items()}
     write_tensors(folder / PREFIX, values, {"format": "pt"})
     prepared.tokenizer.save(folder)
-    tensors = safetensors.numpy.load_file(folder / PREFIX)
     read = nnx.clone(model)
-    for path, variable in nnx.to_flat_state(nnx.state(read)):
-        if (name := ".".join(map(str, path))) in tensors:
-            variable[...] = jnp.asarray(tensors[name], variable.dtype)
+    for _, module in nnx.iter_modules(read):
+        if isinstance(module, PrefixedAttention):
+            module.prefix = None
+    for name in prepared.head:
+        _blank(read, name)
+    load_adapter(read, folder)
     return read
+
+
+def load_adapter(model: nnx.Module, folder: Path) -> None:
+    """Put the adapter of a folder into a model, in place: PEFT's, or a prefix of a run.
+
+    Args:
+        model: the base, with a head if the adapter has one.
+        folder: folder of the adapter.
+
+    Raises:
+        ValueError: on a prefix of another model, and as `nys.lora.load_peft` does.
+    """
+    if not (folder / PREFIX).exists():
+        lora.load_peft(model, folder)
+        return
+    file = open_tensors(folder / PREFIX)
+    names = list(file.keys())
+    tensors = {name: read_tensor(file, folder / PREFIX, name) for name in names}
+    keys = [value for name, value in tensors.items() if name.endswith(".prefix.key")]
+    if len(keys) != 1 or keys[0].ndim != 4:
+        raise ValueError(f"{folder / PREFIX} has no keys of a prefix; expected those of a run")
+    models.add_prefix(model, keys[0].shape[1], key=jax.random.key(0))
+    state = {".".join(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(model))}
+    for name, value in tensors.items():
+        shape = state[name].shape if name in state else None
+        if value.shape != shape:
+            raise ValueError(
+                f"{folder / PREFIX} has {name} of shape {value.shape}, and the model {shape}; "
+                "expected a prefix of this base"
+            )
+    for name, value in tensors.items():
+        state[name][...] = jnp.asarray(value, state[name].dtype)
 
 
 def _scores(model: nnx.Module, prepared: Prepared) -> Scores:

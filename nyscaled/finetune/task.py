@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -178,18 +178,26 @@ class Task:
         expected = ", ".join("/".join(spellings) for spellings in self.labels)
         raise ValueError(f"{row.source}: the label is {value!r:.80}; expected one of {expected}")
 
-    def with_classes(self, rows: Iterable[Row]) -> Task:
+    def with_classes(self, rows: Sequence[Row]) -> Task:
         """Return the task with the labels of these rows as classes, unless it has its own.
 
         Args:
             rows: rows to train on.
 
         Raises:
-            ValueError: if fewer than two labels occur.
+            ValueError: if fewer than two labels occur, or the first line of a file has one that no
+                other line has, as a header of other names would.
         """
         if self.labels:
             return self
-        names = {str(row.value(*self.label)).strip().lower() for row in rows}
+        labels = [str(row.value(*self.label)).strip().lower() for row in rows]
+        names = set(labels)
+        if len(labels) > 2 and labels.count(labels[0]) == 1 and rows[0].source.endswith(".tsv:1"):
+            raise ValueError(
+                f"{rows[0].source} has the label {labels[0]!r:.40}, which no other line has; "
+                f"expected a header with {' or '.join(map(', '.join, self.layouts))}, or another "
+                "example of this label"
+            )
         if len(names) < 2:
             raise ValueError(f"the rows have {len(names)} labels, {names}; expected two at least")
         whole = all(name.removeprefix("-").isdecimal() for name in names)
