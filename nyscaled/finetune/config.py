@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nyscaled._pytree import build
+from nyscaled.finetune.meshes import sizes_of
+from nyscaled.models.sharding import FSDP
 from nyscaled.validation import require_count, require_positive, require_scalar
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -88,6 +90,8 @@ class Config:
     """Steps between lines of metrics."""
     dtype: str = "float32"
     """Dtype of the base: float32, bfloat16, float16. Adapters are trained in float32."""
+    mesh: str | None = None
+    """Devices over which the base and its adapters are split, as fsdp=8 or fsdp=4,tensor=2."""
     remat: bool = False
     """Compute layers again in the backward pass, to save memory."""
     seed: int = 0
@@ -123,6 +127,13 @@ class Config:
         require_scalar("dropout", self.dropout, 0, 1, open_low=False)
         require_scalar("allow_cut", self.allow_cut, 0, 1, open_low=False)
         require_scalar("weight_decay", self.weight_decay, 0, math.inf, open_low=False)
+        if self.mesh is not None:
+            split, size = sizes_of(self.mesh).get(FSDP, 1), self.micro_batch_size or self.batch_size
+            if size % split:
+                raise ValueError(
+                    f"mesh is {self.mesh!r} and a micro-batch has {size} examples; expected a "
+                    f"multiple of {split}, so that each device has as many"
+                )
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size is {self.micro_batch_size}; expected a divisor of batch_size, "

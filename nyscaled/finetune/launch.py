@@ -17,7 +17,7 @@ import jax
 import yaml
 
 from nyscaled._files import replacing
-from nyscaled.finetune import identity, loop, training
+from nyscaled.finetune import identity, loop, meshes, training
 from nyscaled.finetune.config import Config, as_options, differences, from_options
 from nyscaled.finetune.evaluation import Evaluation, evaluate
 from nyscaled.finetune.examples import Example
@@ -100,6 +100,12 @@ def run(config: Config) -> Result:
     finished = find_finished(config)
     if finished is not None:
         return finished
+    with meshes.using(config.mesh):
+        return _made(config)
+
+
+def _made(config: Config) -> Result:
+    """Make a run whose settings were looked at."""
     prepared = prepare(config)
     claim(prepared)  # after all that may be refused, so that the mended command has the folder
     began = time.perf_counter()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nyscaled.finetune import progress, training
+from nyscaled.finetune import meshes, progress, training
 from nyscaled.finetune.batches import Batches
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.order import NONE, Order
@@ -80,7 +80,7 @@ class Plan:
     def initial(self) -> State:
         """Return the state before the first step."""
         params = jax.tree.map(jax.numpy.copy, self.parts.params)
-        return training.initial(self.program, params, **self.hyperparameters)
+        return meshes.placed(training.initial(self.program, params, **self.hyperparameters))
 
     def validate(self, params: Tree) -> training.Validation:
         """Return the loss of the examples for validation, and the accuracy."""

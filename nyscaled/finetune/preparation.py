@@ -6,6 +6,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from flax.nnx.filterlib import Filter
 from jaxtyping import Array
 
 from nyscaled import models
-from nyscaled.finetune import batches, inputs, training
+from nyscaled.finetune import batches, inputs, meshes, training
 from nyscaled.finetune.batches import Batch, Batches
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.described import Described, of_task
@@ -86,7 +87,7 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     hyperparameters = _given(config, "damping", "ratio")
     chosen.require_known(options, hyperparameters)
     with timed(f"reading {'the outline of ' * outline}{config.model}"):
-        read = models.outline if outline else models.load
+        read = models.outline if outline else partial(models.load, mesh=meshes.current())
         model, tokenizer = read(config.model, dtype=config.dtype, remat=config.remat)
         tokenizer = inputs.require_tokenizer(config.model, tokenizer)
     encoder = inputs.is_encoder(model)
@@ -132,6 +133,9 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     with timed(f"preparing {config.method}"):
         model = nnx.eval_shape(build, model) if outline else build(model)
         parts = training.split(model, trained)
+        if not outline:
+            arrays = meshes.placed((parts.params, parts.counts, parts.frozen))
+            parts = parts._replace(params=arrays[0], counts=arrays[1], frozen=arrays[2])
     warmup = round(WARMUP * steps) if config.warmup_steps is None else config.warmup_steps
     peak = chosen.learning_rate if config.learning_rate is None else config.learning_rate
     plan = Plan(

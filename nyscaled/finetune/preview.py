@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nyscaled import lora
-from nyscaled.finetune import training
+from nyscaled.finetune import meshes, training
 from nyscaled.finetune.batches import Row
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.examples import overlap
@@ -41,8 +41,12 @@ def preview(config: Config) -> Iterator[str]:
     outline = prepare(config, outline=True)
     yield from _data(outline)
     yield from _layers(outline)
-    yield from _memory(outline.plan)
-    yield from _time(prepare(config))
+    if config.mesh is None:
+        yield from _memory(outline.plan)
+    else:
+        yield "memory: not known before the weights are read, with --mesh"
+    with meshes.using(config.mesh):
+        yield from _time(prepare(config))
 
 
 def shown(row: Row, tokenizer: Tokenizer) -> str:
