@@ -25,6 +25,7 @@ from nyscaled.finetune.batches import Batch, Batches
 from nyscaled.finetune.methods import METHODS, Method
 from nyscaled.finetune.objectives import OBJECTIVES
 from nyscaled.finetune.order import Order
+from nyscaled.finetune.schedules import schedule
 
 LENGTHS = (16, 24, 40, 64)
 """Lengths of batches in tokens; longer examples are cut at the last one."""
@@ -260,7 +261,7 @@ def run(
     data = read(setting, seed, shuffled)
     method = METHODS[variant.method]
     options, hyperparameters = numbers_of(variant, number)
-    model, head = inputs.with_head(nnx.clone(load(setting.model)[0]), data.task, seed)
+    model, head = inputs.with_head(nnx.clone(load(setting.model)[0]), data.task.classes, seed)
     start_seed = seed if start_seed is None else start_seed
 
     def loss(model: nnx.Module, batch: Batch) -> jax.Array:
@@ -290,7 +291,7 @@ def run(
     parts = training.split(model, trained)
     program = training.program_of(parts, "class", method, clip=1.0)
     state = training.initial(program, jax.tree.map(jnp.copy, parts.params), **hyperparameters)
-    falling = training.schedule("linear", rate, steps, warmup=0)
+    falling = schedule("linear", rate, steps, warmup=0)
     losses: list[jax.Array] = []
     for step in range(steps):
         batch = training.micro_batches(data.train.batch(data.order.rows(step)), 1)
