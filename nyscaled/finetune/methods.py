@@ -42,6 +42,13 @@ def _lora_p(
     return lora_p(inner(learning_rate), damping)
 
 
+def _lora_one_p(
+    inner: Optimizer, learning_rate: optax.ScalarOrSchedule, damping: float | Scalar = 1e-6
+) -> optax.GradientTransformation:
+    """That of LoRA-P with the damping of LoRA-One's authors."""
+    return lora_p(inner(learning_rate), damping)
+
+
 def _lora_plus(
     inner: Optimizer, learning_rate: optax.ScalarOrSchedule, ratio: float | Scalar = 16.0
 ) -> optax.GradientTransformation:
@@ -306,6 +313,9 @@ METHODS: dict[str, Method] = {
     "eva": Method("Paischer et al., 2024", init="eva"),
     "milora": Method("Wang et al., 2024", init="milora"),
     "lora-one": Method("Zhang, Liu, Chen, ICML 2025", init="lora_one"),
+    "lora-one-p": Method(
+        "Zhang, Liu, Chen, ICML 2025, preconditioned", init="lora_one", transform=_lora_one_p
+    ),
     "nora-grad": Method("Appendix A.4 of the paper", init="nora_grad"),
     "lora-rite": Method("Yen et al., ICLR 2025", transform=_lora_rite),
     # The authors' scripts let 100 of 21,300 steps pass: 170,420 examples, twice, in batches of 16.
