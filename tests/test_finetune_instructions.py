@@ -1,8 +1,10 @@
 """Instructions, completions and conversations of a user."""
 
+import numpy as np
 import pytest
 from finetune_cases import characters, row
 
+from nyscaled.finetune import batches, preview
 from nyscaled.finetune.encoding import encode
 from nyscaled.finetune.tasks import by_name
 
@@ -47,6 +49,28 @@ def test_conversations_by_the_chat_template():
     assert characters().decode(list(encoded.answers[0]), skip_special_tokens=False) == "Yes</s>"
     instruction = example(tokenizer=characters(), instruction="Add.", input="1", output="3")
     assert instruction.prompt == "<m>user\nAdd.\n\n1</s>\n<m>assistant\n"
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_all_answers_of_a_conversation_count(begins):
+    """The loss sees each with the token that ends it, and nothing of the user's."""
+    tokenizer = characters(begins)
+    last = [{"role": "user", "content": "No?"}, {"role": "assistant", "content": "Yes great"}]
+    chat = example(tokenizer=tokenizer, messages=[*TURNS, *last])
+    (encoded,), _ = encode([chat], tokenizer, ends=True)
+    whole = tokenizer.encode(chat.prompt, add_special_tokens=False).ids
+    assert list(encoded.prompt) == [*tokenizer.encode("").ids, *whole]  # as without pieces
+    made = batches.make([encoded], "tokens", batch_size=1)
+    batch = made.batch(np.array([0]))
+    counted = batch.targets[batch.weights > 0].tolist()
+    assert tokenizer.decode(counted, skip_special_tokens=False) == "Yes</s>Yes great</s>"
+    shown = preview.shown(made.rows[0][0], tokenizer)
+    assert shown.count("⟦") == 2
+    assert "assistant\n⟦Yes</s>⟧\n<m>user\nNo?</s>\n<m>assistant\n⟦Yes great</s>⟧" in shown
+    everything = batches.make([encoded], "tokens", batch_size=1, loss_on="all")
+    assert everything.rows[0][0].counted == ()
+    cut, _ = encode([chat], tokenizer, ends=True, max_length=40, allow_cut=1)
+    assert cut[0].counted == ()
 
 
 def test_conversations_that_are_refused():

@@ -42,12 +42,21 @@ class Batch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a batch: the tokens that are read, and what is predicted from `start` on."""
+    """One row of a batch.
+
+    Attributes:
+        tokens: the tokens that are read.
+        start: position from which on the next token is predicted.
+        targets: these tokens.
+        types: token types of encoders.
+        counted: which of the targets count; all if it is empty.
+    """
 
     tokens: Ids
     start: int = 0
     targets: Ids = ()
     types: Ids = ()
+    counted: tuple[bool, ...] = ()
 
 
 def one_pass(encoded: Sequence[Encoded]) -> Ids | None:
@@ -85,7 +94,11 @@ def rows_of(example: Encoded, objective: str, loss_on: str, candidates: Ids | No
         text = prompt + answer
         # The first token of a text follows nothing.
         start = 0 if loss_on == "all" and objective == "tokens" else max(len(prompt) - 1, 0)
-        rows.append(Row(text[:-1] or text, start, text[start + 1 :]))
+        counted = ()
+        if example.counted and loss_on == "answer":
+            start = example.counted.index(True) - 1
+            counted = (*example.counted[start + 1 :], *(True for _ in answer))
+        rows.append(Row(text[:-1] or text, start, text[start + 1 :], counted=counted))
     return rows
 
 
@@ -135,7 +148,7 @@ class Batches:
                 tokens[k, :n], mask[k, :n] = row.tokens, True
                 types[k, : len(row.types)] = row.types
                 positions[k, :t] = np.arange(row.start, row.start + t)
-                targets[k, :t], weights[k, :t] = row.targets, 1
+                targets[k, :t], weights[k, :t] = row.targets, row.counted or 1
         labels = np.array([self.labels[i] if i != NONE else 0 for i in examples], np.int32)
         ids = None if self.candidates is None else np.array(self.candidates, np.int32)
         valid = np.asarray(examples) != NONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -110,7 +111,7 @@ def encode(
 
     Prompt and answer are encoded apart, so that the prompt's ids do not depend on the answer and
     the answer's are known without a search. Where an example is too long, the middle of its prompt
-    is left out, never a part of an answer.
+    is left out, never a part of an answer; of a conversation only the last answer counts then.
 
     Args:
         examples: examples with an answer or candidates.
@@ -147,13 +148,17 @@ def encode(
             "(tokenizer_config.json)"
         )
     texts = [_ANSWERS[answers](e) for e in examples]
-    prompts = _encode_texts(tokenizer, [e.prompt for e in examples])
-    ids = _encode_answers(tokenizer, list(dict.fromkeys(x for several in texts for x in several)))
+    pieces = [_pieces(e) for e in examples]
+    prompts = _encode_texts(tokenizer, [first for first, *_ in pieces])
+    later = (text for several in (*texts, *(others for _, *others in pieces)) for text in several)
+    ids = _encode_answers(tokenizer, list(dict.fromkeys(later)))
     encoded, counts = [], []
-    for example, prompt, several in zip(examples, prompts, texts, strict=True):
+    for example, prompt, own, several in zip(examples, prompts, pieces, texts, strict=True):
+        prompt, counted = _with_turns(prompt, [ids[text] for text in own[1:]], marks.eos)
         rows = tuple(_ended(ids[text], eos, marks, example.source) for text in several)
         label = (example.label or 0) if answers == "candidates" else 0
-        prompt = prompt if marks.bos is None or prompt[:1] == (marks.bos,) else (marks.bos, *prompt)
+        if marks.bos is not None and prompt[:1] != (marks.bos,):
+            prompt, counted = (marks.bos, *prompt), (False, *counted) if counted else ()
         if not prompt or not all(rows) or not (rows or answers == "none"):
             part = "prompt" if not prompt else "answer"
             raise ValueError(f"{_named(example)} has no token in its {part}")
@@ -161,7 +166,8 @@ def encode(
         counts.append(len(prompt) + longest)
         if max_length is not None and counts[-1] > max_length:
             prompt = _without_middle(prompt, max_length - longest, marks, example.source)
-        encoded.append(Encoded(prompt, rows, label, source=example.source))
+            counted = ()  # what is left of an earlier answer follows another text
+        encoded.append(Encoded(prompt, rows, label, counted=counted, source=example.source))
     lengths = Lengths(tuple(counts), max_length)
     _require_few_cut(lengths, allow_cut)
     return encoded, lengths
@@ -215,10 +221,28 @@ def encode_sentences(
             else:
                 tokens, mask, kinds = tokenizer.pairs(first, second, max_length=max_length)
             ids, types = (tuple(map(int, x[0][mask[0]])) for x in (tokens, kinds))
-        encoded.append(Encoded(ids, (), example.label, types, example.source))
+        encoded.append(Encoded(ids, (), example.label, types, source=example.source))
     lengths = Lengths(tuple(counts), max_length)
     _require_few_cut(lengths, allow_cut)
     return encoded, lengths
+
+
+def _pieces(example: Example) -> list[str]:
+    """The prompt, cut where earlier answers begin and end."""
+    ends = [0, *(end for turn in example.turns for end in turn), len(example.prompt)]
+    return [example.prompt[first:last] for first, last in itertools.pairwise(ends)]
+
+
+def _with_turns(
+    first: tuple[int, ...], others: Sequence[tuple[int, ...]], eos: int | None
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """The ids of a prompt, and which are earlier answers with the token that ends a text."""
+    prompt, counted = first, (False,) * len(first)
+    for number, piece in enumerate(others):
+        size = piece.index(eos) + 1 if eos in piece else len(piece)
+        size = size if number % 2 == 0 else 0
+        prompt, counted = prompt + piece, counted + (True,) * size + (False,) * (len(piece) - size)
+    return prompt, counted if any(counted) else ()
 
 
 def _named(example: Example) -> str:

@@ -24,6 +24,8 @@ class Example:
         label: index of the right candidate, of the first one where several are right.
         golds: right answers of tasks that generate text.
         second: the second sentence for encoders.
+        turns: first and last character of the earlier answers in a conversation's prompt, on which
+            is trained too.
         source: file and line, such as "train.tsv:17".
     """
 
@@ -33,6 +35,7 @@ class Example:
     label: int | None = None
     golds: tuple[str, ...] = ()
     second: str | None = None
+    turns: tuple[tuple[int, int], ...] = ()
     source: str = ""
 
 
@@ -47,6 +50,7 @@ class Encoded:
             empty for encoders with a head.
         label: index into `answers`, or the class.
         types: token types of encoders.
+        counted: which ids of the prompt are earlier answers; empty if none is.
         source: file and line of the example.
     """
 
@@ -54,6 +58,7 @@ class Encoded:
     answers: tuple[tuple[int, ...], ...]
     label: int
     types: tuple[int, ...] = ()
+    counted: tuple[bool, ...] = ()
     source: str = ""
 
 

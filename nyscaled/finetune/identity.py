@@ -130,7 +130,8 @@ def of_examples(encoded: Sequence[Encoded]) -> Digest:
     """
     digest = hashlib.sha256()
     for example in encoded:
-        values = (example.prompt, example.answers, example.label, example.types)
+        e = example
+        values = (e.prompt, e.answers, e.label, e.types, e.counted)
         digest.update(f"{values}\n".encode())
     return {"examples": len(encoded), "sha256": digest.hexdigest()}
 

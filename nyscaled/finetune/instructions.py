@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from nyscaled.finetune.examples import Example
@@ -83,7 +83,10 @@ def _messages(row: Row, name: str) -> Messages:
 
 
 def _chat(row: Row, messages: Messages, tokenizer: Tokenizer | None) -> Example:
-    """Return the example of a conversation: its last message is the answer."""
+    """Return the example of a conversation: its last message is the answer.
+
+    Earlier messages of the assistant are trained on too, where the template only appends.
+    """
     if tokenizer is None:
         raise ValueError(f"{row.source} is a conversation; expected a model with a tokenizer")
     *earlier, last = messages
@@ -98,6 +101,7 @@ def _chat(row: Row, messages: Messages, tokenizer: Tokenizer | None) -> Example:
     try:
         prompt = tokenizer.chat(earlier, add_generation_prompt=True)
         whole = tokenizer.chat(messages)
+        turns = tuple(_earlier_answers(earlier, prompt, tokenizer))
     except ValueError as error:
         raise ValueError(f"{row.source}: {error}") from error
     if not whole.startswith(prompt):
@@ -107,7 +111,19 @@ def _chat(row: Row, messages: Messages, tokenizer: Tokenizer | None) -> Example:
             "texts that you made yourself)"
         )
     answer = whole.removeprefix(prompt)
-    return Example(prompt, answer, golds=(content.strip(),), source=row.source)
+    return Example(prompt, answer, golds=(content.strip(),), turns=turns, source=row.source)
+
+
+def _earlier_answers(
+    messages: Messages, prompt: str, tokenizer: Tokenizer
+) -> Iterator[tuple[int, int]]:
+    """The first and last character of each answer of the assistant in a prompt."""
+    for i, message in enumerate(messages):
+        if i and message["role"] == "assistant":
+            before = tokenizer.chat(messages[:i], add_generation_prompt=True)
+            after = tokenizer.chat(messages[: i + 1])
+            if prompt.startswith(after) and after.startswith(before):
+                yield len(before), len(after)
 
 
 INSTRUCTIONS = Task(

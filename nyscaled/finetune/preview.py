@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -62,7 +64,14 @@ def shown(row: Row, tokenizer: Tokenizer) -> str:
 
     if not row.targets:
         return text(row.tokens)
-    return f"{text(row.tokens[: row.start + 1])}{OPEN}{text(row.targets)}{CLOSE}"
+    shown = text(row.tokens[: row.start + 1])
+    counted = row.counted or (True,) * len(row.targets)
+    for counts, group in itertools.groupby(
+        zip(row.targets, counted, strict=True), operator.itemgetter(1)
+    ):
+        part = text([token for token, _ in group])
+        shown += f"{OPEN}{part}{CLOSE}" if counts else part
+    return shown
 
 
 def _data(prepared: Prepared) -> Iterator[str]:
