@@ -56,7 +56,7 @@ def write_model(folder: Path, kind: Literal["bert", "llama"]) -> str:
     if kind == "bert":
         model = nys.models.Bert(nys.models.BertConfig(**SIZES), rngs=rngs)
     else:
-        sizes = nys.models.LlamaConfig(**SIZES, num_key_value_heads=2)
+        sizes = nys.models.LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=6)
         model = nys.models.Llama(sizes, rngs=rngs)
     nys.models.save(model, folder, tokenizer(encoder=kind == "bert"))
     return str(folder)
