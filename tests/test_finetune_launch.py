@@ -1,15 +1,8 @@
-"""A run from settings to a folder: what it writes, how it stops, and how it goes on."""
+"""A run from settings to a folder: what it writes, and what it refuses."""
 
 import dataclasses
 import json
-import math
-import os
-import random
-import shutil
-import signal
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -17,15 +10,11 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
-import safetensors.numpy
 import yaml
-from training_cases import settings, write_data
+from training_cases import lines, settings, write_data
 
 import nyscaled as nys
-from nyscaled.cli import main
-from nyscaled.finetune import launch, loop, objectives, progress, saving, training
-
-ROOT = Path(__file__).parent.parent
+from nyscaled.finetune import launch, objectives, saving, trackers, training
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +23,6 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     nys.finetune.run(settings(folder))
     return folder
-
-
-def lines(out):
-    """The metrics without times."""
-    return [
-        {k: v for k, v in line.items() if k != "seconds"}
-        for line in progress.read_metrics(out / progress.METRICS)
-    ]
-
-
-def tensors(out):
-    """The bytes of what was trained."""
-    values = safetensors.numpy.load_file(out / "adapter" / "adapter_model.safetensors")
-    return {name: value.tobytes() for name, value in values.items()}
 
 
 def test_the_folder_of_a_run(root):
@@ -133,6 +108,69 @@ def test_reflora_balances_in_a_short_run(root):
     assert plan.initial().optimizer.hyperparams["warmup_steps"] == 10
 
 
+class Writer:
+    """What TensorBoard's writer is asked for."""
+
+    def __init__(self, folder, purge_step):
+        WRITTEN.append((Path(folder).name, purge_step))
+
+    def add_text(self, name, text):
+        assert "- method: nora+" in text
+
+    def add_scalar(self, name, value, step):
+        WRITTEN.append((name, value, step))
+
+    def close(self):
+        WRITTEN.append("closed")
+
+
+class WandbRun:
+    """What a run of Weights & Biases is asked for."""
+
+    def log(self, values, step):
+        WRITTEN.extend((name, value, step) for name, value in values.items())
+
+    def finish(self):
+        WRITTEN.append("closed")
+
+
+WRITTEN = []
+
+
+@pytest.mark.long
+def test_samples_and_metrics_for_other_programs(root, tmp_path, monkeypatch):
+    tensorboard, wandb = types.ModuleType("tensorboardX"), types.ModuleType("wandb")
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer, raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **_: WandbRun(), raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboardX", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    options = {"steps": 2, "eval_every": 2, "log_every": 1, "sample_every": 1}
+    config = settings(root, out=tmp_path / "out", log="tensorboard", **options)
+    WRITTEN.clear()
+    nys.finetune.run(config)
+    assert WRITTEN[0] == ("tensorboard", 1)
+    assert WRITTEN[-1] == "closed"
+    losses = [line["loss"] for line in lines(config.out) if "loss" in line]
+    assert [x[1:] for x in WRITTEN if x[0] == "loss"] == [(losses[0], 1), (losses[1], 2)]
+    assert any(x[0] == "validation_loss" for x in WRITTEN)
+    text = (config.out / "samples.jsonl").read_text()
+    samples = [json.loads(line) for line in text.splitlines()]
+    assert [sample["step"] for sample in samples] == [1, 1, 1, 2, 2, 2]
+    assert {sample["right"] for sample in samples} <= {" great", " terrible"}
+    assert all(sample["source"].startswith("dev.tsv:") for sample in samples)
+    WRITTEN.clear()
+    with trackers.Tracked("wandb", tmp_path, {}, 0) as tracked:
+        tracked.write({"step": 3, "loss": 0.5})
+    assert WRITTEN == [("loss", 0.5, 3), "closed"]
+    for name in ("tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="which needs tensorboardX: pip install tensorboardX"):
+        nys.finetune.run(dataclasses.replace(config, out=tmp_path / "other"))
+    encoder = settings(root, out=tmp_path / "bert", base="bert_encoder", sample_every=1)
+    with pytest.raises(ValueError, match="sample_every is 1; expected None for an encoder"):
+        nys.finetune.run(encoder)
+
+
 def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatch):
     def without_head(model, folder, **options):
         save(model, folder, **(options | {"modules_to_save": (), "task_type": None}))
@@ -191,225 +229,3 @@ def test_settings_may_be_texts_and_paths(monkeypatch):
     assert (config.model, config.data, config.out) == ("m", Path("d"), Path("o"))
     with pytest.raises(ValueError, match="seed is -1"):
         nys.finetune.Config(**given, seed=-1)
-
-
-def interrupted(monkeypatch, after):
-    """Press Ctrl-C when that many steps were written."""
-    write = progress.Progress.steps
-
-    def pressing(self, lines):
-        write(self, lines)
-        if lines[-1]["step"] == after:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(progress.Progress, "steps", pressing)
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(root, tmp_path, monkeypatch, capsys):
-    config = settings(root, out=tmp_path / "out")
-    path = tmp_path / "run.yaml"
-    options = launch.as_options(config)
-    path.write_text(yaml.safe_dump({k: v for k, v in options.items() if k != "resume"}))
-    words = ["finetune", "--config", str(path)]
-    with monkeypatch.context() as patch:
-        interrupted(patch, after=6)
-        patch.setattr(sys, "argv", ["nyscaled", *words])
-        assert main(words) == 130
-    message = capsys.readouterr().err
-    assert "stopped after step 7 of 12, which is saved; go on with: nyscaled finetune" in message
-    assert main([*words, "--resume"]) == 0
-    assert "going on after step 7" in capsys.readouterr().err
-    assert tensors(config.out) == tensors(root / "out")
-    assert lines(config.out) == lines(root / "out")
-    # A run that is finished is not made again.
-    assert main([*words, "--resume"]) == 0
-    assert main(words) == 1
-    assert "has a run; expected --resume" in capsys.readouterr().err
-
-
-def test_a_run_of_other_settings_does_not_go_on(root):
-    with pytest.raises(ValueError, match="rank was 2 and is 4, seed was 0 and is 1"):
-        nys.finetune.run(settings(root, rank=4, seed=1, resume=True))
-    with pytest.raises(ValueError, match="has no run"):
-        nys.finetune.run(settings(root, out=root / "absent", resume=True))
-
-
-@pytest.fixture
-def unfinished(root, tmp_path, monkeypatch):
-    """Settings of a run with a model and data of its own, which Ctrl-C stopped."""
-    model, data, out = tmp_path / "llama", tmp_path / "data", tmp_path / "out"
-    shutil.copytree(root / "llama", model)
-    shutil.copytree(root / "data", data)
-    config = dataclasses.replace(settings(root, out=out), model=str(model), data=data)
-    with monkeypatch.context() as patch:
-        interrupted(patch, after=6)
-        with pytest.raises(loop.Stopped):
-            nys.finetune.run(config)
-    return dataclasses.replace(config, resume=True)
-
-
-def perturb(folder, name):
-    """Change one value of a tensor in a model's folder."""
-    path = folder / "model.safetensors"
-    values = safetensors.numpy.load_file(path)
-    values[name].flat[0] += 1
-    safetensors.numpy.save_file(values, path, metadata={"format": "pt"})
-
-
-def test_another_base_is_refused(root, unfinished, capsys):
-    model = Path(unfinished.model)
-    words = ["--task", "sst2", "--data", root / "data", "--adapter", root / "out" / "adapter"]
-    command = ["evaluate", *map(str, words), "--model", str(model)]
-    assert main(command) == 0  # of the same values
-    perturb(model, "model.embed_tokens.weight")
-    with pytest.raises(ValueError, match=r"is not the base of .*values of model.embed_tokens"):
-        nys.finetune.run(unfinished)
-    assert main(command) == 1
-    message = capsys.readouterr().err
-    assert "they differ in the values of model.embed_tokens.weight; expected" in message
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
-    assert main(command) == 1
-    assert "they differ in rope_theta (7.0, not 10000.0)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("split", "old", "new", "message"),
-    [
-        ("train", "\t0", "\t1", "train has other texts or labels in some of its 40 examples"),
-        ("dev", "\t0\n", "\t0\nfilm\t0\n", "validation has 13 examples, not 12"),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_data(unfinished, split, old, new, message):
-    path = unfinished.data / f"{split}.tsv"
-    path.write_text(path.read_text().replace(old, new, 1))
-    with pytest.raises(ValueError, match=message):
-        nys.finetune.run(unfinished)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
-    config = settings(
-        root, out=tmp_path / "out", learning_rate=1e38, schedule="constant", clip=None
-    )
-    with pytest.raises(ValueError, match=r"at step \d+, of the examples train.tsv:\d+") as error:
-        nys.finetune.run(config)
-    assert "a lower --learning-rate (it was 1e+38)" in str(error.value)
-    restored = [int(p.name) for p in (tmp_path / "out" / loop.CHECKPOINTS).iterdir()]
-    assert restored == [lines(tmp_path / "out")[-1]["step"]]
-
-
-def test_a_validation_loss_that_is_not_finite_stops_the_run(root, tmp_path, monkeypatch):
-    losses = iter([1.0, math.nan])
-    validate = loop.Plan.validate
-    monkeypatch.setattr(
-        loop.Plan,
-        "validate",
-        lambda self, params: validate(self, params)._replace(loss=next(losses)),
-    )
-    config = settings(root, out=tmp_path / "out", eval_every=4)
-    with pytest.raises(ValueError, match=r"validation loss is nan after step 8; .*learning-rate"):
-        nys.finetune.run(config)
-    assert [int(p.name) for p in (tmp_path / "out" / loop.CHECKPOINTS).iterdir()] == [4]
-
-
-def test_a_run_stops_early(root, tmp_path, monkeypatch):
-    losses = iter([1.0, 0.5, 0.7, 0.6, 0.1])
-    validate = loop.Plan.validate
-    monkeypatch.setattr(
-        loop.Plan,
-        "validate",
-        lambda self, params: validate(self, params)._replace(loss=next(losses)),
-    )
-    config = settings(root, out=tmp_path / "out", eval_every=2, patience=2)
-    result = nys.finetune.run(config)
-    assert (result.steps, result.best_step) == (8, 4)
-
-
-RUN = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from training_cases import settings
-import nyscaled as nys
-limit = {limit}
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-root = Path({root!r})
-nys.finetune.run(settings(root, out=Path({out!r}), resume={resume}, **{options}))
-"""
-
-
-def start(root, out, options, resume, limit=0):
-    """A run in a process of its own."""
-    code = RUN.format(
-        tests=str(ROOT / "tests"), root=str(root), out=str(out), options=options, resume=resume,
-        limit=limit,
-    )  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_a_run_that_is_killed_goes_on_to_the_same_end(root, tmp_path, kills):
-    options = {"steps": 12 + 12 * kills, "log_every": 1, "checkpoint_every": 3, "dropout": 0.1}
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    nys.finetune.run(settings(root, out=whole, **options))
-    chance, killed = random.Random(kills), 0
-    for _ in range(kills):
-        before = len(lines(out))
-        process = start(root, out, options, resume=(out / "config.yaml").exists())
-        while len(lines(out)) <= before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.2))
-        killed += process.poll() is None
-        process.kill()
-        process.wait()
-    assert killed
-    nys.finetune.run(settings(root, out=out, resume=True, **options))
-    assert tensors(out) == tensors(whole)
-    assert lines(out) == lines(whole)
-
-
-@pytest.mark.long
-def test_a_full_disk_loses_nothing_that_was_written(root, tmp_path):
-    options = {"log_every": 1, "checkpoint_every": 2, "steps": 150, "eval_every": 150}
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    nys.finetune.run(settings(root, out=whole, **options))
-    sizes = [path.stat().st_size for path in (whole / loop.CHECKPOINTS).rglob("*")]
-    # Files may have so many bytes: checkpoints fit, and the metrics of all steps do not.
-    assert max(sizes) + 1000 < (whole / progress.METRICS).stat().st_size
-    process = start(root, out, options, resume=False, limit=max(sizes) + 1000)
-    assert process.wait() != 0
-    message = process.stderr.read().decode()
-    assert "OSError" in message, message
-    step = max(int(p.name) for p in (out / loop.CHECKPOINTS).iterdir() if p.name.isdigit())
-    assert step > 0
-    nys.finetune.run(settings(root, out=out, resume=True, **options))
-    assert tensors(out) == tensors(whole)
-    assert lines(out) == lines(whole)
-
-
-@pytest.mark.long
-def test_gradients_of_a_resumed_pissa_use_its_saved_start(root, tmp_path, monkeypatch):
-    """A machine that rounds the SVD otherwise must not change what is subtracted."""
-    config = settings(root, out=tmp_path / "out", method="pissa")
-    with monkeypatch.context() as patch:
-        interrupted(patch, after=6)
-        with pytest.raises(loop.Stopped):
-            nys.finetune.run(config)
-    prepare = launch.prepare
-
-    def perturbed(config):
-        prepared = prepare(config)
-        scale = jax.tree.map(lambda x: x * 1.01, prepared.plan.parts.frozen)
-        kept = loop.nnx.filter_state(scale, loop.AdapterState)
-        frozen = loop.nnx.merge_state(prepared.plan.parts.frozen, kept)
-        parts = prepared.plan.parts._replace(frozen=frozen)
-        return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, parts=parts))
-
-    monkeypatch.setattr(launch, "prepare", perturbed)
-    result = nys.finetune.run(dataclasses.replace(config, resume=True))
-    monkeypatch.setattr(launch, "prepare", prepare)
-    whole = nys.finetune.run(settings(root, out=tmp_path / "whole", method="pissa"))
-    np.testing.assert_allclose(result.validation_loss, whole.validation_loss, rtol=1e-6)
-    assert tensors(config.out) == tensors(tmp_path / "whole")

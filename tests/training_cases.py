@@ -5,6 +5,7 @@ import functools
 import jax
 import model_cases
 import numpy as np
+import safetensors.numpy
 import tokenizers
 from flax import nnx
 from tokenizers.models import WordLevel
@@ -12,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 import nyscaled as nys
-from nyscaled.finetune import batches, training
+from nyscaled.finetune import batches, progress, training
 from nyscaled.finetune.examples import Encoded
 from nyscaled.models import Tokenizer
 
@@ -129,3 +130,17 @@ def settings(root, **options):
         "out": root / "out",
     }
     return nys.finetune.Config(model=str(model), data=data, **(defaults | options))
+
+
+def lines(out):
+    """The metrics without times."""
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in progress.read_metrics(out / progress.METRICS)
+    ]
+
+
+def tensors(out):
+    """The bytes of what was trained."""
+    values = safetensors.numpy.load_file(out / "adapter" / "adapter_model.safetensors")
+    return {name: value.tobytes() for name, value in values.items()}

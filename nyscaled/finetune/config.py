@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nyscaled._pytree import build
 from nyscaled.finetune.meshes import sizes_of
+from nyscaled.finetune.trackers import TRACKERS
 from nyscaled.models.sharding import FSDP
 from nyscaled.validation import require_count, require_positive, require_scalar
 
@@ -88,6 +89,11 @@ class Config:
     """Steps between checkpoints; the default is that between validations, 500 at most."""
     log_every: int = 10
     """Steps between lines of metrics."""
+    sample_every: int | None = None
+    """Steps between texts that the model generates for three examples of validation; by default
+    there are none."""
+    log: str | None = None
+    """Program that gets the metrics too, where it is installed: tensorboard, wandb."""
     dtype: str = "float32"
     """Dtype of the base: float32, bfloat16, float16. Adapters are trained in float32."""
     mesh: str | None = None
@@ -113,6 +119,8 @@ class Config:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        if self.log not in (None, *TRACKERS):
+            raise ValueError(f"log is {self.log!r}; expected one of {', '.join(TRACKERS)}")
         for name in ("rank", "batch_size", "max_length", "log_every"):
             require_count(name, getattr(self, name), low=1)
         for name in _COUNTS:
@@ -150,10 +158,11 @@ _COUNTS = (
     "eval_every",
     "patience",
     "checkpoint_every",
+    "sample_every",
 )
 _POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "epochs")
 
-NOT_THE_RUN = ("out", "resume", "dry_run", "config", "log_every")
+NOT_THE_RUN = ("out", "resume", "dry_run", "config", "log_every", "sample_every", "log")
 """Settings in which a run that goes on may differ from the one that began."""
 
 

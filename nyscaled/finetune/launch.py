@@ -27,6 +27,7 @@ from nyscaled.finetune.progress import METRICS, read_metrics, timed
 from nyscaled.finetune.records import HUB, find_splits
 from nyscaled.finetune.saving import save
 from nyscaled.finetune.tasks import by_name
+from nyscaled.finetune.trackers import package_of
 
 CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
 EVALUATION, CURVES = "evaluation.json", "curves.png"
@@ -95,6 +96,8 @@ def run(config: Config) -> Result:
     task = by_name(config.task)
     if config.template is not None:
         task.template(config.template)
+    if config.log is not None:
+        package_of(config.log)
     if not str(config.data).startswith(HUB):
         find_splits(config.data)  # refused before a folder is made or a model is read
     finished = find_finished(config)
@@ -215,7 +218,7 @@ def claim(prepared: Prepared) -> None:
     if path.exists():
         identity.require_base(config.out, config.model)
         record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))
-        identity.require_examples(config.out, record["examples"], prepared.digests)
+        identity.require_examples(config.out, record.get("examples", {}), prepared.digests)
         return
     config.out.mkdir(parents=True, exist_ok=True)
     packages = ("nyscaled", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")

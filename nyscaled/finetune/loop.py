@@ -11,12 +11,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nyscaled.finetune import meshes, progress, training
+from nyscaled.finetune import meshes, progress, samples, training
 from nyscaled.finetune.batches import Batches
-from nyscaled.finetune.config import Config
+from nyscaled.finetune.config import Config, as_options
 from nyscaled.finetune.order import NONE, Order
 from nyscaled.finetune.progress import Interruption, NotFiniteError, Progress
+from nyscaled.finetune.samples import Sampler
 from nyscaled.finetune.state import Checkpoints
+from nyscaled.finetune.trackers import Tracked
 from nyscaled.finetune.training import Parts, Program, State, Tree
 from nyscaled.lora.adapter import AdapterState
 
@@ -45,6 +47,7 @@ class Plan:
         steps: number of steps.
         rate: learning rate of each step.
         config: settings of the run.
+        sampler: generates texts during the training, None for none.
     """
 
     parts: Parts
@@ -57,6 +60,7 @@ class Plan:
     steps: int
     rate: Callable[[int], np.float32]
     config: Config
+    sampler: Sampler | None = None
 
     @property
     def eval_every(self) -> int:
@@ -81,6 +85,14 @@ class Plan:
         """Return the state before the first step."""
         params = jax.tree.map(jax.numpy.copy, self.parts.params)
         return meshes.placed(training.initial(self.program, params, **self.hyperparameters))
+
+    def samples(self, params: Tree, step: int) -> list[dict[str, str | int]]:
+        """Return texts that the model generates after a step, none if this is not one for them."""
+        if self.sampler is None or step % (self.config.sample_every or step + 1):
+            return []
+        evaluating = dataclasses.replace(self.program, graphdef=self.parts.evaluating)
+        model = evaluating.merge(params, self.parts.counts, self.parts.frozen)
+        return self.sampler.lines(model, step)
 
     def validate(self, params: Tree) -> training.Validation:
         """Return the loss of the examples for validation, and the accuracy."""
@@ -147,13 +159,15 @@ def train(plan: Plan, out: Path) -> Trained:
         frozen = nnx.merge_state(plan.parts.frozen, kept)
         plan = dataclasses.replace(plan, parts=plan.parts._replace(frozen=frozen))
         best = Best(**facts)  # pyright: ignore[reportArgumentType]
-    log = Progress(out, step, plan.steps)
+    progress.keep_until(out / samples.FILE, step)
+    tracked = Tracked(plan.config.log, out, as_options(plan.config), step)
+    log = Progress(out, step, plan.steps, tracked=tracked)
     pending: list[tuple[int, training.Measured]] = []
 
     def save() -> None:
         checkpoints.save(step, (state, kept), dataclasses.asdict(best))
 
-    with log, Interruption() as interruption:
+    with tracked, log, Interruption() as interruption:
         if step:
             log.say(f"going on after step {step}")
         while step < plan.steps and not _is_stopped(plan, best):
@@ -179,6 +193,10 @@ def train(plan: Plan, out: Path) -> Trained:
                     state = state._replace(finite=jax.numpy.ones((), bool))
                     save()
                     raise NotFiniteError(bad)
+            if lines := plan.samples(state.params, step):
+                samples.append(out, lines)
+                for line in lines:
+                    log.say(f"step {step}, {line['source']}: {line['generated']!r}")
             if validates:
                 validation = plan.validate(state.params)
                 if not math.isfinite(validation.loss):

@@ -28,6 +28,7 @@ from nyscaled.finetune.methods import Method, method
 from nyscaled.finetune.objectives import OBJECTIVES
 from nyscaled.finetune.order import Order, Rows
 from nyscaled.finetune.progress import timed
+from nyscaled.finetune.samples import sampler
 from nyscaled.finetune.schedules import schedule
 from nyscaled.models import Tokenizer
 from nyscaled.models.family import LanguageModel
@@ -99,6 +100,11 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
             f"loss_on is {config.loss_on!r}; expected 'answer' for the task {task.name}, whose "
             f"loss compares {'classes' if encoder else 'candidates'}"
         )
+    if encoder and config.sample_every is not None:
+        raise ValueError(
+            f"sample_every is {config.sample_every}; expected None for an encoder, which generates "
+            "no text"
+        )
     (train, lengths), (validation, _) = (
         inputs.encode_all(part, tokenizer, task, config, limit, encoder=encoder)
         for part in (examples.train, examples.validation)
@@ -151,6 +157,9 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         steps,
         schedule(config.schedule, peak, steps, warmup),
         config,
+        None
+        if config.sample_every is None or outline
+        else sampler(model, tokenizer, task, examples.validation),
     )
     digests = {"train": of_examples(train), "validation": of_examples(validation)}
     return Prepared(

@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from tqdm import tqdm
 
 from nyscaled._files import replacing
+from nyscaled.finetune.trackers import Tracked
 
 METRICS = "metrics.jsonl"
 
@@ -39,9 +40,18 @@ class Progress:
         start: number of steps that were made before.
         steps: number of steps of the run.
         visible: whether to draw the bar; None for where stderr is a terminal.
+        tracked: gets the lines too.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, visible: bool | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        steps: int,
+        visible: bool | None = None,
+        tracked: Tracked | None = None,
+    ) -> None:
+        self._tracked = tracked
         self.path = folder / METRICS
         keep_until(self.path, start)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
@@ -98,6 +108,9 @@ class Progress:
         self._file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._file.flush()
         os.fsync(self._file.fileno())
+        if self._tracked is not None:
+            for line in lines:
+                self._tracked.write(line)
 
 
 def read_metrics(path: Path) -> list[Line]:
