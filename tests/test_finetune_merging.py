@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -75,6 +76,19 @@ def test_a_merged_folder_is_the_model_merged_in_memory(root, tmp_path, init, tar
         x.nbytes for x in safetensors.numpy.load_file(base / "model.safetensors").values()
     )
     assert max(sizes) == largest
+
+
+def test_a_narrow_base_stays_narrow(root, tmp_path):
+    base, adapter = tmp_path / "narrow", tmp_path / "adapter"
+    nys.models.save(nys.models.load(root / "llama", dtype=jnp.bfloat16)[0], base)
+    model = adapted(nys.models.load(base)[0], adapter, ".*q_proj")  # in float32, of its values
+    nys.finetune.export(base, adapter, tmp_path / "out")
+    nys.lora.merge(model)
+    values, expected = (
+        x.layers.self_attn.q_proj.kernel[...] for x in (nys.models.load(tmp_path / "out")[0], model)
+    )
+    np.testing.assert_allclose(values, expected, rtol=2**-8)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_an_encoder_gets_its_head(root, tmp_path):

@@ -25,6 +25,7 @@ def test_a_dry_run_says_what_will_be_done(tmp_path, capsys, monkeypatch):
     assert re.search(r"train.tsv:\d+: <s> .* It was⟦(great|terrible)⟧", said)
     # Three layers, rank 2: q has 16 rows and 16 columns, v 16 and 8.
     assert f"2 adapted layers; {3 * 2 * (16 + 16 + 16 + 8)} of" in said
+    assert "GLUE, Wang et al., 2019), template mezo; the loss is that of choice" in said
     assert "40 examples of" in said
     assert "; 0 (0.0%) are cut" in said
     assert re.search(r"memory of a step.*: 0\.\d\d GB of values", said)

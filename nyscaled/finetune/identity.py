@@ -22,6 +22,7 @@ SAMPLED = 32
 SAMPLE = 2**16
 """Most bytes of these rows, unless one row has more."""
 SHOWN = 4
+_WITHOUT_EFFECT = ("_token_id", "id2label", "label2id")
 
 
 class Base(TypedDict):
@@ -29,7 +30,7 @@ class Base(TypedDict):
 
     Attributes:
         model: how the user called it, for messages.
-        config: what `config.json` holds, without ids of special tokens.
+        config: what `config.json` holds, without ids of special tokens and names of classes.
         shapes: shapes of its tensors, by name.
         samples: hashes of the first rows of some of them, as float32.
     """
@@ -64,7 +65,8 @@ def of_base(model: str | os.PathLike[str]) -> Base:
         _, rows = next(iter(source.blocks(names[name], SAMPLE)))
         return hashlib.sha256(np.asarray(rows, np.float32).tobytes()).hexdigest()[:16]
 
-    config = {k: v for k, v in outline.config.to_json().items() if not k.endswith("_token_id")}
+    settings: Mapping[str, object] = outline.config.to_json()
+    config = {k: v for k, v in settings.items() if not k.endswith(_WITHOUT_EFFECT)}
     return {
         "model": str(model),
         "config": json.loads(json.dumps(config)),  # as it is read again

@@ -77,7 +77,9 @@ def shown(row: Row, tokenizer: Tokenizer) -> str:
 def _data(prepared: Prepared) -> Iterator[str]:
     examples, plan = prepared.examples, prepared.plan
     task, lengths = examples.task, prepared.lengths
-    yield f"task {task.name} ({task.source}); the loss is that of {prepared.objective}"
+    prompt = prepared.described["prompt"]
+    template = "" if prompt is None else f", template {prompt['name']}"
+    yield f"task {task.name} ({task.source}){template}; the loss is that of {prepared.objective}"
     for index in range(min(SHOWN, len(plan.train))):
         rows, label = plan.train.rows[index], plan.train.labels[index]
         row = rows[label if len(rows) > 1 else 0]
