@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Inexact, Key
 
 from nyscaled.numerics import full_precision, normalized, shift
 
-_ONE_THREAD = 32  # side of a triangular solve
+_ONE_THREAD = 16  # side of a triangular solve; real ones wake threads from 32 on, complex from 24
 
 
 def _one_at_a_time(fn: Callable[[Array], Any]) -> Any:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Key
 from nyscaled.lowrank import derivative, estimate
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host import HostMatrix
+from nyscaled.lowrank.jacobi import QUIET
 from nyscaled.lowrank.krylov import Sketch, project, sketch
 from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.products import (
@@ -30,7 +31,6 @@ from nyscaled.typing import LinearMap
 from nyscaled.validation import is_concrete
 
 PROBES = 8  # columns that measure the error
-QUIET = 64  # dimensions up to which an eigendecomposition wakes no threads of a BLAS on CPUs
 
 
 class _Plan(NamedTuple):
