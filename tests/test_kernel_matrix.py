@@ -82,6 +82,14 @@ def test_length_scales_are_leaves_and_may_be_one_per_coordinate():
     assert entry._cache_size() == before
 
 
+@pytest.mark.parametrize("kernel", [kernels.gaussian, kernels.matern, kernels.laplace])
+def test_length_scales_are_positive_numbers(kernel):
+    for length_scale in (0, -1.0, np.nan, np.inf, jnp.array([1.0, 0.0]), True, 1j):
+        with pytest.raises(ValueError, match=r"length_scale is .*; expected positive numbers"):
+            kernel(length_scale)
+    assert kernel(jnp.bfloat16(2)).length_scale == 2
+
+
 def test_it_is_a_matrix_for_all_that_takes_products():
     a = KernelMatrix(Partial(plain), POINTS[3])
     norm = nys.linalg.spectral_norm(a)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
@@ -107,6 +108,19 @@ def _decay(sizes: Array) -> Array:
 _MATERN = {0.5: _matern_half, 1.5: _matern_three_halves, 2.5: _matern_five_halves}
 
 
+def _positive(length_scale: ArrayLike) -> ArrayLike:
+    """ℓ; ValueError if its value is known and is not positive."""
+    if not isinstance(length_scale, jax.core.Tracer):
+        lengths = np.asarray(length_scale)
+        real = jnp.issubdtype(lengths.dtype, jnp.number) and not np.iscomplexobj(lengths)
+        if not (real and np.all((lengths > 0) & (lengths < np.inf))):
+            raise ValueError(
+                f"length_scale is {length_scale!r:.80}; expected positive numbers (one, or one per "
+                "coordinate)"
+            )
+    return length_scale
+
+
 def gaussian(length_scale: ArrayLike = 1.0) -> StationaryKernel:
     """Return the Gaussian kernel exp(−‖x − y‖²/(2ℓ²)).
 
@@ -118,7 +132,7 @@ def gaussian(length_scale: ArrayLike = 1.0) -> StationaryKernel:
         >>> f"{float(kernel(jnp.zeros(1), jnp.full(1, 2.0))):.4f}"
         '0.6065'
     """
-    return StationaryKernel(length_scale, _gaussian)
+    return StationaryKernel(_positive(length_scale), _gaussian)
 
 
 def matern(length_scale: ArrayLike = 1.0, smoothness: float = 1.5) -> StationaryKernel:
@@ -135,7 +149,7 @@ def matern(length_scale: ArrayLike = 1.0, smoothness: float = 1.5) -> Stationary
     """
     if smoothness not in _MATERN:
         raise ValueError(f"smoothness is {smoothness!r}; expected 0.5, 1.5 or 2.5")
-    return StationaryKernel(length_scale, _MATERN[smoothness])
+    return StationaryKernel(_positive(length_scale), _MATERN[smoothness])
 
 
 def laplace(length_scale: ArrayLike = 1.0) -> StationaryKernel:
@@ -149,7 +163,7 @@ def laplace(length_scale: ArrayLike = 1.0) -> StationaryKernel:
         >>> f"{float(kernel(jnp.zeros(2), jnp.ones(2))):.4f}"
         '0.3679'
     """
-    return StationaryKernel(length_scale, _decay, "sizes")
+    return StationaryKernel(_positive(length_scale), _decay, "sizes")
 
 
 @jax.jit
