@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+_SPIN = 0.1  # seconds, longer than threads of a BLAS go on spinning after a call
+
 
 def interleaved(
     functions: Mapping[str, Callable[[], Any]],
@@ -24,15 +26,17 @@ def interleaved(
         functions: what is timed, by name.
         rounds: how often each runs.
         clock: of seconds.
-        warm: whether each timed call follows one of the same function that is not timed, so that
-            no function pays for what the last one left in caches and in threads that spin.
+        warm: whether each timed call follows a tenth of a second of calls of the same function
+            that are not timed, so that no function pays for what the last one left in caches and in
+            threads that spin.
     """
     for fn in functions.values():
         jax.block_until_ready(fn())
     seconds = {name: np.empty(rounds) for name in functions}
     for i in range(rounds):
         for name, fn in functions.items():
-            if warm:
+            until = time.perf_counter() + _SPIN
+            while warm and time.perf_counter() < until:
                 jax.block_until_ready(fn())
             start = clock()
             jax.block_until_ready(fn())
