@@ -8,8 +8,7 @@ examples:
   nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte
   nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte --resume
   nyscaled finetune --model MODEL --data glue/rte --task rte --out runs/rte --dry-run
-  nyscaled finetune --model MODEL --data glue/rte --task rte --out sweep \
-    --sweep learning_rate=1e-4,3e-4,1e-3
+  nyscaled finetune --config run.yaml --sweep learning_rate=1e-4,3e-4,1e-3 --out sweep
   nyscaled finetune --config run.yaml --learning-rate 1e-4 --out runs/2   # flags override the file
 """
 
