@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+MINILM = Path(__file__).parents[2] / "build" / "weights" / "all-MiniLM-L6-v2"
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -26,3 +27,7 @@ def test_the_tables_of_factorizations():
     tables = output_of("lowrank.py")
     assert tables.count("| sklearn randomized_svd") == 5
     assert tables.count("| rank 20, ") == 4
+
+
+def test_the_table_of_whole_runs():
+    assert output_of("finetune_run.py", "--model", MINILM).count("| all-MiniLM") == 2
