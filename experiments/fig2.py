@@ -145,6 +145,8 @@ def shares(config: Config, runs: dict[int, dict[str, np.ndarray]]) -> dict[str, 
         for side in ("left", "right")
     }
     result: dict[str, Any] = {name: float(values.mean()) for name, values in of_run.items()}
+    if len(runs) < 2:  # no interval
+        return result
     for null in NULLS:
         result[f"less {null}"] = paired.compare(of_run["changed"] - of_run[null])._asdict()
     for side in ("left", "right"):

@@ -1,13 +1,16 @@
-"""experiments/tier_a.py and fig2.py in their quick forms."""
+"""experiments/tier_a.py and fig2.py in their quick forms, and their committed records."""
 
 import json
 
 import numpy as np
 import pytest
-from experiment_cases import read_rows
+from experiment_cases import ROOT, read_rows
 
 from experiments import fig2, tier_a
+from experiments.lib import comparison, paired
 from experiments.lib.journal import Journal
+
+FIGURES = ROOT / "figures"
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,55 @@ def test_quick_figure_2_has_its_nulls(tmp_path):
     shares = json.loads((tmp_path / "fig2.json").read_text())["shares"]
     assert shares["PiSSA"]["left"] == pytest.approx(1)  # its a is along the first vectors
     assert shares["LoRA"]["left"] < 0.5
+
+
+def test_committed_record_is_what_its_runs_give():
+    """The lines of the runs give the comparisons, the choices, and the table of the page."""
+    how = json.loads((FIGURES / "tier_a.json").read_text())
+    assert not how["config"]["quick"]
+    lines = lines_of(FIGURES)
+    assert how["runs"] == len(lines)
+    finals, tuned = {}, {}
+    for line in lines.values():
+        of_method = tuned if line["seed"] == tier_a.TUNING_SEED else finals
+        point = line["seed"], line["steps"], line["rate"], line["number"]
+        of_method.setdefault(line["method"], {})[point] = line
+    runs = {m: {seed: x for (seed, *_), x in of.items()} for m, of in finals.items()}
+    for endpoint in tier_a.ENDPOINTS:
+        for name, result in how["differences"][endpoint.field].items():
+            first, second = name.split(" − ")
+            seeds = comparison.common(runs, first, second)
+            one, other = (
+                comparison.values(runs, endpoint.field, method, seeds) for method in (first, second)
+            )
+            assert result["pairs"] == len(seeds)
+            assert result["mean"] == pytest.approx(np.mean(one - other), abs=1e-6)
+            np.testing.assert_allclose(
+                (result["low"], result["high"]), paired.interval(one - other), atol=1e-6
+            )
+            assert result["verdict"] == comparison.verdict(result)
+            if result["pairs"] < 8:
+                assert result["verdict"] == comparison.FEW
+    for method, of_method in tuned.items():
+        full = [x for (_, steps, *_), x in of_method.items() if steps == how["config"]["steps"]]
+        if method in how["chosen"]:
+            best = min(full, key=lambda x: x["validation_loss"])
+            assert how["chosen"][method]["rate"] == best["rate"]
+            assert len(full) == 2
+    table = comparison.table(
+        {method: runs[method] for method in how["seeds"]},
+        tier_a.ENDPOINTS,
+        how["differences"],
+        {method: tuple(point.values()) for method, point in how["chosen"].items()},
+        tier_a.BASE,
+    )
+    assert (FIGURES / "tier_a.md").read_text() == table
+
+
+def test_committed_figure_2_compares_with_chance():
+    how = json.loads((FIGURES / "fig2.json").read_text())
+    panels = read_rows(FIGURES / "fig2.csv", ("index", "value"))
+    for method, shares in how["shares"].items():
+        _, counts = panels["changed"][method]
+        assert counts.sum() == how["matrices"] * how["config"]["rank"] * shares["seeds"]
+        assert shares["changed"] == pytest.approx(counts[:8].sum() / counts.sum(), abs=1e-5)

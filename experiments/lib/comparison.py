@@ -129,9 +129,9 @@ def table(
         for endpoint in endpoints:
             mean = values(runs, endpoint.field, method, sorted(lines)).mean()
             result = results[endpoint.field].get(f"{method} − {base}")
-            cell = f"{mean:.4f}"
+            cell = f"{mean:.3f}"
             if result is not None:
-                span = f"{result['mean']:+.4f} [{result['low']:+.4f}, {result['high']:+.4f}]"
+                span = f"{result['mean']:+.3f} [{result['low']:+.3f}, {result['high']:+.3f}]"
                 cell += f"; {span}: {result['verdict']}"
             cells.append(cell)
         rows.append(cells)
