@@ -44,66 +44,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.lib import comparison, made_up, paired
 from experiments.lib.adapter_runs import Setting, Variant, run
-from experiments.lib.comparison import Endpoint, Runs
 from experiments.lib.config import BaseConfig, command_line
 from experiments.lib.curves import Curve
 from experiments.lib.files import write_atomically
 from experiments.lib.journal import Journal, Line
 from experiments.lib.record import save
-from experiments.lib.style import COLOURS, MARKERS
+from experiments.lib.tier_a_figure import curves_of, draw
+from experiments.lib.tier_a_methods import (
+    AGAIN,
+    BASE,
+    CONTROLS,
+    ENDPOINTS,
+    FIRST,
+    METHODS,
+    PAIRS,
+    REFERENCES,
+    SHUFFLED,
+    UPDATES,
+)
 from experiments.lib.tuning import Grid, Point, tune
 
-BASE = "LoRA"
-METHODS: dict[str, tuple[Variant, Grid]] = {
-    BASE: (Variant("lora", number="size"), Grid(numbers=(1.0, 0.5, 2.0))),
-    "NoRA": (Variant("nora", number="scale"), Grid(numbers=(0.1, 0.05, 0.2))),
-    "NoRA, rule": (Variant("nora", "rule"), Grid()),
-    "PiSSA": (Variant("pissa"), Grid()),
-    "NoRA+": (Variant("nora+", number="scale"), Grid(numbers=(0.1, 0.05, 0.2))),
-    "EVA": (Variant("eva", number="size"), Grid(numbers=(1.0, 0.5, 2.0))),
-    "LoRA-One": (Variant("lora-one", number="gamma"), Grid(numbers=(16.0, 4.0, 64.0))),
-    "LoRA-P": (Variant("lora-p", number="damping"), Grid(numbers=(1e-2, 1e-4, 1.0))),
-    "LoRA+": (Variant("lora+", number="ratio"), Grid(numbers=(16.0, 4.0, 64.0)).times(0.32)),
-    "OLoRA": (Variant("olora"), Grid()),
-}
-"""Methods with their grids."""
-SIZED, ROTATED, AGAIN, SHUFFLED = (
-    "LoRA of NoRA's size",
-    "NoRA, rotated",
-    "LoRA again",
-    "LoRA, shuffled labels",
-)
-CONTROLS = {
-    SIZED: Variant("nora", "gaussian", "scale"),
-    ROTATED: Variant("nora", "rotated", "scale"),
-}
-REFERENCES: dict[str, tuple[Variant, Grid]] = {
-    "linear probe": (Variant("linear-probe"), Grid().times(10)),
-    "full": (Variant("full"), Grid().times(0.032)),
-}
-FIRST = 3
-"""How many of the methods are run first, seed by seed; one more is before the controls."""
-PAIRS = (
-    *(("NoRA", "NoRA, rule"), ("NoRA", SIZED), ("NoRA", ROTATED)),
-    *((AGAIN, BASE), ("NoRA+", "NoRA")),
-)
-"""Further pairs that are compared."""
-UPDATES = (BASE, "NoRA", "PiSSA", SHUFFLED)
-"""Whose updates are kept for Figure 2."""
 TUNING_SEED = 100
 KEYS = ("setting", "method", "rate", "number", "seed", "steps")
-
-
-ENDPOINTS = (
-    Endpoint("training_loss", "training loss", 0.02),
-    Endpoint("validation_loss", "validation loss", 0.02),
-    Endpoint("test_accuracy", "test accuracy", 0.01, relative=False),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +106,9 @@ class Study:
 
     def __init__(self, config: Config, setting: Setting) -> None:
         self.config, self.setting = config, setting
+        name = Path(setting.model).name
+        sizes = dataclasses.asdict(setting) | {"model": name, "data": setting.data.name}
+        self.name = " ".join(str(value).replace(" ", "") for value in sizes.values())
         self.journal = Journal(config.out / "tier_a.jsonl", KEYS)
         self.ends = time.monotonic() + 60 * config.minutes
         self.chosen: dict[str, Point] = {}
@@ -148,10 +117,7 @@ class Study:
         self, label: str, variant: Variant, point: Point, seed: int, steps: int, **options: Any
     ) -> Line:
         """Return the line of a run."""
-        name = Path(self.setting.model).name
-        sizes = dataclasses.asdict(self.setting) | {"model": name, "data": self.setting.data.name}
-        setting = " ".join(str(value).replace(" ", "") for value in sizes.values())
-        values = (setting, label, *point, seed, steps)
+        values = (self.name, label, *point, seed, steps)
         identity: Line = dict(zip(KEYS, values, strict=True))
 
         def make() -> Line:
@@ -239,11 +205,21 @@ class Study:
             self.tune(name, variant, grid)
         self.final((name, variant) for name, (variant, _) in methods.items())
 
+    @property
+    def lines(self) -> list[Line]:
+        """The runs of this setting: the file may have those of others."""
+        return [line for line in self.journal.lines.values() if line["setting"] == self.name]
+
     def finals(self) -> dict[str, dict[int, Line]]:
-        """Return the final runs by method and seed."""
+        """Return the final runs at the chosen points, by method and seed."""
         runs: dict[str, dict[int, Line]] = {}
-        for line in self.journal.lines.values():
-            if line["seed"] != TUNING_SEED:
+        for line in self.lines:
+            point = self.chosen.get(line["method"])
+            if (
+                line["seed"] != TUNING_SEED
+                and line["steps"] == self.config.steps
+                and point == Point(line["rate"], line["number"])
+            ):
                 runs.setdefault(line["method"], {})[line["seed"]] = line
         return runs
 
@@ -274,7 +250,7 @@ def screened(study: Study) -> dict[str, Curve]:
     for label, (_, grid) in METHODS.items():
         points = sorted(
             (line["rate"], line["validation_loss"])
-            for line in study.journal.lines.values()
+            for line in study.lines
             if line["method"] == label
             and line["steps"] == study.config.screening_steps
             and line["number"] == grid.first
@@ -282,67 +258,6 @@ def screened(study: Study) -> dict[str, Curve]:
         if points:
             curves[label] = Curve(*np.array(points).T)
     return curves
-
-
-def curves_of(study: Study, runs: Runs) -> dict[str, dict[str, Curve]]:
-    """Return what the record of the picture holds."""
-    curves = {
-        endpoint.field.replace("_", " "): {
-            label: Curve(sorted(lines), [lines[s][endpoint.field] for s in sorted(lines)])
-            for label, lines in runs.items()
-        }
-        for endpoint in ENDPOINTS
-    }
-    curves["loss of ten steps"] = {}
-    for label, lines in runs.items():
-        losses = np.mean([line["losses"] for line in lines.values()], axis=0)
-        blocks = losses[: len(losses) // 10 * 10].reshape(-1, 10).mean(axis=1)
-        curves["loss of ten steps"][label] = Curve(10 * np.arange(1, len(blocks) + 1), blocks)
-    return {panel: c for panel, c in curves.items() if c} | {"screening": screened(study)}
-
-
-def draw(runs: Runs, results: Any, screening: dict[str, Curve]) -> Any:
-    """Draw paired differences to LoRA with their intervals, and losses by learning rate."""
-    labels = [label for label in runs if label not in (BASE, SHUFFLED, *REFERENCES)]
-    figure, axes = plt.subplots(
-        1,
-        3,
-        figsize=(11, 0.9 + 0.32 * max(6, len(labels))),
-        layout="constrained",
-        width_ratios=(1, 1, 1.2),
-    )
-    for panel, axis, endpoint in zip("ab", axes, ENDPOINTS[:2], strict=False):
-        for row, label in enumerate(labels):
-            result = results[endpoint.field].get(f"{label} − {BASE}")
-            if result is None:
-                continue
-            seeds = comparison.common(runs, label, BASE)
-            one, other = (
-                comparison.values(runs, endpoint.field, name, seeds) for name in (label, BASE)
-            )
-            axis.plot(one - other, np.full(len(seeds), row), ".", color="0.6", ms=4)
-            axis.plot((result["low"], result["high"]), (row, row), color=COLOURS[0])
-            axis.plot(result["mean"], row, MARKERS[0], color=COLOURS[0])
-            if row == 0:
-                axis.axvspan(-result["margin"], result["margin"], color="0.9", zorder=0)
-        axis.axvline(0, color="0.3", lw=0.8)
-        axis.set(
-            title=f"({panel}) {endpoint.title}, difference to {BASE}",
-            ylim=(len(labels) - 0.5, -0.5),
-        )
-        axis.set_yticks(range(len(labels)), labels if panel == "a" else [""] * len(labels))
-        axis.set_xlabel("grey: a difference of at most 2 %")
-    for index, (label, curve) in enumerate(screening.items()):
-        axes[2].plot(
-            *curve,
-            "-" if index < len(COLOURS) else "--",
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            label=label,
-        )
-    axes[2].set(xscale="log", xlabel="learning rate", title="(c) validation loss after a short run")
-    axes[2].legend()
-    return figure
 
 
 def summarize(study: Study) -> None:
@@ -369,12 +284,11 @@ def summarize(study: Study) -> None:
         for label in runs
         if label != BASE
     }
-    first = {label: next(iter(lines.values())) for label, lines in runs.items()}
-    chosen = {label: Point(line["rate"], line["number"]) for label, line in first.items()}
-    curves = curves_of(study, runs)
+    chosen = {label: study.chosen[label] for label in runs}
+    curves = curves_of(runs, screened(study))
     table = comparison.table(runs, ENDPOINTS, results, chosen, BASE)
     write_atomically(study.config.out / "tier_a.md", table.encode())
-    lines = study.journal.lines.values()
+    lines = study.lines
     save(
         study.config.out,
         "tier_a",
@@ -398,6 +312,8 @@ def answers(line: Line) -> np.ndarray:
 
 def main(config: Config) -> None:
     """Make the runs that are missing, and compare all."""
+    if config.seeds > paired.MOST:
+        raise ValueError(f"seeds is {config.seeds}; expected at most {paired.MOST}")
     with tempfile.TemporaryDirectory() as folder:
         methods = METHODS
         setting = Setting(config.model, config.data, batch_size=config.batch_size)

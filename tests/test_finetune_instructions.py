@@ -73,6 +73,27 @@ def test_all_answers_of_a_conversation_count(begins):
     assert cut[0].counted == ()
 
 
+REFUSES = (
+    "{% if messages | length == 1 %}{{ raise_exception('no') }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_beginnings_that_the_chat_template_refuses_are_not_trained_on():
+    greeting = {"role": "assistant", "content": "Hello"}
+    messages = [TURNS[0], greeting, *TURNS[1:], *TURNS[1:]]
+    chat = example(tokenizer=characters(chat=REFUSES), messages=messages)
+    assert [chat.prompt[a:b] for a, b in chat.turns] == ["Yes;"]
+
+
+def test_a_template_that_the_rows_do_not_use_is_refused():
+    with pytest.raises(ValueError, match="has a prompt, and the template is alpaca"):
+        example("alpaca", prompt="Hi", completion="Yes")
+    with pytest.raises(ValueError, match="has messages, and the template is plain"):
+        example("plain", tokenizer=characters(), messages=TURNS)
+
+
 def test_conversations_that_are_refused():
     with pytest.raises(ValueError, match="is a conversation; expected a model with a tokenizer"):
         example(messages=TURNS)

@@ -11,6 +11,7 @@ from training_cases import settings
 import nyscaled as nys
 from nyscaled.cli import main
 from nyscaled.finetune import launch, sweeping
+from nyscaled.finetune.progress import NotFiniteError
 from nyscaled.finetune.sweep_picture import draw
 from nyscaled.finetune.sweeping import Run, Sweep, grid_of
 
@@ -58,6 +59,28 @@ def test_runs_are_in_folders_of_their_own_and_go_on_where_they_began(tmp_path):
     assert (first.learning_rate, first.rank, first.resume, first.sweep) == (1e-3, 4, False, None)
     assert (second.out, second.resume) == (begun, True)
     assert swept == {"learning_rate": 2e-3, "rank": 4}
+
+
+def test_settings_that_a_method_does_not_have_stop_a_sweep_before_its_first_run(tmp_path):
+    with pytest.raises(ValueError, match="typo"):
+        list(sweeping.configs(settings(tmp_path, sweep="method=lora,typo")))
+    with pytest.raises(ValueError, match="scale"):
+        list(sweeping.configs(settings(tmp_path, sweep="method=nora,lora", scale=0.1)))
+
+
+def test_runs_of_a_sweep_have_the_same_examples(tmp_path, monkeypatch):
+    def run(config):
+        config.out.mkdir(parents=True)
+        digest = {"examples": 2 + len(made), "sha256": ""}
+        (config.out / launch.RECORD).write_text(json.dumps({"examples": {"train": digest}}))
+        made.append(config)
+        raise NotFiniteError("diverged")
+
+    made = []
+    monkeypatch.setattr(sweeping, "run", run)
+    with pytest.raises(ValueError, match="train has 3 examples, not 2"):
+        nys.finetune.sweep(settings(tmp_path, sweep="learning_rate=1,2"))
+    assert len(made) == 2
 
 
 def test_a_best_value_at_an_end_of_the_grid_is_said():

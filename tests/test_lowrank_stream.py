@@ -216,7 +216,7 @@ print(memory("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.long
 def test_memory_holds_blocks_and_thin_matrices(tmp_path):
-    """Three passes over 200 MB, made and mapped, by blocks of 4 MB; programs take some tens of MB."""
+    """Three passes over 200 MB, made and mapped, by blocks of 4 MB. Programs take memory too."""
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "a.bin")], capture_output=True, text=True
     )

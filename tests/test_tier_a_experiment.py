@@ -7,7 +7,7 @@ import pytest
 from experiment_cases import ROOT, read_rows
 
 from experiments import fig2, tier_a
-from experiments.lib import comparison, paired
+from experiments.lib import adapter_runs, comparison, paired
 from experiments.lib.journal import Journal
 
 FIGURES = ROOT / "figures"
@@ -53,6 +53,23 @@ def test_quick_form_compares_paired_seeds(quick):
     tuned = [x for x in lines_of(quick).values() if x["seed"] == 100]
     for method in how["chosen"].keys() - {"LoRA again", "LoRA, shuffled labels"}:
         assert 9 <= sum(x["method"] == method for x in tuned) <= 11
+
+
+def test_runs_of_other_settings_are_left_out(tmp_path):
+    study = tier_a.Study(tier_a.Config(out=tmp_path), adapter_runs.Setting("m", tmp_path))
+    study.chosen["LoRA"] = point = tier_a.Point(1e-3, 1.0)
+    for seed, (setting, rate, steps) in enumerate(
+        [
+            (study.name, 1e-3, 200),
+            ("quick", 1e-3, 200),
+            (study.name, 1e-3, 20),
+            (study.name, 1, 200),
+        ]
+    ):
+        identity = zip(tier_a.KEYS, (setting, "LoRA", rate, point.number, seed, steps), strict=True)
+        study.journal.once(dict(identity), dict)
+    assert study.finals().keys() == {"LoRA"}
+    assert study.finals()["LoRA"].keys() == {0}
 
 
 def test_quick_figure_2_has_its_nulls(tmp_path):

@@ -26,7 +26,8 @@ class Paired(NamedTuple):
         p: p-value of the exact sign-flip test, two-sided.
         t_test: p-value of the paired t-test. Unlike p it has no smallest value, so that it can be
             corrected for many methods.
-        detectable: smallest mean that a study of this size and spread finds in 4 of 5 cases.
+        detectable: smallest mean that one t-test of this size and spread, which is not corrected
+            for other tests, finds in 4 of 5 cases.
         pairs: number of pairs.
     """
 

@@ -107,6 +107,9 @@ def require_base(folder: Path, model: str | os.PathLike[str]) -> None:
     ):
         before: Mapping[str, object] = saved.get(part, {})
         now: Mapping[str, object] = own[part]
+        if part == "config":  # another version of this package may write other settings
+            now = {name: now[name] for name in now if name in before}
+            before = {name: before[name] for name in now}
         if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
             shown = ", ".join(
                 name if part == "samples" else f"{name} ({now.get(name)}, not {before.get(name)})"
@@ -157,6 +160,6 @@ def require_examples(folder: Path, saved: Mapping[str, Digest], own: Mapping[str
         if before["examples"] == now["examples"]:
             counts = f"other texts or labels in some of its {now['examples']} examples"
         raise ValueError(
-            f"the data have changed since the run in {folder} began: {name} has {counts}; expected "
-            "the files that it began with, or another --out"
+            f"the encoded examples have changed since the run in {folder} began: {name} has "
+            f"{counts}; expected the files and the tokenizer that it began with, or another --out"
         )

@@ -35,9 +35,16 @@ Messages = list[Mapping[str, object]]
 
 
 def _build(task: Task, template: str | None, row: Row, tokenizer: Tokenizer | None) -> Example:
-    if row.fields.get("messages") is not None:
+    messages, question = row.fields.get("messages"), row.fields.get("prompt")
+    if template not in (None, "chat") and (messages is not None or question is not None):
+        form = "messages" if messages is not None else "a prompt"
+        raise ValueError(
+            f"{row.source} has {form}, and the template is {template}; expected the template chat, "
+            "or rows with instruction and output"
+        )
+    if messages is not None:
         return _chat(row, _messages(row, "messages"), tokenizer)
-    if row.fields.get("prompt") is not None:
+    if question is not None:
         if not isinstance(row.value("prompt"), str):
             both = _messages(row, "prompt") + _messages(row, "completion")
             return _chat(row, both, tokenizer)
@@ -120,8 +127,11 @@ def _earlier_answers(
     """The first and last character of each answer of the assistant in a prompt."""
     for i, message in enumerate(messages):
         if i and message["role"] == "assistant":
-            before = tokenizer.chat(messages[:i], add_generation_prompt=True)
-            after = tokenizer.chat(messages[: i + 1])
+            try:
+                before = tokenizer.chat(messages[:i], add_generation_prompt=True)
+                after = tokenizer.chat(messages[: i + 1])
+            except ValueError:  # some templates refuse such a beginning of a conversation
+                continue
             if prompt.startswith(after) and after.startswith(before):
                 yield len(before), len(after)
 

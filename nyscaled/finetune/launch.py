@@ -217,6 +217,8 @@ def claim(prepared: Prepared) -> None:
     config, path = prepared.config, prepared.config.out / CONFIG
     if path.exists():
         identity.require_base(config.out, config.model)
+        if not (config.out / identity.FILE).exists():
+            identity.write_base(config.out, identity.of_base(config.model))
         record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))
         identity.require_examples(config.out, record.get("examples", {}), prepared.digests)
         return

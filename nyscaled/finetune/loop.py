@@ -88,7 +88,8 @@ class Plan:
 
     def samples(self, params: Tree, step: int) -> list[dict[str, str | int]]:
         """Return texts that the model generates after a step, none if this is not one for them."""
-        if self.sampler is None or step % (self.config.sample_every or step + 1):
+        every = self.config.sample_every
+        if self.sampler is None or every is None or step % every:
             return []
         evaluating = dataclasses.replace(self.program, graphdef=self.parts.evaluating)
         model = evaluating.merge(params, self.parts.counts, self.parts.frozen)

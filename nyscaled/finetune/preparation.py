@@ -74,6 +74,19 @@ class Prepared:
     digests: dict[str, Digest]
 
 
+def require_method(config: Config) -> None:
+    """Refuse a method that does not exist, and settings that it does not have.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        ValueError: on such settings.
+    """
+    chosen = method(config.method)
+    chosen.require_known(_given(config, "scale"), _given(config, "damping", "ratio"))
+
+
 def prepare(config: Config, *, outline: bool = False) -> Prepared:
     """Return a run that is ready to train.
 
@@ -84,9 +97,9 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     Raises:
         ValueError: on settings, data and models that do not go together.
     """
+    require_method(config)
     chosen, options = method(config.method), _given(config, "scale")
     hyperparameters = _given(config, "damping", "ratio")
-    chosen.require_known(options, hyperparameters)
     with timed(f"reading {'the outline of ' * outline}{config.model}"):
         read = models.outline if outline else partial(models.load, mesh=meshes.current())
         model, tokenizer = read(config.model, dtype=config.dtype, remat=config.remat)

@@ -76,4 +76,4 @@ def append(folder: Path, lines: Sequence[dict[str, str | int]]) -> None:
         lines: the lines.
     """
     with open(folder / FILE, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.writelines(json.dumps(line) + "\n" for line in lines)

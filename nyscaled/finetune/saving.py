@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from nyscaled import lora, models
+from nyscaled._files import replacing
 from nyscaled.checkpoints.files import open_tensors, read_tensor, write_tensors
 from nyscaled.finetune import described, identity, training
 from nyscaled.finetune.methods import method
@@ -56,8 +57,8 @@ def save(prepared: Prepared) -> float:
         models.save(model, folder, prepared.tokenizer)
         read, _ = models.load(folder, dtype=prepared.config.dtype)
     if method(prepared.config.method).trains in ("adapters", "prefix"):
-        base = (prepared.config.out / identity.FILE).read_bytes()
-        (folder / identity.FILE).write_bytes(base)
+        with replacing(folder / identity.FILE) as file:
+            file.write((prepared.config.out / identity.FILE).read_bytes())
     described.write(folder, prepared.described)
     difference, size = compare(_scores(read, prepared), expected)
     limit = max(1e-3, 4 * float(jnp.finfo(prepared.config.dtype).eps)) * max(1.0, size)

@@ -39,7 +39,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     image = axes.imshow(table, cmap="viridis_r", aspect="auto")
     axes.set_yticks(range(len(ticks[0])), [str(value) for value in ticks[0]])
     axes.set_xticks(range(len(ticks[1])), [str(value) for value in ticks[1]])
-    for (i, j), loss in np.ndenumerate(table):
+    for x, y, loss in zip(*columns, losses, strict=True):
+        i, j = ticks[0].index(x), ticks[1].index(y)
         text = "not finite" if np.isnan(loss) else f"{loss:.3f}"
         axes.text(j, i, text, ha="center", va="center", bbox={"fc": "white", "alpha": 0.6, "lw": 0})
     axes.set(ylabel=names[0], xlabel=names[1])

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from nyscaled._files import replacing
+from nyscaled.finetune import identity
 from nyscaled.finetune.config import Config
-from nyscaled.finetune.launch import CONFIG, run
+from nyscaled.finetune.launch import CONFIG, RECORD, run
+from nyscaled.finetune.preparation import require_method
 from nyscaled.finetune.progress import NotFiniteError, say
 
 TABLE, PICTURE = "sweep.json", "sweep.png"
@@ -134,7 +136,9 @@ def configs(config: Config) -> Iterator[tuple[dict[str, Value], Config]]:
         folder = config.out / ",".join(f"{name}={value}" for name, value in settings.items())
         changes: Mapping[str, object] = {**settings, "out": folder, "sweep": None}
         goes_on = config.resume and (folder / CONFIG).exists()
-        yield settings, dataclasses.replace(config, **changes, resume=goes_on)  # pyright: ignore[reportArgumentType]
+        own = dataclasses.replace(config, **changes, resume=goes_on)  # pyright: ignore[reportArgumentType]
+        require_method(own)
+        yield settings, own
 
 
 def sweep(config: Config) -> Sweep:
@@ -148,7 +152,8 @@ def sweep(config: Config) -> Sweep:
         config: the settings, with a `sweep` such as "learning_rate=1e-4,3e-4,1e-3".
 
     Raises:
-        ValueError: as `run` does, on another form of the sweep, and if no run has a finite loss.
+        ValueError: as `run` does, on another form of the sweep, if the data have changed between
+            two runs, and if no run has a finite loss.
 
     Examples:
         >>> config = Config(model="m", data=Path("d"), task="rte", out=Path("o"), sweep="steps=3")
@@ -167,6 +172,7 @@ def sweep(config: Config) -> Sweep:
     for number, (settings, own) in enumerate(planned, 1):
         say(f"run {number} of {len(planned)}: {_shown(settings)}")
         done = Sweep(config.out, (*done.runs, _run(settings, own)))
+        _require_same_examples(planned[0][1].out, own.out)
         _write(done)
     if done.best.validation_loss is None:
         raise ValueError(f"no run of the sweep has a finite loss: {done.best.error}")
@@ -180,6 +186,12 @@ def _run(settings: dict[str, Value], config: Config) -> Run:
         return Run(settings, config.out.name, error=str(error))
     own = {name: getattr(result, name) for name in ("accuracy", "best_step", "scores")}
     return Run(settings, config.out.name, result.validation_loss, **own)
+
+
+def _require_same_examples(first: Path, other: Path) -> None:
+    """Refuse runs of other examples: a finished one does not read the data again."""
+    one, two = (json.loads((out / RECORD).read_text(encoding="utf-8")) for out in (first, other))
+    identity.require_examples(first, one["examples"], two["examples"])
 
 
 def _write(done: Sweep) -> None:
@@ -215,6 +227,7 @@ def _at_an_end(done: Sweep) -> list[str]:
     for name, best in done.best.settings.items():
         values = [run.settings[name] for run in done.runs]
         numbers = {float(value) for value in values if not isinstance(value, str)}
-        if name != "seed" and len(numbers) > 1 and best in (min(numbers), max(numbers)):
+        ends = {min(numbers), max(numbers)} - {0.0} if numbers else set[float]()
+        if name != "seed" and len(numbers) > 1 and best in ends:  # nothing is below 0
             names.append(name)
     return names
