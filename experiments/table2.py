@@ -7,7 +7,8 @@
 FOLDER has a folder per task with train, dev and test files, as `nyscaled finetune` reads them. The
 defaults are the published settings: rank 8 and α = 16 on q_proj and v_proj, Adam, 5 epochs of 1,000
 examples with a learning rate that falls linearly, the learning rate from {1e-5, 5e-5, 1e-4} and ξ
-from {0.05, 0.1, 0.2}. The prompts and the scoring are MeZO's (Malladi et al., 2023). The paper does
+from {0.05, 0.1, 0.2}. (The published batch is 2, 4 or 8, as was best for LoRA; here it is 8. Prefixes
+learn at rates near 1e-2 in other work, so that these rates are low for them.) The prompts and the scoring are MeZO's (Malladi et al., 2023). The paper does
 not say how rates were chosen: here by the validation loss of the first seed, per task and method.
 Where the data have no labelled test, the score is that of the examples for validation.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import tempfile
 from pathlib import Path
 
@@ -26,6 +28,7 @@ import nyscaled as nys
 from experiments.lib import made_up
 from experiments.lib.config import BaseConfig, command_line
 from experiments.lib.score_table import fine_tuned, folder_of, write
+from nyscaled.finetune.progress import NotFiniteError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,14 @@ def run(
     return fine_tuned(settings)
 
 
+def loss(config: Config, task: str, method: str, rate: float, scale: float | None) -> float:
+    """Return the validation loss of a run of the first seed, infinity if it diverged."""
+    try:
+        return run(config, task, method, rate, scale, config.seed).validation_loss
+    except NotFiniteError:
+        return math.inf
+
+
 def score(result: nys.finetune.Result) -> float:
     """Return F1 of generated answers, accuracy of others; of validation where there is no test."""
     scores = result.scores
@@ -130,10 +141,7 @@ def main(config: Config) -> None:
             points = list(
                 itertools.product(config.learning_rates, config.scales if tuned else [None])
             )
-            first = {
-                point: run(config, task, method, *point, config.seed).validation_loss
-                for point in points
-            }
+            first = {point: loss(config, task, method, *point) for point in points}
             best = min(first, key=first.__getitem__)
             chosen.setdefault(task, {})[method] = best
             scores.setdefault(task, {})[method] = [

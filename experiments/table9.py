@@ -6,7 +6,7 @@
 
 The defaults are the published settings: rank 32 and α = 64 on all seven projections, 2 epochs of
 batches of 128. Warm-up, schedule and length are not published; they are PiSSA's (Meng et al., 2024)
-here: cosine, 3 %, 512 tokens, the loss on the answer.
+here: cosine, 3 %, 512 tokens, the loss on the answer. Rows for validation are taken from the file.
 
 Without a file to train on, the model is trained on some problems of the test file. Such a run shows
 that the path works, and its accuracy would mean nothing: it prints losses only.

@@ -30,4 +30,4 @@ def test_the_tables_of_factorizations():
 
 
 def test_the_table_of_whole_runs():
-    assert output_of("finetune_run.py", "--model", MINILM).count("| all-MiniLM") == 2
+    assert output_of("finetune_run.py", "--model", MINILM).count("| all-MiniLM") == 4
