@@ -8,7 +8,7 @@ FOLDER has a folder per task with train, dev and test files, as `nyscaled finetu
 defaults are the published settings: rank 8 and α = 16 on q_proj and v_proj, Adam, 5 epochs of 1,000
 examples with a learning rate that falls linearly, the learning rate from {1e-5, 5e-5, 1e-4} and ξ
 from {0.05, 0.1, 0.2}. Batches have 8 examples; the paper takes 2, 4 or 8, as is best for LoRA. The
-published rates are low for prefixes, for which MeZO's authors take 1e-2. The prompts and the scoring
+published rates are low for prefixes: MeZO's authors take 1e-2 there. The prompts and the scoring
 are MeZO's (Malladi et al., 2023). The paper does not say how rates were chosen: here by the
 validation loss of the first seed, per task and method. Where the data have no labelled test, the
 score is that of the examples for validation.
