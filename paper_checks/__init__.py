@@ -11,3 +11,5 @@ from .compiler import FLAGS
 # Hundreds of programs run once each: compiling them is most of the time. No result depends on these
 # flags; those that are set already stay.
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+# Two workers with two BLAS threads each wait for one another most of the time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

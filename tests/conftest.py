@@ -7,8 +7,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Two workers with two BLAS threads each wait for one another most of the time.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The workers of one run, and the processes that tests start, share what they compile.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="nyscaled-compiled-")
@@ -16,9 +14,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-from jaxtyping import install_import_hook
+import paper_checks  # noqa: F401, I001  before NumPy and jax: it sets their threads and flags
 
-import paper_checks  # noqa: F401  before jax: it sets the flags of the compiler
+from jaxtyping import install_import_hook
 
 # Before anything imports nyscaled: each annotation of the package is then checked in each call.
 install_import_hook("nyscaled", "typecheck.check")
