@@ -8,7 +8,8 @@ from pathlib import Path
 def _known(flag: str) -> bool:
     """Whether the installed jaxlib has the flag: XLA ends a process at unknown ones."""
     package = importlib.util.find_spec("jaxlib")
-    for path in Path(package.origin).parent.glob("libjax_common*") if package else ():
+    folder = Path(package.origin).parent if package and package.origin else Path()
+    for path in folder.glob("libjax_common*"):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             return text.find(flag.encode()) >= 0
     return False
