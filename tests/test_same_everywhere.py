@@ -45,13 +45,14 @@ def test_report_does_not_change_when_each_product_is_rounded_otherwise(seed):
 
 
 # The names are XLA's and, for what NumPy multiplies, OpenBLAS's.
+@by_hand
 @pytest.mark.parametrize(
     ("isa", "blas", "threads"),
     [
-        pytest.param("AVX2", "Haswell", 1, marks=pytest.mark.long),
-        pytest.param("AVX2", "Haswell", 2, marks=by_hand),
-        pytest.param("SSE4_2", "Nehalem", 1, marks=by_hand),
-        pytest.param("SSE4_2", "Nehalem", 2, marks=by_hand),
+        ("AVX2", "Haswell", 1),
+        ("AVX2", "Haswell", 2),
+        ("SSE4_2", "Nehalem", 1),
+        ("SSE4_2", "Nehalem", 2),
     ],
 )
 def test_report_does_not_change_with_the_instruction_set(isa, blas, threads):
