@@ -9,6 +9,8 @@ from experiment_cases import ROOT, read_rows
 from experiments import fig2, tier_a
 from experiments.lib import adapter_runs, comparison, paired
 from experiments.lib.journal import Journal
+from experiments.lib.tier_a_methods import AT_ONE_RATE
+from experiments.lib.tuning import Point
 
 FIGURES = ROOT / "figures"
 
@@ -30,7 +32,7 @@ def test_quick_form_goes_on_where_it_stopped(quick, tmp_path):
     lines = (quick / "tier_a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "tier_a.jsonl").write_text("".join(lines[:-3]) + lines[-3][:40])
     tier_a.main(tier_a.Config(out=tmp_path, quick=True, minutes=0))
-    assert len(read_rows(tmp_path / "tier_a.csv")["validation loss"]["LoRA again"][0]) < 3
+    assert len(read_rows(tmp_path / "tier_a.csv")["validation loss"]["PiSSA, LoRA's rate"][0]) < 3
     tier_a.main(tier_a.Config(out=tmp_path, quick=True))
     first, second = lines_of(quick), lines_of(tmp_path)
     assert first.keys() == second.keys()
@@ -51,13 +53,14 @@ def test_quick_form_compares_paired_seeds(quick):
     accuracy = {name: y.mean() for name, (_, y) in panels["test accuracy"].items()}
     assert accuracy.pop("LoRA, shuffled labels") < min(accuracy.values())
     tuned = [x for x in lines_of(quick).values() if x["seed"] == 100]
-    for method in how["chosen"].keys() - {"LoRA again", "LoRA, shuffled labels"}:
+    untuned = {"LoRA again", "LoRA, shuffled labels"} | AT_ONE_RATE.keys()
+    for method in how["chosen"].keys() - untuned:
         assert 9 <= sum(x["method"] == method for x in tuned) <= 11
 
 
 def test_runs_of_other_settings_are_left_out(tmp_path):
     study = tier_a.Study(tier_a.Config(out=tmp_path), adapter_runs.Setting("m", tmp_path))
-    study.chosen["LoRA"] = point = tier_a.Point(1e-3, 1.0)
+    study.chosen["LoRA"] = point = Point(1e-3, 1.0)
     for seed, (setting, rate, steps) in enumerate(
         [
             (study.name, 1e-3, 200),

@@ -34,6 +34,15 @@ REFERENCES: dict[str, tuple[Variant, Grid]] = {
     "linear probe": (Variant("linear-probe"), Grid().times(10)),
     "full": (Variant("full"), Grid().times(0.032)),
 }
+AT_ONE_RATE = {f"{name}, LoRA's rate": name for name in METHODS if name != BASE}
+"""Rows at LoRA's learning rate and their methods: papers compare so."""
+VARIANTS = (
+    {name: variant for name, (variant, _) in (METHODS | REFERENCES).items()}
+    | CONTROLS
+    | {AGAIN: METHODS[BASE][0], SHUFFLED: METHODS[BASE][0]}
+    | {label: METHODS[name][0] for label, name in AT_ONE_RATE.items()}
+)
+"""What each row of the table runs."""
 FIRST = 3
 """How many of the methods are run first, seed by seed; one more is before the controls."""
 PAIRS = (
