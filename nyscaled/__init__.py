@@ -40,6 +40,7 @@ from nyscaled.transforms import (
 from nyscaled.typing import Factors
 
 if _TYPE_CHECKING:
+    from nyscaled import diffusion as diffusion
     from nyscaled import finetune as finetune
     from nyscaled import lora as lora
     from nyscaled import models as models
@@ -84,7 +85,7 @@ __all__ = [
 
 def __getattr__(name: str) -> _Any:
     # Only these rooms require Flax, safetensors and scikit-learn, imported at the first use.
-    if name not in ("finetune", "lora", "models", "sklearn"):
+    if name not in ("diffusion", "finetune", "lora", "models", "sklearn"):
         raise AttributeError(f"module 'nyscaled' has no attribute {name!r}")
     try:
         return _importlib.import_module(f"nyscaled.{name}")

@@ -10,6 +10,7 @@ ROOMS = (
     *(
         f"nyscaled.{room}"
         for room in (
+            "diffusion",
             "dynamics",
             "finetune",
             "initializers",

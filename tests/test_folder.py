@@ -11,10 +11,11 @@ import pytest
 import safetensors.numpy
 
 from nyscaled.checkpoints import files, swap
-from nyscaled.checkpoints.folder import CONFIG, INDEX, TENSORS, open_folder, write
+from nyscaled.checkpoints.folder import CONFIG, open_folder, write
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.linspace(-1, 1, 5).astype(ml_dtypes.bfloat16)
+INDEX, TENSORS = "model.safetensors.index.json", "model.safetensors"
 SHARDS = "one.safetensors", "two.safetensors"
 
 

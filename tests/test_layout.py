@@ -32,13 +32,15 @@ FLOORS = {
     "lowrank": 2,
     "lora": 3,
     "models": 4,
+    "diffusion": 4,
     "checkpoints": 2,
     "sklearn": 3,
     "finetune": 5,
     "cli": 6,
 }
-# Rooms that may be used from their own floor: starts belong to problems.
-SHARED = {name for name, floor in FLOORS.items() if floor == 0} | {"problems"}
+# Rooms that may be used from their own floor: starts belong to problems, and diffusion is made of
+# the blocks of language models.
+SHARED = {name for name, floor in FLOORS.items() if floor == 0} | {"problems", "models"}
 MODULES = sorted(
     p for p in PACKAGE.rglob("*.py") if p.name != "conftest.py" and p != PACKAGE / "__init__.py"
 )

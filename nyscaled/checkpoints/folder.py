@@ -18,12 +18,9 @@ import numpy as np
 from nyscaled.checkpoints import files, swap
 from nyscaled.checkpoints.source import CONFIG, blocks_of
 
-TENSORS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEM = "model"  # of the names of files of weights
 SHARD_SIZE = 2**30  # bytes
 
-# What `write` may have written, for any number of shards.
-_WEIGHTS = TENSORS, INDEX, f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
 
 
 class Folder:
@@ -98,11 +95,13 @@ class Folder:
         return self._places[name]
 
 
-def open_folder(path: str | os.PathLike[str]) -> Folder:
+def open_folder(path: str | os.PathLike[str], stem: str = STEM) -> Folder:
     """Open a model folder, whose tensors are in one file or in shards with an index.
 
     Args:
         path: path of the folder.
+        stem: name of the file of weights without its ending, with the variant if it is one:
+            `diffusion_pytorch_model`, `model.fp16`.
 
     Returns:
         The folder, with the files of one save if it was written here. Headers have been read,
@@ -122,20 +121,29 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
         ('mine', ('head.weight',), (2, 3))
     """
     path = files.as_folder(path)
-    return swap.consistent(path, functools.partial(_open, path))
+    return swap.consistent(path, functools.partial(_open, path, stem))
 
 
-def _open(path: Path) -> Folder:
-    config = files.read_object(path / CONFIG, f"a model folder with {CONFIG} and {TENSORS}")
-    if files.exists(path / TENSORS):
-        file = files.open_tensors(path / TENSORS)
-        places = dict.fromkeys(file.keys(), (path / TENSORS, file))
-    elif files.exists(path / INDEX):
-        places = dict(_sharded(path))
+def _index(stem: str) -> str:
+    """The name of the index of shards, of which a variant is the last part."""
+    name, _, variant = stem.partition(".")
+    return f"{name}.safetensors.index.{variant}{'.' if variant else ''}json"
+
+
+def _open(path: Path, stem: str) -> Folder:
+    tensors, index = f"{stem}.safetensors", _index(stem)
+    config = files.read_object(path / CONFIG, f"a model folder with {CONFIG} and {tensors}")
+    if files.exists(path / tensors):
+        file = files.open_tensors(path / tensors)
+        places = dict.fromkeys(file.keys(), (path / tensors, file))
+    elif files.exists(path / index):
+        places = dict(_sharded(path / index))
     else:
         pickled = sorted(p.name for p in path.glob("*.bin"))
         why = f" (it has {pickled[0]}: a pickle can run code, and is not read)" if pickled else ""
-        raise ValueError(f"{path} has no {TENSORS} and no {INDEX}{why}")
+        others = sorted(p.name for p in path.glob(f"{stem.partition('.')[0]}*.safetensors"))
+        why = f" (it has {files.brief(', '.join(others))})" if others else why
+        raise ValueError(f"{path} has no {tensors} and no {index}{why}")
     return Folder(path, config, places)
 
 
@@ -146,6 +154,7 @@ def write(
     *,
     max_shard_size: int = SHARD_SIZE,
     texts: Mapping[str, str | None] | None = None,
+    stem: str = STEM,
 ) -> None:
     """Write a model folder that transformers loads; each of its files is whole or absent.
 
@@ -163,6 +172,7 @@ def write(
         tensors: names and values.
         max_shard_size: most bytes of tensors in one file; a larger tensor has a file to itself.
         texts: contents of other files by name, replaced at the same time; None removes a file.
+        stem: name of the file of weights without its ending.
 
     Raises:
         ValueError: on a size that is not positive, or a directory in the place of a file.
@@ -174,7 +184,10 @@ def write(
             f"max_shard_size is {max_shard_size!r}; expected a positive number of bytes"
         )
     texts = {**(texts or {}), CONFIG: files.as_json(config)}
-    with swap.replacing(path, texts, last=CONFIG, stale=_WEIGHTS) as aside:
+    whole, digits = f"{stem}.safetensors", "[0-9]" * 5
+    # What an earlier save may have written, for any number of shards.
+    stale = whole, _index(stem), f"{stem}-{digits}-of-{digits}.safetensors"
+    with swap.replacing(path, texts, last=CONFIG, stale=stale) as aside:
         held: dict[str, np.ndarray] = {}
         shards: list[list[str]] = []
         total = size = 0
@@ -194,7 +207,7 @@ def write(
         close()
         count = len(shards)
         named = {
-            f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else TENSORS: names
+            f"{stem}-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else whole: names
             for i, names in enumerate(shards)
         }
         for i, file in enumerate(named):
@@ -202,17 +215,18 @@ def write(
         if count > 1:
             weight_map = {name: file for file, names in named.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (aside / INDEX).write_text(files.as_json(index))
+            (aside / _index(stem)).write_text(files.as_json(index))
 
 
-def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
+def _sharded(index: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
     """Yield each tensor of the shards that the index names, with its shard.
 
     The shards of early files hold constants that the index does not name.
     """
-    weight_map = files.read_object(path / INDEX, "an index").get("weight_map")
+    path = index.parent
+    weight_map = files.read_object(index, "an index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ValueError(f"{path / INDEX} has no weight_map from names to files")
+        raise ValueError(f"{index} has no weight_map from names to files")
     shards: dict[str, Any] = {}
     places: dict[str, str] = {}
     named: dict[str, list[str]] = {}
@@ -222,7 +236,7 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         outside = Path(shard).name != shard or shard == ".."
         if outside or not files.exists(path / shard):
             raise ValueError(
-                f"{path / INDEX} names {files.brief(repr(shard))}; expected a file in the folder "
+                f"{index} names {files.brief(repr(shard))}; expected a file in the folder "
                 "itself"
             )
         shards[shard] = files.open_tensors(path / shard)
@@ -230,7 +244,7 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         lost = sorted(set(named[shard]) - held)
         if lost:
             names = files.brief(", ".join(lost[:4]))
-            raise ValueError(f"{path / INDEX} names {names} in {shard}, which does not have them")
+            raise ValueError(f"{index} names {names} in {shard}, which does not have them")
         for name in held - places.keys():
             places[name] = shard
         twice = sorted(n for n in held - weight_map.keys() if places[n] != shard)
@@ -238,7 +252,7 @@ def _sharded(path: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
             raise ValueError(
                 f"{path / shard} has {files.brief(', '.join(twice[:4]))}, as "
                 f"{places[twice[0]]} has; "
-                f"expected {INDEX} to name the one to read"
+                f"expected {index.name} to name the one to read"
             )
     for name, shard in (weight_map | (places | weight_map)).items():  # in the order of the index
         yield name, (path / shard, shards[shard])

@@ -10,7 +10,7 @@ from nyscaled.models.family import Family
 
 Path = tuple[Any, ...]
 
-_LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
+LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
 
 
 class Place(NamedTuple):
@@ -19,7 +19,8 @@ class Place(NamedTuple):
     Attributes:
         names: names of the tensors: one per layer where the parameter is a stack, else one.
         stacked: whether the parameter's first axis is that of the layers.
-        transposed: whether the file has (out, in) where the parameter has (in, out).
+        transposed: whether the file has (out, in, *window) where the parameter has
+            (*window, in, out). Of a linear layer the file may have a window of one pixel.
         shape: shape of each tensor in the file.
     """
 
@@ -50,7 +51,7 @@ def places(state: Any, family: Family) -> dict[Path, Place]:
         try:
             if type(variable) is not nnx.Param:
                 raise ValueError("it is not a parameter")
-            ending = _LEAVES[leaf]
+            ending = LEAVES[leaf]
             names = tuple(f"{family.layer_name(layer, index)}.{ending}" for index in indices)
         except (ValueError, KeyError):
             raise ValueError(
@@ -59,6 +60,15 @@ def places(state: Any, family: Family) -> dict[Path, Place]:
                 "`nys.lora.remove` take care of adapters)"
             ) from None
         shape = shape[1:] if stacked else shape
-        transposed = leaf == "kernel"
-        table[path] = Place(names, stacked, transposed, shape[::-1] if transposed else shape)
+        table[path] = Place(names, stacked, leaf == "kernel", file_shape(leaf, shape))
     return table
+
+
+def file_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a parameter's tensor: (out, in, *window) for a kernel.
+
+    Args:
+        leaf: name of the parameter in its layer.
+        shape: shape of the parameter: (*window, in, out) for a kernel.
+    """
+    return (*shape[:-3:-1], *shape[:-2]) if leaf == "kernel" else shape

@@ -62,7 +62,20 @@ def shardings(model: Any, mesh: Mesh, *, family: Family | None = None) -> Any:
             f"model is a {type(model).__name__}; expected a model of this package, or the state "
             "of one with its `family`"
         )
-    ends = tuple(f".{name}.kernel" for name in family.split_inputs)
+    return layout(state, mesh, family.split_inputs)
+
+
+def layout(
+    state: nnx.State[object, object], mesh: Mesh, split_inputs: tuple[str, ...]
+) -> nnx.State[object, object]:
+    """Return the sharding of each parameter of a state, as `shardings` does.
+
+    Args:
+        state: the state, which may be abstract.
+        mesh: the mesh.
+        split_inputs: ends of the paths of linear layers whose inputs an earlier layer leaves split.
+    """
+    ends = tuple(f".{name}.kernel" for name in split_inputs)
     flat = [
         (path, variable.replace(NamedSharding(mesh, _spec(path, variable.shape, mesh, ends))))
         for path, variable in nnx.to_flat_state(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,19 +38,32 @@ def read(
         ValueError: on a tensor that is not floating, or has finite entries that the parameter's
             dtype does not hold.
     """
+    if sharding is None and not place.stacked and math.prod(place.shape) * 4 <= BLOCK:
+        return _read_small(source, place, variable.ndim, variable.dtype)
     value = jnp.zeros(variable.shape, variable.dtype, device=sharding)
+    axes = value.ndim - place.stacked  # of a tensor, but for a window of one pixel
     for i, name in enumerate(place.names):
         pieces = source.blocks(name, BLOCK)
         if sharding is not None:
             pieces = [(None, source.read(name))]
         for row, piece in pieces:
             _require_held(f"{source.path} has {name}", piece, value.dtype)
+            piece = piece.reshape(piece.shape[:axes])
             if sharding is not None:
                 piece = _split(piece, place, sharding)
             layer = i if place.stacked else None
             value = _put(value, piece, layer, row, transposed=place.transposed)
             value.block_until_ready()  # otherwise pieces that wait for the device would pile up
     return value
+
+
+def _read_small(source: WeightSource, place: Place, axes: int, dtype: DTypeLike) -> Array:
+    """Return a parameter of one tensor, which the host lays out: no program is compiled."""
+    tensor = source.read(place.names[0])
+    _require_held(f"{source.path} has {place.names[0]}", tensor, dtype)
+    tensor = tensor.reshape(tensor.shape[:axes])
+    tensor = np.moveaxis(tensor, (0, 1), (-1, -2)) if place.transposed else tensor
+    return jnp.array(tensor.astype(dtype))
 
 
 def _require_held(what: str, piece: np.ndarray, dtype: DTypeLike) -> None:
@@ -70,7 +84,8 @@ def _require_held(what: str, piece: np.ndarray, dtype: DTypeLike) -> None:
 def _split(tensor: np.ndarray, place: Place, sharding: NamedSharding) -> Array:
     """Return a tensor on the mesh, split as it will be in the parameter."""
     spec = sharding.spec[1:] if place.stacked else sharding.spec
-    own = PartitionSpec(*(spec[::-1] if place.transposed else spec))
+    axes = tuple(spec)
+    own = PartitionSpec(*(axes[:-3:-1] + axes[:-2] if place.transposed else axes))
     layout = NamedSharding(sharding.mesh, own)
     return jax.make_array_from_callback(tensor.shape, layout, tensor.__getitem__)
 
@@ -83,8 +98,12 @@ def tensors(value: Array, place: Place) -> Iterator[tuple[str, np.ndarray]]:
         place: its tensors in a file.
     """
     for i, name in enumerate(place.names):
-        tensor = _take(value, i if place.stacked else None, transposed=place.transposed)
-        yield name, np.asarray(jax.device_get(tensor))
+        if place.stacked:
+            yield name, np.asarray(jax.device_get(_take(value, i, transposed=place.transposed)))
+            continue
+        tensor = np.asarray(jax.device_get(value))
+        tensor = np.moveaxis(tensor, (-1, -2), (0, 1)) if place.transposed else tensor
+        yield name, np.ascontiguousarray(tensor).reshape(place.shape)
 
 
 @functools.partial(jax.jit, static_argnames="transposed", donate_argnames="value")
@@ -98,7 +117,7 @@ def _put(value: Array, piece: Array, layer: Any, row: Any, *, transposed: bool) 
         row: number of the piece's first row in the tensor; None if the piece is all of it.
         transposed: whether the tensor's rows are the parameter's columns.
     """
-    new = (piece.T if transposed else piece).astype(value.dtype)
+    new = (jnp.moveaxis(piece, (0, 1), (-1, -2)) if transposed else piece).astype(value.dtype)
     start = [0] * new.ndim
     if row is not None and start:
         start[-1 if transposed else 0] = row
@@ -109,6 +128,6 @@ def _put(value: Array, piece: Array, layer: Any, row: Any, *, transposed: bool) 
 
 @functools.partial(jax.jit, static_argnames="transposed")
 def _take(value: Array, index: Any, *, transposed: bool) -> Array:
-    """Return the tensor that `_put` would write."""
-    tensor = value if index is None else value[index]
-    return tensor.T if transposed else tensor
+    """Return the tensor of a stack that `_put` would write."""
+    tensor = value[index]
+    return jnp.moveaxis(tensor, (-1, -2), (0, 1)) if transposed else tensor

@@ -1,0 +1,178 @@
+"""Read and write the models of a pipeline, each in a folder of its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from nyscaled.checkpoints import files, swap
+from nyscaled.checkpoints.folder import SHARD_SIZE, Folder, open_folder, write
+from nyscaled.diffusion.component import Component, matched, places
+from nyscaled.diffusion.settings import Settings
+from nyscaled.diffusion.unet import UNet
+from nyscaled.models.blocks import Numerics
+from nyscaled.models.sharding import layout, require_mesh
+from nyscaled.models.tensors import read, tensors
+
+UNET = "unet"
+
+M = TypeVar("M", bound=Component[Settings])
+
+
+def load_unet(
+    folder: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+) -> UNet:
+    """Read the U-Net of Stable Diffusion 1 or 2, or of a smaller model of the same kind.
+
+    Args:
+        folder: folder of a U-Net in the form of diffusers, with `config.json` and
+            `diffusion_pytorch_model.safetensors` or shards; or the folder of a pipeline, of which
+            `unet/` is read.
+        variant: part of the names of the files: "fp16" for
+            `diffusion_pytorch_model.fp16.safetensors`.
+        dtype: dtype of the parameters, regardless of the file's.
+        compute_dtype: dtype of activations; `dtype` if None.
+        remat: whether the backward pass computes layers again, to save memory.
+        mesh: mesh over which parameters are split, as in `nys.models.shardings`; None for the
+            default device.
+
+    Returns:
+        The model. It maps latents (batch, height, width, channels), times and rows of texts to
+        predictions.
+
+    Raises:
+        ValueError: on another class of models, an unsupported setting, a broken file, a parameter
+            without its tensor or with one of another shape, and a tensor that belongs to no
+            parameter.
+
+    Examples:
+        >>> import tempfile, numpy as np
+        >>> ones = lambda x: np.ones(x.shape, "f")
+        >>> from nyscaled.diffusion import UNetConfig
+        >>> sizes = dict(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+        >>> kinds = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
+        >>> kinds |= dict(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        >>> config = UNetConfig(**sizes, **kinds, attention_head_dim=2, cross_attention_dim=6)
+        >>> graphdef, state = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+        >>> unet = nnx.merge(graphdef, jax.device_put(jax.tree.map(ones, state)))
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     save(unet, path)
+        ...     again = load_unet(path)
+        >>> again.config == config
+        True
+    """
+    path = files.as_folder(folder)
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file; expected a folder in the form of diffusers (single files are not "
+            "supported: diffusers' `from_single_file` and `save_pretrained` convert them)"
+        )
+    path = path / UNET if (path / UNET).is_dir() else path
+    return load_component(UNet, path, variant, Numerics(dtype, compute_dtype, remat), mesh)
+
+
+def load_component(
+    model_class: type[M],
+    path: Path,
+    variant: str | None,
+    numerics: Numerics,
+    mesh: Mesh | None,
+) -> M:
+    """Return the model in a folder.
+
+    Args:
+        model_class: class of the model.
+        path: path of the folder.
+        variant: part of the names of the files; None for those without.
+        numerics: dtypes of the model.
+        mesh: mesh over which parameters are split; None for the default device.
+
+    Raises:
+        ValueError: as `load_unet` does.
+    """
+    if mesh is not None:
+        require_mesh(mesh)
+    stem = model_class.stem if variant is None else f"{model_class.stem}.{variant}"
+    source, model = swap.consistent(
+        path, functools.partial(_open, model_class, path, stem, numerics)
+    )
+    table = matched(source, model)
+    graphdef, state = nnx.split(model)
+    placed = dict.fromkeys(table)
+    if mesh is not None:
+        split = layout(state, mesh, model.split_inputs)
+        placed = {p: v.get_value() for p, v in nnx.to_flat_state(split)}
+    flat = [
+        (path, variable.replace(read(source, table[path], variable, placed[path])))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _open(model_class: type[M], path: Path, stem: str, numerics: Numerics) -> tuple[Folder, M]:
+    """Open a folder, and return it with its model without values."""
+    source = open_folder(path, stem)
+    if source.config.get("quantization_config"):
+        raise ValueError(f"{path} is quantized; expected floating weights")
+    try:
+        config = model_class.config_class.from_json(source.config)
+    except ValueError as error:
+        raise ValueError(f"{source.config_path}: {files.brief(error)}") from None
+    return source, model_class.outline(config, numerics)
+
+
+def save(
+    model: Component[Settings], folder: str | os.PathLike[str], *, max_shard_size: int = SHARD_SIZE
+) -> None:
+    """Write a model as a folder that `load_unet` and diffusers read, in its parameters' dtype.
+
+    The files are written aside, and replace those of an earlier save at the end.
+
+    Args:
+        model: a model of this package; adapters merged and removed.
+        folder: folder to write, made if missing. Other files in it are kept.
+        max_shard_size: most bytes in a file of weights. Beyond it there are several files and an
+            index.
+
+    Raises:
+        ValueError: on variables beside the model's own parameters, such as adapters.
+        OSError: if a file cannot be written.
+
+    Examples:
+        >>> import tempfile, numpy as np
+        >>> ones = lambda x: np.ones(x.shape, "f")
+        >>> from nyscaled.diffusion import UNet, UNetConfig
+        >>> sizes = dict(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+        >>> kinds = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
+        >>> kinds |= dict(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        >>> config = UNetConfig(**sizes, **kinds, attention_head_dim=2, cross_attention_dim=6)
+        >>> graphdef, state = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+        >>> unet = nnx.merge(graphdef, jax.device_put(jax.tree.map(ones, state)))
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     save(unet, path)
+        ...     sorted(os.listdir(path))
+        ['config.json', 'diffusion_pytorch_model.safetensors']
+    """
+    if not isinstance(model, Component):
+        raise ValueError(f"model is a {type(model).__name__}; expected a model of nys.diffusion")
+    table = places(model)
+    named = (
+        pair
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        for pair in tensors(variable[...], table[path])
+    )
+    config = model.config.to_json()
+    write(folder, config, named, max_shard_size=max_shard_size, stem=model.stem)
