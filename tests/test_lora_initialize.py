@@ -74,6 +74,21 @@ def test_nora_draws_with_deviation_a_tenth_unless_told():
         np.testing.assert_allclose(jnp.std(a), 0.1 / 2, rtol=0.1)
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_auto_scale_of_nora_gives_columns_as_long_as_those_of_lora(side):
+    for size in (1.0, 1e-20, 1e20):
+        tuned = inits.nora(KEY, size * kernel(), R, 2.0, scale=0.5, side=side)
+        auto = inits.nora(KEY, size * kernel(), R, 2.0, scale="auto", side=side)
+        one, other = (start.a if side == "input" else start.b for start in (tuned, auto))
+        np.testing.assert_allclose(jnp.linalg.norm(other), (R / 3) ** 0.5, rtol=1e-5)
+        ratio = jnp.linalg.norm(other) / (jnp.linalg.norm(one / size) * size)
+        np.testing.assert_allclose(other, one * ratio, rtol=1e-4, atol=1e-6)
+    zero = inits.nora(KEY, jnp.zeros((M, N)), R, 2.0, scale="auto", side=side)
+    assert not any(jnp.any(x) for x in zero if x is not None)
+    with pytest.raises(ValueError, match="scale is 'rule'; expected a positive number or 'auto'"):
+        inits.nora(KEY, kernel(), R, 2.0, scale="rule")
+
+
 @pytest.mark.parametrize("niter", [None, 4])
 def test_pissa_is_the_best_approximation_balanced(niter):
     w = kernel()

@@ -33,8 +33,6 @@ EVALUATED = 32
 """Examples in a batch of an evaluation."""
 START_BATCHES = 8
 """Batches for starts from gradients and from inputs."""
-COLUMN = 3**-0.5
-"""Root mean square length of the columns of `a` in LoRA's start."""
 
 Start = Literal["own", "rule", "gaussian", "rotated"]
 
@@ -87,9 +85,8 @@ class Variant:
 
     Attributes:
         method: name of the method.
-        start: "own"; "rule", the method's with columns as long as LoRA's in each layer;
-            "gaussian", random of the size of the method's in each layer; "rotated", the method's
-            times a random orthogonal matrix.
+        start: "own"; "rule", with scale="auto"; "gaussian", random of the size of the method's in
+            each layer; "rotated", the method's times a random orthogonal matrix.
         number: name of the second number that is tuned; "size" multiplies `a`.
     """
 
@@ -189,16 +186,14 @@ def restart(model: nnx.Module, start: Start, seed: int) -> None:
 
     Args:
         model: the model, with adapters.
-        start: how, as in `Variant`.
+        start: "gaussian" or "rotated", as in `Variant`.
         seed: seed of random directions.
     """
     for index, adapter in enumerate(adapters(model).values()):
         a = np.asarray(adapter.lora_a[...], np.float64)
         rng = np.random.default_rng([seed, index])
         size = np.linalg.norm(a, axis=(-2, -1), keepdims=True)
-        if start == "rule":
-            a = a * (COLUMN * a.shape[-1] ** 0.5 / size)
-        elif start == "gaussian":
+        if start == "gaussian":
             other = rng.normal(size=a.shape)
             a = other * (size / np.linalg.norm(other, axis=(-2, -1), keepdims=True))
         elif start == "rotated":
@@ -217,7 +212,9 @@ def haar(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return q * np.sign(np.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
 
 
-def numbers_of(variant: Variant, number: float | None) -> tuple[dict[str, float], dict[str, float]]:
+def numbers_of(
+    variant: Variant, number: float | None
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the options of a start and the hyperparameters of a transform.
 
     Args:
@@ -225,6 +222,8 @@ def numbers_of(variant: Variant, number: float | None) -> tuple[dict[str, float]
         number: its value.
     """
     method, name = METHODS[variant.method], variant.number
+    if variant.start == "rule":
+        return {"scale": "auto"}, {}
     if number is None or name is None or name == "size":
         return {}, {}
     return ({name: number}, {}) if name in method.options else ({}, {name: number})
@@ -283,7 +282,7 @@ def run(
         batches=some() if from_batches else (),
         **options,
     )
-    if variant.start != "own":
+    if variant.start in ("gaussian", "rotated"):
         restart(model, variant.start, start_seed)
     if variant.number == "size" and number is not None:
         for adapter in adapters(model).values():

@@ -193,13 +193,18 @@ class Study:
             self.final([label], **({"shuffled": True} if label == SHUFFLED else {}))
 
     def at_one_rate(self, methods: dict[str, tuple[Variant, Grid]]) -> None:
-        """Run the methods at LoRA's learning rate, with their own second numbers."""
+        """Run methods at LoRA's learning rate, with their own second numbers.
+
+        A method whose own rate is LoRA's was run there already, and gets no second row.
+        """
         labels = self.wanted(label for label, name in AT_ONE_RATE.items() if name in methods)
         for label in labels:
             name = AT_ONE_RATE[label]
             rate = self.tune(BASE, *methods[BASE]).rate
-            self.chosen[label] = Point(rate, self.tune(name, *methods[name]).number)
-        self.final(labels)
+            own = self.tune(name, *methods[name])
+            if own.rate != rate:
+                self.chosen[label] = Point(rate, own.number)
+        self.final(label for label in labels if label in self.chosen)
 
     @property
     def lines(self) -> list[Line]:

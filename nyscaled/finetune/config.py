@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from nyscaled._pytree import build
 from nyscaled.finetune.meshes import sizes_of
@@ -44,8 +45,9 @@ class Config:
     of the stack."""
     dropout: float = 0.0
     """Dropout of the inputs of adapters."""
-    scale: float | None = None
-    """Size ξ of the start of the methods that have one."""
+    scale: float | Literal["auto"] | None = None
+    """Size ξ of the start of the methods that have one; "auto" gives the columns of a the length of
+    LoRA's in each layer."""
     damping: float | None = None
     """Damping λ of the methods that precondition."""
     ratio: float | None = None
@@ -127,8 +129,9 @@ class Config:
             if getattr(self, name) is not None:
                 require_count(name, getattr(self, name), low=1)
         for name in _POSITIVE:
-            if getattr(self, name) is not None:
-                require_positive(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("scale", "auto"):
+                require_positive(name, value)
         require_count("seed", self.seed)
         if self.warmup_steps is not None:
             require_count("warmup_steps", self.warmup_steps)

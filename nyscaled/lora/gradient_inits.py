@@ -19,6 +19,7 @@ from nyscaled import validation
 from nyscaled.initializers import random_sketch
 from nyscaled.lapack import svd
 from nyscaled.linalg import orthonormalize
+from nyscaled.lora.inits import KAIMING
 from nyscaled.lora.pairs import Pair, num_shared
 from nyscaled.lora.recipe import path_key
 from nyscaled.numerics import at_least_float32, full_precision, norm
@@ -82,7 +83,7 @@ def nora_grad(
     starts: ByLayer,
     key: Key[Array, ""],
     *,
-    scale: float = 3**-0.5,
+    scale: float = KAIMING,
     sketch: Sketch = "gaussian",
 ) -> ByLayer:
     """NoRA from gradients (A.4): a = −GΩ, the negative gradient in a at (0, Ωᵀ), and b = 0.
@@ -97,6 +98,7 @@ def nora_grad(
         scale: root mean square length of the columns of a; 1/√3 is that of LoRA's Kaiming start.
         sketch: "gaussian", or "stiefel" for an orthonormal Ω.
     """
+    validation.require_positive("scale", scale)
     images = {
         p: g.a for p, g in gradient(_zeros(starts, None, _sketches(key, starts, sketch))).items()
     }

@@ -24,8 +24,11 @@ from nyscaled import lapack
 from nyscaled.initializers import random_sketch
 from nyscaled.linalg import orthonormalize
 from nyscaled.linalg.subspace import OVERSAMPLING, range_basis
-from nyscaled.numerics import full_precision
+from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import Sketch
+
+KAIMING = 3**-0.5
+"""Root mean square length of the columns of `a` in LoRA's Kaiming start."""
 
 
 class Start(NamedTuple):
@@ -88,18 +91,21 @@ def nora(
     rank: int,
     scaling: float,
     *,
-    scale: float = 0.1,
+    scale: float | str = 0.1,
     sketch: Sketch = "gaussian",
     side: str = "input",
 ) -> Start:
     """NoRA (Algorithm 1): a = W_0Ω/s, b = 0, with Ω ~ N(0, ξ²), ξ = `scale`.
+
+    With scale="auto" there is no ξ to tune: in each layer W_0Ω is multiplied so that the columns of
+    a have the root mean square length 3^-½, which is that of LoRA's Kaiming start.
 
     Args:
         key: PRNG key for Ω.
         kernel: W_0.
         rank: r.
         scaling: s; the start is divided by it.
-        scale: ξ. The paper tunes it among 0.02, 0.05, 0.1, 0.2.
+        scale: ξ, which the paper tunes among 0.02, 0.05, 0.1, 0.2; or "auto".
         sketch: "gaussian", or "stiefel" for ξ times an orthonormal Ω.
         side: "input" as above. "output" is the same for W_0ᵀ: a = 0, b = ΩᵀW_0/s.
 
@@ -109,15 +115,19 @@ def nora(
         Array([[0.01, 0.  ],
                [0.  , 0.01]], dtype=float32)
     """
-    m, n = kernel.shape
-    dtype = _dtype(kernel)
-    if side == "input":
-        omega = random_sketch(key, n, rank, scale, sketch, dtype) / scaling
-        return Start(_times(kernel, omega), None)
-    if side == "output":
-        omega = random_sketch(key, m, rank, scale, sketch, dtype) / scaling
-        return Start(None, _times(omega.T, kernel))
-    raise ValueError(f"side is {side!r}; expected 'input' or 'output'")
+    if side not in ("input", "output"):
+        raise ValueError(f"side is {side!r}; expected 'input' or 'output'")
+    if isinstance(scale, str) and scale != "auto":
+        raise ValueError(f"scale is {scale!r}; expected a positive number or 'auto'")
+    size = 1.0 if scale == "auto" else scale
+    omega = random_sketch(key, kernel.shape[side == "input"], rank, size, sketch, _dtype(kernel))
+    image = _times(*((kernel, omega) if side == "input" else (omega.T, kernel)))
+    if scale == "auto":
+        length = norm(image)
+        image = image * (KAIMING * rank**0.5 / jnp.where(length > 0, length, 1))
+    else:
+        image = image / scaling
+    return Start(image, None) if side == "input" else Start(None, image)
 
 
 @full_precision
