@@ -1,0 +1,181 @@
+"""The noise that is added to latents: how much at which time, and what models predict of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from nyscaled.checkpoints.files import JsonObject
+from nyscaled.diffusion.settings import Settings
+
+EPSILON, V = "epsilon", "v_prediction"
+SPACINGS = "leading", "linspace", "trailing"
+PNDM, DDIM, EULER, DDPM = (f"{name}Scheduler" for name in ("PNDM", "DDIM", "EulerDiscrete", "DDPM"))
+# Of the same noise, with samplers that are not here.
+OTHERS = (
+    *("DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"),
+    *("LMSDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"),
+)
+# Of a file that lacks them; a schedule made without a file has those of Stable Diffusion.
+FILE_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+
+Latents = Float[Array, "batch height width channels"]
+Steps = Int[Array, " batch"] | Int[np.ndarray, " batch"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule(Settings):
+    """The noise of Ho et al., 2020, at times 0, 1, …; the defaults are Stable Diffusion's.
+
+    At time t latents z are √ᾱ_t z + √(1 − ᾱ_t) ε, where ε is normal and ᾱ_t = Π_{s ≤ t}(1 − β_s).
+
+    Attributes:
+        num_train_timesteps: number of times.
+        beta_start: first β.
+        beta_end: last β.
+        beta_schedule: whether β ("linear") or √β ("scaled_linear") grows linearly.
+        prediction_type: what the model predicts: ε ("epsilon"), or √ᾱ ε − √(1 − ᾱ) z
+            ("v_prediction"; Salimans and Ho, 2022).
+        steps_offset: what samplers add to times that are spaced as "leading".
+        set_alpha_to_one: whether DDIM and PLMS end at latents without noise, and not at time 0.
+        timestep_spacing: how samplers choose times; None for "linspace" in Euler's method and
+            "leading" in the others.
+        scheduler: name of the class in diffusers that `scheduler_config.json` has.
+
+    Examples:
+        >>> schedule = Schedule()
+        >>> [f"{schedule.alphas[time]:.4f}" for time in (0, 499, 999)]
+        ['0.9991', '0.2777', '0.0047']
+    """
+
+    class_name = PNDM
+    # Of any of the classes; settings that are not here belong to samplers.
+    fixed: ClassVar = {
+        "trained_betas": (None,),
+        "clip_sample": (False, None),
+        "thresholding": (False, None),
+        "skip_prk_steps": (True,),
+        "rescale_betas_zero_snr": (False, None),
+        "use_karras_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+        "use_beta_sigmas": (False, None),
+        "variance_type": ("fixed_small", None),
+    }
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = EPSILON
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    timestep_spacing: str | None = None
+    scheduler: str = PNDM
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (
+            ("beta_schedule", ("scaled_linear", "linear")),
+            ("prediction_type", (EPSILON, V)),
+            ("timestep_spacing", (*SPACINGS, None)),
+            ("scheduler", (PNDM, DDIM, EULER, DDPM, *OTHERS)),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(
+                    f"{name} is {value!r:.80}; expected one of {', '.join(map(repr, known))}"
+                )
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start is {self.beta_start} and beta_end {self.beta_end}; expected "
+                "0 < beta_start ≤ beta_end < 1"
+            )
+
+    @classmethod
+    def from_json(cls, config: JsonObject) -> Schedule:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the schedule of a file.
+
+        Samples are never clipped, also where `clip_sample` is missing and diffusers would clip:
+        that is for pixels.
+
+        Args:
+            config: what `scheduler_config.json` holds.
+
+        Raises:
+            ValueError: on another kind of noise, and on settings of samplers that are not here.
+        """
+        named = config.get("_class_name")
+        if named not in (PNDM, DDIM, EULER, DDPM, *OTHERS):
+            raise ValueError(
+                f"_class_name is {named!r:.80}; expected one of "
+                f"{', '.join((PNDM, DDIM, EULER, DDPM, *OTHERS))}"
+            )
+        fields = {field.name for field in dataclasses.fields(cls)} - {"scheduler"}
+        ours = {name: config[name] for name in (fields | cls.fixed.keys()) if name in config}
+        missing = {**FILE_DEFAULTS, "steps_offset": 0, "set_alpha_to_one": named == DDIM}
+        values = {"_class_name": PNDM, **missing, **ours, "scheduler": named}
+        return super().from_json(values)
+
+    def to_json(self) -> JsonObject:
+        """Return what `scheduler_config.json` is to hold."""
+        values = super().to_json()
+        values["_class_name"] = values.pop("scheduler")
+        if values["timestep_spacing"] is None:  # each class of diffusers has its own default
+            del values["timestep_spacing"]
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def alphas(self) -> Float[np.ndarray, " times"]:
+        """ᾱ at each time, in float32."""
+        return self.exact_alphas.astype(np.float32)
+
+    @property
+    def exact_alphas(self) -> Float[np.ndarray, " times"]:
+        """ᾱ at each time, in float64."""
+        root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
+        start, end = self.beta_start**root, self.beta_end**root
+        betas = np.linspace(start, end, self.num_train_timesteps) ** (1 / root)
+        return np.cumprod(1 - betas)
+
+    def noisy(self, latents: Latents, noise: Latents, times: Steps) -> Latents:
+        """Return latents with noise.
+
+        Args:
+            latents: latents of images.
+            noise: numbers from the normal distribution.
+            times: time of each of them, from 0 to `num_train_timesteps` − 1.
+        """
+        signal, scale = self._parts(times)
+        return signal * latents + scale * noise
+
+    def target(self, latents: Latents, noise: Latents, times: Steps) -> Latents:
+        """Return what the model is to predict from `noisy(latents, noise, times)`.
+
+        Args:
+            latents: latents of images.
+            noise: numbers from the normal distribution.
+            times: time of each of them.
+        """
+        if self.prediction_type == EPSILON:
+            return noise
+        signal, scale = self._parts(times)
+        return signal * noise - scale * latents
+
+    def signal_to_noise(self, times: Steps) -> Float[Array, " batch"]:
+        """Return ᾱ/(1 − ᾱ) at times.
+
+        Args:
+            times: times from 0 to `num_train_timesteps` − 1.
+        """
+        alphas = self.exact_alphas
+        return jnp.asarray(alphas / (1 - alphas), jnp.float32)[jnp.asarray(times)]
+
+    def _parts(self, times: Steps) -> tuple[Array, Array]:
+        """√ᾱ and √(1 − ᾱ) at times, with axes for the latents."""
+        alphas, index = self.exact_alphas, jnp.asarray(times)
+        parts = (jnp.asarray(np.sqrt(x), jnp.float32)[index] for x in (alphas, 1 - alphas))
+        signal, scale = (part[:, None, None, None] for part in parts)
+        return signal, scale
