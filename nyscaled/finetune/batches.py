@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from nyscaled.finetune import meshes
 from nyscaled.finetune.examples import Encoded
 from nyscaled.finetune.order import NONE, Rows, by_length, choose_lengths
 
@@ -130,10 +133,17 @@ class Batches:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, examples: Rows) -> Batch:
-        """Return the arrays of some examples, with filling rows for `NONE`."""
+    def batch(self, examples: Rows, among: Rows | None = None) -> Batch:
+        """Return the arrays of some examples, with filling rows for `NONE`.
+
+        Args:
+            examples: indices of the examples.
+            among: examples for which the arrays must be long enough; these by default.
+        """
         chosen = [self.rows[i] if i != NONE else () for i in examples]
-        longest = max(1, *(len(row.tokens) for rows in chosen for row in rows))
+        among = examples if among is None else among
+        lengths = (len(row.tokens) for i in among if i != NONE for row in self.rows[i])
+        longest = max(1, max(lengths, default=1))
         length, answers = next(shape for shape in self.shapes if shape[0] >= longest)
         count = len(chosen) * self.choices
         tokens = np.full((count, length), self.pad_id, np.int32)
@@ -214,3 +224,22 @@ def make(
 
 def _lengths(rows: Sequence[Sequence[Row]]) -> tuple[int, ...]:
     return tuple(max(len(row.tokens) for row in own) for own in rows)
+
+
+SPLIT = Batch._make(
+    PartitionSpec() if name == "candidates" else PartitionSpec(None, meshes.PROCESS)
+    for name in Batch._fields
+)
+"""How the arrays of a batch with an axis of micro-batches are split over processes."""
+
+
+def of_processes(batch: Batch) -> Batch:
+    """Return the batch of all processes.
+
+    Args:
+        batch: the part of this process, whose arrays have an axis of micro-batches in front.
+    """
+    ids = batch.candidates
+    whole = None if ids is None else meshes.joined(np.asarray(ids), None)
+    parts = jax.tree.map(lambda x: meshes.joined(x, 1), batch._replace(candidates=None))
+    return parts._replace(candidates=whole)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from nyscaled._pytree import build
 from nyscaled.finetune.meshes import sizes_of
+from nyscaled.finetune.processes import parsed
 from nyscaled.finetune.trackers import TRACKERS
 from nyscaled.models.sharding import FSDP
 from nyscaled.validation import require_count, require_positive, require_scalar
@@ -100,6 +101,10 @@ class Config:
     """Dtype of the base: float32, bfloat16, float16. Adapters are trained in float32."""
     mesh: str | None = None
     """Devices over which the base and its adapters are split, as fsdp=8 or fsdp=4,tensor=2."""
+    processes: str | None = None
+    """Make this process one of several, which share each batch: the address of the first one, their
+    number and the index of this one, as in 10.0.0.1:8476,2,0; or auto on a cluster that JAX
+    knows."""
     remat: bool = False
     """Compute layers again in the backward pass, to save memory."""
     seed: int = 0
@@ -138,6 +143,8 @@ class Config:
         require_scalar("dropout", self.dropout, 0, 1, open_low=False)
         require_scalar("allow_cut", self.allow_cut, 0, 1, open_low=False)
         require_scalar("weight_decay", self.weight_decay, 0, math.inf, open_low=False)
+        if self.processes is not None:
+            parsed(self.processes)
         if self.mesh is not None:
             split, size = sizes_of(self.mesh).get(FSDP, 1), self.micro_batch_size or self.batch_size
             if size % split:
@@ -165,7 +172,9 @@ _COUNTS = (
 )
 _POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "epochs")
 
-NOT_THE_RUN = ("out", "resume", "dry_run", "config", "log_every", "sample_every", "log")
+NOT_THE_RUN = (
+    *("out", "resume", "dry_run", "config", "log_every", "sample_every", "log", "processes"),
+)
 """Settings in which a run that goes on may differ from the one that began."""
 
 

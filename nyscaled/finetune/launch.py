@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import jax
 import yaml
 
 from nyscaled._files import replacing
-from nyscaled.finetune import identity, loop, meshes, training
+from nyscaled.finetune import identity, loop, meshes, processes, training
 from nyscaled.finetune.config import Config, as_options, differences, from_options
 from nyscaled.finetune.evaluation import Evaluation, evaluate
 from nyscaled.finetune.examples import Example
@@ -28,6 +29,7 @@ from nyscaled.finetune.records import HUB, find_splits
 from nyscaled.finetune.saving import save
 from nyscaled.finetune.tasks import by_name
 from nyscaled.finetune.trackers import package_of
+from nyscaled.models.sharding import FSDP
 
 CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
 EVALUATION, CURVES = "evaluation.json", "curves.png"
@@ -92,6 +94,17 @@ def run(config: Config) -> Result:
         )
     if config.sweep is not None:
         raise ValueError(f"sweep is {config.sweep!r}; expected None (nys.finetune.sweep has it)")
+    processes.start(config.processes)
+    processes.together(partial(_require_known, config))
+    finished = processes.from_first(lambda: _read_finished(config))
+    if finished is None:
+        with meshes.using(config.mesh):
+            finished = _made(config)
+    return Result(**(finished | {"out": config.out}))  # pyright: ignore[reportArgumentType]
+
+
+def _require_known(config: Config) -> None:
+    """Refuse what can be refused before a folder is made or a model is read."""
     method(config.method)
     task = by_name(config.task)
     if config.template is not None:
@@ -99,26 +112,37 @@ def run(config: Config) -> Result:
     if config.log is not None:
         package_of(config.log)
     if not str(config.data).startswith(HUB):
-        find_splits(config.data)  # refused before a folder is made or a model is read
-    finished = find_finished(config)
-    if finished is not None:
-        return finished
-    with meshes.using(config.mesh):
-        return _made(config)
+        find_splits(config.data)
+    size = config.micro_batch_size or config.batch_size
+    parts = jax.process_count() * (meshes.sizes_of(config.mesh).get(FSDP, 1) if config.mesh else 1)
+    if size % parts:
+        raise ValueError(
+            f"a micro-batch has {size} examples; expected a multiple of {parts}, so that each "
+            "process and each part of the mesh has as many"
+        )
 
 
-def _made(config: Config) -> Result:
-    """Make a run whose settings were looked at."""
-    prepared = prepare(config)
-    claim(prepared)  # after all that may be refused, so that the mended command has the folder
+def _made(config: Config) -> dict[str, object]:
+    """Make a run whose settings were looked at, and return what `result.json` holds."""
+    prepared = processes.together(lambda: prepare(config))
+    # After all that may be refused, so that the mended command has the folder.
+    processes.from_first(lambda: claim(prepared))
     began = time.perf_counter()
     trained = loop.train(prepared.plan, config.out)
     seconds = time.perf_counter() - began
     training.update(prepared.model, trained.variables)
-    with timed("writing the adapter, and reading it again"):
-        difference = save(prepared)
     parts = training.split(prepared.model, prepared.trained)
     validation = dataclasses.replace(prepared.plan, parts=parts).validate(parts.params)
+    return processes.from_first(lambda: _written(prepared, trained, validation, seconds))
+
+
+def _written(
+    prepared: Prepared, trained: loop.Trained, validation: training.Validation, seconds: float
+) -> dict[str, object]:
+    """Write what was trained and its scores, and return what `result.json` holds."""
+    config = prepared.config
+    with timed("writing the adapter, and reading it again"):
+        difference = save(prepared)
     result = Result(
         config.out,
         trained.steps,
@@ -135,8 +159,9 @@ def _made(config: Config) -> Result:
 
         with replacing(config.out / CURVES) as file:
             curves.draw(read_metrics(config.out / METRICS)).savefig(file, format="png", dpi=160)
-    _write_json(config.out / RESULT, dataclasses.asdict(result) | {"out": str(config.out)})
-    return result
+    values: dict[str, object] = {**dataclasses.asdict(result), "out": str(config.out)}
+    _write_json(config.out / RESULT, values)
+    return values
 
 
 def _evaluate(prepared: Prepared) -> dict[str, float]:
@@ -174,8 +199,8 @@ def scored(prepared: Prepared, examples: Sequence[Example]) -> Evaluation:
     )
 
 
-def find_finished(config: Config) -> Result | None:
-    """Return the result of a run that is finished, None for one that is to begin or to go on.
+def _read_finished(config: Config) -> dict[str, object] | None:
+    """Return what `result.json` of a finished run holds, None for one to begin or to go on.
 
     Args:
         config: the settings.
@@ -193,8 +218,7 @@ def find_finished(config: Config) -> Result | None:
             raise ValueError(f"{config.out} has a run of other settings: {shown}")
         result = config.out / RESULT
         if result.exists():
-            values = json.loads(result.read_text(encoding="utf-8"))
-            return Result(**(values | {"out": config.out}))
+            return json.loads(result.read_text(encoding="utf-8"))
         return None
     if config.resume:
         raise ValueError(

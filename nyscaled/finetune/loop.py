@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nyscaled.finetune import meshes, progress, samples, training
-from nyscaled.finetune.batches import Batches
+from nyscaled.finetune import meshes, processes, progress, samples, training
+from nyscaled.finetune.batches import Batches, of_processes
 from nyscaled.finetune.config import Config, as_options
 from nyscaled.finetune.order import NONE, Order
 from nyscaled.finetune.progress import Interruption, NotFiniteError, Progress
@@ -78,8 +79,14 @@ class Plan:
         return self.config.batch_size // (self.config.micro_batch_size or self.config.batch_size)
 
     def batch(self, step: int) -> training.Batch:
-        """Return the batch of a step, with an axis of micro-batches."""
-        return training.micro_batches(self.train.batch(self.order.rows(step)), self.micro_batches)
+        """Return the batch of a step, with an axis of micro-batches.
+
+        Each process makes the arrays of its share of the examples.
+        """
+        rows, count = self.order.rows(step), jax.process_count()
+        share = rows.reshape(self.micro_batches, count, -1)[:, jax.process_index()].ravel()
+        own = training.micro_batches(self.train.batch(share, rows), self.micro_batches)
+        return of_processes(own)
 
     def initial(self) -> State:
         """Return the state before the first step."""
@@ -89,7 +96,7 @@ class Plan:
     def samples(self, params: Tree, step: int) -> list[dict[str, str | int]]:
         """Return texts that the model generates after a step, none if this is not one for them."""
         every = self.config.sample_every
-        if self.sampler is None or every is None or step % every:
+        if self.sampler is None or every is None or step % every or not processes.is_first():
             return []
         evaluating = dataclasses.replace(self.program, graphdef=self.parts.evaluating)
         model = evaluating.merge(params, self.parts.counts, self.parts.frozen)
@@ -99,6 +106,7 @@ class Plan:
         """Return the loss of the examples for validation, and the accuracy."""
         size = self.config.micro_batch_size or self.config.batch_size
         batches = (batch for _, batch in self.validation.sorted(size))
+        batches = itertools.islice(batches, jax.process_index(), None, jax.process_count())
         return training.validate(params, self.parts, batches, self.program)
 
 
@@ -151,41 +159,53 @@ def train(plan: Plan, out: Path) -> Trained:
         NotFiniteError: at a loss or gradient that is not finite, in training or in validation.
         OSError: if a file cannot be written.
     """
+    with processes.written(out) as folder:
+        return _train(plan, folder)
+
+
+def _train(plan: Plan, out: Path) -> Trained:
     checkpoints, bests = Checkpoints(out / CHECKPOINTS), Checkpoints(out / BEST, keep=1)
-    state, step, best = plan.initial(), 0, Best()
-    kept = nnx.filter_state(plan.parts.frozen, AdapterState)
+    # Another machine may round the starts of adapters otherwise.
+    state, kept = processes.same(
+        (plan.initial(), nnx.filter_state(plan.parts.frozen, AdapterState))
+    )
+    step, best = 0, Best()
     if (saved := checkpoints.restore((state, kept))) is not None:
-        # Another machine may round the starts of adapters otherwise.
         step, (state, kept), facts = saved
-        frozen = nnx.merge_state(plan.parts.frozen, kept)
-        plan = dataclasses.replace(plan, parts=plan.parts._replace(frozen=frozen))
         best = Best(**facts)  # pyright: ignore[reportArgumentType]
+    frozen = nnx.merge_state(plan.parts.frozen, kept)
+    plan = dataclasses.replace(plan, parts=plan.parts._replace(frozen=frozen))
     progress.keep_until(out / samples.FILE, step)
-    tracked = Tracked(plan.config.log, out, as_options(plan.config), step)
+    tracker = plan.config.log if processes.is_first() else None
+    tracked = Tracked(tracker, out, as_options(plan.config), step)
     log = Progress(out, step, plan.steps, tracked=tracked)
     pending: list[tuple[int, training.Measured]] = []
 
     def save() -> None:
-        checkpoints.save(step, (state, kept), dataclasses.asdict(best))
+        checkpoints.save(step, (meshes.own(state), kept), dataclasses.asdict(best))
+
+    state, counts, frozen = meshes.shared((state, plan.parts.counts, frozen))
 
     with tracked, log, Interruption() as interruption:
         if step:
             log.say(f"going on after step {step}")
         while step < plan.steps and not _is_stopped(plan, best):
-            state, measured = training.train_step(
-                state,
-                plan.parts.counts,
-                plan.parts.frozen,
-                plan.batch(step),
-                plan.rate(step),
-                program=plan.program,
-            )
+            with meshes.over_processes():
+                state, measured = training.train_step(
+                    state,
+                    counts,
+                    frozen,
+                    plan.batch(step),
+                    plan.rate(step),
+                    program=plan.program,
+                )
             step += 1
             pending.append((step, measured))
-            is_last, asked = step == plan.steps, interruption.asked
+            is_last, logs = step == plan.steps, step % plan.config.log_every == 0
+            asked = processes.is_any(interruption.asked, ask=logs)
             validates = is_last or step % plan.eval_every == 0
             saves = is_last or step % plan.checkpoint_every == 0 or asked
-            if validates or saves or step % plan.config.log_every == 0:
+            if validates or saves or logs:
                 bad = _write(log, plan, pending)
                 pending.clear()
                 if bad is not None:
@@ -194,12 +214,13 @@ def train(plan: Plan, out: Path) -> Trained:
                     state = state._replace(finite=jax.numpy.ones((), bool))
                     save()
                     raise NotFiniteError(bad)
-            if lines := plan.samples(state.params, step):
+            if lines := plan.samples(meshes.own(state.params), step):
                 samples.append(out, lines)
                 for line in lines:
                     log.say(f"step {step}, {line['source']}: {line['generated']!r}")
             if validates:
-                validation = plan.validate(state.params)
+                params = meshes.own(state.params)
+                validation = plan.validate(params)
                 if not math.isfinite(validation.loss):
                     # What was saved before is kept: the state is that which gave this loss.
                     raise NotFiniteError(
@@ -209,13 +230,14 @@ def train(plan: Plan, out: Path) -> Trained:
                     )
                 log.validation(step, *validation)
                 if best.is_lower(step, validation.loss):
-                    bests.save(step, state.params, {"validation_loss": validation.loss})
+                    bests.save(step, params, {"validation_loss": validation.loss})
             if saves or (validates and _is_stopped(plan, best)):
                 save()
             if asked and not is_last:
                 raise Stopped(f"stopped after step {step} of {plan.steps}, which is saved")
-        restored = bests.restore(state.params)
-        params = state.params if restored is None else restored[1]
+        params = meshes.own(state.params)
+        restored = bests.restore(params)
+        params = params if restored is None else restored[1]
     return Trained(nnx.merge_state(params, kept), step, best)
 
 

@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from tqdm import tqdm
 
 from nyscaled._files import replacing
+from nyscaled.finetune import processes
 from nyscaled.finetune.trackers import Tracked
 
 METRICS = "metrics.jsonl"
@@ -56,7 +57,7 @@ class Progress:
         keep_until(self.path, start)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._began, self._tokens = time.perf_counter(), 0
-        hidden = None if visible is None else not visible
+        hidden = (None if visible is None else not visible) if processes.is_first() else True
         self._bar = tqdm(
             total=steps, initial=start, unit="step", file=sys.stderr, disable=hidden, leave=True
         )
@@ -101,8 +102,9 @@ class Progress:
         self.say(f"step {step}: {text}")
 
     def say(self, text: str) -> None:
-        """Write a line above the bar, to stderr."""
-        self._bar.write(text, file=sys.stderr)
+        """Write a line above the bar, to stderr, in the first process."""
+        if processes.is_first():
+            self._bar.write(text, file=sys.stderr)
 
     def _write(self, lines: Sequence[Line]) -> None:
         self._file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -175,11 +177,14 @@ class Interruption:
 
 @contextlib.contextmanager
 def timed(name: str) -> Generator[None, None, None]:
-    """Say on stderr what is done and how long it took.
+    """Say on stderr what is done and how long it took, in the first process.
 
     Args:
         name: what is done.
     """
+    if not processes.is_first():
+        yield
+        return
     began = time.perf_counter()
     print(f"{name} …", end="", file=sys.stderr, flush=True)
     try:
@@ -189,12 +194,13 @@ def timed(name: str) -> Generator[None, None, None]:
 
 
 def say(text: str) -> None:
-    """Write a line to stderr.
+    """Write a line to stderr, in the first process.
 
     Args:
         text: the line.
     """
-    print(text, file=sys.stderr, flush=True)
+    if processes.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def not_finite(

@@ -13,13 +13,15 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
+from nyscaled.finetune import processes
+
 T = TypeVar("T")
 Facts = Mapping[str, float | str | None]
 """Numbers and texts of the host, as JSON has them."""
 
 
 class Checkpoints:
-    """The newest checkpoints in a folder.
+    """The newest checkpoints in a folder, which the first process writes and reads.
 
     A checkpoint is written to a folder of another name, which gets its own name at the end. So a
     process that is killed, or a disk that is full, leaves the checkpoints that were there.
@@ -44,7 +46,12 @@ class Checkpoints:
     @contextlib.contextmanager
     def _manager(self) -> Generator[ocp.CheckpointManager, None, None]:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep, create=True, enable_async_checkpointing=False
+            max_to_keep=self.keep,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes={0} if processes.are_several() else None
+            ),
         )
         with _quiet(), ocp.CheckpointManager(self.folder, options=options) as manager:
             yield manager
@@ -60,6 +67,10 @@ class Checkpoints:
         Raises:
             OSError: if it cannot be written; the older ones are still there.
         """
+        processes.from_first(lambda: self._save(step, tree, facts))
+
+    def _save(self, step: int, tree: object, facts: Facts) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         arguments = ocp.args.Composite(
             arrays=ocp.args.StandardSave(_named(tree)), facts=ocp.args.JsonSave(dict(facts))
         )
@@ -80,6 +91,17 @@ class Checkpoints:
         Raises:
             ValueError: on a checkpoint of other arrays.
         """
+        if not processes.are_several():
+            return self._restore(tree)
+        saved = processes.together(lambda: self._restore(tree) if processes.is_first() else None)
+        said = processes.gathered(None if saved is None else (saved[0], dict(saved[2])))[0]
+        if said is None:
+            return None
+        if saved is not None:
+            tree = jax.tree.map(lambda x, value: jax.device_put(value, x.sharding), tree, saved[1])
+        return said[0], processes.same(tree), said[1]
+
+    def _restore(self, tree: T) -> tuple[int, T, Facts] | None:
         if not self.folder.is_dir():
             return None
         with self._manager() as manager:
@@ -100,6 +122,8 @@ class Checkpoints:
 
 
 def _named(tree: object) -> dict[str, ArrayLike]:
+    if processes.are_several():  # orbax then takes an array for a part of one
+        tree = jax.device_get(tree)
     return {keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
 
 

@@ -18,10 +18,12 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.nnx.filterlib import Filter
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled import lora
-from nyscaled.finetune.batches import Batch
+from nyscaled.finetune import meshes, processes
+from nyscaled.finetune.batches import SPLIT, Batch
 from nyscaled.finetune.methods import Method
 from nyscaled.finetune.objectives import OBJECTIVES, SCORES, SUMS
 from nyscaled.numerics import at_least_float32, full_precision, tree_norm
@@ -230,27 +232,11 @@ def train_step(
         learning_rate: the learning rate of the step.
         program: what the step computes.
     """
-    micro_batches = batch.tokens.shape[0]
-
-    def of_micro(params: Tree, index: Array, micro: Batch) -> tuple[Array, Array]:
-        # A function of the step alone: a run that goes on draws the same numbers.
-        number = state.step * micro_batches + index
-        here = jax.tree.map(lambda c: jnp.full_like(c, number), counts)
-        return OBJECTIVES[program.objective](program.merge(params, here, frozen), micro)
-
-    gradient_of = jax.value_and_grad(of_micro, has_aux=True)
-
-    def accumulate(sums: Tree, each: tuple[Array, Batch]) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, sums, gradient_of(state.params, *each)), None
-
-    if micro_batches == 1:
-        only = jax.tree.map(lambda x: x[0], batch)
-        (total, count), gradient = gradient_of(state.params, jnp.zeros((), jnp.int32), only)
-    else:
-        zero = jnp.zeros(())
-        sums = (zero, zero), jax.tree.map(jnp.zeros_like, state.params)
-        each = jnp.arange(micro_batches), batch
-        ((total, count), gradient), _ = jax.lax.scan(accumulate, sums, each)
+    (total, count), gradient = meshes.summed(
+        functools.partial(_sums, program),
+        (state.params, state.step, counts, frozen, batch),
+        (*(PartitionSpec(),) * 4, SPLIT),
+    )
     count = jnp.maximum(count, 1)
     loss, gradient = total / count, jax.tree.map(lambda g: g / count, gradient)
     norm = tree_norm(gradient)
@@ -263,6 +249,31 @@ def train_step(
     new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
     new = new._replace(finite=finite)
     return new, Measured(loss, norm, jnp.sum(jnp.asarray(batch.mask)), finite)
+
+
+def _sums(
+    program: Program, params: Tree, step: Int[Array, ""], counts: Tree, frozen: Tree, batch: Batch
+) -> tuple[tuple[Array, Array], Tree]:
+    """Sums over a batch: its losses and what they count, and the gradient of these losses."""
+    micro_batches = batch.tokens.shape[0]
+
+    def of_micro(params: Tree, index: Array, micro: Batch) -> tuple[Array, Array]:
+        # A function of the step alone: a run that goes on draws the same numbers.
+        number = meshes.numbered(step * micro_batches + index)
+        here = jax.tree.map(lambda c: jnp.full_like(c, number), counts)
+        return OBJECTIVES[program.objective](program.merge(params, here, frozen), micro)
+
+    gradient_of = jax.value_and_grad(of_micro, has_aux=True)
+
+    def accumulate(sums: Tree, each: tuple[Array, Batch]) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, sums, gradient_of(params, *each)), None
+
+    if micro_batches == 1:
+        only = jax.tree.map(lambda x: x[0], batch)
+        return gradient_of(params, jnp.zeros((), jnp.int32), only)
+    zero = jnp.zeros(())
+    sums = (zero, zero), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(accumulate, sums, (jnp.arange(micro_batches), batch))[0]
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -297,12 +308,12 @@ class Validation(NamedTuple):
 
 
 def validate(params: Tree, parts: Parts, batches: Iterable[Batch], program: Program) -> Validation:
-    """Return the mean loss and the accuracy over batches.
+    """Return the mean loss and the accuracy over the batches of all processes.
 
     Args:
         params: the trained variables.
         parts: the parts of the model.
-        batches: the batches.
+        batches: the batches of this process.
         program: the program of training.
     """
     evaluating = dataclasses.replace(program, graphdef=parts.evaluating)
@@ -316,8 +327,9 @@ def validate(params: Tree, parts: Parts, batches: Iterable[Batch], program: Prog
         if program.objective != "tokens":
             right += int(np.sum((np.argmax(scores, axis=1) == batch.labels) & batch.valid))
             examples += int(np.sum(batch.valid))
-    loss = math.fsum(totals) / max(math.fsum(counts), 1.0)
-    return Validation(loss, right / examples if examples else None)
+    own = [math.fsum(totals), math.fsum(counts), right, examples]
+    total, count, right, examples = map(math.fsum, zip(*processes.gathered(own), strict=True))
+    return Validation(total / max(count, 1.0), right / examples if examples else None)
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:

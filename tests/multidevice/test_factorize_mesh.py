@@ -1,12 +1,6 @@
 """`nys.factorize` and `nys.nystrom` of matrices that are split over a mesh."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +10,10 @@ from jax.experimental import sparse
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowrank_cases import matrix
-from mesh_cases import collectives, compiled, split
+from mesh_cases import collectives, compiled, result, results_of_two, run, split
 
 import nyscaled as nys
 from nyscaled.lowrank.by_rank import PROBES
-from paper_checks.compiler import FLAGS
 
 M, N, RANK = 256, 64, 4
 WIDTH = RANK + 4  # columns of a product
@@ -206,29 +199,6 @@ def test_a_mesh_with_explicit_axes(a):
         jax.jit(by_rank)(b)
 
 
-def run(script, *arguments, flags):
-    """Start a script of this folder."""
-    environment = os.environ | {"XLA_FLAGS": f"{FLAGS} {flags}"}
-    path = os.pathsep.join(filter(None, sys.path))
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / script), *arguments],
-        env=environment | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(process):
-    """What a script wrote in JSON, on its last line."""
-    try:
-        out, errors = process.communicate(timeout=500)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors[-3000:]
-    return json.loads(out.splitlines()[-1])
-
-
 @pytest.mark.long
 def test_for_a_tolerance_what_travels_does_not_grow_with_the_rows(tmp_path):
     flags = (
@@ -243,16 +213,7 @@ def test_for_a_tolerance_what_travels_does_not_grow_with_the_rows(tmp_path):
 
 @pytest.mark.long
 def test_two_processes_give_the_same_result():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=2"
-    processes = [run("two_processes.py", address, str(i), flags=flags) for i in range(2)]
-    try:
-        results = [result(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    results = results_of_two("two_processes.py")
     for deviations in results:
         assert deviations["devices"] == 4
         for name in ("rank", "explicit", "tolerance", "nystrom"):
