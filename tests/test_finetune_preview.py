@@ -6,7 +6,7 @@ import pytest
 from training_cases import settings
 
 from nyscaled.cli import main
-from nyscaled.finetune import preview
+from nyscaled.finetune import launch, preparation, preview
 
 
 def words(config):
@@ -45,6 +45,41 @@ def test_a_dry_run_says_what_will_be_done(tmp_path, capsys, monkeypatch):
 def test_a_start_from_gradients_is_shown_with_its_options(tmp_path):
     lines = preview.preview(settings(tmp_path, method="nora-grad", scale=0.5))
     assert any("2 adapted layers" in line for line in lines)
+
+
+def test_a_flag_overrides_one_entry_of_a_mapping_in_a_file(tmp_path, capsys, monkeypatch):
+    config = settings(tmp_path, method="prefix")
+
+    def lines(config):
+        prepared = preparation.prepare(config, outline=True)
+        yield str(launch.count(prepared.plan.parts.params))
+
+    def said(file, *more):
+        path = tmp_path / "run.yaml"
+        path.write_text(file)
+        status = main([*words(config), "--config", str(path), *more])
+        captured = capsys.readouterr()
+        return captured.out if status == 0 else captured.err.splitlines()[-1]
+
+    monkeypatch.setattr("nyscaled.cli.finetune.preview", lines)
+    four = "method_options: {virtual_tokens: 4}"
+    assert int(said(four, "--method-options.virtual-tokens", "8")) == 2 * int(said(four))
+    file = "method: lora-one\nmethod_options: {gamma: 8, niter: 3}"
+    monkeypatch.setattr("nyscaled.cli.finetune.preview", lambda c: [str(c.method_options)])
+    assert said(file, "--method-options.gamma=0.5") == "{'gamma': 0.5, 'niter': 3}\n"
+    monkeypatch.setattr("nyscaled.cli.finetune.preview", lines)
+    for file, message in (
+        ("method_options: {gamma: 8}", "option is 'gamma'; expected one of virtual_tokens"),
+        (
+            "method_options: {virtual_tokens: a}",
+            "method_options has virtual_tokens = 'a'; expected",
+        ),
+        ("method_options: 3", "has method_options = 3; expected a mapping of names to values"),
+        ("method_options: {a: [1]}", "method_options with {'a': [1]}; expected numbers or texts"),
+        ("method_options: {damping: 1}", "has 'damping'; expected the setting damping in its pl"),
+    ):
+        assert message in said(file)
+    assert "has no value" in said("rank: 2", "--method-options.virtual-tokens")
 
 
 def test_no_weight_is_read_before_the_memory_is_known(tmp_path):

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, get_args, get_type_hints
+from typing import TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -18,7 +18,8 @@ from nyscaled._pytree import build
 from nyscaled.checkpoints.files import brief, read_text
 
 C = TypeVar("C")
-Option = bool | int | float | str | Path | None
+Value = int | float | str
+Option = bool | Value | Path | Mapping[str, Value] | None
 
 _FLAG = "--config"
 
@@ -39,7 +40,13 @@ def parse(config: type[C], words: Sequence[str], program: str, description: str 
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument(_FLAG, nargs="?")
     path = scan.parse_known_args(list(words))[0].config
-    default = _defaults(config, {} if path is None else read_options(Path(path), config))
+    options = {} if path is None else read_options(Path(path), config)
+    words, entries = _entries(config, words)
+    for name, values in entries.items():
+        before = options.get(name, {})
+        assert isinstance(before, Mapping)
+        options[name] = {**before, **values}
+    default = _defaults(config, options)
     refused = io.StringIO()
     try:
         with contextlib.redirect_stderr(refused):
@@ -89,8 +96,40 @@ def read_options(path: Path, config: type[C]) -> dict[str, Option]:
     return {key: _as(types_of[key], value, f"{path} has {key}") for key, value in options.items()}
 
 
+def _entries(
+    config: type[C], words: Sequence[str]
+) -> tuple[list[str], dict[str, dict[str, Value]]]:
+    """Take the entries of mappings, `--option.entry value`, out of a command line."""
+    hints = get_type_hints(config)
+    mappings = [name for name, hint in hints.items() if get_origin(hint) is Mapping]
+    kept: list[str] = []
+    entries: dict[str, dict[str, Value]] = {name: {} for name in mappings}
+    rest = iter(words)
+    for word in rest:
+        flag, mark, value = word.partition("=")
+        name, dot, entry = flag.removeprefix("--").replace("-", "_").partition(".")
+        if not word.startswith("--") or not dot or not entry or name not in mappings:
+            kept.append(word)
+            continue
+        text = value if mark else next(rest, None)
+        if text is None:
+            raise ValueError(f"{word} has no value; expected a number or a text after it")
+        entries[name][entry] = _value(text)
+    return kept, {name: values for name, values in entries.items() if values}
+
+
+def _value(text: str) -> Value:
+    """A number where the text is one."""
+    for reader in (int, float):
+        with contextlib.suppress(ValueError):
+            return reader(text)
+    return text
+
+
 def _as(hint: object, value: object, name: str) -> Option:
     """The value of an option in the type of the dataclass."""
+    if get_origin(hint) is Mapping:
+        return _mapping(value, name)
     classes = get_args(hint) or (hint,)
     if value is None and type(None) in classes:
         return None
@@ -99,6 +138,18 @@ def _as(hint: object, value: object, name: str) -> Option:
         return reader(value)
     except (ValueError, OverflowError):
         raise ValueError(f"{name} = {brief(repr(value))}; expected {expected}") from None
+
+
+def _mapping(value: object, name: str) -> Mapping[str, Value]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} = {brief(repr(value))}; expected a mapping of names to values")
+    entries: dict[str, Value] = {}
+    for key, entry in value.items():
+        if not isinstance(key, str) or not isinstance(entry, Value) or isinstance(entry, bool):
+            shown = brief(repr({key: entry}))
+            raise ValueError(f"{name} with {shown}; expected numbers or texts by name")
+        entries[key] = _value(entry) if isinstance(entry, str) else entry
+    return entries
 
 
 def _truth(value: object) -> bool:
@@ -138,8 +189,13 @@ _READERS: dict[object, tuple[Callable[[object], Option], str]] = {
 
 def _defaults(config: type[C], options: Mapping[str, Option]) -> C:
     """An instance for tyro, in which options without a value are marked as missing."""
+    missing = dataclasses.MISSING
     values = {
-        field.name: tyro.MISSING if field.default is dataclasses.MISSING else field.default
+        field.name: field.default_factory()
+        if field.default_factory is not missing
+        else tyro.MISSING
+        if field.default is missing
+        else field.default
         for field in dataclasses.fields(config)  # pyright: ignore[reportArgumentType]
     }
     return build(config, **(values | dict(options)))  # its types would not allow what is missing

@@ -15,6 +15,8 @@ from nyscaled.finetune.trackers import TRACKERS
 from nyscaled.models.sharding import FSDP
 from nyscaled.validation import require_count, require_positive, require_scalar
 
+Option = bool | int | float | str | Mapping[str, int | float | str] | None
+
 SCHEDULES = ("constant", "linear", "cosine")
 LOSS_ON = ("answer", "all")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +55,12 @@ class Config:
     """Damping λ of the methods that precondition."""
     ratio: float | None = None
     """Learning rate of b over that of a, for lora+."""
+    method_options: Mapping[str, int | float | str] = dataclasses.field(
+        default_factory=dict[str, int | float | str]
+    )
+    """Further numbers and names of the method's start and updates: a mapping in a file, and
+    --method-options.NAME VALUE for one of them, as --method-options.virtual-tokens 10 for
+    prefix."""
     learning_rate: float | None = None
     """Largest learning rate; the default is a rule of thumb of the method."""
     schedule: str = "linear"
@@ -137,6 +145,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and (name, value) != ("scale", "auto"):
                 require_positive(name, value)
+        if twice := [name for name in self.method_options if name in _OWN]:
+            raise ValueError(
+                f"method_options has {twice[0]!r}; expected the setting {twice[0]} in its place"
+            )
         require_count("seed", self.seed)
         if self.warmup_steps is not None:
             require_count("warmup_steps", self.warmup_steps)
@@ -170,6 +182,7 @@ _COUNTS = (
     "checkpoint_every",
     "sample_every",
 )
+_OWN = ("scale", "damping", "ratio", "clip", "weight_decay")
 _POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "epochs")
 
 NOT_THE_RUN = (
@@ -195,7 +208,7 @@ def differences(first: Config, second: Config) -> dict[str, tuple[object, object
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
 
-def as_options(config: Config) -> dict[str, bool | int | float | str | None]:
+def as_options(config: Config) -> dict[str, Option]:
     """Return the settings as a file of options has them.
 
     Args:

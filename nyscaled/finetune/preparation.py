@@ -84,7 +84,7 @@ def require_method(config: Config) -> None:
         ValueError: on such settings.
     """
     chosen = method(config.method)
-    chosen.require_known(_given(config, "scale"), _given(config, "damping", "ratio"))
+    chosen.require_known(*_method_options(config))
 
 
 def prepare(config: Config, *, outline: bool = False) -> Prepared:
@@ -98,8 +98,8 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         ValueError: on settings, data and models that do not go together.
     """
     require_method(config)
-    chosen, options = method(config.method), _given(config, "scale")
-    hyperparameters = _given(config, "damping", "ratio")
+    chosen = method(config.method)
+    options, hyperparameters = _method_options(config)
     with timed(f"reading {'the outline of ' * outline}{config.model}"):
         read = models.outline if outline else partial(models.load, mesh=meshes.current())
         model, tokenizer = read(config.model, dtype=config.dtype, remat=config.remat)
@@ -127,7 +127,7 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     order, made = _batches(config, objective, train, tokenizer.pad_id or 0, most)
     steps = steps_of(config, order)
     if chosen.warmup is not None:
-        hyperparameters["warmup_steps"] = max(1, round(chosen.warmup * steps))
+        hyperparameters.setdefault("warmup_steps", max(1, round(chosen.warmup * steps)))
     size = config.micro_batch_size or config.batch_size
     validating = batches.make(
         validation,
@@ -225,6 +225,20 @@ def _given(config: Config, *names: str) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _method_options(config: Config) -> tuple[dict[str, int | float | str], dict[str, float]]:
+    """The settings of a method's start, and those of its updates."""
+    chosen, hyperparameters = method(config.method), _given(config, "damping", "ratio")
+    options: dict[str, int | float | str] = {**_given(config, "scale")}
+    for name, value in config.method_options.items():
+        if not isinstance(value, str):
+            (hyperparameters if name in chosen.hyperparameters else options)[name] = value
+        elif isinstance(chosen.options.get(name, value), str):
+            options[name] = value
+        else:
+            raise ValueError(f"method_options has {name} = {value!r}; expected a number")
+    return options, hyperparameters
+
+
 def _programs(steps: int, most: int) -> int:
     return min(most, 1 + steps // STEPS_PER_PROGRAM)
 
@@ -253,7 +267,7 @@ def _batches(
 def _adapt(
     config: Config,
     chosen: Method,
-    options: Mapping[str, float],
+    options: Mapping[str, int | float | str],
     model: LanguageModel,
     head: tuple[str, ...],
     objective: str,

@@ -14,7 +14,7 @@ PROJECT = "nyscaled"
 MODULES = {"tensorboard": ("tensorboardX", "torch.utils.tensorboard"), "wandb": ("wandb",)}
 """Modules that trackers need, of which the first that is installed is used."""
 
-Settings = Mapping[str, bool | int | float | str | None]
+Settings = Mapping[str, object]
 
 
 class Tracker(Protocol):
