@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -106,6 +107,26 @@ def test_reflora_balances_in_a_short_run(root):
     assert same == [True, False]
     plan = launch.prepare(settings(root, method="reflora", steps=2000)).plan
     assert plan.initial().optimizer.hyperparams["warmup_steps"] == 10
+
+
+@pytest.mark.parametrize("method", ["full", "linear-probe", "nora+"])
+def test_a_narrow_base_is_trained_in_float32(root, method):
+    """So that no small update is lost before the model is written, which is said then."""
+    config = settings(root, base="bert_encoder", method=method, dtype="bfloat16")
+    plan = launch.prepare(config).plan
+    state = plan.initial()
+    narrow = {"full": plan.parts.dtypes, "linear-probe": plan.parts.dtypes}.get(method, ())
+    assert all(dtype == "bfloat16" for dtype in narrow)
+    numbers = [x for x in jax.tree.leaves(state[:2]) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {x.dtype.name for x in numbers} == {"float32"}
+
+    def same_after(factor):
+        return saving.unchanged(plan.parts, jax.tree.map(lambda x: factor * x, plan.parts.params))
+
+    zeros = [jnp.mean(x == 0) * x.size for x in jax.tree.leaves(plan.parts.params)]
+    zero = float(sum(zeros)) / launch.count(plan.parts.params)
+    assert same_after(1.1) == pytest.approx(zero, abs=1e-6)
+    assert same_after(1.0001) > 0.9 or method == "nora+"
 
 
 class Writer:

@@ -24,15 +24,17 @@ from nyscaled.finetune.evaluation import Evaluation, evaluate
 from nyscaled.finetune.examples import Example
 from nyscaled.finetune.methods import method
 from nyscaled.finetune.preparation import Prepared, prepare
-from nyscaled.finetune.progress import METRICS, read_metrics, timed
+from nyscaled.finetune.progress import METRICS, read_metrics, say, timed
 from nyscaled.finetune.records import HUB, find_splits
-from nyscaled.finetune.saving import save
+from nyscaled.finetune.saving import save, unchanged
 from nyscaled.finetune.tasks import by_name
 from nyscaled.finetune.trackers import package_of
 from nyscaled.models.sharding import FSDP
 
 CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
 EVALUATION, CURVES = "evaluation.json", "curves.png"
+MOSTLY = 0.5
+"""Share of numbers from which on a run says that a narrow dtype rounds their updates away."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +132,12 @@ def _made(config: Config) -> dict[str, object]:
     began = time.perf_counter()
     trained = loop.train(prepared.plan, config.out)
     seconds = time.perf_counter() - began
+    share = unchanged(prepared.plan.parts, trained.variables)
+    if share > MOSTLY and config.dtype != "float32":
+        say(
+            f"{share:.0%} of the trained numbers are the same in {config.dtype} as before, which "
+            "rounds their updates away; --dtype float32 keeps them"
+        )
     training.update(prepared.model, trained.variables)
     parts = training.split(prepared.model, prepared.trained)
     validation = dataclasses.replace(prepared.plan, parts=parts).validate(parts.params)

@@ -70,6 +70,23 @@ def save(prepared: Prepared) -> float:
     return difference
 
 
+def unchanged(parts: training.Parts, variables: training.Tree) -> float:
+    """Return the share of the trained numbers that are the same as before in the model's dtypes.
+
+    Training is in float32, and a narrow dtype may round its small changes away when it is written.
+
+    Args:
+        parts: the parts of the model before the training.
+        variables: the trained variables.
+    """
+    after, same, count = dict(nnx.to_flat_state(variables)), 0, 0
+    before = nnx.to_flat_state(parts.params)
+    for (path, variable), dtype in zip(before, parts.dtypes, strict=True):
+        old, new = (x[...].astype(dtype) for x in (variable, after[path]))
+        same, count = same + int(jnp.sum(old == new)), count + old.size
+    return same / count
+
+
 def compare(scores: Scores, expected: Scores) -> tuple[float, float]:
     """Return the largest difference of scores, and the largest of the expected ones.
 
