@@ -59,7 +59,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(root, tmp_path, monkeypatch, capsys)
     message = capsys.readouterr().err
     assert "stopped after step 7 of 12, which is saved; go on with: nyscaled finetune" in message
     assert main([*words, "--resume"]) == 0
-    assert "going on after step 7" in capsys.readouterr().err
+    assert "going on after step 7; the validation loss of step 6 is 1." in capsys.readouterr().err
     assert tensors(config.out) == tensors(root / "out")
     assert lines(config.out) == lines(root / "out")
     # A run that is finished is not made again.
@@ -118,6 +118,14 @@ def test_a_run_goes_on_without_what_identifies_its_base(unfinished):
     (unfinished.out / "base.json").unlink()
     nys.finetune.run(unfinished)
     assert (unfinished.out / "adapter" / "base.json").exists()
+
+
+def test_a_base_that_gives_another_loss_is_refused(unfinished):
+    """Although nothing else says that it is another one."""
+    (unfinished.out / "base.json").unlink()
+    perturb(Path(unfinished.model), "model.norm.weight")
+    with pytest.raises(ValueError, match=r"step 6 in .* was .* and is .*the base or the data diff"):
+        nys.finetune.run(unfinished)
 
 
 @pytest.mark.parametrize(

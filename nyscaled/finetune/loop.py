@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -90,7 +91,7 @@ class Plan:
 
     def initial(self) -> State:
         """Return the state before the first step."""
-        params = jax.tree.map(jax.numpy.copy, self.parts.params)
+        params = jax.tree.map(jnp.copy, self.parts.params)
         return meshes.placed(training.initial(self.program, params, **self.hyperparameters))
 
     def samples(self, params: Tree, step: int) -> list[dict[str, str | int]]:
@@ -155,6 +156,7 @@ def train(plan: Plan, out: Path) -> Trained:
         out: folder of the run.
 
     Raises:
+        ValueError: if the saved validation loss is not that of this base and these data.
         Stopped: after Ctrl-C or SIGTERM, when the state is saved.
         NotFiniteError: at a loss or gradient that is not finite, in training or in validation.
         OSError: if a file cannot be written.
@@ -175,6 +177,7 @@ def _train(plan: Plan, out: Path) -> Trained:
         best = Best(**facts)  # pyright: ignore[reportArgumentType]
     frozen = nnx.merge_state(plan.parts.frozen, kept)
     plan = dataclasses.replace(plan, parts=plan.parts._replace(frozen=frozen))
+    compared = _compare_loss(plan, bests, state.params, out) if step else ""
     progress.keep_until(out / samples.FILE, step)
     tracker = plan.config.log if processes.is_first() else None
     tracked = Tracked(tracker, out, as_options(plan.config), step)
@@ -188,7 +191,7 @@ def _train(plan: Plan, out: Path) -> Trained:
 
     with tracked, log, Interruption() as interruption:
         if step:
-            log.say(f"going on after step {step}")
+            log.say(f"going on after step {step}{compared}")
         while step < plan.steps and not _is_stopped(plan, best):
             with meshes.over_processes():
                 state, measured = training.train_step(
@@ -211,7 +214,7 @@ def _train(plan: Plan, out: Path) -> Trained:
                 if bad is not None:
                     # The state is that before the bad step.
                     step = int(state.step)
-                    state = state._replace(finite=jax.numpy.ones((), bool))
+                    state = state._replace(finite=jnp.ones((), bool))
                     save()
                     raise NotFiniteError(bad)
             if lines := plan.samples(meshes.own(state.params), step):
@@ -239,6 +242,25 @@ def _train(plan: Plan, out: Path) -> Trained:
         restored = bests.restore(params)
         params = params if restored is None else restored[1]
     return Trained(nnx.merge_state(params, kept), step, best)
+
+
+def _compare_loss(plan: Plan, bests: Checkpoints, params: Tree, out: Path) -> str:
+    """Compute the lowest validation loss again, and return what is said of it.
+
+    What identifies a base is a small part of its values; their effect is compared here.
+    """
+    if (best := bests.restore(params)) is None:
+        return ""
+    step, params, facts = best
+    before, now = float(facts["validation_loss"] or 0), plan.validate(params).loss
+    limit = max(1e-3, 4 * float(jnp.finfo(plan.config.dtype).eps)) * max(1.0, abs(before))
+    if not abs(now - before) <= limit:
+        raise ValueError(
+            f"the validation loss of step {step} in {out} was {before:.6g} and is {now:.6g}; "
+            "expected the same up to rounding: the base or the data differ from those that the "
+            "run began with (use these, or another --out)"
+        )
+    return f"; the validation loss of step {step} is {now:.4f}, as it was"
 
 
 def _is_stopped(plan: Plan, best: Best) -> bool:
