@@ -67,6 +67,8 @@ def test_a_flag_overrides_one_entry_of_a_mapping_in_a_file(tmp_path, capsys, mon
     file = "method: lora-one\nmethod_options: {gamma: 8, niter: 3}"
     monkeypatch.setattr("nyscaled.cli.finetune.preview", lambda c: [str(c.method_options)])
     assert said(file, "--method-options.gamma=0.5") == "{'gamma': 0.5, 'niter': 3}\n"
+    monkeypatch.setattr("nyscaled.cli.finetune.preview", lambda c: [repr(c.scale)])
+    assert said("scale: auto") == "'auto'\n"
     monkeypatch.setattr("nyscaled.cli.finetune.preview", lines)
     for file, message in (
         ("method_options: {gamma: 8}", "option is 'gamma'; expected one of virtual_tokens"),

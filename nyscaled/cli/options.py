@@ -133,6 +133,8 @@ def _as(hint: object, value: object, name: str) -> Option:
     classes = get_args(hint) or (hint,)
     if value is None and type(None) in classes:
         return None
+    if isinstance(value, str) and value in [word for cls in classes for word in get_args(cls)]:
+        return value  # of a literal type
     reader, expected = next(_READERS[cls] for cls in _READERS if cls in classes)
     try:
         return reader(value)

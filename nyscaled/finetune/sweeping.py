@@ -92,6 +92,8 @@ def grid_of(text: str) -> dict[str, tuple[Value, ...]]:
     Examples:
         >>> grid_of("learning_rate=1e-4,1e-3; method=lora,nora+")
         {'learning_rate': (0.0001, 0.001), 'method': ('lora', 'nora+')}
+        >>> grid_of("scale=0.1,auto")
+        {'scale': (0.1, 'auto')}
     """
     grid: dict[str, tuple[Value, ...]] = {}
     for part in text.split(";"):
@@ -113,11 +115,18 @@ def grid_of(text: str) -> dict[str, tuple[Value, ...]]:
 def _value(name: str, text: str) -> Value:
     hint = get_type_hints(Config)[name]
     types = get_args(hint) or (hint,)
+    if text in _words(types):
+        return text
     read = next(cls for cls in (int, float, str) if cls in types)
     try:
         return read(text)
     except ValueError:
         raise ValueError(f"sweep has {name}={text!r}; expected {read.__name__} values") from None
+
+
+def _words(types: tuple[object, ...]) -> set[object]:
+    """The texts of literal types, such as "auto"."""
+    return {word for cls in types for word in get_args(cls)}
 
 
 def configs(config: Config) -> Iterator[tuple[dict[str, Value], Config]]:
