@@ -12,6 +12,7 @@ from test_finetune_evaluation import causal, classifier
 
 import nyscaled as nys
 from nyscaled.cli import main
+from nyscaled.finetune import TASKS, Row, identity
 from nyscaled.models import BertClassifier
 
 ROWS = [("a b c", 1), ("d e", 0), ("h g a", 1), ("b b", 0)]
@@ -84,6 +85,22 @@ def test_adapters(files, tmp_path):
     tokens, mask = words()([text for text, _ in ROWS], side="right")
     best = [("negative", "positive")[i] for i in adapted(tokens, mask).argmax(1)]
     assert [p["answer"] for p in answers["adapter"]] == best
+
+
+def test_other_test_examples_than_those_of_the_run_are_named(files, tmp_path, capsys):
+    data, adapter = tmp_path / "data", tmp_path / "adapter"
+    data.mkdir()
+    shutil.copytree(files / "a", adapter)
+    rows = [Row({"sentence": text, "label": label}, "") for text, label in ROWS]
+    digest = identity.of_texts(TASKS["sst2"].examples(rows[::-1]))
+    (tmp_path / "run.json").write_text(json.dumps({"examples": {"test": digest}}))
+    for label, said in ((0, False), (1, True)):  # of the last row
+        lines = [f"{text}\t{label}\n" for text, label in (*ROWS[:3], ("b b", label))]
+        (data / "test.tsv").write_text("".join(lines))
+        assert evaluate(files, "--adapter", adapter, data=data) == 0
+        assert (
+            "these 4 test examples are not the 4 that the run" in capsys.readouterr().err
+        ) == said
 
 
 @pytest.mark.parametrize("hidden", ["sentence\na b c\n", "sentence\tlabel\na b c\t-1\n"])

@@ -34,7 +34,9 @@ def test_instructions_with_and_without_an_input():
 def test_completions_are_taken_as_they_are():
     literal = example(tokenizer=characters(), prompt="Q:", completion=" A")
     assert (literal.prompt, literal.answer) == ("Q:", " A")
+    assert literal.own_prompt
     turns = example("chat", characters(), prompt="Q:", completion="A")
+    assert not turns.own_prompt
     assert turns.prompt == "<m>user\nQ:</s>\n<m>assistant\n"
     lists = example(tokenizer=characters(), prompt=TURNS[:2], completion=TURNS[2:])
     assert lists == example(tokenizer=characters(), messages=TURNS)

@@ -1,5 +1,6 @@
 """What a dry run says, and that it reads no weight before it knows the memory."""
 
+import dataclasses
 import re
 
 import pytest
@@ -82,6 +83,17 @@ def test_a_flag_overrides_one_entry_of_a_mapping_in_a_file(tmp_path, capsys, mon
     ):
         assert message in said(file)
     assert "has no value" in said("rank: 2", "--method-options.virtual-tokens")
+
+
+def test_prompts_of_the_rows_have_no_template(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "It was", "completion": " good"}\n' * 20)
+    config = dataclasses.replace(settings(tmp_path), data=data, task="instructions")
+    assert preparation.prepare(config, outline=True).described["prompt"] is None
+    data.write_text('{"instruction": "It was", "output": " good"}\n' * 20)
+    prompt = preparation.prepare(config, outline=True).described["prompt"]
+    assert prompt is not None
+    assert prompt["name"] == "alpaca"
 
 
 def test_no_weight_is_read_before_the_memory_is_known(tmp_path):

@@ -81,6 +81,7 @@ def unfinished(root, tmp_path, monkeypatch):
     model, data, out = tmp_path / "llama", tmp_path / "data", tmp_path / "out"
     shutil.copytree(root / "llama", model)
     shutil.copytree(root / "data", data)
+    shutil.copyfile(data / "dev.tsv", data / "test.tsv")
     config = dataclasses.replace(settings(root, out=out), model=str(model), data=data)
     with monkeypatch.context() as patch:
         interrupted(patch, after=6)
@@ -133,6 +134,7 @@ def test_a_base_that_gives_another_loss_is_refused(unfinished):
     [
         ("train", "\t0", "\t1", "train has other texts or labels in some of its 40 examples"),
         ("dev", "\t0\n", "\t0\nfilm\t0\n", "validation has 13 examples, not 12"),
+        ("test", "\t0", "\t1", "test has other texts or labels in some of its 12 examples"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_data(unfinished, split, old, new, message):

@@ -13,6 +13,7 @@ examples:
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from nyscaled.checkpoints.files import as_json
 from nyscaled.cli import outputs
 from nyscaled.finetune import described, identity, inputs
 from nyscaled.finetune.evaluation import evaluate
+from nyscaled.finetune.examples import Example
 from nyscaled.finetune.harness import run_harness
+from nyscaled.finetune.launch import digest_of_test
 from nyscaled.finetune.records import HUB, Row, find_splits, read_split
 from nyscaled.finetune.saving import load_adapter
 from nyscaled.finetune.task import Task
@@ -128,6 +131,7 @@ def _in_task(config: Config) -> dict[str, object]:
     examples = task.examples(
         rows[: config.examples], template, encoder=encoder, tokenizer=tokenizer
     )
+    _compare_with_run(config.adapter, split, examples)
     result = evaluate(
         model,
         tokenizer,
@@ -147,6 +151,17 @@ def _in_task(config: Config) -> dict[str, object]:
         "scores": {name: score._asdict() for name, score in result.scores.items()},
         "predictions": [dataclasses.asdict(prediction) for prediction in result.predictions],
     }
+
+
+def _compare_with_run(adapter: Path | None, split: str, examples: Sequence[Example]) -> None:
+    """Say so where test examples are not those that the run of an adapter scored."""
+    before = None if adapter is None or split != "test" else digest_of_test(adapter)
+    if before is not None and before != identity.of_texts(examples):
+        print(
+            f"these {len(examples)} test examples are not the {before['examples']} that the run of "
+            f"{adapter} scored; its scores are not comparable",
+            file=sys.stderr,
+        )
 
 
 def _in_harness(config: Config, names: str) -> dict[str, object]:

@@ -32,7 +32,12 @@ class Described(TypedDict):
 
 
 def of_task(
-    task: Task, template: str | None, *, encoder: bool, tokenizer: Tokenizer | None
+    task: Task,
+    template: str | None,
+    *,
+    encoder: bool,
+    tokenizer: Tokenizer | None,
+    own_prompts: bool = False,
 ) -> Described:
     """Return what a model is trained to do.
 
@@ -41,13 +46,14 @@ def of_task(
         template: name of the template, None for the default.
         encoder: whether the model is an encoder with a head.
         tokenizer: the model's tokenizer, whose chat template may be the default.
+        own_prompts: whether the rows have prompts of their own, so that no template was used.
 
     Examples:
         >>> from nyscaled.finetune import TASKS
         >>> of_task(TASKS["sst2"], None, encoder=False, tokenizer=None)["prompt"]["prompt"]
         '{sentence!t} It was'
     """
-    name = None if encoder else task.template_name(template, tokenizer)
+    name = None if encoder or own_prompts else task.template_name(template, tokenizer)
     prompt = None if name is None else {"name": name, **dataclasses.asdict(task.template(name))}
     classes = list(task.classes) if encoder else []
     return {"task": task.name, "template": template, "classes": classes, "prompt": prompt}

@@ -26,6 +26,7 @@ class Example:
         second: the second sentence for encoders.
         turns: first and last character of the earlier answers in a conversation's prompt, on which
             is trained too.
+        own_prompt: whether the row has the prompt itself, and no template made it.
         source: file and line, such as "train.tsv:17".
     """
 
@@ -36,6 +37,7 @@ class Example:
     golds: tuple[str, ...] = ()
     second: str | None = None
     turns: tuple[tuple[int, int], ...] = ()
+    own_prompt: bool = False
     source: str = ""
 
 

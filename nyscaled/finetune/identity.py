@@ -13,7 +13,7 @@ import numpy as np
 
 from nyscaled._files import replacing
 from nyscaled.checkpoints import files
-from nyscaled.finetune.examples import Encoded
+from nyscaled.finetune.examples import Encoded, Example
 from nyscaled.models.opening import open_weights
 
 FILE = "base.json"
@@ -141,6 +141,23 @@ def of_examples(encoded: Sequence[Encoded]) -> Digest:
     return {"examples": len(encoded), "sha256": digest.hexdigest()}
 
 
+def of_texts(examples: Sequence[Example]) -> Digest:
+    """Return what distinguishes examples from others by their texts, in any order.
+
+    Args:
+        examples: the examples.
+
+    Examples:
+        >>> one, other = (Example(text, "yes", source=f"test.tsv:{text}") for text in "ab")
+        >>> of_texts([one, other]) == of_texts([other, one]), of_texts([one]) == of_texts([other])
+        (True, False)
+    """
+    values = ((e.prompt, e.second, e.candidates, e.label, e.golds) for e in examples)
+    hashes = sorted(hashlib.sha256(repr(value).encode()).hexdigest() for value in values)
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return {"examples": len(examples), "sha256": digest}
+
+
 def require_examples(folder: Path, saved: Mapping[str, Digest], own: Mapping[str, Digest]) -> None:
     """Refuse examples that are not those that a run began with.
 
@@ -153,13 +170,13 @@ def require_examples(folder: Path, saved: Mapping[str, Digest], own: Mapping[str
         ValueError: if they differ; the message says which.
     """
     for name, before in saved.items():
-        now = own[name]
+        now = own.get(name, {"examples": 0, "sha256": ""})
         if before == now:
             continue
         counts = f"{now['examples']} examples, not {before['examples']}"
         if before["examples"] == now["examples"]:
             counts = f"other texts or labels in some of its {now['examples']} examples"
         raise ValueError(
-            f"the encoded examples have changed since the run in {folder} began: {name} has "
+            f"the examples have changed since the run in {folder} began: {name} has "
             f"{counts}; expected the files and the tokenizer that it began with, or another --out"
         )

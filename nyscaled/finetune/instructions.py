@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
@@ -50,7 +51,7 @@ def _build(task: Task, template: str | None, row: Row, tokenizer: Tokenizer | No
             return _chat(row, both, tokenizer)
         question, answer = row.text("prompt"), row.text("completion")
         if template != "chat":
-            return _free(row, question, answer)
+            return dataclasses.replace(_free(row, question, answer), own_prompt=True)
         return _chat(row, _turns(question, answer), tokenizer)
     if row.fields.get("instruction") is None:
         known = ", ".join(row.fields)

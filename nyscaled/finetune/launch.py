@@ -18,6 +18,7 @@ import jax
 import yaml
 
 from nyscaled._files import replacing
+from nyscaled.checkpoints import files
 from nyscaled.finetune import identity, loop, meshes, processes, training
 from nyscaled.finetune.config import Config, as_options, differences, from_options
 from nyscaled.finetune.evaluation import Evaluation, evaluate
@@ -269,6 +270,21 @@ def claim(prepared: Prepared) -> None:
     )
     with replacing(path) as file:
         file.write(yaml.safe_dump(as_options(config), sort_keys=False).encode())
+
+
+def digest_of_test(adapter: Path) -> identity.Digest | None:
+    """Return what identifies the test examples that the run of an adapter scored.
+
+    Args:
+        adapter: folder of the adapter.
+
+    Returns:
+        None if there were none, or if the folder is not in that of its run any more.
+    """
+    path = adapter.resolve().parent / RECORD
+    if not path.exists():
+        return None
+    return files.read_object(path, "the record of a run").get("examples", {}).get("test")
 
 
 def count(params: training.Tree) -> int:

@@ -21,7 +21,7 @@ from nyscaled.finetune.config import Config
 from nyscaled.finetune.described import Described, of_task
 from nyscaled.finetune.encoding import Lengths
 from nyscaled.finetune.evaluation import encode_scored
-from nyscaled.finetune.identity import Digest, of_examples
+from nyscaled.finetune.identity import Digest, of_examples, of_texts
 from nyscaled.finetune.inputs import Examples
 from nyscaled.finetune.loop import Plan
 from nyscaled.finetune.methods import Method, method
@@ -175,6 +175,8 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         else sampler(model, tokenizer, task, examples.validation),
     )
     digests = {"train": of_examples(train), "validation": of_examples(validation)}
+    if examples.test and examples.scored == "test":
+        digests["test"] = of_texts(examples.test)
     return Prepared(
         config,
         examples,
@@ -185,7 +187,13 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         trained,
         lengths,
         head,
-        of_task(task, config.template, encoder=encoder, tokenizer=tokenizer),
+        of_task(
+            task,
+            config.template,
+            encoder=encoder,
+            tokenizer=tokenizer,
+            own_prompts=all(example.own_prompt for example in examples.train),
+        ),
         digests,
     )
 
