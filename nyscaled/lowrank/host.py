@@ -16,8 +16,7 @@ A matrix of the host is known by products on NumPy arrays, which are made outsid
 
 On a CPU XLA multiplies a BCOO about ten times slower than SciPy multiplies the same CSR. So a
 sparse matrix whose entries are known is multiplied by SciPy there, by one copy for both sides:
-columns of the transpose are rows, and a second copy by columns makes neither product faster. Two
-threads do not make them faster either, because such products wait for memory.
+columns of the transpose are rows, and a second copy by columns makes neither product faster.
 """
 
 from __future__ import annotations
@@ -145,11 +144,17 @@ class SparseMatrix:
     def __init__(self, rows: MatrixLike) -> None:
         self.shape = tuple(map(int, rows.shape))
         self.dtype = np.dtype(rows.dtype)
-        pointers = rows.indptr
+        # Indices of eight bytes are twice as much to read, in each product.
+        index = np.int32 if max(rows.nnz, *self.shape) < 2**31 else np.int64
+        pointers, indices = (x.astype(index, copy=False) for x in (rows.indptr, rows.indices))
         count = _THREADS if rows.nnz >= _LARGE else 1
         ends = np.searchsorted(pointers, np.linspace(0, rows.nnz, count + 1)[1:-1])
         bounds = [0, *map(int, ends), self.shape[0]]
-        self.blocks = [_Block.of(rows, i, j) for i, j in itertools.pairwise(bounds) if i < j]
+        self.blocks = [
+            _Block.of(rows.data, indices, pointers[i : j + 1], slice(i, j), self.shape[1])
+            for i, j in itertools.pairwise(bounds)
+            if i < j
+        ]
 
     def times(self, x: Inexact[np.ndarray, "n k"], /) -> Inexact[np.ndarray, "m k"]:
         """Return A x."""
@@ -178,19 +183,20 @@ class _Block(NamedTuple):
     transpose: csc_array
 
     @classmethod
-    def of(cls, rows: MatrixLike, i: int, j: int) -> _Block:
-        """Rows i to j − 1 of a matrix in CSR."""
+    def of(
+        cls, data: np.ndarray, indices: np.ndarray, pointers: np.ndarray, rows: slice, width: int
+    ) -> _Block:
+        """These rows of a matrix in CSR, and the `pointers` to where they begin and end."""
         import scipy.sparse
 
-        pointers: np.ndarray = rows.indptr[i : j + 1]
-        own, shape = slice(pointers[0], pointers[-1]), (j - i, rows.shape[1])
-        matrix = scipy.sparse.csr_array(shape, dtype=rows.dtype)
-        transpose = scipy.sparse.csc_array(shape[::-1], dtype=rows.dtype)
+        own, shape = slice(pointers[0], pointers[-1]), (len(pointers) - 1, width)
+        matrix = scipy.sparse.csr_array(shape, dtype=data.dtype)
+        transpose = scipy.sparse.csc_array(shape[::-1], dtype=data.dtype)
         for block in (matrix, transpose):
             # Given to a constructor, parts of arrays would be copied.
-            block.data, block.indices = rows.data[own], rows.indices[own]
+            block.data, block.indices = data[own], indices[own]
             block.indptr = pointers - pointers[0]
-        return cls(slice(i, j), matrix, transpose)
+        return cls(rows, matrix, transpose)
 
 
 def _at_once(

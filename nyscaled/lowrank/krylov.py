@@ -79,19 +79,22 @@ def project(products: Products, first: Sketch, dimensions: int) -> Projection:
         first: the first block, from `sketch`.
         dimensions: how many columns the basis gets; the last block may be narrower.
     """
-    left, right = first.basis, first.right
+    block = left = first.basis
+    right, rows = first.right, []
     width = left.shape[1]
-    block, images = left, []
     while True:
-        images.append(products.adjoint_times(block))
-        extended = extend(right, images[-1])
+        images = products.adjoint_times(block)
+        extended = extend(right, images)
         right = extended if right is None else jnp.concatenate([right, extended], axis=1)
+        rows.append(inner(images, right))  # 0 along the blocks to come, which they do not need
         columns = min(width, dimensions - left.shape[1])
         if columns <= 0:
             break
         if columns < width:  # those that A has most of
-            leading, _, _ = core_svd(inner(extended, images[-1]))
+            leading, _, _ = core_svd(inner(extended, images))
             extended = extended @ leading[:, :columns]
         block = extend(left, products.times(extended))
         left = jnp.concatenate([left, block], axis=1)
-    return Projection(left, inner(jnp.concatenate(images, axis=1), right), right)
+    total = right.shape[1]
+    core = [jnp.pad(row, ((0, 0), (0, total - row.shape[1]))) for row in rows]
+    return Projection(left, jnp.concatenate(core), right)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact
 
 from nyscaled.lapack import inverse_cholesky
 from nyscaled.matrices import transpose_times
-from nyscaled.numerics import full_precision, normalized
+from nyscaled.numerics import abs_squared, full_precision, normalized
 
 _MOST_PASSES = 6
+_MOST_GROWTH = 16  # of rounding along the basis, in a block that needs no further pass
 
 
 def adjoint(x: Inexact[Array, "m n"]) -> Inexact[Array, "n m"]:
@@ -38,14 +41,15 @@ def extend(
 ) -> Inexact[Array, "m b"]:
     """Return an orthonormal block that, with the basis, spans the basis and the given block.
 
-    Passes of Cholesky QR, of which each first takes away the part along the basis. They are shifted
-    by the usual rounding error of the Gram matrix, and divide the condition number by √(2b·eps)⁻¹
-    each, until it is small: one pass for most blocks, three where it is 1/eps. Long sums of numbers
-    of one sign have larger errors; where the Cholesky factorization fails, the shift grows. A last
-    pass is not shifted. Directions that are rounding are kept: with them, what the block spans is
-    right to rounding. Columns that depend on others even so become exactly zero. There are no
-    derivatives in reverse mode; `linalg.orthonormalize` has them, for real blocks of full rank
-    without a basis.
+    Passes of Cholesky QR, of which each first takes away the part along the basis. One pass is
+    enough for a block of which most columns keep most of their length, and are far from dependent.
+    For others there are more passes, until that holds. These are shifted by the usual rounding
+    error of the Gram matrix, and divide the condition number by √(2b·eps)⁻¹ each: one for most
+    blocks, three where it is 1/eps. Long sums of numbers of one sign have larger errors; where the
+    Cholesky factorization fails, the shift grows. The last pass is not shifted. Directions that are
+    rounding are kept: with them, what the block spans is right to rounding. Columns that depend on
+    others even so become exactly zero. There are no derivatives in reverse mode;
+    `linalg.orthonormalize` has them, for real blocks of full rank without a basis.
 
     Args:
         basis: orthonormal columns, or zero columns, (m, k). None stands for k = 0.
@@ -64,33 +68,49 @@ def extend(
     eps = float(jnp.finfo(block.dtype).eps)
     # With unit columns the Gram matrix usually carries a rounding error of about width·eps.
     ridge = 2 * width * eps
+    nothing = jnp.zeros((), jnp.finfo(block.dtype).dtype)
 
-    def outside(block: Array) -> tuple[Array, Array]:
-        """What is left of the block, and its Gram matrix."""
+    def outside(block: Array) -> _Remainder:
+        along = nothing
         if basis is not None:
-            block = block - basis @ inner(basis, block)
-        return block, inner(block, block)
+            parts = inner(basis, block)
+            block = block - basis @ parts
+            along = jnp.sum(abs_squared(parts), axis=0)
+        gram = inner(block, block)
+        inverse, both = _reciprocal_norms(gram, 0)
+        scaled = gram * both
+        dead = jnp.diag((inverse == 0).astype(gram.dtype))
+        root = inverse_cholesky(scaled + dead)
+        # Rounding of the parts along the basis is about eps times this in units of the result.
+        kept = jnp.abs(inverse) * jnp.sqrt(along + jnp.diagonal(gram).real)
+        growth = jnp.max(kept @ jnp.abs(root))
+        good = (jnp.sum(abs_squared(root)) < 2 * width) & (growth < _MOST_GROWTH)
+        return _Remainder(block, gram, inverse[:, None] * root, good)
 
-    def dependent(gram: Array) -> Array:
-        scaled = gram * _reciprocal_norms(gram, 0)[1]
-        return jnp.max(jnp.abs(scaled - jnp.diag(jnp.diagonal(scaled)))) > 0.1 / width
+    def unfinished(state: tuple[_Remainder, Array, Array]) -> Array:
+        return ~state[0].good & (state[1] < _MOST_PASSES)
 
-    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
-        return dependent(state[1]) & (state[2] < _MOST_PASSES)
-
-    def again(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        block, gram, i, least = state
+    def again(state: tuple[_Remainder, Array, Array]) -> tuple[_Remainder, Array, Array]:
+        (block, gram, _, _), i, least = state
         root, shift = _inverse_root(gram, least, ridge)
         # The columns of the first two passes may be rounding; later on they are unit vectors, and
         # one of which only 16·eps is left has this norm after the pass.
         least = jnp.where(i < 1, 0, 16 * eps / jnp.sqrt(shift))
-        return *outside(block @ root), i + 1, least
+        return outside(block @ root), i + 1, least
 
-    block, gram = outside(normalized(block, axis=0)[0])
-    nothing = jnp.zeros((), gram.real.dtype)
-    start = again((block, gram, jnp.asarray(0), nothing))
-    block, gram, _, _ = lax.while_loop(unfinished, again, start)
-    return block @ _inverse_root(gram, 0, jnp.where(dependent(gram), ridge, 0))[0]
+    start = (outside(normalized(block, axis=0)[0]), jnp.asarray(0), nothing)
+    (block, gram, root, good), _, _ = lax.while_loop(unfinished, again, start)
+    root = lax.cond(good, lambda: root, lambda: _inverse_root(gram, 0, ridge)[0])
+    return block @ root
+
+
+class _Remainder(NamedTuple):
+    """What is left of a block, its Gram matrix G, T with TᴴGT = I, and whether T is good enough."""
+
+    block: Inexact[Array, "m b"]
+    gram: Inexact[Array, "b b"]
+    root: Inexact[Array, "b b"]
+    good: Bool[Array, ""]
 
 
 def _reciprocal_norms(
