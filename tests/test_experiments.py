@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from experiment_cases import ROOT, read_errors, read_rows, record, run
 
+import nyscaled as nys
 from experiments import fig1 as fig1_script
 from experiments.lib import matrix as matrices
 from experiments.lib import style
 from experiments.lib.curves import Curve
-from experiments.lib.record import save
+from experiments.lib.record import save, versions
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,19 @@ def test_record_names_seed_command_and_versions(fig1):
     assert how["config"]["precision"] == "float64"
     assert "experiments/fig1.py --quick" in how["command"]
     assert {"jax", "jaxlib", "optax", "numpy", "nyscaled"} <= set(how["versions"])
+
+
+def test_versions_of_a_clone_that_is_not_installed(monkeypatch):
+    version = importlib.metadata.version
+
+    def installed(name):
+        if name == "nyscaled":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert versions()["nyscaled"] == nys.__version__
+    assert list(versions())[:2] == ["nyscaled", "jax"]
 
 
 def test_committed_figures_belong_to_the_code():

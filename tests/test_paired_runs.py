@@ -31,6 +31,14 @@ def test_a_journal_goes_on_after_a_line_that_was_cut(tmp_path):
         whole.once({"seed": 3, "rate": 1e-3}, None)
 
 
+def test_a_line_without_a_key_is_named(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"loss": 1}\n3\n{"seed": 2, "loss": 0.5}\n')
+    assert list(Journal(path, ("seed",)).lines) == [(2,)]
+    said = capsys.readouterr().err
+    assert f"{path}:1 is left out; expected an object with seed\n{path}:2 is left out" in said
+
+
 @pytest.mark.parametrize("numbers", [(), (0.1,), (0.1, 0.05, 0.2)])
 @pytest.mark.parametrize("optimum", [1e-5, 1e-3, 4e-1])
 def test_tuning_gives_each_method_as_many_runs(numbers, optimum):
@@ -83,6 +91,24 @@ def test_verdicts(differences, margin, verdict):
     assert results["one − other"]["verdict"] == verdict
     none = comparison.compare(runs_of(differences), endpoint, [("one", "absent")])
     assert none == {}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverged_is_not_without_a_difference(value):
+    endpoint = Endpoint("loss", "loss", 1e-3, relative=False)
+    runs = runs_of([0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.1, 0.0])
+    runs["third"] = {seed: {"loss": 10 + line["loss"]} for seed, line in runs["one"].items()}
+    runs["one"][3]["loss"] = value
+    pairs = [("one", "other"), ("third", "other")]
+    results = comparison.compare(runs, endpoint, pairs)
+    assert results["one − other"]["verdict"] == "a run diverged"
+    assert results["third − other"]["verdict"] == "higher"
+    assert "NaN" not in json.dumps(results)
+    text = comparison.table(
+        runs, [endpoint], {"loss": results}, dict.fromkeys(runs, (0.1, None)), "other"
+    )
+    assert "; a run diverged (seeds 3) |" in text
+    assert "no difference" not in text
 
 
 def test_more_methods_make_a_claim_harder():

@@ -212,9 +212,7 @@ def haar(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return q * np.sign(np.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
 
 
-def numbers_of(
-    variant: Variant, number: float | None
-) -> tuple[dict[str, Any], dict[str, float]]:
+def numbers_of(variant: Variant, number: float | None) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the options of a start and the hyperparameters of a transform.
 
     Args:

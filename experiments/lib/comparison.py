@@ -15,7 +15,7 @@ Runs = Mapping[str, Mapping[int, Line]]
 
 ENOUGH = 8
 """Pairs without which nothing is claimed."""
-FEW, NONE = "too few pairs", "no difference was seen"
+FEW, NONE, DIVERGED = "too few pairs", "no difference was seen", "a run diverged"
 
 
 class Endpoint(NamedTuple):
@@ -62,6 +62,9 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Return what each pair of methods shows, corrected for their number.
 
+    A run diverged if its value is not finite. Its pair of methods has no statistics then: those of
+    the other seeds would leave out what the method does.
+
     Args:
         runs: the runs.
         endpoint: what is compared.
@@ -73,12 +76,19 @@ def compare(
         if len(seeds) < 2:
             continue
         one, other = (values(runs, endpoint.field, name, seeds) for name in (first, second))
+        diverged = [s for s, d in zip(seeds, one - other, strict=True) if not np.isfinite(d)]
+        if diverged:
+            nothing = dict.fromkeys((*paired.Paired._fields, "margin"))
+            nothing |= {"pairs": len(seeds), "equal": False, "diverged": diverged}
+            results[f"{first} − {second}"] = nothing
+            continue
         margin = endpoint.margin * (float(other.mean()) if endpoint.relative else 1.0)
         equal = paired.equivalent(one - other, margin)
         result = paired.compare(one - other)._asdict()
         results[f"{first} − {second}"] = result | {"margin": margin, "equal": equal}
     # The number of methods counts, not how many of them are through.
-    tests = [r["t_test"] for r in results.values()] + [1.0] * (len(pairs) - len(results))
+    tests = [1.0 if "diverged" in r else r["t_test"] for r in results.values()]
+    tests += [1.0] * (len(pairs) - len(results))
     for result, corrected in zip(results.values(), paired.holm(tests), strict=False):
         result["corrected"] = float(corrected)
         result["verdict"] = verdict(result)
@@ -89,13 +99,16 @@ def verdict(result: Mapping[str, Any]) -> str:
     """Return what is claimed.
 
     Args:
-        result: the entries of `paired.Paired`, with `corrected` and `equal`.
+        result: the entries of `paired.Paired`, with `corrected` and `equal`; `diverged` has the
+            seeds of runs that diverged, if there are any.
 
     Examples:
         >>> seen = {"pairs": 8, "low": -2.0, "high": -1.0, "p": 0.008, "corrected": 0.01}
         >>> verdict(seen | {"equal": False}), verdict(seen | {"high": 1.0, "equal": False})
         ('lower', 'no difference was seen')
     """
+    if result.get("diverged"):
+        return DIVERGED
     if result["pairs"] < ENOUGH:
         return FEW
     outside = result["low"] > 0 or result["high"] < 0
@@ -130,7 +143,10 @@ def table(
             mean = values(runs, endpoint.field, method, sorted(lines)).mean()
             result = results[endpoint.field].get(f"{method} − {base}")
             cell = f"{mean:.3f}"
-            if result is not None:
+            if result is not None and "diverged" in result:
+                seeds = ", ".join(map(str, result["diverged"]))
+                cell += f"; {result['verdict']} (seeds {seeds})"
+            elif result is not None:
                 span = f"{result['mean']:+.3f} [{result['low']:+.3f}, {result['high']:+.3f}]"
                 cell += f"; {span}: {result['verdict']}"
             cells.append(cell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ class Journal:
     """Runs that were made, by what identifies each.
 
     A line is written by one call, so that a reader and a second writer never see half of one. A
-    line that was cut, by a machine that stopped, is left out.
+    line that was cut, by a machine that stopped, is left out. So is one without all keys, which is
+    said.
 
     Args:
         path: the file; it need not exist.
@@ -35,12 +37,16 @@ class Journal:
         self.path, self.keys = path, keys
         self.lines: dict[tuple[Any, ...], Line] = {}
         if path.exists():
-            for text in path.read_text(encoding="utf-8").splitlines():
+            for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 try:
                     line = json.loads(text)
                 except json.JSONDecodeError:
                     continue
-                self.lines[self._key(line)] = line
+                if isinstance(line, dict) and all(name in line for name in keys):
+                    self.lines[self._key(line)] = line
+                else:
+                    expected = f"expected an object with {', '.join(keys)}"
+                    print(f"{path}:{number} is left out; {expected}", file=sys.stderr)
 
     def once(self, identity: Mapping[str, Any], run: Callable[[], Line] | None) -> Line:
         """Return the line of a run, which is made and written if there is none.

@@ -18,6 +18,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
+import nyscaled as nys
 from experiments.lib import style  # noqa: F401  # pyright: ignore[reportUnusedImport]  # sets fonts
 from experiments.lib.curves import Curve, Curves, kept_iterations
 from experiments.lib.files import write_atomically
@@ -35,6 +36,13 @@ def six_digits(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on, of this one from a clone too."""
+    packages = ("jax", "jaxlib", "optax", "numpy", "matplotlib")
+    others = {package: importlib.metadata.version(package) for package in packages}
+    return {"nyscaled": nys.__version__, **others}
+
+
 def save_record(out: Path, name: str, config: Any, **notes: Any) -> None:
     """Write `name`.json: the command, its options, the versions, and the notes.
 
@@ -45,11 +53,10 @@ def save_record(out: Path, name: str, config: Any, **notes: Any) -> None:
         **notes: further entries, as JSON values.
     """
     script, *arguments = sys.argv
-    packages = ("nyscaled", "jax", "jaxlib", "optax", "numpy", "matplotlib")
     record = {
         "command": " ".join(["python", os.path.relpath(script), *arguments]),
         "config": dataclasses.asdict(config),
-        "versions": {p: importlib.metadata.version(p) for p in packages},
+        "versions": versions(),
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "float": str(jax.numpy.result_type(float)),

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import yaml
 
+import nyscaled
 from nyscaled._files import replacing
 from nyscaled.checkpoints import files
 from nyscaled.finetune import identity, loop, meshes, processes, training
@@ -256,14 +257,17 @@ def claim(prepared: Prepared) -> None:
         identity.require_examples(config.out, record.get("examples", {}), prepared.digests)
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    packages = ("nyscaled", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
     identity.write_base(config.out, identity.of_base(config.model))
     _write_json(
         config.out / RECORD,
         {
             "command": shlex.join(sys.argv),
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages},
+            "versions": {
+                "nyscaled": nyscaled.__version__,  # of a clone too, which need not be installed
+                **{name: version(name) for name in packages},
+            },
             "devices": [str(device) for device in jax.devices()],
             "examples": prepared.digests,
         },
