@@ -34,6 +34,7 @@ from experiments.lib.style import COLOURS, PREDICTION
 
 METHODS = ("LoRA", "NoRA", "PiSSA")
 NULLS = {"random": False, "random right": True}
+COUNTED = ("changed", *NULLS)
 SHOWN = 64
 
 
@@ -120,7 +121,7 @@ def measure(
     """Return counts by index of a run and its nulls, and energies along singular vectors."""
     rng = np.random.default_rng([config.seed, seed])
     size = min(min(w.weight.shape) for w in weights.values())
-    totals = {name: np.zeros(size) for name in ("changed", *NULLS, "left", "right")}
+    totals = {name: np.zeros(size) for name in (*COUNTED, "left", "right")}
     for case in cases:
         weight = weights[case.weight]
         np.add.at(totals["changed"], changed(weight, case.update, config.rank), 1)
@@ -138,7 +139,7 @@ def shares(config: Config, runs: dict[int, dict[str, np.ndarray]]) -> dict[str, 
     top = config.rank
     of_run = {
         name: np.array([run[name][:top].sum() / run[name].sum() for run in runs.values()])
-        for name in ("changed", *NULLS)
+        for name in COUNTED
     }
     of_run |= {
         side: np.array([run[side][:top].sum() for run in runs.values()])
@@ -189,12 +190,17 @@ def main(config: Config) -> None:
     weights, cases = made_up(config) if config.quick else read(config)
     totals: dict[str, dict[str, np.ndarray]] = {}
     notes: dict[str, Any] = {}
+    counts: dict[str, dict[str, dict[str, float]]] = {}
     for method, of_method in cases.items():
         runs = {
             seed: measure(config, weights, of_seed, seed)
             for seed, of_seed in tqdm(of_method.items(), desc=method)
         }
         notes[method] = shares(config, runs) | {"seeds": len(runs)}
+        counts[method] = {
+            str(seed): {name: float(run[name][: config.rank].sum()) for name in COUNTED}
+            for seed, run in runs.items()
+        }
         totals[method] = {
             name: np.sum([run[name] for run in runs.values()], axis=0)
             / (len(runs) if name in ("left", "right") else 1)
@@ -213,6 +219,7 @@ def main(config: Config) -> None:
         columns=("index", "value"),
         matrices=len(weights),
         shares=notes,
+        counts_in_top=counts,
     )
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import nyscaled as nys
 from experiments.lib import made_up
-from experiments.lib.config import BaseConfig, command_line
-from experiments.lib.score_table import fine_tuned, folder_of, scored, write
+from experiments.lib.config import command_line
+from experiments.lib.instruction_runs import InstructionConfig, instructed
+from experiments.lib.score_table import scored, write
 
 SETS = {
     "boolq": "commonsense-boolq",
@@ -40,7 +41,7 @@ SETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(InstructionConfig):
     """Instruction tuning for commonsense questions.
 
     --quick: a random model and made-up questions, two methods, a few steps.
@@ -52,59 +53,30 @@ class Config(BaseConfig):
     """File of the questions to train on."""
     data: Path = Path("build/data/commonsense")
     """Folder with SET/test.json for each set that is scored."""
-    methods: tuple[str, ...] = ("lora", "nora", "lora-p-normalized", "nora+")
-    """Methods, the rows. The published lora-p is lora-p-normalized here."""
-    seeds: int = 1
-    """Seeds of each method."""
-    learning_rate: float = 3e-4
-    """Largest learning rate."""
-    scale: float = 0.02
-    """Size ξ of NoRA's start."""
-    epochs: float = 3
-    """Passes through the questions."""
-    steps: int | None = None
-    """Steps, in place of epochs."""
-    batch_size: int = 16
-    """Questions in a step."""
-    rank: int = 32
-    """Rank of the adapters; α is twice the rank."""
     test_examples: int | None = None
     """Most questions of each set; None for all."""
     generated: bool = False
     """Read answers from generated text."""
-    dtype: str = "bfloat16"
-    """Dtype of the base."""
     runs: Path = Path("build/table4")
     """Folder of the runs."""
 
 
 def run(config: Config, method: str, seed: int) -> nys.finetune.Result:
     """Return the result of one run."""
-    has_size = "scale" in nys.finetune.method(method).options
-    settings = nys.finetune.Config(
-        model=config.model,
-        data=config.train,
-        task="commonsense",
-        out=config.runs / folder_of(Path(config.model).name, config.train.stem, method, seed),
-        method=method,
-        rank=config.rank,
-        alpha=2.0 * config.rank,
+    return instructed(
+        config,
+        config.train,
+        "commonsense",
+        method,
+        seed,
         targets=r".*\.(q_proj|k_proj|v_proj|up_proj|down_proj)",
         dropout=0.05,
-        scale=config.scale if has_size else None,
-        learning_rate=config.learning_rate,
         warmup_steps=100 if config.steps is None else None,
-        epochs=config.epochs,
-        steps=config.steps,
-        batch_size=config.batch_size,
         max_length=256,
         loss_on="all",
         validation_examples=120,
         eval_every=80 if config.steps is None else None,
-        dtype=config.dtype,
-        seed=seed,
     )
-    return fine_tuned(settings)
 
 
 def score(config: Config, adapter: Path, name: str) -> float:

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import nyscaled as nys
 from experiments.lib import made_up
-from experiments.lib.config import BaseConfig, command_line
+from experiments.lib.config import command_line
+from experiments.lib.instruction_runs import InstructionConfig, instructed
 from experiments.lib.record import save_record
-from experiments.lib.score_table import fine_tuned, folder_of, scored, write
+from experiments.lib.score_table import scored, write
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(InstructionConfig):
     """MetaMathQA to GSM8K.
 
     --quick: a smoke run with a random model and made-up problems.
@@ -39,57 +40,35 @@ class Config(BaseConfig):
     """File of MetaMathQA; None for a smoke run on problems of the test file."""
     test: Path = Path("build/data/gsm8k/test.json")
     """File of GSM8K's test."""
-    methods: tuple[str, ...] = ("lora", "nora", "lora-p-normalized", "nora+")
-    """Methods, the rows."""
-    seeds: int = 1
-    """Seeds of each method."""
     learning_rate: float = 4e-4
     """Largest learning rate; the paper chose among 3e-4, 4e-4 and 5e-4."""
     scale: float = 0.05
     """Size ξ of NoRA's start; the paper chose among 0.02, 0.05 and 0.1."""
     epochs: float = 2
     """Passes through the problems."""
-    steps: int | None = None
-    """Steps, in place of epochs."""
     batch_size: int = 128
     """Problems in a step."""
     micro_batch_size: int | None = 8
     """Problems in memory at one time."""
     train_examples: int | None = 100_000
     """Problems to train on, the first ones in the order of the seed."""
-    rank: int = 32
-    """Rank of the adapters; α is twice the rank."""
-    dtype: str = "bfloat16"
-    """Dtype of the base."""
     runs: Path = Path("build/table9")
     """Folder of the runs."""
 
 
 def run(config: Config, method: str, seed: int) -> nys.finetune.Result:
     """Return the result of one run."""
-    has_size = "scale" in nys.finetune.method(method).options
-    data = config.test if config.train is None else config.train
-    settings = nys.finetune.Config(
-        model=config.model,
-        data=data,
-        task="gsm8k" if config.train is None else "metamath",
-        out=config.runs / folder_of(Path(config.model).name, data.stem, method, seed),
-        method=method,
-        rank=config.rank,
-        alpha=2.0 * config.rank,
-        scale=config.scale if has_size else None,
-        learning_rate=config.learning_rate,
+    return instructed(
+        config,
+        config.test if config.train is None else config.train,
+        "gsm8k" if config.train is None else "metamath",
+        method,
+        seed,
         schedule="cosine",
-        epochs=config.epochs,
-        steps=config.steps,
-        batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         train_examples=config.train_examples,
         test_examples=1,
-        dtype=config.dtype,
-        seed=seed,
     )
-    return fine_tuned(settings)
 
 
 def write_problems(folder: Path) -> Path:

@@ -81,7 +81,12 @@ def test_quick_figure_2_has_its_nulls(tmp_path):
     for name in ("changed", "random", "random right"):
         for _, counts in panels[name].values():
             assert counts.sum() == pytest.approx(2 * 3 * 2)  # seeds, weights, r
-    shares = json.loads((tmp_path / "fig2.json").read_text())["shares"]
+    how = json.loads((tmp_path / "fig2.json").read_text())
+    for name, (_, values) in panels["changed"].items():
+        of_seeds = [seed["changed"] for seed in how["counts_in_top"][name].values()]
+        assert len(of_seeds) == 2
+        assert sum(of_seeds) == values[:2].sum()
+    shares = how["shares"]
     assert shares["PiSSA"]["left"] == pytest.approx(1)  # its a is along the first vectors
     assert shares["LoRA"]["left"] < 0.5
 
