@@ -1,6 +1,7 @@
 """A base and an adapter as one folder: what `export` writes is the model merged in memory."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,54 @@ def test_a_narrow_base_stays_narrow(root, tmp_path):
     )
     np.testing.assert_allclose(values, expected, rtol=2**-8)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_each_tensor_keeps_its_dtype(root, tmp_path):
+    """In a base of float32, bfloat16 and float16 at once."""
+    base, adapter = tmp_path / "mixed", tmp_path / "adapter"
+    shutil.copytree(root / "llama", base)
+    tensors = safetensors.numpy.load_file(base / "model.safetensors")
+    dtypes = {
+        name: np.float32 if "norm" in name else np.float16 if "mlp" in name else jnp.bfloat16
+        for name in tensors
+    }
+    mixed = {name: value.astype(dtypes[name]) for name, value in tensors.items()}
+    safetensors.numpy.save_file(mixed, base / "model.safetensors", metadata={"format": "pt"})
+    model = adapted(nys.models.load(base)[0], adapter, ".*(q_proj|up_proj)")
+    nys.finetune.export(base, adapter, tmp_path / "out")
+    written = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        written |= safetensors.numpy.load_file(path)
+    assert {name: value.dtype for name, value in written.items()} == dtypes
+    nys.lora.merge(model)
+    read = nys.models.load(tmp_path / "out")[0]
+    for layer, own in (("self_attn.q_proj", 2**-8), ("mlp.up_proj", 2**-11)):
+        values, expected = (
+            nnx.state(x)["layers"][layer.split(".")[0]][layer.split(".")[1]]["kernel"][...]
+            for x in (read, model)
+        )
+        np.testing.assert_allclose(values, expected, rtol=own)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("part", ["head", "update"])
+def test_values_that_the_dtype_of_the_base_does_not_hold_are_refused(root, tmp_path, part):
+    base, adapter = tmp_path / "narrow", tmp_path / "adapter"
+    nys.models.save(nys.models.load(root / "bert", dtype=jnp.float16)[0], base)
+    model = BertClassifier(nys.models.load(root / "bert")[0], CLASSES, rngs=nnx.Rngs(3))
+    if part == "head":
+        model.classifier.kernel[...] += 1e5
+    head = {"modules_to_save": ["classifier", "bert.pooler"], "task_type": "SEQ_CLS"}
+    adapted(model, adapter, ".*query", **head)
+    if part == "update":
+        path = adapter / "adapter_model.safetensors"
+        values = safetensors.numpy.load_file(path)
+        large = {k: 1e3 * v if "lora" in k else v for k, v in values.items()}
+        safetensors.numpy.save_file(large, path, metadata={"format": "pt"})
+    what = "classifier.weight of the adapter" if part == "head" else "query.weight with its update"
+    with pytest.raises(ValueError, match=f"{what} is not finite in float16"):
+        nys.finetune.export(base, adapter, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_an_encoder_gets_its_head(root, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -50,9 +52,10 @@ def export(
 ) -> Exported:
     """Write a base with a merged adapter as a folder that transformers and `nys.models.load` read.
 
-    Tensors are read, changed and written one by one, in the dtype of the base. Files of weights are
-    as large as the largest tensor, or smaller, so that memory holds no more than a few of that.
-    The folder gets the base's configuration and tokenizer, and the task of the adapter.
+    Tensors are read, changed and written one by one, each in the dtype that it has in the base, and
+    new ones in the dtype that holds those of all others. Files of weights are as large as the
+    largest tensor, or smaller, so that memory holds no more than a few of that. The folder gets the
+    base's configuration and tokenizer, and the task of the adapter.
 
     Args:
         model: the base: a folder, a GGUF file or a hub id.
@@ -61,7 +64,7 @@ def export(
 
     Raises:
         ValueError: on an adapter of another base, one that changes single tokens or a head that is
-            the embedding, and a folder with files in it.
+            the embedding, values that are too large for their dtype, and a folder with files in it.
         OSError: if a file cannot be written.
 
     Examples:
@@ -96,10 +99,12 @@ def export(
         raise ValueError(
             f"{adapter} has no {', '.join(missing[:4])}; expected a head with all of it"
         )
-    dtype = next(source.blocks(own[next(iter(own))], 1))[1].dtype
+    dtypes = {name: next(source.blocks(own[name], 1))[1].dtype for name in own if name in wanted}
+    dtype = np.dtype(functools.reduce(jnp.promote_types, dtypes.values()))
+    dtypes = {name: dtypes.get(name, dtype) for name in wanted}
     largest = max(int(np.prod(shape)) for shape in wanted.values()) * dtype.itemsize
     loading.write_tensors(
-        final, out, _merged(source, own, wanted, saved, dtype), dtype.name, tokenizer,
+        final, out, _merged(source, own, dtypes, saved), dtype.name, tokenizer,
         max_shard_size=largest,
     )  # fmt: skip
     if (adapter / described.FILE).exists():
@@ -149,14 +154,15 @@ def _require_match(adapter: Path, saved: Saved, shapes: dict[str, tuple[int, ...
 def _merged(
     source: WeightSource,
     names: dict[str, str],
-    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, np.dtype],
     saved: Saved,
-    dtype: np.dtype,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tensors of the model with the adapter."""
-    for name in shapes:
+    for name, dtype in dtypes.items():
         if name in saved.whole:
-            yield name, saved.whole[name].astype(dtype)
+            with np.errstate(over="ignore"):
+                value = saved.whole[name].astype(dtype)
+            yield name, _finite(f"{name} of the adapter", value)
             continue
         value, update = source.read(names[name]), saved.updates.get(name.removesuffix(".weight"))
         yield name, value if update is None else _with_update(name, value, update, saved)
@@ -178,6 +184,14 @@ def _with_update(name: str, value: np.ndarray, update: Update, saved: Saved) -> 
         rows = slice(first, first + step)
         with np.errstate(over="ignore"):
             merged[rows] = value[rows].astype(np.float32) + scaling * (left[rows] @ right)
-        if not np.isfinite(merged[rows]).all():
-            raise ValueError(f"{name} with its update is not finite in {value.dtype}")
+        _finite(f"{name} with its update", merged[rows])
     return merged
+
+
+def _finite(what: str, values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{what} is not finite in {values.dtype}; expected finite values (a base in float32 or "
+            "bfloat16 holds larger ones)"
+        )
+    return values
