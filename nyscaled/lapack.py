@@ -187,7 +187,7 @@ def _inverse_triangle_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tupl
     return inverse, -(inverse @ jnp.triu(change) @ inverse)
 
 
-def inverse_upper(upper: Float[Array, "r r"]) -> Float[Array, "r r"]:
+def inverse_upper(upper: Inexact[Array, "r r"]) -> Inexact[Array, "r r"]:
     """Return R⁻¹ of an upper triangular R."""
     return _inverse_triangle(upper)
 

@@ -165,17 +165,17 @@ def require_factors(factors: object, shape: tuple[int, ...]) -> Factors:
 
 
 def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
-    """Raise ValueError on NaN, Inf, an all-zero or (if `symmetric`) a non-symmetric matrix.
+    """Raise ValueError on NaN, Inf, an all-zero or (if `symmetric`) a non-Hermitian matrix.
 
     It takes four products with random vectors, so it costs less than one step, for operators
-    too. The antisymmetric part is seen through Uᵀ(A − Aᵀ)U, almost surely non-zero when it is.
+    too. The antisymmetric part is seen through Uᴴ(A − Aᴴ)U, almost surely non-zero when it is.
     """
     if not is_concrete(a):
         return
     probe = jax.random.normal(jax.random.key(0), (a.shape[1], 4), a.dtype)
     with jax.default_matmul_precision("highest"):
         image = a @ probe
-        form = probe.T @ image if symmetric else None
+        form = probe.conj().T @ image if symmetric else None
     size = float(norm(image))
     if not math.isfinite(size):
         raise ValueError(
@@ -190,9 +190,14 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
         )
     if form is None:
         return
-    skew = float(jnp.max(jnp.abs(form - form.T)))
+    skew = float(jnp.max(jnp.abs(form - form.conj().T)))
     # ‖A U‖_F ≈ 2‖A‖_F for four Gaussian columns; entries of UᵀEU have the size of ‖E‖_F.
     if skew > 1e3 * float(jnp.finfo(a.dtype).eps) * size:
+        if jnp.iscomplexobj(form):
+            raise ValueError(
+                f"{name} is not Hermitian: A − Aᴴ is about {skew / size:.1e} of its norm; expected "
+                "A = Aᴴ (take (A + A.conj().T) / 2 if the difference is rounding)"
+            )
         raise ValueError(
             f"{name} is not symmetric: its antisymmetric part is about {skew / size:.1e} of its "
             "norm; expected A = Aᵀ (take (A + A.T) / 2 if the difference is rounding, "

@@ -60,6 +60,29 @@ def test_three_passes_are_near_the_best_rank_and_one_is_not(name):
     assert worst[1] > worst[3]
 
 
+def hermitian(values=(3.0, 2.0, 1.0, 0.5, 0.01)):
+    draws = jax.random.normal(KEY, (M, len(values)), jnp.complex64)
+    basis = np.linalg.qr(np.asarray(draws))[0]
+    return jnp.asarray((basis * np.array(values, np.float32)) @ basis.conj().T), basis
+
+
+@pytest.mark.long_beyond(1)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_hermitian_matrix_is_multiplied_by_adjoints(passes):
+    a, basis = hermitian()
+    psd = nystrom(a, passes=passes, jackknife=True)
+    overlaps = jnp.abs(psd.vectors.conj().T @ basis[:, :4])
+    chex.assert_trees_all_close(psd.eigenvalues, jnp.array([3.0, 2.0, 1.0, 0.5]), atol=1e-5)
+    chex.assert_trees_all_close(overlaps, jnp.eye(4), atol=1e-4)
+    chex.assert_trees_all_close(
+        jnp.linalg.norm(a - psd.factor @ psd.factor.conj().T), 0.01, rtol=0.1
+    )
+    assert 0.009 < psd.error_estimate < 0.02
+    assert jnp.all(psd.deviations < 0.05)
+    peaks = jnp.take_along_axis(psd.vectors, jnp.abs(psd.vectors).argmax(0, keepdims=True), 0)
+    chex.assert_trees_all_close(peaks, jnp.abs(peaks).astype(peaks.dtype), atol=1e-6)
+
+
 # --- The estimate --------------------------------------------------------------------------------
 
 
@@ -176,6 +199,7 @@ REFUSED = {
     "indefinite": (lambda a: a - 0.5 * jnp.eye(M), {}, "A is not positive semidefinite"),
     "negative": (lambda a: -a, {}, "A is not positive semidefinite"),
     "not symmetric": (lambda a: a.at[0, 1].add(1.0), {}, "A is not symmetric"),
+    "not Hermitian": (lambda a: a * (1 + 1j), {}, "A is not Hermitian"),
     "rectangular": (lambda a: a[:, :N], {}, r"A has shape \(60, 40\); expected a square matrix"),
     "zero": (lambda a: 0 * a, {}, "A is the zero matrix"),
     "NaN": (lambda a: a.at[0, 0].set(jnp.nan), {}, "A has NaN or Inf"),

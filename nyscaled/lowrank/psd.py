@@ -6,17 +6,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Inexact, Key
 
 from nyscaled import validation
 from nyscaled.lapack import eigh, inverse_cholesky, inverse_upper
-from nyscaled.linalg import KernelMatrix, default_rcond, orthonormalize
+from nyscaled.linalg import KernelMatrix, default_rcond
 from nyscaled.lowrank import leave_one_out
 from nyscaled.lowrank.explicit import with_auto_axes
-from nyscaled.lowrank.orthogonal import extend
+from nyscaled.lowrank.host_arrays import HOST_DTYPES
+from nyscaled.lowrank.orthogonal import adjoint, extend, inner
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
 from nyscaled.lowrank.psd_result import PSDApproximation
-from nyscaled.lowrank.result import Status
+from nyscaled.lowrank.result import Status, with_fixed_signs
 from nyscaled.matrices import as_matrix
 from nyscaled.numerics import full_precision, norm, normalized, shift
 from nyscaled.typing import LinearMap, MatrixLike
@@ -34,7 +35,7 @@ def nystrom(
 ) -> PSDApproximation:
     """Return the leading eigenvectors and eigenvalues of a positive semidefinite A.
 
-    The approximation is AQ(QᵀAQ)⁻¹QᵀA, cut to the rank, for an orthonormal basis Q of the block
+    The approximation is AQ(QᴴAQ)⁻¹QᴴA, cut to the rank, for an orthonormal basis Q of the block
     Krylov space [Ω, AΩ, …, A^(passes−1)Ω] of a Gaussian Ω with `rank + oversampling` columns. Three
     passes are within 1 % of the best error of that rank for most spectra; one pass reads A once.
     The compression is shifted by its rounding error, which keeps its Cholesky factor real, and the
@@ -51,7 +52,7 @@ def nystrom(
     error estimate is then the trace of A − FFᵀ, which is known to rounding.
 
     Args:
-        a: A (m, m), symmetric, positive semidefinite, in any form that problems take.
+        a: A (m, m), symmetric or Hermitian, positive semidefinite, in any form that problems take.
         rank: how many eigenpairs, 1 ≤ r ≤ m.
         key: PRNG key of Ω; `jax.random.key(0)` by default.
         oversampling: how many more columns than `rank` Ω has. If the Krylov space would have m or
@@ -62,7 +63,7 @@ def nystrom(
 
     Raises:
         ValueError: if the rank, the oversampling or the passes are out of range; if A is not
-            square, symmetric, finite and non-zero; or if its compression to the Krylov space has an
+            square, Hermitian, finite and non-zero; or if its compression to the Krylov space has an
             eigenvalue that is negative beyond rounding (values are checked outside of jit).
 
     References:
@@ -90,7 +91,7 @@ def nystrom(
         if validation.is_concrete(result) and int(result.status) == int(Status.NON_FINITE):
             raise ValueError(f"A has eigenvalues beyond {a.dtype}; expected a smaller kernel")
         return result
-    a = as_matrix("A", a)
+    a = as_matrix("A", a, HOST_DTYPES)
     m, n = a.shape
     if m != n:
         raise ValueError(
@@ -121,37 +122,37 @@ def _approximation(
     basis = extend(None, omega)
     image, e = normalized(a @ basis)
 
-    def product(block: Float[Array, "m s"]) -> Float[Array, "m s"]:
+    def product(block: Inexact[Array, "m s"]) -> Inexact[Array, "m s"]:
         return shift(a @ block, -e)
 
-    start = basis.T @ omega
+    start = inner(basis, omega)
     for _ in range(1, passes):
         block = extend(basis, image[:, -columns:])
         basis = jnp.concatenate([basis, block], axis=1)
         image = jnp.concatenate([image, product(block)], axis=1)
     # Â of A + νI, less νI: rounding of the compression is at most ν.
-    gram = basis.T @ image
-    gram = (gram + gram.T) / 2
+    gram = inner(basis, image)
+    gram = (gram + adjoint(gram)) / 2
     nu = default_rcond(m, gram.dtype) * norm(gram)
     nu = jnp.where(nu == 0, 1, nu)
     gram = gram + nu * jnp.eye(len(gram), dtype=gram.dtype)
     image = image + nu * basis
     root = inverse_cholesky(gram)
     factor = image @ root
-    square = factor.T @ factor
+    square = inner(factor, factor)
     rising, turn = eigh(square)
     values, turn = rising[::-1], turn[:, ::-1]
     live = values[:rank] > 2 * nu
     eigenvalues = jnp.where(live, values[:rank] - nu, 0)
-    vectors = _signed(jnp.where(live, orthonormalize(factor @ turn[:, :rank]), 0))
+    vectors = _signed(jnp.where(live, extend(None, factor @ turn[:, :rank]), 0))
 
     parts = leave_one_out.replicates(gram, start, nu)
     estimate = _with_cut(
         leave_one_out.error(parts, image),
         jnp.maximum(values[rank:] - nu, 0),
-        turn[:, rank:].T @ (square - _squared(gram @ root)) @ turn[:, rank:],
+        adjoint(turn[:, rank:]) @ (square - _squared(gram @ root)) @ turn[:, rank:],
     )
-    square = image.T @ image
+    square = inner(image, image)
     deviations = leave_one_out.deviations(parts, square, rank) if jackknife else None
     finite = jnp.all(jnp.isfinite(gram))
     bad = jnp.where(finite, int(Status.INDEFINITE), int(Status.NON_FINITE))
@@ -167,17 +168,17 @@ def _approximation(
     )
 
 
-def _signed(vectors: Float[Array, "m r"]) -> Float[Array, "m r"]:
+def _signed(vectors: Inexact[Array, "m r"]) -> Inexact[Array, "m r"]:
     """The vectors, of which the largest entry is made positive."""
-    return jnp.where(jnp.max(vectors, axis=0) < -jnp.min(vectors, axis=0), -vectors, vectors)
+    return with_fixed_signs(vectors, vectors)[0]
 
 
-def _squared(x: Float[Array, "m k"]) -> Float[Array, "k k"]:
-    return x.T @ x
+def _squared(x: Inexact[Array, "m k"]) -> Inexact[Array, "k k"]:
+    return adjoint(x) @ x
 
 
 def _with_cut(
-    error: Float[Array, ""], cut: Float[Array, " c"], outside: Float[Array, "c c"]
+    error: Float[Array, ""], cut: Float[Array, " c"], outside: Inexact[Array, "c c"]
 ) -> Float[Array, ""]:
     """‖A − Â + T‖_F for the part T of Â that is cut off, from the norm of A − Â.
 

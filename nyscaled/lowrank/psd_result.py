@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Inexact, Int
 
 from nyscaled._pytree import pytree_dataclass
 
 
 @pytree_dataclass
 class PSDApproximation:
-    """A ≈ U diag(λ) Uᵀ with orthonormal columns in U, from `nystrom`.
+    """A ≈ U diag(λ) Uᴴ with orthonormal columns in U, from `nystrom`.
 
     Args:
         vectors: U (m, r). The largest entry of each column is positive. Columns beyond the
             numerical rank are zero.
         eigenvalues: λ (r,), falling, and 0 beyond the numerical rank.
-        error_estimate: an estimate of ‖A − U diag(λ) Uᵀ‖_F, in units of A. Of a
+        error_estimate: an estimate of ‖A − U diag(λ) Uᴴ‖_F, in units of A. Of a
             `linalg.KernelMatrix` it is the trace of the difference, which is at least that norm.
         numerical_rank: how many eigenvalues are not rounding.
         passes: how many thin products with A were made; 0 for a `linalg.KernelMatrix`.
         status: an int of `Status`.
         deviations: with `jackknife=True`, estimates (r,) of how far each vector would move under
-            another key: the standard deviation of uuᵀ in the Frobenius norm, at most about √2.
+            another key: the standard deviation of uuᴴ in the Frobenius norm, at most about √2.
         pivots: of a `linalg.KernelMatrix`, the indices (r,) of the columns that span U, in the
             order in which they were chosen.
 
@@ -35,7 +35,7 @@ class PSDApproximation:
         (3, 2)
     """
 
-    vectors: Float[Array, "*batch m r"]
+    vectors: Inexact[Array, "*batch m r"]
     eigenvalues: Float[Array, "*batch r"]
     error_estimate: Float[Array, "*batch"]
     numerical_rank: Int[Array, "*batch"]
@@ -45,6 +45,6 @@ class PSDApproximation:
     pivots: Int[Array, "*batch r"] | None = None
 
     @property
-    def factor(self) -> Float[Array, "*batch m r"]:
-        """X (m, r) with XXᵀ ≈ A and orthogonal columns."""
+    def factor(self) -> Inexact[Array, "*batch m r"]:
+        """X (m, r) with XXᴴ ≈ A and orthogonal columns."""
         return self.vectors * jnp.sqrt(self.eigenvalues)[..., None, :]
