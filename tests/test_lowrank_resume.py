@@ -319,19 +319,27 @@ def stored(form, path, dense):
     if form == "memory map":
         np.save(path, dense)
         return np.load(f"{path}.npy", mmap_mode="r")
+    if form == "zarr":
+        a = pytest.importorskip("zarr").create_array(
+            f"{path}.zarr", shape=dense.shape, dtype=dense.dtype, chunks=(7, 2), overwrite=True
+        )
+        a[:] = dense
+        return a
     h5py = pytest.importorskip("h5py")
     with h5py.File(path, "w") as file:
         file["a"] = dense
     return h5py.File(path)["a"]
 
 
-@pytest.mark.parametrize("form", ["memory map", "hdf5"])
+@pytest.mark.parametrize("form", ["memory map", "hdf5", "zarr"])
 def test_a_file_that_changed_after_its_run_had_ended(form, tmp_path):
     """In rows that no product reads again."""
     dense, folder = matrix(), tmp_path / "run"
     begun(folder, stored(form, tmp_path / "a", dense))
     dense[40] += 100
-    with pytest.raises(ValueError, match=r"last change of its file is .* ns .* there and .* here"):
+    with pytest.raises(
+        ValueError, match=r"last change of its files? is .* ns .* there and .* here"
+    ):
         begun(folder, stored(form, tmp_path / "b", dense))
 
 
@@ -357,6 +365,16 @@ def test_a_run_over_a_file_that_did_not_change_continues(form, tmp_path):
     assert os.stat(tmp_path / "moved").st_mtime_ns == status.st_mtime_ns
     for got, expected in zip(begun(tmp_path / "run", source)[1], first, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+def test_a_zarr_folder_in_which_one_chunk_changed(tmp_path):
+    a = stored("zarr", tmp_path / "a", matrix())
+    first = begun(tmp_path / "run", a)[1]
+    for got, expected in zip(begun(tmp_path / "run", a)[1], first, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    a[45, 5] += 1  # in rows that no product reads again
+    with pytest.raises(ValueError, match=r"belongs to another run: .*last change of its files"):
+        begun(tmp_path / "run", a)
 
 
 def test_a_file_in_place_of_a_parent(tmp_path):

@@ -40,7 +40,7 @@ class SlicedRows(Protocol):
 class Rows(NamedTuple):
     """A matrix by its row blocks; `read(start)` yields those from row `start`, a block's first.
 
-    Its `path` is that of the file that it lies in, or None.
+    Its `path` is that of the file or the folder that it lies in, or None.
     """
 
     label: str
@@ -72,7 +72,7 @@ def as_rows(
         source = cast(MatrixLike, source).tocsr()
     if isinstance(source, SlicedRows):
         label, file = _label(source), _file(source)
-        path = None if file is None else file.path
+        path = _store(source) if file is None else file.path
         size, stored = as_shape(label, source.shape), np.dtype(source.dtype)
         if shape is not None and as_shape("the source", shape) != size:
             raise ValueError(f"shape is {shape!r} for {label} {size}; expected None")
@@ -302,6 +302,16 @@ def _file(source: SlicedRows) -> _File | None:
         return None
     begin = int(root.offset) + source.ctypes.data - root.ctypes.data
     return _File(os.fspath(source.filename), int(root.offset) + root.nbytes, begin)
+
+
+def _store(source: SlicedRows) -> str | None:
+    """The folder or the archive of a zarr array that lies on this machine."""
+    store = getattr(source, "store", None)
+    root = getattr(store, "root", None) or getattr(store, "path", None)
+    if not isinstance(root, str | os.PathLike):
+        return None
+    inside = os.path.join(root, str(getattr(source, "path", "")))
+    return next((path for path in (inside, os.fspath(root)) if os.path.exists(path)), None)
 
 
 def _from_file(source: SlicedRows, height: int) -> Callable[[int], Iterator[np.ndarray]] | None:

@@ -59,15 +59,23 @@ def describe(product: str, argument: np.ndarray) -> Description:
 
 
 def describe_file(path: str) -> Description:
-    """Return what tells one state of a file from another, as texts.
+    """Return what tells one state of a file, or of the files in a folder, from another, as texts.
 
     Args:
         path: its path, which may change.
     """
-    status = os.stat(path)
+    if not os.path.isdir(path):
+        status = os.stat(path)
+        return {
+            "size of its file": f"{status.st_size} bytes",
+            "last change of its file": f"{status.st_mtime_ns} ns after 1970",
+        }
+    states = [os.stat(os.path.join(at, name)) for at, _, names in os.walk(path) for name in names]
+    latest = max((status.st_mtime_ns for status in states), default=0)
     return {
-        "size of its file": f"{status.st_size} bytes",
-        "last change of its file": f"{status.st_mtime_ns} ns after 1970",
+        "size of its folder": f"{sum(status.st_size for status in states)} bytes",
+        "number of its files": str(len(states)),
+        "last change of its files": f"{latest} ns after 1970",
     }
 
 

@@ -44,9 +44,9 @@ class RowBlocks:
         progress: whether to draw a bar for each pass, with tqdm.
         resume: a folder from which a run that was killed continues, and into which this one
             writes. It must be deleted by hand. Passes that have ended are not made again, so the
-            folder knows its matrix by shape, dtype and first block, and that of `np.memmap` or
-            h5py by the size of the file and the time of its last change too. A change of other
-            entries of another source is not seen.
+            folder knows its matrix by shape, dtype and first block, and that of `np.memmap`, h5py
+            or a zarr folder by the size of its files and the time of their last change too. A
+            change of other entries of another source is not seen.
         save_seconds: how often the state of a pass is written there.
 
     Raises:
