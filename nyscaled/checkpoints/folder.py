@@ -22,7 +22,6 @@ STEM = "model"  # of the names of files of weights
 SHARD_SIZE = 2**30  # bytes
 
 
-
 class Folder:
     """An open model folder, a `WeightSource`; see `open_folder`.
 
@@ -236,8 +235,7 @@ def _sharded(index: Path) -> Iterator[tuple[str, tuple[Path, Any]]]:
         outside = Path(shard).name != shard or shard == ".."
         if outside or not files.exists(path / shard):
             raise ValueError(
-                f"{index} names {files.brief(repr(shard))}; expected a file in the folder "
-                "itself"
+                f"{index} names {files.brief(repr(shard))}; expected a file in the folder itself"
             )
         shards[shard] = files.open_tensors(path / shard)
         held = set(shards[shard].keys())

@@ -95,6 +95,18 @@ def conv(
     )
 
 
+def pixel_conv(inputs: int, outputs: int, numerics: Numerics, rngs: nnx.Rngs) -> nnx.Conv:
+    """Return a convolution with a kernel of one pixel, and with a bias.
+
+    Args:
+        inputs: number of channels that come in.
+        outputs: number of channels that go out.
+        numerics: dtypes.
+        rngs: source of random parameters.
+    """
+    return conv(inputs, outputs, numerics, rngs, window=1, padding=NO_PADDING)
+
+
 class Downsample(nnx.Module):
     """A convolution with stride 2.
 
@@ -165,7 +177,7 @@ class ResnetBlock2D(nnx.Module):
         self.norm2 = group_norm(outputs, groups, eps, numerics, rngs)
         self.conv2 = conv(outputs, outputs, numerics, rngs)
         if inputs != outputs:
-            self.conv_shortcut = conv(inputs, outputs, numerics, rngs, window=1, padding=NO_PADDING)
+            self.conv_shortcut = pixel_conv(inputs, outputs, numerics, rngs)
         self.is_resized = inputs != outputs
 
     def __call__(self, x: Image, time: Features | None = None) -> Image:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from nyscaled.checkpoints import files, swap
-from nyscaled.checkpoints.folder import SHARD_SIZE, Folder, open_folder, write
+from nyscaled.checkpoints.folder import Folder, open_folder, write
 from nyscaled.diffusion.component import Component, matched, places
 from nyscaled.diffusion.settings import Settings
 from nyscaled.diffusion.unet import UNet
@@ -61,7 +61,7 @@ def load_unet(
     Examples:
         >>> import tempfile, numpy as np
         >>> ones = lambda x: np.ones(x.shape, "f")
-        >>> from nyscaled.diffusion import UNetConfig
+        >>> from nyscaled.diffusion import UNetConfig, save
         >>> sizes = dict(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
         >>> kinds = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
         >>> kinds |= dict(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
@@ -134,40 +134,20 @@ def _open(model_class: type[M], path: Path, stem: str, numerics: Numerics) -> tu
     return source, model_class.outline(config, numerics)
 
 
-def save(
-    model: Component[Settings], folder: str | os.PathLike[str], *, max_shard_size: int = SHARD_SIZE
+def save_component(
+    model: Component[Settings], folder: str | os.PathLike[str], max_shard_size: int
 ) -> None:
-    """Write a model as a folder that `load_unet` and diffusers read, in its parameters' dtype.
-
-    The files are written aside, and replace those of an earlier save at the end.
+    """Write a model as `nys.diffusion.save` does.
 
     Args:
-        model: a model of this package; adapters merged and removed.
-        folder: folder to write, made if missing. Other files in it are kept.
-        max_shard_size: most bytes in a file of weights. Beyond it there are several files and an
-            index.
+        model: the model.
+        folder: folder to write.
+        max_shard_size: most bytes in a file of weights.
 
     Raises:
-        ValueError: on variables beside the model's own parameters, such as adapters.
+        ValueError: on variables beside the model's own parameters.
         OSError: if a file cannot be written.
-
-    Examples:
-        >>> import tempfile, numpy as np
-        >>> ones = lambda x: np.ones(x.shape, "f")
-        >>> from nyscaled.diffusion import UNet, UNetConfig
-        >>> sizes = dict(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
-        >>> kinds = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
-        >>> kinds |= dict(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-        >>> config = UNetConfig(**sizes, **kinds, attention_head_dim=2, cross_attention_dim=6)
-        >>> graphdef, state = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
-        >>> unet = nnx.merge(graphdef, jax.device_put(jax.tree.map(ones, state)))
-        >>> with tempfile.TemporaryDirectory() as path:
-        ...     save(unet, path)
-        ...     sorted(os.listdir(path))
-        ['config.json', 'diffusion_pytorch_model.safetensors']
     """
-    if not isinstance(model, Component):
-        raise ValueError(f"model is a {type(model).__name__}; expected a model of nys.diffusion")
     table = places(model)
     named = (
         pair

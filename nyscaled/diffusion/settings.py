@@ -12,7 +12,8 @@ from nyscaled.checkpoints.files import JsonObject
 from nyscaled.models.config import LARGEST
 
 INTEGERS, TEXTS = "tuple[int, ...]", "tuple[str, ...]"
-LEAST = {"steps_offset": 0}  # of integers that need not be positive
+# Of integers that need not be positive.
+LEAST = {"steps_offset": 0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 # Other classes of diffusers, by what they are called.
 FOREIGN = {
     "ControlNetModel": "ControlNet",

@@ -44,7 +44,7 @@ _BERTS = {
     )
 }
 # Classes that read everything from `tokenizer.json`.
-_PLAIN = "PreTrainedTokenizer", "TokenizersBackend", ""
+_PLAIN = "PreTrainedTokenizer", "TokenizersBackend", "CLIPTokenizer", ""
 _OF_MODEL = {
     "bert": "BertTokenizer",
     "gemma": "GemmaTokenizer",

@@ -1,0 +1,119 @@
+"""Images of texts: noise, a sampler with guidance, and the decoder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from nyscaled.diffusion.autoencoder import Autoencoder
+from nyscaled.diffusion.pipeline import Pipeline
+from nyscaled.diffusion.samplers import sample
+from nyscaled.diffusion.schedule import Latents, Schedule
+from nyscaled.diffusion.unet import UNet
+from nyscaled.validation import require_at_least
+
+
+def generate(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    *,
+    key: Key[Array, ""],
+    steps: int = 50,
+    guidance: float = 7.5,
+    sampler: str = "ddim",
+    negative: str = "",
+    size: Sequence[int] | None = None,
+    noise: Latents | None = None,
+) -> Float[Array, "batch rows columns colors"]:
+    """Return images of texts, with values from 0 to 1.
+
+    The sampler is one compiled program per number of steps and shape. In it the U-Net is called
+    with the prompts and with `negative` as one batch, and goes beyond the difference by the factor
+    `guidance` (Ho and Salimans, 2021).
+
+    Args:
+        pipe: the pipeline.
+        prompts: a text per image.
+        key: PRNG key of the noise.
+        steps: number of steps of the sampler.
+        guidance: factor of the difference between the predictions for a prompt and for `negative`;
+            1 for the plain predictions, at half the cost.
+        sampler: "ddim", "plms", "euler" or "ddpm", as in `nys.diffusion.sample`.
+        negative: text that the images are not to be like.
+        size: height and width of images, multiples of 8 in Stable Diffusion; None for the size that
+            the U-Net was trained with.
+        noise: numbers from the normal distribution to begin with, (batch, height, width, channels)
+            of latents, in place of `size` and of what `key` draws.
+
+    Raises:
+        ValueError: on a size that is not a multiple, or noise of another shape, and as `sample`
+            does.
+
+    Examples:
+        >>> pipe = load("stable-diffusion-v1-4")  # doctest: +SKIP
+        >>> images = generate(pipe, ["a photo of a dog"], key=jax.random.key(0))  # doctest: +SKIP
+        >>> images.shape  # doctest: +SKIP
+        (1, 512, 512, 3)
+    """
+    require_at_least("guidance", guidance, 0)
+    context = pipe.encode_texts(prompts)
+    if guidance != 1:
+        context = jnp.concatenate([pipe.encode_texts([negative] * len(prompts)), context])
+    shape = (len(prompts), *_latent_size(pipe, size), pipe.unet.config.in_channels)
+    if noise is None:
+        noise = jax.random.normal(key, shape)
+    elif noise.ndim != 4 or (noise.shape[0], noise.shape[3]) != (shape[0], shape[3]):
+        raise ValueError(
+            f"noise has shape {noise.shape}; expected ({shape[0]}, height, width, {shape[3]})"
+        )
+    fresh = jax.random.fold_in(key, 1) if sampler == "ddpm" else None
+    latents = _sampled(
+        pipe.unet, noise, context, jnp.float32(guidance), fresh, pipe.schedule, steps, sampler
+    )
+    return _decoded(pipe.autoencoder, latents)
+
+
+def _latent_size(pipe: Pipeline, size: Sequence[int] | None) -> tuple[int, int]:
+    factor = 2 ** (len(pipe.autoencoder.config.block_out_channels) - 1)
+    trained = pipe.unet.config.sample_size
+    if size is None:
+        if trained is None:
+            raise ValueError("size is None, and the U-Net has no sample_size; expected two sides")
+        height, width = (trained, trained) if isinstance(trained, int) else trained
+        return height, width
+    if len(size) != 2 or any(side <= 0 or side % factor for side in size):
+        raise ValueError(f"size is {size}; expected two multiples of {factor}")
+    return size[0] // factor, size[1] // factor
+
+
+@functools.partial(nnx.jit, static_argnames=("schedule", "steps", "sampler"))
+def _sampled(
+    unet: UNet,
+    noise: Latents,
+    context: Array,
+    guidance: Array,
+    key: Array | None,
+    schedule: Schedule,
+    steps: int,
+    sampler: str,
+) -> Latents:
+    guided = len(context) > len(noise)
+
+    def predict(x: Latents, time: Array) -> Latents:
+        if not guided:
+            return unet(x, time, context)
+        without, prompted = jnp.split(unet(jnp.concatenate([x, x]), time, context), 2)
+        return without + guidance * (prompted - without)
+
+    return sample(predict, schedule, noise, steps=steps, sampler=sampler, key=key)
+
+
+@nnx.jit
+def _decoded(autoencoder: Autoencoder, latents: Latents) -> Array:
+    images = autoencoder.decode(latents).astype(jnp.float32)
+    return jnp.clip(images / 2 + 0.5, 0, 1)
