@@ -25,6 +25,13 @@ def test_the_tables_of_kernels():
 
 
 @pytest.mark.long
+def test_the_table_of_random_columns():
+    command = [sys.executable, str(BENCHMARKS / "lowrank_sketches.py"), "--quick"]
+    tables = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert tables.count("| diagonal |") == 12
+
+
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("passes", ["1", "3"])
 def test_the_memory_of_a_stream(passes):
