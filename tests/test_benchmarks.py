@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_cases import write_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -48,3 +49,12 @@ def test_the_gradients_of_lora():
     tables = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert tables.count("forward + backward") == 2
     assert "| bfloat16 |" in tables
+
+
+@pytest.mark.long
+def test_the_table_of_overheads(tmp_path):
+    model = write_model(tmp_path / "llama")
+    command = [sys.executable, str(BENCHMARKS / "finetune_overhead.py"), "--quick"]
+    command += ["--model", str(model)]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert table.count("| ≤ ") == 2
