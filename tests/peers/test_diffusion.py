@@ -1,0 +1,149 @@
+"""Folders written here and read by diffusers, and the other way: the same images and noise."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model here is in the repository
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+import nyscaled as nys  # noqa: E402
+from nyscaled.diffusion.tokenizer import open_clip_tokenizer, text_tokens  # noqa: E402
+
+FOLDER = Path(__file__).parent.parent / "fixtures" / "diffusion"
+TEXTS = "a photo of sks dog", "the dog's tail"
+
+
+def close(actual, expected, tolerance=1e-4):
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def first(x):
+    """Channels second, as torch has them."""
+    return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return nys.diffusion.load(FOLDER / "sd1")
+
+
+@pytest.fixture(scope="module")
+def theirs(pipe, tmp_path_factory):
+    """The pipeline that diffusers reads from what is written here."""
+    folder = tmp_path_factory.mktemp("saved")
+    nys.diffusion.save(pipe, folder)
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind"),
+    [
+        ("ddim", diffusers.DDIMScheduler),
+        ("plms", diffusers.PNDMScheduler),
+        ("euler", diffusers.EulerDiscreteScheduler),
+    ],
+)
+def test_images_of_a_saved_pipeline(pipe, theirs, sampler, kind):
+    theirs.scheduler = kind.from_config(theirs.scheduler.config)
+    noise = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
+    expected = theirs(list(TEXTS), latents=first(noise), **options).images
+    images = nys.diffusion.generate(
+        pipe, TEXTS, noise=noise, key=jax.random.key(0), steps=5, guidance=3.0, sampler=sampler
+    )
+    close(images, expected)
+
+
+def test_saved_models_are_those_that_were_read(theirs):
+    original = diffusers.AutoencoderKL.from_pretrained(FOLDER / "sd1" / "vae")
+    pairs = (
+        (theirs.vae, original),
+        (theirs.unet, diffusers.UNet2DConditionModel.from_pretrained(FOLDER / "sd1" / "unet")),
+        (
+            theirs.text_encoder,
+            transformers.CLIPTextModel.from_pretrained(FOLDER / "sd1" / "text_encoder"),
+        ),
+    )
+    for ours, model in pairs:
+        saved, tensors = ours.state_dict(), model.state_dict()
+        assert saved.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(saved[name].float(), tensor.float()), name
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "bk"])
+def test_noise_of_a_saved_unet(name, tmp_path):
+    unet = nys.diffusion.load_unet(FOLDER / name)
+    nys.diffusion.save(unet, tmp_path)
+    model = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
+    keys = jax.random.split(jax.random.key(2))
+    latents, context = (
+        jax.random.normal(keys[0], (3, 6, 5, 4)),
+        jax.random.normal(keys[1], (3, 7, 6)),
+    )
+    times = np.array([1, 500, 999])
+    with torch.no_grad():
+        noise = model(first(latents), torch.tensor(times), torch.tensor(np.asarray(context))).sample
+    close(first(jax.jit(unet)(latents, times, context)), noise)
+
+
+def test_noise_and_targets(pipe, theirs):
+    keys = jax.random.split(jax.random.key(3))
+    latents, noise = (jax.random.normal(key, (2, 3, 5, 4)) for key in keys)
+    times = jnp.array([10, 800])
+    scheduler = diffusers.DDPMScheduler.from_config(theirs.scheduler.config)
+    index = torch.tensor(np.asarray(times))
+    noisy = scheduler.add_noise(first(latents), first(noise), index)
+    close(first(pipe.schedule.noisy(latents, noise, times)), noisy, 1e-5)
+    schedule = nys.diffusion.Schedule(prediction_type="v_prediction")
+    velocity = scheduler.get_velocity(first(latents), first(noise), index)
+    close(first(schedule.target(latents, noise, times)), velocity, 1e-5)
+
+
+def lines(count):
+    """Lines of text: of this repository's pages, and of random signs."""
+    pages = Path(__file__).parents[2] / "docs" / "pages"
+    text = "\n".join(path.read_text() for path in sorted(pages.glob("*.md")))
+    found = [line for line in text.split("\n") if line.strip()][: count // 2]
+    generator = np.random.default_rng(0)
+    signs = [chr(i) for i in (*range(32, 127), *range(160, 600), 0x3B1, 0x6F22, 0x1F415)]
+    random = ["".join(generator.choice(signs, 40)) for _ in range(count - len(found))]
+    return found + random
+
+
+@pytest.mark.filterwarnings("ignore:a text has")
+def test_tokens_of_clips_vocabulary_are_those_of_transformers(tmp_path):
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        pytest.skip("needs CLIP's vocabulary: pip install --no-deps open-clip-torch")
+    file = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.decompress(file.read_bytes()).decode().split("\n")[1:48895]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += ["".join(merge.split()) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    assert len(vocabulary) == 49408
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    ours, texts = open_clip_tokenizer(tmp_path), lines(1000)
+    assert text_tokens(ours, ["a photo of sks dog"], 77)[0, :7].tolist() == [
+        *(49406, 320, 1125, 539, 48136, 1929, 49407),
+    ]
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    rows = theirs(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    np.testing.assert_array_equal(text_tokens(ours, texts, 77), rows)
