@@ -3,6 +3,7 @@
 from nyscaled.diffusion.autoencoder import Autoencoder, AutoencoderConfig
 from nyscaled.diffusion.generation import generate
 from nyscaled.diffusion.loading import load_unet
+from nyscaled.diffusion.objective import denoising_loss
 from nyscaled.diffusion.pipeline import Pipeline, load, save
 from nyscaled.diffusion.samplers import sample, trajectory
 from nyscaled.diffusion.schedule import Schedule
@@ -19,6 +20,7 @@ __all__ = [
     "TextEncoderConfig",
     "UNet",
     "UNetConfig",
+    "denoising_loss",
     "generate",
     "load",
     "load_unet",

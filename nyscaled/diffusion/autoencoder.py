@@ -154,12 +154,12 @@ def _levels(
     groups: int,
     numerics: Numerics,
     rngs: nnx.Rngs,
-) -> nnx.List[Level]:
+) -> list[Level]:
     """The levels with these widths, of which the last keeps the size of images."""
     inputs = (widths[0], *widths[:-1])
     kinds = (*(kind for _ in widths[1:]), Level)
     parts = zip(kinds, inputs, widths, strict=True)
-    return nnx.List([make(a, b, count, groups, numerics, rngs) for make, a, b in parts])
+    return [make(a, b, count, groups, numerics, rngs) for make, a, b in parts]
 
 
 class MidBlock(nnx.Module):
@@ -181,7 +181,7 @@ class Encoder(nnx.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = conv(config.in_channels, widths[0], numerics, rngs)
         count = config.layers_per_block
-        self.down_blocks = _levels(DownLevel, widths, count, groups, numerics, rngs)
+        self.down_blocks = nnx.List(_levels(DownLevel, widths, count, groups, numerics, rngs))
         self.mid_block = MidBlock(widths[-1], groups, numerics, rngs)
         self.conv_norm_out = group_norm(widths[-1], groups, GROUP_EPS, numerics, rngs)
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, numerics, rngs)
@@ -201,7 +201,7 @@ class Decoder(nnx.Module):
         self.conv_in = conv(config.latent_channels, widths[0], numerics, rngs)
         self.mid_block = MidBlock(widths[0], groups, numerics, rngs)
         count = config.layers_per_block + 1
-        self.up_blocks = _levels(UpLevel, widths, count, groups, numerics, rngs)
+        self.up_blocks = nnx.List(_levels(UpLevel, widths, count, groups, numerics, rngs))
         self.conv_norm_out = group_norm(widths[-1], groups, GROUP_EPS, numerics, rngs)
         self.conv_out = conv(widths[-1], config.out_channels, numerics, rngs)
 
