@@ -123,3 +123,5 @@ def test_a_run_has_no_sweep(tmp_path):
         nys.finetune.run(config)
     with pytest.raises(ValueError, match="sweep is None; expected a setting"):
         nys.finetune.sweep(settings(tmp_path))
+    with pytest.raises(ValueError, match="and processes 'auto'; expected one"):
+        settings(tmp_path, sweep="rank=1,2", processes="auto")

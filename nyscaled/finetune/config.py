@@ -157,6 +157,11 @@ class Config:
         require_scalar("weight_decay", self.weight_decay, 0, math.inf, open_low=False)
         if self.processes is not None:
             parsed(self.processes)
+            if self.sweep is not None:
+                raise ValueError(
+                    f"sweep is {self.sweep!r} and processes {self.processes!r}; expected one of "
+                    "them (several processes make one run)"
+                )
         if self.mesh is not None:
             split, size = sizes_of(self.mesh).get(FSDP, 1), self.micro_batch_size or self.batch_size
             if size % split:

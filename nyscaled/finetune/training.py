@@ -94,7 +94,9 @@ class Program:
 
         def inner(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
             adam = optax.adamw(learning_rate, weight_decay=self.weight_decay)
-            return adam if self.clip is None else optax.chain(_clip(self.clip), adam)
+            if self.clip is None:
+                return adam
+            return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
         # An optimizer of its own has these among its hyperparameters.
         settings = {
@@ -345,7 +347,3 @@ def micro_batches(batch: Batch, count: int) -> Batch:
         lambda x: x.reshape(count, -1, *x.shape[1:]), batch._replace(candidates=None)
     )
     return split._replace(candidates=shared)
-
-
-def _clip(limit: float) -> optax.GradientTransformation:
-    return optax.clip_by_global_norm(limit)
