@@ -12,16 +12,16 @@ from __future__ import annotations
 import copyreg
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from nyscaled.lora.contraction import Contraction
 from nyscaled.lora.recipe import Origin, Weights, path_key, scaling_of
 from nyscaled.lora.view import (
-    Equations,
     Layer,
     MeshNames,
     equations,
@@ -31,43 +31,6 @@ from nyscaled.lora.view import (
 )
 from nyscaled.numerics import at_least_float32
 from nyscaled.transforms.leaf_names import Shape
-
-
-class Contraction(NamedTuple):
-    """What an adapter must know of a call of its layer.
-
-    Attributes:
-        equations: the einsum equations of its two products.
-        batch: lengths of the kernel's batch axes.
-        inputs: lengths of the axes that are contracted.
-        outputs: lengths of the axes of the output.
-        dtype: dtype of the products; None for that of the factors.
-        precision: precision of the products, as in `jax.lax`.
-        out_sharding: sharding of the layer's output, or None.
-    """
-
-    equations: Equations
-    batch: Shape
-    inputs: Shape
-    outputs: Shape
-    dtype: Any
-    precision: Any
-    out_sharding: Any
-
-    def down(self, x: Array, a: Array) -> Array:
-        """Return x·a for a factor (batch…, in, r), in its dtype; rows of it, if x are tokens."""
-        a = a.reshape((*self.batch, *self.inputs, a.shape[-1]))
-        if not self.equations.down:
-            return jnp.take(a, x, axis=0)
-        x = x.astype(a.dtype)
-        return jnp.einsum(self.equations.down, x, a, precision=self.precision)
-
-    def up(self, hidden: Array, b: Array) -> Array:
-        """Return hidden·b for a factor (batch…, r, out)."""
-        b = b.reshape((*self.batch, b.shape[-2], *self.outputs))
-        return jnp.einsum(
-            self.equations.up, hidden, b, precision=self.precision, out_sharding=self.out_sharding
-        )
 
 
 class AdapterState(nnx.Variable[Any]):
@@ -196,7 +159,7 @@ def input_moments(x: Array, a: Array, contraction: Contraction) -> Array:
 
     def backward(inputs: tuple[Array, Array], gradient: Array) -> tuple[None, Array]:
         hidden, to_a = jax.vjp(functools.partial(c.down, inputs[0]), inputs[1])
-        sizes = jax.linear_transpose(sums, hidden)(jnp.abs(gradient))[0]
+        sizes = jax.vjp(sums, hidden)[1](jnp.abs(gradient))[0]
         return None, to_a(jnp.where(sizes > 0, hidden, 0))[0]
 
     zeros.defvjp(forward, backward)

@@ -1,0 +1,56 @@
+"""The product with the second factor, and its derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nyscaled.lora.contraction import Contraction
+from nyscaled.lora.view import Equations
+
+R = 2
+CASES = {
+    "linear": ("...r,ro->...o", (), (5,), (3, 4, R)),
+    "one token": ("...r,ro->...o", (), (5,), (R,)),
+    "heads": ("abr,rcd->abcd", (), (3, 2), (4, 3, R)),
+    "batch of kernels": ("abr,bro->abo", (3,), (5,), (4, 3, R)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_are_those_of_the_einsum(case):
+    up, batch, outputs, shape = CASES[case]
+    c = Contraction(Equations("", up), batch, (), outputs, None, "highest", None)
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], shape)
+    b = jax.random.normal(keys[1], (*batch, R, np.prod(outputs)))
+
+    def plain(hidden, b):
+        return jnp.einsum(up, hidden, b.reshape(*batch, R, *outputs), precision="highest")
+
+    weights = jax.random.normal(keys[2], plain(hidden, b).shape)
+
+    def gradients(product, hidden, b):
+        return jax.grad(lambda *x: jnp.sum(weights * product(*x) ** 2), (0, 1))(hidden, b)
+
+    first, second = (gradients(f, hidden, b) for f in (c.up, plain))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), first, second)
+    for derivative in (jax.jacrev, jax.jacfwd):  # a second derivative, both ways
+        first, second = (
+            derivative(lambda b, f=f: gradients(f, hidden, b)[1])(b) for f in (c.up, plain)
+        )
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_in_b_transposes_the_small_operand():
+    """Products are canonical if all but the last axis of the right operand are contracted."""
+    c = Contraction(Equations("", "...r,ro->...o"), (), (), (64,), None, None, None)
+    hidden, b = jnp.ones((16, R)), jnp.ones((R, 64))
+
+    def transposed(product):
+        program = jax.make_jaxpr(jax.grad(lambda b: jnp.sum(jnp.sin(product(hidden, b)))))(b)
+        last = [e for e in program.eqns if e.primitive.name == "dot_general"][-1]
+        return last.invars[0].aval.shape
+
+    assert transposed(c.up) == hidden.shape
+    assert transposed(jnp.matmul) == (16, 64)  # what JAX's own rule gives
