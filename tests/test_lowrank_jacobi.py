@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_lapack import CALL
 
+from nyscaled.lapack import eigh
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.jacobi import eigh_of_positive, jacobi
 
@@ -47,6 +48,21 @@ def errors(a, values, vectors):
         np.linalg.norm(vectors.conj().T @ vectors - np.eye(N), 2),
         np.abs(values - expected).max() / size,
     )
+
+
+def test_derivatives_are_those_of_lapack():
+    a = jnp.asarray(positive(SPECTRA["flat"]))
+    change = jnp.asarray(np.random.default_rng(1).standard_normal((N, N)), jnp.float32)
+
+    def leading(decomposition):
+        def values_and_projector(a):
+            values, vectors = decomposition(a)
+            return values, jnp.outer(vectors[:, -1], vectors[:, -1])
+
+        return jax.jvp(values_and_projector, (a,), (change,))[1]
+
+    for got, expected in zip(leading(jacobi), leading(eigh), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])

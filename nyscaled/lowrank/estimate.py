@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from nyscaled.lapack import inverse
+from nyscaled.lapack import inverse_upper
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.orthogonal import adjoint, extend, inner
 from nyscaled.lowrank.result import Deviations
@@ -54,7 +54,7 @@ def leave_one_out_error(
     expected squared error of a sketch of one column less.
 
     Args:
-        basis: Q, orthonormal columns.
+        basis: Q, from `extend`, which makes R upper triangular.
         images: AΩ for a Gaussian Ω.
         deviation: the standard deviation of the entries of Ω.
 
@@ -64,7 +64,7 @@ def leave_one_out_error(
     """
     size = norm(images, axis=0)
     scaled = images / jnp.where(size == 0, 1, size)
-    solved = norm(inverse(adjoint(basis) @ scaled), axis=1)
+    solved = norm(inverse_upper(inner(basis, scaled)), axis=1)
     distances = size / jnp.where(jnp.isfinite(solved), solved, jnp.inf)
     return norm(distances) / (deviation * images.shape[1] ** 0.5)
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from nyscaled.lapack import eigh
+from nyscaled.lapack import eigh, reciprocal
 from nyscaled.numerics import full_precision, norm
 
 QUIET = 64  # columns of a real matrix up to which LAPACK's eigendecomposition wakes no threads
@@ -32,6 +32,7 @@ def eigh_of_positive(a: Inexact[Array, "n n"]) -> tuple[Float[Array, " n"], Inex
     """Return the rising eigenvalues and the eigenvectors of a positive semidefinite matrix.
 
     They are those of `lapack.eigh`, and on CPUs of Jacobi's method where that is the better one.
+    Their derivatives are the same, those of real matrices.
 
     Args:
         a: A (n, n), Hermitian, with no eigenvalue below rounding.
@@ -50,6 +51,7 @@ def _quiet(a: Inexact[Array, "n n"]) -> int:
     return _QUIET_COMPLEX if jnp.iscomplexobj(a) else QUIET
 
 
+@jax.custom_jvp
 @jax.jit
 @full_precision
 def jacobi(a: Inexact[Array, "n n"]) -> tuple[Float[Array, " n"], Inexact[Array, "n n"]]:
@@ -109,3 +111,15 @@ def jacobi(a: Inexact[Array, "n n"]) -> tuple[Float[Array, " n"], Inexact[Array,
     values = jnp.diagonal(stacked[:padded]).real
     order = jnp.argsort(values)[padded - n :]
     return values[order], stacked[padded : padded + n][:, order]
+
+
+@jacobi.defjvp
+@full_precision
+def _jacobi_jvp(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    values, vectors = jacobi(*primals)
+    (change,) = tangents
+    core = vectors.T @ ((change + change.T) / 2) @ vectors
+    gaps = reciprocal(values - values[:, None])
+    return (values, vectors), (jnp.diagonal(core), vectors @ (gaps * core))

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from nyscaled.lapack import eigh, inverse_cholesky, inverse_upper
+from nyscaled.lapack import inverse_cholesky, inverse_upper
+from nyscaled.lowrank.jacobi import eigh_of_positive
 from nyscaled.lowrank.orthogonal import adjoint
 from nyscaled.numerics import abs_squared
 from nyscaled.typing import Scalar
@@ -105,12 +106,12 @@ def deviations(parts: Replicates, square: Inexact[Array, "k k"], rank: int) -> F
         square: YᴴY.
         rank: the number of vectors.
     """
-    values, turn = eigh(adjoint(parts.root) @ square @ parts.root)
+    values, turn = eigh_of_positive(adjoint(parts.root) @ square @ parts.root)
     half = jnp.sqrt(jnp.maximum(values, 0))[:, None] * adjoint(turn)  # of Y T = U half
 
     def leading(removed: Inexact[Array, "p k"]) -> Inexact[Array, "r k"]:
         kept = half - (half @ removed.T) @ removed.conj()
-        return eigh(kept @ adjoint(kept))[1].T[::-1][:rank]
+        return eigh_of_positive(kept @ adjoint(kept))[1].T[::-1][:rank]
 
     vectors = jax.lax.map(leading, jnp.swapaxes(parts.removed, 0, 1))
     cosines = jnp.einsum("jrk,lrk->rjl", vectors, vectors.conj())

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Key
 
 from nyscaled import validation
-from nyscaled.lapack import eigh, inverse_cholesky, inverse_upper
+from nyscaled.lapack import inverse_cholesky, inverse_upper
 from nyscaled.linalg import KernelMatrix, default_rcond
 from nyscaled.lowrank import leave_one_out
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host_arrays import HOST_DTYPES
+from nyscaled.lowrank.jacobi import eigh_of_positive
 from nyscaled.lowrank.orthogonal import adjoint, extend, inner
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
 from nyscaled.lowrank.psd_result import PSDApproximation
@@ -140,7 +141,7 @@ def _approximation(
     root = inverse_cholesky(gram)
     factor = image @ root
     square = inner(factor, factor)
-    rising, turn = eigh(square)
+    rising, turn = eigh_of_positive(square)
     values, turn = rising[::-1], turn[:, ::-1]
     live = values[:rank] > 2 * nu
     eigenvalues = jnp.where(live, values[:rank] - nu, 0)
@@ -209,7 +210,7 @@ def _of_kernel(cholesky: PivotedCholesky) -> PSDApproximation:
     second = inverse_cholesky(basis.T @ basis + dead)
     triangle = inverse_upper(second) @ inverse_upper(first)  # F = basis · second · triangle
     triangle = jnp.where(live & live[:, None], triangle, 0)
-    rising, turn = eigh(triangle @ triangle.T)
+    rising, turn = eigh_of_positive(triangle @ triangle.T)
     order = jnp.arange(rank)[::-1]
     eigenvalues = shift(jnp.where(live, jnp.maximum(rising[order], 0), 0), 2 * e)
     finite = jnp.all(jnp.isfinite(eigenvalues))
