@@ -129,7 +129,7 @@ def write(
             "expected it in modules_to_save"
         )
     whole = dict(whole or {})
-    _require_sound(updates, whole)
+    require_sound(updates, whole)
     rank, rank_pattern = _commonest({m: u.down.shape[0] for m, u in updates.items()})
     alpha, alpha_pattern = _commonest({m: _number(u.alpha) for m, u in updates.items()})
     config = {
@@ -222,7 +222,7 @@ def _read(folder: Path) -> Saved:
         m: Update(pair["A"], pair["B"], rules.alpha(m), m in embeddings)
         for m, pair in sides.items()
     }
-    _require_sound(updates, whole | tokens)
+    require_sound(updates, whole | tokens)
     _require_configured(folder, updates, rules)
     stabilized = bool(rules.config.get("use_rslora"))
     dropout = float(rules.config.get("lora_dropout") or 0.0)
@@ -253,7 +253,7 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else float(value)
 
 
-def _require_sound(updates: Mapping[str, Update], whole: Mapping[str, np.ndarray]) -> None:
+def require_sound(updates: Mapping[str, Update], whole: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError unless there are modules, each with finite (r, in) and (out, r)."""
     if not updates:
         raise ValueError("the adapter has no modules; expected at least one")

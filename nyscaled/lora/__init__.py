@@ -1,6 +1,7 @@
 """LoRA for Flax: adapters of any NNX model, their starts (NoRA and its peers), PEFT's files."""
 
 from nyscaled.lora.adapter import Adapted, Adapter
+from nyscaled.lora.diffusers import load_diffusers, save_diffusers
 from nyscaled.lora.fill import initialize, initialize_params
 from nyscaled.lora.gradient_inits import GRADIENT_INITS
 from nyscaled.lora.inits import KERNEL_INITS, Start
@@ -22,10 +23,12 @@ __all__ = [
     "apply",
     "initialize",
     "initialize_params",
+    "load_diffusers",
     "load_peft",
     "merge",
     "path_key",
     "remove",
+    "save_diffusers",
     "save_peft",
     "unmerge",
 ]

@@ -88,7 +88,7 @@ def save_peft(
         a.rank_stabilized and a.start is None for a in adapters.values()
     )
     to_name = resolve(names, model)
-    saved, owners = _own_updates(layers, adapters, to_name, stabilized)
+    saved, owners = own_updates(layers, adapters, to_name, stabilized)
     for other in others:
         _add_foreign(saved, other, to_name)
     tensors = whole_modules.tensors(model, modules_to_save, to_name)
@@ -108,7 +108,7 @@ def save_peft(
     )
 
 
-def _own_updates(
+def own_updates(
     layers: Mapping[str, Any], adapters: Mapping[str, Adapter], to_name: Namer, stabilized: bool
 ) -> tuple[dict[str, peft.Update], dict[str, Adapter]]:
     """The updates of adapters of `apply`, and the adapter of each, by PEFT's names."""
@@ -205,15 +205,15 @@ def load_peft(
     saved = peft.read(folder)
     to_name = resolve(names, model)
     head = whole_modules.own_head(model, saved, to_name)
-    layers, modules = _modules(model, to_name, head)
-    paths = _require_match(folder, saved, modules)
+    layers, modules = named_layers(model, to_name, head)
+    paths = require_match(folder, saved, modules)
     replaced = whole_modules.replaced(folder, model, saved, to_name, head)
     origins = records.read(saved.metadata.get("starts", "[]"))
     for path in paths:
         # Twice the rank may exceed the layer's sides, so the rank is not checked here.
         inject.require_room(path, layers[path], 1, name)
     adapters = {
-        path: _to_adapter(path, layers[path], modules[path], saved, origins, key, dtype)
+        path: to_adapter(path, layers[path], modules[path], saved, origins, key, dtype)
         for path in paths
     }
     for variable, value in replaced:
@@ -223,7 +223,7 @@ def load_peft(
     return inject.attach(layers, adapters, name)
 
 
-def _require_match(
+def require_match(
     folder: str | os.PathLike[str], saved: peft.Saved, modules: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """The paths of the layers that have tensors in a folder.
@@ -246,7 +246,7 @@ def _require_match(
     return paths
 
 
-def _to_adapter(
+def to_adapter(
     path: str,
     layer: Layer,
     modules: Sequence[str],
@@ -270,7 +270,7 @@ def _to_adapter(
     )
 
 
-def _modules(
+def named_layers(
     model: nnx.Module, to_name: Namer, head: Mapping[str, Any]
 ) -> tuple[dict[str, Layer], dict[str, list[str]]]:
     """The layers of a model and a new head that have names, and what PEFT calls their matrices."""

@@ -16,7 +16,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+
+from flax import nnx  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
 from nyscaled.diffusion.tokenizer import open_clip_tokenizer, text_tokens  # noqa: E402
@@ -147,3 +150,70 @@ def test_tokens_of_clips_vocabulary_are_those_of_transformers(tmp_path):
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     rows = theirs(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
     np.testing.assert_array_equal(text_tokens(ours, texts, 77), rows)
+
+
+ATTENTION = "to_q", "to_k", "to_v", "to_out.0"
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return nys.diffusion.load_unet(FOLDER / "sd1")
+
+
+def inputs():
+    generator = np.random.default_rng(4)
+    shapes = (2, 4, 4, 4), (2, 7, 6)
+    return [generator.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+@nnx.jit
+def run(unet):
+    return unet(inputs()[0], jnp.array([3, 800]), inputs()[1])
+
+
+def run_theirs(model):
+    latents, context = inputs()
+    with torch.no_grad():
+        texts = torch.tensor(np.asarray(context))
+        return model(first(latents), torch.tensor([3, 800]), texts).sample
+
+
+@pytest.mark.parametrize("init", ["nora", "pissa", "olora"])
+def test_adapters_of_here_in_diffusers(theirs, unet, init, tmp_path):
+    """With α ≠ r, in feed-forward layers and in what diffusers has as convolutions of one pixel."""
+    model, pattern = nnx.clone(unet), r".*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.2)"
+    base = run(model)
+    layers = nys.lora.apply(
+        model, rank=2, alpha=6, targets=pattern, init=init, key=jax.random.key(0)
+    )
+    for i, layer in enumerate(layers.values()):
+        b = layer.adapters["default"].lora_b
+        b[...] = b[...] + 0.1 * jax.random.normal(jax.random.key(i), b.shape)
+    nys.lora.save_diffusers(model, tmp_path)
+    theirs.load_lora_weights(tmp_path)
+    try:
+        close(first(run(model)), run_theirs(theirs.unet), 1e-5)
+    finally:
+        theirs.unload_lora_weights()
+    assert np.abs(run(model) - base).max() > 0.01
+    close(first(base), run_theirs(theirs.unet), 1e-5)
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, (*ATTENTION, "ff.net.2", "proj_in")])
+def test_adapters_of_diffusers_here(theirs, unet, targets, tmp_path):
+    model = diffusers.UNet2DConditionModel.from_pretrained(FOLDER / "sd1" / "unet").float()
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=list(targets))
+    model.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=peft.get_peft_model_state_dict(model),
+        unet_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
+    ours = nnx.clone(unet)
+    nys.lora.load_diffusers(ours, tmp_path)
+    close(first(run(ours)), run_theirs(model), 1e-5)
