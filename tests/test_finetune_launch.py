@@ -243,6 +243,15 @@ def test_splits_of_a_data_set_of_the_hub_are_used(root, monkeypatch, capsys):
     assert "the test split is left out: all its labels are -1" in capsys.readouterr().err
 
 
+def test_processes_of_an_unknown_cluster_are_refused(root, tmp_path, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"knows no cluster here .*; expected the address of the"):
+        nys.finetune.run(settings(root, out=tmp_path / "out", processes="auto"))
+
+
 def test_settings_may_be_texts_and_paths(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     given = {"model": Path("m"), "data": "d", "out": "o", "task": "rte"}

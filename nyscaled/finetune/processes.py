@@ -21,6 +21,10 @@ from orbax.checkpoint import multihost
 T = TypeVar("T")
 
 AUTO = "auto"
+FORM = (
+    "the address of the first process, their number and the index of this one, as in "
+    "10.0.0.1:8476,2,0"
+)
 PATIENCE = 86_400_000
 """Most milliseconds to wait for another process: a day, since one may score many examples."""
 
@@ -47,10 +51,7 @@ def parsed(text: str) -> tuple[str, int, int] | None:
         count, index = map(int, numbers)
         if index < count and address.rpartition(":")[2].isdecimal() and ":" in address:
             return address, count, index
-    raise ValueError(
-        f"processes is {text!r}; expected {AUTO}, or the address of the first process, their "
-        "number and the index of this one, as in 10.0.0.1:8476,2,0"
-    )
+    raise ValueError(f"processes is {text!r}; expected {AUTO}, or {FORM}")
 
 
 def start(text: str | None) -> None:
@@ -65,10 +66,15 @@ def start(text: str | None) -> None:
     if text is None or jax.distributed.is_initialized():
         return
     given = parsed(text)
-    if given is None:
-        jax.distributed.initialize()
-    else:
+    if given is not None:
         jax.distributed.initialize(given[0], num_processes=given[1], process_id=given[2])
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"processes is {AUTO!r}, and JAX knows no cluster here ({error}); expected {FORM}"
+        ) from error
 
 
 def are_several() -> bool:
