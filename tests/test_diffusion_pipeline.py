@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import safetensors.numpy
 from diffusion_cases import FOLDER, close, expected
 from flax import nnx
+from huggingface_hub.utils import filter_repo_objects
 
 import nyscaled as nys
 from nyscaled.diffusion.component import places
@@ -214,3 +216,31 @@ def test_images_of_another_shape_are_refused(pipe):
         pipe.autoencoder.encode(np.zeros((1, 6, 10, 3), np.uint8))
     with pytest.raises(ValueError, match="latents are"):
         pipe.autoencoder.decode(np.zeros((1, 4, 3, 5), np.float32))
+
+
+def test_pipelines_of_the_hub(monkeypatch, tmp_path, pipe):
+    cache = tmp_path / "cache"
+
+    def download(name, *, revision, allow_patterns, ignore_patterns):
+        files = [str(p.relative_to(FOLDER / "sd1")) for p in (FOLDER / "sd1").rglob("*.*")]
+        files += [
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "unet/diffusion_pytorch_model.bin",
+        ]
+        files += ["safety_checker/model.safetensors", "v1-4.ckpt", "scheduler/x.json"]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            there = FOLDER / "sd1" / file
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            (cache / file).write_bytes(there.read_bytes() if there.exists() else b"{}")
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    again = nys.diffusion.load("owner/sd1", revision="v1")
+    assert again.unet.config == pipe.unet.config
+    kept = {str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file()}
+    assert "vae/diffusion_pytorch_model.safetensors" in kept
+    assert not any(".bin" in name or "fp16" in name or "safety" in name for name in kept)
+    with pytest.raises(ValueError, match=r"came without unet/diffusion_pytorch_model\.non_ema"):
+        nys.diffusion.load("owner/sd1", variant="non_ema")
+    with pytest.raises(ValueError, match="expected no revision"):
+        nys.diffusion.load(FOLDER / "sd1", revision="v1")
