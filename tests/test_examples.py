@@ -94,3 +94,15 @@ def test_every_example_is_tested():
     tested = {"solve", "factorize", "factorize_mesh", "train", "kernel_ridge", "estimators"}
     tested |= {"adapt", "adapt_linen", "adapt_tree"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | WEIGHTS
+
+
+@pytest.mark.long
+def test_diffusion(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["diffusion.py"])
+    shape, adapted = run("diffusion", capsys)
+    assert shape == "(1, 8, 8, 3)"
+    layers, value = adapted.split()
+    assert int(layers) == 8 * 7  # two layers on the way down, four on the way up, one between
+    assert 0 < float(value) < 100
+    assert (tmp_path / "build" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
