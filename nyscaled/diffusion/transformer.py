@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from nyscaled.diffusion.attention import attend
 from nyscaled.diffusion.layers import Image, group_norm, linear
 from nyscaled.models import blocks
 from nyscaled.models.blocks import Numerics
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
             blocks.split_heads(rows, self.head_dim)
             for rows in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out[0](blocks.attend(query, key, value, None, causal=False))
+        return self.to_out[0](attend(query, key, value))
 
 
 class GEGLU(nnx.Module):
