@@ -92,7 +92,7 @@ def test_estimators(capsys):
 
 def test_every_example_is_tested():
     tested = {"solve", "factorize", "factorize_mesh", "train", "kernel_ridge", "estimators"}
-    tested |= {"adapt", "adapt_linen", "adapt_tree"}
+    tested |= {"adapt", "adapt_linen", "adapt_tree", "diffusion"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | WEIGHTS
 
 

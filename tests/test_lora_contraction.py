@@ -35,6 +35,11 @@ def test_derivatives_are_those_of_the_einsum(case):
 
     first, second = (gradients(f, hidden, b) for f in (c.up, plain))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), first, second)
+    change = jax.tree.map(jnp.cos, (hidden, b))
+    first, second = (jax.jvp(f, (hidden, b), change) for f in (c.up, plain))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), first, second)
+    first, second = (jax.vmap(f, (None, 0))(hidden, b[None]) for f in (c.up, plain))
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
     for derivative in (jax.jacrev, jax.jacfwd):  # a second derivative, both ways
         first, second = (
             derivative(lambda b, f=f: gradients(f, hidden, b)[1])(b) for f in (c.up, plain)

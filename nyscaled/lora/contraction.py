@@ -7,7 +7,10 @@ import string
 from typing import NamedTuple
 
 import jax
+import jax.core
+import jax.extend
 import jax.numpy as jnp
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -54,61 +57,58 @@ class Contraction(NamedTuple):
         first = self.equations.up.split(",")[0]
         letters = string.ascii_uppercase[: hidden.ndim - len(first.replace("...", ""))]
         equation = self.equations.up.replace("...", letters)
-        return product_of_factor(hidden, b, equation, self.precision, self.out_sharding)
+        mesh = jax.typeof(hidden).sharding.mesh
+        if self.out_sharding is None and (mesh.empty or mesh.are_all_axes_auto):
+            out = _product.bind(hidden, b, equation=equation, precision=self.precision)
+            assert isinstance(out, Array)
+            return out
+        return jnp.einsum(
+            equation, hidden, b, precision=self.precision, out_sharding=self.out_sharding
+        )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def product_of_factor(
-    hidden: Array, b: Array, equation: str, precision: Precision, out_sharding: OutSharding
+# hidden·b by an einsum equation, whose gradient in b transposes hidden. JAX's own rule transposes
+# the gradient of the output, which has out / r times as many entries: a fourth of a step's time on
+# a CPU. `jax.custom_vjp` would have no forward mode.
+_product = jax.extend.core.Primitive("product_of_factors")
+
+
+def _einsum(hidden: Array, b: Array, equation: str, precision: Precision) -> Array:
+    return jnp.einsum(equation, hidden, b, precision=precision)
+
+
+def _outline(
+    hidden: jax.core.ShapedArray, b: jax.core.ShapedArray, equation: str, precision: Precision
+) -> jax.core.ShapedArray:
+    out = jax.eval_shape(
+        functools.partial(_einsum, equation=equation, precision=precision),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (hidden, b)),
+    )
+    return jax.core.ShapedArray(out.shape, out.dtype)
+
+
+def _to_hidden(
+    gradient: Array, hidden: object, b: Array, equation: str, precision: Precision
 ) -> Array:
-    """Return hidden·b by an einsum equation; the gradient in b transposes hidden.
-
-    JAX's own rule transposes the gradient of the output, which has out / r times as many entries:
-    a fourth of a step's time on a CPU. There is no `jax.jvp` of it; second derivatives work in both
-    modes.
-
-    Args:
-        hidden: x·a.
-        b: a factor with the axes of the kernel's output.
-        equation: of the product.
-        precision: as in `jax.lax`.
-        out_sharding: sharding of the output, or None.
-    """
-    return jnp.einsum(equation, hidden, b, precision=precision, out_sharding=out_sharding)
-
-
-def _product_forward(
-    hidden: Array, b: Array, equation: str, precision: Precision, out_sharding: OutSharding
-) -> tuple[Array, tuple[Array, Array]]:
-    # Not the function itself: a second derivative may be in forward mode.
-    out = jnp.einsum(equation, hidden, b, precision=precision, out_sharding=out_sharding)
-    return out, (hidden, b)
-
-
-def _product_backward(
-    equation: str,
-    precision: Precision,
-    out_sharding: OutSharding,
-    kept: tuple[Array, Array],
-    gradient: Array,
-) -> tuple[Array, Array]:
-    hidden, b = kept
     factors, out = equation.split("->")
     first, second = factors.split(",")
-    to_hidden = jax.linear_transpose(
-        lambda hidden: jnp.einsum(
-            equation, hidden, b, precision=precision, out_sharding=out_sharding
-        ),
-        hidden,
-    )
-    sharding = jax.typeof(b).sharding
-    return to_hidden(gradient)[0], jnp.einsum(
-        f"{first},{out}->{second}",
-        hidden,
-        gradient,
-        precision=precision,
-        out_sharding=sharding if sharding.mesh.are_all_axes_explicit else None,
-    )
+    return _einsum(gradient, b, f"{out},{second}->{first}", precision)
 
 
-product_of_factor.defvjp(_product_forward, _product_backward)
+def _to_b(gradient: Array, hidden: Array, b: object, equation: str, precision: Precision) -> Array:
+    factors, out = equation.split("->")
+    first, second = factors.split(",")
+    return _einsum(hidden, gradient, f"{first},{out}->{second}", precision)
+
+
+def _batched(
+    args: tuple[Array, Array], axes: tuple[int | None, int | None], **options: str
+) -> tuple[Array, int]:
+    return jax.vmap(functools.partial(_einsum, **options), axes)(*args), 0
+
+
+_product.def_impl(_einsum)
+_product.def_abstract_eval(_outline)
+mlir.register_lowering(_product, mlir.lower_fun(_einsum, multiple_results=False))
+ad.defbilinear(_product, _to_hidden, _to_b)
+batching.primitive_batchers[_product] = _batched
