@@ -248,3 +248,47 @@ def test_outputs_are_the_same(tmp_path):
     )
     one, two = (nnx.jit(each)(latents, jnp.array(5), context) for each in (model, again))
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_patterns_with_the_prefix_of_transformers_4_are_read(tmp_path):
+    """Names of modules have no `text_model.` here, nor have the patterns for them."""
+    encoder = text_encoder()
+    width = encoder.encoder.layers[0].self_attn.q_proj.kernel.shape[0]
+    name = "text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {
+        f"text_encoder.{name}.lora_A.weight": np.ones((4, width), "f"),
+        f"text_encoder.{name}.lora_B.weight": np.ones((width, 4), "f"),
+    }
+    fields = {"r": 2, "lora_alpha": 2, "alpha_pattern": {name: 16}, "rank_pattern": {name: 4}}
+    fields |= {"target_modules": name.replace(".", r"\.")}
+    config = {"text_encoder." + k: v for k, v in fields.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    safetensors.numpy.save_file(tensors, tmp_path / FILE, metadata)
+    layers = nys.lora.load_diffusers(unet(), tmp_path, text_encoder=encoder)
+    (layer,) = layers.values()
+    assert layer.adapters["default"].alpha == 16
+
+
+def test_other_models_and_embeddings_are_not_saved(tmp_path):
+    encoder = adapted(text_encoder(), r".*\.q_proj")
+    with pytest.raises(ValueError, match="unet is a TextEncoder; expected a UNet2DConditionModel"):
+        nys.lora.save_diffusers(encoder, tmp_path)
+    tables = text_encoder()
+    nys.lora.apply(tables, 2, targets=".*token_embedding", embeddings=True, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="is an embedding; expected linear layers"):
+        nys.lora.save_diffusers(adapted(unet()), tmp_path, text_encoder=tables)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scaled_factors_are_written_in_float32(tmp_path):
+    """Half precision would lose small ones, and not hold large ones."""
+    model = unet()
+    layers = nys.lora.apply(
+        model, 2, alpha=1e-4, targets=ATTENTION, key=jax.random.key(0), dtype=jnp.float16
+    )
+    for layer in layers.values():
+        layer.adapters["default"].lora_b[...] += 1e-3
+    nys.lora.save_diffusers(model, tmp_path)
+    other = unet()
+    nys.lora.load_diffusers(other, tmp_path)
+    require_equal(updates(other), updates(model))

@@ -1,5 +1,7 @@
 """The loss of denoising: formulas in NumPy, and gradients that reach adapters alone."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,3 +111,26 @@ def test_training_of_adapters_lowers_the_loss_and_leaves_the_base():
     after = dict(nnx.to_flat_state(nnx.state(unet)))
     for path, value in base.items():
         np.testing.assert_array_equal(after[path][...], value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"noise": jnp.ones((1, 4, 4, 4))},
+        {"times": jnp.array([3])},
+        {"times": jnp.array([3, 5000])},
+        {"predict": lambda x, times, context: x[..., :1]},
+    ],
+)
+def test_arrays_of_other_shapes_and_times_are_refused(wrong):
+    own = {
+        "predict": lambda x, times, context: x,
+        "schedule": nys.diffusion.Schedule(),
+        "latents": jnp.ones((2, 4, 4, 4)),
+        "context": jnp.ones((2, 3, 5)),
+        "noise": jnp.ones((2, 4, 4, 4)),
+        "times": jnp.array([3, 900]),
+    }
+    with pytest.raises(ValueError, match="expected"):
+        # Tests check the types of arguments, which users do not.
+        inspect.unwrap(nys.diffusion.denoising_loss)(**own | wrong)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import nyscaled as nys
 from nyscaled.lora.contraction import Contraction
 from nyscaled.lora.view import Equations
 
@@ -38,13 +40,35 @@ def test_derivatives_are_those_of_the_einsum(case):
     change = jax.tree.map(jnp.cos, (hidden, b))
     first, second = (jax.jvp(f, (hidden, b), change) for f in (c.up, plain))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), first, second)
-    first, second = (jax.vmap(f, (None, 0))(hidden, b[None]) for f in (c.up, plain))
-    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+    for axes in ((None, 0), (0, None), (1, 1)):
+        many = [
+            x if i is None else jnp.stack([x, 2 * x], i)
+            for x, i in zip((hidden, b), axes, strict=True)
+        ]
+        first, second = (jax.vmap(f, axes)(*many) for f in (c.up, plain))
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
     for derivative in (jax.jacrev, jax.jacfwd):  # a second derivative, both ways
         first, second = (
             derivative(lambda b, f=f: gradients(f, hidden, b)[1])(b) for f in (c.up, plain)
         )
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", ["bij,jk->bk", "...A,AB->...B", "...B,BA->...A"])
+def test_einsums_with_strange_letters_and_sums_have_gradients(equation):
+    layer = nnx.Einsum(equation, (4, 6), rngs=nnx.Rngs(0))
+    tree = nnx.Dict(layer=layer)
+    nys.lora.apply(tree, R, targets=".*", key=jax.random.key(0))
+    layer.adapters["default"].lora_b[...] += 1
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    update = layer.adapters["default"].product()
+    np.testing.assert_allclose(
+        layer(x), jnp.einsum(equation, x, layer.kernel[...] + update), rtol=1e-4, atol=1e-4
+    )
+    gradient = nnx.grad(
+        lambda tree: jnp.sum(tree.layer(x)), argnums=nnx.DiffState(0, nnx.LoRAParam)
+    )
+    assert all(jnp.any(g != 0) for g in jax.tree.leaves(gradient(tree)))
 
 
 def test_the_gradient_in_b_transposes_the_small_operand():

@@ -80,7 +80,11 @@ def write(
         require_sound(of_component, {})
         for module, update in of_component.items():
             scaling = update.alpha / update.down.shape[0]
-            up = (update.up.astype(np.float64) * scaling).astype(update.up.dtype)
+            # A narrow dtype may not hold the product, and would round it.
+            wide = np.promote_types(update.up.dtype, np.float32)
+            with np.errstate(over="ignore"):
+                up = (update.up.astype(np.float64) * scaling).astype(wide)
+            require_sound({module: update._replace(up=up)}, {})
             prefix = f"{component}.{TEXT_PREFIX if component == TEXT else ''}{module}"
             window = (1, 1) if component == UNET and module in pointwise else ()
             tensors[f"{prefix}.lora_A.weight"] = update.down.reshape(*update.down.shape, *window)
@@ -124,6 +128,8 @@ def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Saved
         if side in pair:
             raise ValueError(f"{path} has the factor {side} of {component}.{module} twice")
         pair[side] = files.read_tensor(file, path, key)
+    if not sides:
+        raise ValueError(f"{path} has no tensors; expected an adapter")
     if len(prefixes) > 1:
         raise ValueError(
             f"{path} has names with a component in front (unet., text_encoder.) and names without; "
@@ -153,6 +159,8 @@ def _parsed(
     module = match["module"] + (match.groupdict().get("layer") or "")
     module = f"{module}.0" if module.endswith(".to_out") else module
     component, dot, rest = module.partition(".")
+    if component == "text_encoder_2":
+        raise ValueError(f"{path} has {files.brief(key)}, of SDXL, which is not supported")
     side = "A" if match["side"] in _DOWN else "B"
     if dot and component == TEXT:
         return TEXT, rest.removeprefix(TEXT_PREFIX), side, True
@@ -197,6 +205,8 @@ def _saved(
 
 
 def _matrix(path: Path, what: str, value: np.ndarray) -> np.ndarray:
+    if value.ndim < 2:
+        raise ValueError(f"{path} has a factor of {what} of shape {value.shape}; expected a matrix")
     if any(length != 1 for length in value.shape[2:]):
         raise ValueError(
             f"{path} has {what} of shape {value.shape}, a convolution with more than one pixel; "
@@ -212,9 +222,20 @@ def _rules(path: Path, component: str, metadata: Mapping[str, str]) -> Rules | N
         fields = json.loads(metadata[CONFIG])
         prefix = f"{component}."
         own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
+        if component == TEXT:
+            own = {name: _unprefixed(value) for name, value in own.items()}
         return Rules({"peft_type": "LORA", **own}) if own else None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}, {CONFIG}: {files.brief(error)}") from None
+
+
+def _unprefixed(value: object) -> object:
+    """Omit what names of transformers 4 begin with, also inside of expressions."""
+    if isinstance(value, str):
+        return re.sub(r"text_model\\?\.", "", value)
+    if isinstance(value, list):
+        return [_unprefixed(x) for x in value]
+    return {_unprefixed(k): x for k, x in value.items()} if isinstance(value, dict) else value
 
 
 def _scalings(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:

@@ -70,7 +70,7 @@ class AutoencoderConfig(Settings):
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
-    force_upcast: bool = True
+    force_upcast: bool | None = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,12 +64,13 @@ def generate(
     context = pipe.encode_texts(prompts)
     if guidance != 1:
         context = jnp.concatenate([pipe.encode_texts([negative] * len(prompts)), context])
-    shape = (len(prompts), *_latent_size(pipe, size), pipe.unet.config.in_channels)
+    count, channels = len(prompts), pipe.unet.config.in_channels
     if noise is None:
-        noise = jax.random.normal(key, shape)
-    elif noise.ndim != 4 or (noise.shape[0], noise.shape[3]) != (shape[0], shape[3]):
+        noise = jax.random.normal(key, (count, *_latent_size(pipe, size), channels))
+    noise = jnp.asarray(noise)
+    if noise.ndim != 4 or noise.shape[::3] != (count, channels):
         raise ValueError(
-            f"noise has shape {noise.shape}; expected ({shape[0]}, height, width, {shape[3]})"
+            f"noise has shape {noise.shape}; expected ({count}, height, width, {channels})"
         )
     fresh = jax.random.fold_in(key, 1) if sampler == "ddpm" else None
     latents = _sampled(
@@ -102,6 +103,7 @@ def _sampled(
     steps: int,
     sampler: str,
 ) -> Latents:
+    unet = nnx.view(unet, deterministic=True, raise_if_not_found=False)  # no dropout of adapters
     guided = len(context) > len(noise)
 
     def predict(x: Latents, time: Array) -> Latents:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled.diffusion.schedule import EPSILON, Latents, Schedule, Steps
-from nyscaled.validation import require_count, require_nonnegative, require_positive
+from nyscaled.validation import is_concrete, require_count, require_nonnegative, require_positive
 
 Text = Float[Array, "batch length features"]
 Predict = Callable[[Array, Array, Array], Array]
@@ -64,8 +64,18 @@ def denoising_loss(
             "least"
         )
     times = jnp.asarray(times)
+    if noise.shape != latents.shape or times.shape != latents.shape[:1]:
+        raise ValueError(
+            f"noise has shape {noise.shape} and times {times.shape}; expected {latents.shape} and "
+            f"{latents.shape[:1]}, as latents"
+        )
+    count = schedule.num_train_timesteps
+    if is_concrete(times) and not bool(((times >= 0) & (times < count)).all()):
+        raise ValueError(f"times are not all from 0 to {count - 1}; expected times of the schedule")
     prediction = predict(schedule.noisy(latents, noise, times), times, context)
     target = schedule.target(latents, noise, times).astype(jnp.float32)
+    if prediction.shape != target.shape:
+        raise ValueError(f"predict returned shape {prediction.shape}; expected {target.shape}")
     errors = jnp.mean((prediction.astype(jnp.float32) - target) ** 2, axis=(1, 2, 3))
     if min_snr is not None:
         require_positive("min_snr", min_snr)

@@ -78,7 +78,8 @@ class Pipeline:
 
 @nnx.jit
 def _encoded(text_encoder: TextEncoder, tokens: Array) -> Array:
-    return text_encoder(tokens)
+    quiet = nnx.view(text_encoder, deterministic=True, raise_if_not_found=False)
+    return quiet(tokens)  # without dropout of adapters
 
 
 def load(

@@ -81,7 +81,9 @@ def sample(
     sampler: str = "ddim",
     key: Key[Array, ""] | None = None,
 ) -> Latents:
-    """Return latents that a model makes of noise, by one loop that is compiled once.
+    """Return latents that a model makes of noise, by one loop.
+
+    Call it inside of `jax.jit`: each call outside compiles the model again.
 
     Args:
         predict: function of latents (batch, height, width, channels) and a time that returns the
@@ -145,6 +147,12 @@ def _run(
     """Return the last latents, and those after each call of the model if they are kept."""
     if key is None and numbers.c.any():
         raise ValueError("key is None; expected a PRNG key, as 'ddpm' adds noise")
+    noise = jnp.asarray(noise)
+    if noise.ndim != 4 or not jnp.issubdtype(noise.dtype, jnp.floating):
+        raise ValueError(
+            f"noise is {noise.dtype} of shape {noise.shape}; expected floats (batch, height, "
+            "width, channels)"
+        )
     dtype, calls = noise.dtype, len(numbers.time)
 
     def step(
@@ -160,7 +168,7 @@ def _run(
         mean = jnp.sum(weights * predictions, axis=0)
         after = jnp.multiply(row.a, jnp.where(row.again, before, x)) + row.b * mean
         if key is not None:
-            fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape)
+            fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
             after = after + row.c * fresh
         earlier = jnp.where(row.again, earlier, predictions[:-1])
         return (after, x, earlier), after if keep else None

@@ -63,6 +63,9 @@ class Schedule(Settings):
         "use_karras_sigmas": (False, None),
         "use_exponential_sigmas": (False, None),
         "use_beta_sigmas": (False, None),
+        "use_flow_sigmas": (False, None),
+        "timestep_type": ("discrete", None),
+        "final_sigmas_type": ("zero", None),
         "variance_type": ("fixed_small", None),
     }
 

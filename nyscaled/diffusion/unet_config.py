@@ -99,7 +99,7 @@ class UNetConfig(Settings):
     attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 1280
     use_linear_projection: bool = False
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 

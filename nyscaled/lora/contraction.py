@@ -55,10 +55,14 @@ class Contraction(NamedTuple):
         """Return hidden·b for a factor (batch…, r, out)."""
         b = b.reshape((*self.batch, b.shape[-2], *self.outputs))
         first = self.equations.up.split(",")[0]
-        letters = string.ascii_uppercase[: hidden.ndim - len(first.replace("...", ""))]
+        spare = (c for c in string.ascii_letters if c not in self.equations.up)
+        letters = "".join(next(spare) for _ in range(hidden.ndim - len(first.replace("...", ""))))
         equation = self.equations.up.replace("...", letters)
+        first, others = equation.split(",")
+        # A layer may sum over an axis that its kernel lacks, along which gradients are repeated.
+        summed = not set(first) <= set(others)
         mesh = jax.typeof(hidden).sharding.mesh
-        if self.out_sharding is None and (mesh.empty or mesh.are_all_axes_auto):
+        if not summed and self.out_sharding is None and (mesh.empty or mesh.are_all_axes_auto):
             out = _product.bind(hidden, b, equation=equation, precision=self.precision)
             assert isinstance(out, Array)
             return out
@@ -102,9 +106,20 @@ def _to_b(gradient: Array, hidden: Array, b: object, equation: str, precision: P
 
 
 def _batched(
-    args: tuple[Array, Array], axes: tuple[int | None, int | None], **options: str
+    args: tuple[Array, Array],
+    axes: tuple[int | None, int | None],
+    equation: str,
+    precision: Precision,
 ) -> tuple[Array, int]:
-    return jax.vmap(functools.partial(_einsum, **options), axes)(*args), 0
+    hidden, b = (x if i is None else jnp.moveaxis(x, i, 0) for x, i in zip(args, axes, strict=True))
+    factors, out = equation.split("->")
+    first, second = factors.split(",")
+    new = next(c for c in string.ascii_letters if c not in equation)
+    one, two = ("" if i is None else new for i in axes)
+    equation = f"{one}{first},{two}{second}->{new}{out}"
+    product = _product.bind(hidden, b, equation=equation, precision=precision)
+    assert isinstance(product, Array)
+    return product, 0
 
 
 _product.def_impl(_einsum)

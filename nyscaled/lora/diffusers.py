@@ -18,6 +18,7 @@ from nyscaled.lora.adapter import Adapted, Adapter
 from nyscaled.lora.names import resolve
 from nyscaled.lora.view import Layer
 
+CLASSES = {UNET: "UNet2DConditionModel", TEXT: "CLIPTextModel"}
 TO_NAME = resolve(None, nnx.Module())  # module paths are the names in files
 
 
@@ -61,6 +62,11 @@ def save_diffusers(
         adapted = inject.adapted_layers(model)
         inject.require_name(adapted, name)
         layers = {path: layer for path, layer in adapted.items() if name in layer.adapters}
+        if tables := [path for path, layer in layers.items() if isinstance(layer, nnx.Embed)]:
+            raise ValueError(
+                f"{tables[0]} is an embedding; expected linear layers, which alone have names in "
+                "diffusers' files"
+            )
         adapters = {path: layer.adapters[name] for path, layer in layers.items()}
         for path, adapter in adapters.items():
             if adapter.merged:
@@ -140,7 +146,14 @@ def load_diffusers(
 
 
 def _components(unet: nnx.Module, text_encoder: nnx.Module | None) -> dict[str, nnx.Module]:
-    return {UNET: unet} if text_encoder is None else {UNET: unet, TEXT: text_encoder}
+    models = {UNET: unet} if text_encoder is None else {UNET: unet, TEXT: text_encoder}
+    for component, model in models.items():
+        known = getattr(getattr(model, "config_class", None), "class_name", CLASSES[component])
+        if known != CLASSES[component]:
+            raise ValueError(
+                f"{component} is a {type(model).__name__}; expected a {CLASSES[component]}"
+            )
+    return models
 
 
 def _adapters(
