@@ -113,9 +113,9 @@ def svd(
 def _eigh_jvp(primals: Any, tangents: Any) -> Any:
     (a,), (da,) = primals, tangents
     values, vectors = _eigh(a)
-    core = vectors.T @ da @ vectors
+    core = vectors.conj().T @ da @ vectors
     gaps = reciprocal(values - values[:, None])
-    return (values, vectors), (jnp.diagonal(core), vectors @ (gaps * core))
+    return (values, vectors), (jnp.diagonal(core).real, vectors @ (gaps * core))
 
 
 def eigh(x: Inexact[Array, "n n"]) -> tuple[Float[Array, " n"], Inexact[Array, "n n"]]:

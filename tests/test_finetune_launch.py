@@ -15,7 +15,7 @@ import yaml
 from training_cases import lines, settings, write_data
 
 import nyscaled as nys
-from nyscaled.finetune import launch, objectives, saving, trackers, training
+from nyscaled.finetune import launch, objectives, processes, saving, trackers, training
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +259,18 @@ def test_settings_may_be_texts_and_paths(monkeypatch):
     assert (config.model, config.data, config.out) == ("m", Path("d"), Path("o"))
     with pytest.raises(ValueError, match="seed is -1"):
         nys.finetune.Config(**given, seed=-1)
+
+
+def test_processes_with_other_settings_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "gathered", lambda value: [value, value.replace("4", "6")])
+    processes.require_same("settings", {"steps": 5})
+    with pytest.raises(ValueError, match="process 1 has other settings than process 0; expected"):
+        processes.require_same("settings", {"steps": 4})
+
+
+def test_options_of_methods_are_numbers():
+    options = {"gamma": float("nan")}
+    with pytest.raises(ValueError, match=r"method_options.gamma is nan; expected a number"):
+        nys.finetune.Config(
+            model="m", data=Path("d"), task="rte", out=Path("o"), method_options=options
+        )

@@ -222,3 +222,16 @@ def test_under_jit_the_status_says_it():
     assert int(status(a)) == Status.RANK_REACHED
     assert int(status(-a)) == Status.INDEFINITE
     assert int(status(a.at[0, 0].set(jnp.nan))) == Status.NON_FINITE
+
+
+def test_complex_eigenvalues_have_derivatives():
+    rng = np.random.default_rng(0)
+    root = (rng.normal(size=(2, 30, 30)) * np.geomspace(1, 1e-4, 30)).astype("f")
+    root = jnp.asarray(root[0] + 1j * root[1])
+    a = root @ root.conj().T
+    values, change = jax.jvp(
+        lambda t: nys.nystrom((1 + t) * a, rank=3, key=jax.random.key(0), passes=3).eigenvalues,
+        (jnp.float32(0),),
+        (jnp.float32(1),),
+    )
+    np.testing.assert_allclose(change, values, rtol=1e-3)

@@ -107,6 +107,8 @@ class Study:
                 "validation_accuracy": _short(outcome.validation.right.mean()),
                 "seconds": round(outcome.seconds, 1),
                 "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "precision": precision(),
             }
             if outcome.test is not None:
                 line |= {
@@ -223,6 +225,11 @@ class Study:
             ):
                 runs.setdefault(line["method"], {})[line["seed"]] = line
         return runs
+
+
+def precision() -> str:
+    """Return the precision of products that is asked for; the default differs by device."""
+    return str(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def keep(folder: Path, label: str, seed: int, updates: dict[str, Any]) -> None:

@@ -145,6 +145,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and (name, value) != ("scale", "auto"):
                 require_positive(name, value)
+        if not isinstance(self.method_options, Mapping):
+            raise ValueError(
+                f"method_options is {self.method_options!r}; expected a mapping of names to values"
+            )
+        for name, value in self.method_options.items():
+            if isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
+                raise ValueError(f"method_options.{name} is {value}; expected a number or a word")
         if twice := [name for name in self.method_options if name in _OWN]:
             raise ValueError(
                 f"method_options has {twice[0]!r}; expected the setting {twice[0]} in its place"

@@ -99,6 +99,9 @@ def run(config: Config) -> Result:
     if config.sweep is not None:
         raise ValueError(f"sweep is {config.sweep!r}; expected None (nys.finetune.sweep has it)")
     processes.start(config.processes)
+    own = ("processes", "out", "config")
+    settings = {k: v for k, v in as_options(config).items() if k not in own}
+    processes.require_same("settings", settings)
     processes.together(partial(_require_known, config))
     finished = processes.from_first(lambda: _read_finished(config))
     if finished is None:
@@ -129,6 +132,9 @@ def _require_known(config: Config) -> None:
 def _made(config: Config) -> dict[str, object]:
     """Make a run whose settings were looked at, and return what `result.json` holds."""
     prepared = processes.together(lambda: prepare(config))
+    processes.require_same("examples", prepared.digests)
+    if processes.are_several():
+        processes.require_same("weights", identity.of_base(config.model))
     # After all that may be refused, so that the mended command has the folder.
     processes.from_first(lambda: claim(prepared))
     began = time.perf_counter()

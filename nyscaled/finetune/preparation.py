@@ -85,6 +85,11 @@ def require_method(config: Config) -> None:
     """
     chosen = method(config.method)
     chosen.require_known(*_method_options(config))
+    if config.scale == "auto" and "side" not in chosen.options:
+        raise ValueError(
+            f"scale is 'auto'; expected a number for {config.method}, as 'auto' is for nora and "
+            "nora+"
+        )
 
 
 def prepare(config: Config, *, outline: bool = False) -> Prepared:

@@ -101,6 +101,25 @@ def gathered(value: T) -> list[T]:
     return [json.loads(client.blocking_key_value_get(name, PATIENCE)) for name in names]
 
 
+def require_same(what: str, value: object) -> None:
+    """Refuse a run whose processes differ.
+
+    Args:
+        what: what is compared, in the plural.
+        value: that of this process; strings stand for what JSON does not have.
+
+    Raises:
+        ValueError: in all processes, if the values differ.
+    """
+    texts = gathered(json.dumps(value, sort_keys=True, default=str))
+    for index, text in enumerate(texts):
+        if text != texts[0]:
+            raise ValueError(
+                f"process {index} has other {what} than process 0; expected the same command and "
+                "data in each"
+            )
+
+
 def is_any(value: bool, *, ask: bool) -> bool:
     """Return whether a value is true in any process.
 

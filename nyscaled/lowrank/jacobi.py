@@ -120,6 +120,6 @@ def _jacobi_jvp(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     values, vectors = jacobi(*primals)
     (change,) = tangents
-    core = vectors.T @ ((change + change.T) / 2) @ vectors
+    core = vectors.conj().T @ ((change + change.conj().T) / 2) @ vectors
     gaps = reciprocal(values - values[:, None])
-    return (values, vectors), (jnp.diagonal(core), vectors @ (gaps * core))
+    return (values, vectors), (jnp.diagonal(core).real, vectors @ (gaps * core))

@@ -81,7 +81,8 @@ def extend(
         scaled = gram * both
         dead = jnp.diag((inverse == 0).astype(gram.dtype))
         root = inverse_cholesky(scaled + dead)
-        good = jnp.sum(abs_squared(root)) < 2 * width
+        # 1/d² of each column, where d is its distance from the span of the others.
+        good = jnp.max(jnp.sum(abs_squared(root), axis=1)) < 4
         if basis is not None:
             # Rounding along the basis is about eps times this in units of the result.
             kept = jnp.abs(inverse) * jnp.sqrt(along + jnp.diagonal(gram).real)

@@ -22,7 +22,8 @@ class PSDApproximation:
         passes: how many thin products with A were made; 0 for a `linalg.KernelMatrix`.
         status: an int of `Status`.
         deviations: with `jackknife=True`, estimates (r,) of how far each vector would move under
-            another key: the standard deviation of uuᴴ in the Frobenius norm, at most about √2.
+            another key: the standard deviation of uuᴴ in the Frobenius norm, which is at most
+            1; an estimate above 1 says that the vector is not determined.
         pivots: of a `linalg.KernelMatrix`, the indices (r,) of the columns that span U, in the
             order in which they were chosen.
 
