@@ -1,4 +1,4 @@
-"""The loss of denoising: formulas in NumPy, and gradients that reach adapters alone."""
+"""The loss of denoising: formulas in NumPy, and gradients that reach adapters only."""
 
 import inspect
 

@@ -167,20 +167,20 @@ class Study:
                 complete = False
         return complete
 
-    def wanted(self, labels: Iterable[str]) -> list[str]:
+    def asked_for(self, labels: Iterable[str]) -> list[str]:
         """Return the rows among some that are to be run."""
         return [x for x in labels if not self.config.methods or x in self.config.methods]
 
     def tuned(self, methods: dict[str, tuple[Variant, Grid]], labels: Iterable[str]) -> None:
         """Tune some methods, and make their final runs."""
-        labels = self.wanted(labels)
+        labels = self.asked_for(labels)
         for label in labels:
             self.tune(label, *methods[label])
         self.final(labels)
 
     def controls(self, methods: dict[str, tuple[Variant, Grid]]) -> None:
         """Run the controls, at the second number of NoRA and at LoRA's point."""
-        labels = self.wanted(CONTROLS)
+        labels = self.asked_for(CONTROLS)
         if labels:
             variant, grid = methods["NoRA"]
             number = self.tune("NoRA", variant, grid).number
@@ -188,7 +188,7 @@ class Study:
             for label in labels:
                 self.tune(label, CONTROLS[label], Grid(grid.rates, (number,)))
         self.final(labels)
-        labels = self.wanted((AGAIN, SHUFFLED))
+        labels = self.asked_for((AGAIN, SHUFFLED))
         for label in labels:
             self.chosen[label] = self.tune(BASE, *methods[BASE])
         for label in labels:
@@ -199,7 +199,7 @@ class Study:
 
         A method whose own rate is LoRA's was run there already, and gets no second row.
         """
-        labels = self.wanted(label for label, name in AT_ONE_RATE.items() if name in methods)
+        labels = self.asked_for(label for label, name in AT_ONE_RATE.items() if name in methods)
         for label in labels:
             name = AT_ONE_RATE[label]
             rate = self.tune(BASE, *methods[BASE]).rate

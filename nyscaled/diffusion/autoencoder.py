@@ -26,7 +26,7 @@ from nyscaled.diffusion.transformer import GROUP_EPS, Attention
 from nyscaled.models.blocks import FLOAT32, Numerics
 from nyscaled.numerics import full_precision
 
-AFTER = (0, 1), (0, 1)  # zeros below and to the right alone, unlike the U-Net's
+AFTER = (0, 1), (0, 1)  # zeros below and to the right only, unlike the U-Net's
 LOG_VARIANCES = -30.0, 20.0
 
 

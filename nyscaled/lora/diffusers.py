@@ -64,7 +64,7 @@ def save_diffusers(
         layers = {path: layer for path, layer in adapted.items() if name in layer.adapters}
         if tables := [path for path, layer in layers.items() if isinstance(layer, nnx.Embed)]:
             raise ValueError(
-                f"{tables[0]} is an embedding; expected linear layers, which alone have names in "
+                f"{tables[0]} is an embedding; expected linear layers, as only those have names in "
                 "diffusers' files"
             )
         adapters = {path: layer.adapters[name] for path, layer in layers.items()}
