@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from nyscaled.diffusion.convolution import convolve
 from nyscaled.models.blocks import Numerics
 
 Image = Float[Array, "batch _ _ _"]  # height, width and channels change from layer to layer
@@ -90,6 +91,7 @@ def conv(
         strides=stride,
         padding=padding,
         kernel_init=KERNEL_INIT,
+        conv_general_dilated=convolve,
         rngs=rngs,
         **numerics.dtypes,
     )
