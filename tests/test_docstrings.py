@@ -13,6 +13,7 @@ ROOMS = (
             "diffusion",
             "dynamics",
             "finetune",
+            "finetune.dreambooth",
             "initializers",
             "linalg",
             "lora",

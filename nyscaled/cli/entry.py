@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "factorize": "approximate the matrices of a file, or the weights of a model, by low rank",
-    "finetune": "fine-tune a language model with adapters, from data to a tested adapter",
+    "finetune": "fine-tune a language model or Stable Diffusion, from data to a tested adapter",
     "evaluate": "score a language model, with or without an adapter, in a task",
     "export": "merge an adapter into its base, from file to file",
 }
 """What each subcommand does; `nyscaled.cli.NAME` has its `Config` and its `run`."""
+
+TASKS = {("finetune", "dreambooth"): "dreambooth"}
+"""Commands with a `--task` that has options of its own, and the module that has them."""
 
 EXTRA = "pip install 'nyscaled[cli]'"
 
@@ -63,9 +66,11 @@ def _main(words: list[str]) -> int:
 def _run(name: str, options: Sequence[str]) -> int:
     program = f"nyscaled {name}"
     try:
+        reading = importlib.import_module("nyscaled.cli.options")
+        if any(command == name for command, _ in TASKS):
+            name = TASKS.get((name, reading.word_of("task", options)), name)
         command = importlib.import_module(f"nyscaled.cli.{name}")
-        parse = importlib.import_module("nyscaled.cli.options").parse
-        config = parse(command.Config, options, program, command.__doc__)
+        config = reading.parse(command.Config, options, program, command.__doc__)
         return 0 if config is None else command.run(config)
     except KeyboardInterrupt:
         return _fail(program, "interrupted", INTERRUPTED)

@@ -1,5 +1,8 @@
 """Fine-tune a language model with adapters, and write one that was tested.
 
+`--task dreambooth` fine-tunes Stable Diffusion on images: `nyscaled finetune --task dreambooth
+--help` has its options.
+
 DATA is a file or a folder with train, dev and test files (.json, .jsonl, .tsv). OUT gets what was
 trained, metrics, settings and checkpoints. Adapters are in PEFT's format; full and linear-probe
 write a whole model, prefix a file prefix.safetensors.
@@ -52,11 +55,20 @@ def run(config: Config) -> int:
     try:
         print(_line(fine_tune(config)) if config.sweep is None else sweep(config))
     except Stopped as stopped:
-        words = [word for word in sys.argv[1:] if word != "--resume"]
-        again = shlex.join(["nyscaled", *words, "--resume"])
-        print(f"{stopped}; go on with: {again}", file=sys.stderr)
-        return INTERRUPTED
+        return interrupted(stopped)
     return 0
+
+
+def interrupted(stopped: Stopped) -> int:
+    """Say how a run goes on, and return the status of an interruption.
+
+    Args:
+        stopped: says how far it came.
+    """
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    again = shlex.join(["nyscaled", *words, "--resume"])
+    print(f"{stopped}; go on with: {again}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def keep_programs() -> None:

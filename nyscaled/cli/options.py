@@ -21,8 +21,6 @@ C = TypeVar("C")
 Value = int | float | str
 Option = bool | Value | Path | Mapping[str, Value] | None
 
-_FLAG = "--config"
-
 
 def parse(config: type[C], words: Sequence[str], program: str, description: str | None) -> C | None:
     """Return the options of a command line; None if it asked for help, which was printed.
@@ -37,9 +35,7 @@ def parse(config: type[C], words: Sequence[str], program: str, description: str 
         ValueError: on words that are not options of this command, and on a file of options that
             cannot be read.
     """
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument(_FLAG, nargs="?")
-    path = scan.parse_known_args(list(words))[0].config
+    path = _flag("config", words)
     options = {} if path is None else read_options(Path(path), config)
     words, entries = _entries(config, words)
     for name, values in entries.items():
@@ -59,6 +55,27 @@ def parse(config: type[C], words: Sequence[str], program: str, description: str 
         raise ValueError(_reason(refused.getvalue(), program)) from None
 
 
+def word_of(name: str, words: Sequence[str]) -> str | None:
+    """Return the value of an option that decides which others there are; None without a text.
+
+    Args:
+        name: name of the option.
+        words: the command line. Its flag overrides the file of options.
+
+    Raises:
+        ValueError: on a file of options that cannot be read.
+    """
+    path, flag = _flag("config", words), _flag(name, words)
+    value = flag if flag is not None or path is None else _read(Path(path)).get(name)
+    return value if isinstance(value, str) else None
+
+
+def _flag(name: str, words: Sequence[str]) -> str | None:
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument(f"--{name}", nargs="?")
+    return getattr(scan.parse_known_args(list(words))[0], name)
+
+
 def read_options(path: Path, config: type[C]) -> dict[str, Option]:
     """Return the options in a TOML or YAML file.
 
@@ -70,6 +87,17 @@ def read_options(path: Path, config: type[C]) -> dict[str, Option]:
         ValueError: on a file that cannot be read, an option that does not exist, and a value of
             another type.
     """
+    options = _read(path)
+    types_of = {key: hint for key, hint in get_type_hints(config).items() if key != "config"}
+    for key in options:
+        if key not in types_of:
+            known = ", ".join(types_of)
+            raise ValueError(f"{path} has {brief(repr(key))}; expected options among: {known}")
+    return {key: _as(types_of[key], value, f"{path} has {key}") for key, value in options.items()}
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    """What a file of options holds."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a file of options")
     text = read_text(path)
@@ -88,12 +116,7 @@ def read_options(path: Path, config: type[C]) -> dict[str, Option]:
         raise ValueError(f"{path} is not a file of options: {brief(error)}") from error
     if not isinstance(options, Mapping):
         raise ValueError(f"{path} holds a {type(options).__name__}; expected options by name")
-    types_of = {key: hint for key, hint in get_type_hints(config).items() if key != "config"}
-    for key in options:
-        if key not in types_of:
-            known = ", ".join(types_of)
-            raise ValueError(f"{path} has {brief(repr(key))}; expected options among: {known}")
-    return {key: _as(types_of[key], value, f"{path} has {key}") for key, value in options.items()}
+    return options
 
 
 def _entries(

@@ -4,7 +4,7 @@ from nyscaled.diffusion.autoencoder import Autoencoder, AutoencoderConfig
 from nyscaled.diffusion.generation import generate
 from nyscaled.diffusion.loading import load_unet
 from nyscaled.diffusion.objective import denoising_loss
-from nyscaled.diffusion.pipeline import Pipeline, load, save
+from nyscaled.diffusion.pipeline import Pipeline, load, outline, save
 from nyscaled.diffusion.samplers import sample, trajectory
 from nyscaled.diffusion.schedule import Schedule
 from nyscaled.diffusion.text_encoder import TextEncoder, TextEncoderConfig
@@ -24,6 +24,7 @@ __all__ = [
     "generate",
     "load",
     "load_unet",
+    "outline",
     "sample",
     "save",
     "trajectory",

@@ -90,6 +90,8 @@ def load_component(
     variant: str | None,
     numerics: Numerics,
     mesh: Mesh | None,
+    *,
+    outline: bool = False,
 ) -> M:
     """Return the model in a folder.
 
@@ -99,6 +101,7 @@ def load_component(
         variant: part of the names of the files; None for those without.
         numerics: dtypes of the model.
         mesh: mesh over which parameters are split; None for the default device.
+        outline: whether the model has shapes in place of values, and no weight is read.
 
     Raises:
         ValueError: as `load_unet` does.
@@ -110,6 +113,8 @@ def load_component(
         path, functools.partial(_open, model_class, path, stem, numerics)
     )
     table = matched(source, model)
+    if outline:
+        return model
     graphdef, state = nnx.split(model)
     placed = dict.fromkeys(table)
     if mesh is not None:

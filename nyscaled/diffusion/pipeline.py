@@ -115,16 +115,61 @@ def load(
         Traceback (most recent call last):
         ValueError: nowhere is not a folder; expected one with model_index.json
     """
-    path = _located(folder, revision, variant)
+    return _loaded(folder, revision, variant, Numerics(dtype, compute_dtype, remat), mesh)
+
+
+def outline(
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    remat: bool = False,
+) -> Pipeline:
+    """Return a pipeline without the values of its parameters; read no weight.
+
+    The parameters are `jax.ShapeDtypeStruct`, of which programs can be compiled.
+
+    Args:
+        folder: as in `load`.
+        revision: as in `load`.
+        variant: as in `load`.
+        dtype: as in `load`.
+        compute_dtype: as in `load`.
+        remat: as in `load`.
+
+    Raises:
+        ValueError: as `load` does, but for errors in tensors.
+
+    Examples:
+        >>> outline("nowhere")
+        Traceback (most recent call last):
+        ValueError: nowhere is not a folder; expected one with model_index.json
+    """
     numerics = Numerics(dtype, compute_dtype, remat)
+    return _loaded(folder, revision, variant, numerics, None, outline=True)
+
+
+def _loaded(
+    folder: str | os.PathLike[str],
+    revision: str | None,
+    variant: str | None,
+    numerics: Numerics,
+    mesh: Mesh | None,
+    *,
+    outline: bool = False,
+) -> Pipeline:
+    path = _located(folder, revision, variant)
     require_class(files.read_object(path / INDEX, "the index of a pipeline"), CLASS)
     schedule = _schedule(path / "scheduler" / SCHEDULE)
     tokenizer = swap.consistent(
         path / "tokenizer", functools.partial(open_clip_tokenizer, path / "tokenizer")
     )
-    text_encoder = load_component(TextEncoder, path / "text_encoder", variant, numerics, mesh)
-    autoencoder = load_component(Autoencoder, path / "vae", variant, numerics, mesh)
-    unet = load_component(UNet, path / "unet", variant, numerics, mesh)
+    how = variant, numerics, mesh
+    text_encoder = load_component(TextEncoder, path / "text_encoder", *how, outline=outline)
+    autoencoder = load_component(Autoencoder, path / "vae", *how, outline=outline)
+    unet = load_component(UNet, path / "unet", *how, outline=outline)
     return Pipeline(unet, autoencoder, text_encoder, tokenizer, schedule)
 
 

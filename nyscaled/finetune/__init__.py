@@ -1,5 +1,6 @@
 """Fine-tuning: data and templates, scorers, the training loop and evaluation."""
 
+from nyscaled.finetune import dreambooth
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
 from nyscaled.finetune.evaluation import Evaluation, Prediction, Score, evaluate
@@ -30,6 +31,7 @@ __all__ = [
     "Sweep",
     "Task",
     "Template",
+    "dreambooth",
     "encode",
     "encode_sentences",
     "evaluate",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from nyscaled._pytree import build
+from nyscaled.finetune.chosen import require_options
 from nyscaled.finetune.meshes import sizes_of
 from nyscaled.finetune.processes import parsed
 from nyscaled.finetune.trackers import TRACKERS
@@ -145,17 +146,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and (name, value) != ("scale", "auto"):
                 require_positive(name, value)
-        if not isinstance(self.method_options, Mapping):
-            raise ValueError(
-                f"method_options is {self.method_options!r}; expected a mapping of names to values"
-            )
-        for name, value in self.method_options.items():
-            if isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
-                raise ValueError(f"method_options.{name} is {value}; expected a number or a word")
-        if twice := [name for name in self.method_options if name in _OWN]:
-            raise ValueError(
-                f"method_options has {twice[0]!r}; expected the setting {twice[0]} in its place"
-            )
+        require_options(self.method_options)
         require_count("seed", self.seed)
         if self.warmup_steps is not None:
             require_count("warmup_steps", self.warmup_steps)
@@ -194,7 +185,6 @@ _COUNTS = (
     "checkpoint_every",
     "sample_every",
 )
-_OWN = ("scale", "damping", "ratio", "clip", "weight_decay")
 _POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "epochs")
 
 NOT_THE_RUN = (

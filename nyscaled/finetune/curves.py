@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from nyscaled.finetune.progress import Line
+from nyscaled._files import replacing
+from nyscaled.finetune.progress import METRICS, Line, read_metrics
+
+FILE = "curves.png"
 
 # Okabe and Ito's colours, which readers with any colour vision can distinguish.
 TRAINING, VALIDATION, OTHER = "#56B4E9", "#D55E00", "#009E73"
 SMOOTH = 20
 """The thick line is a mean over a part of so many of the steps."""
+
+
+def write(folder: Path) -> None:
+    """Draw the metrics of a run into its folder.
+
+    Args:
+        folder: the folder.
+    """
+    with replacing(folder / FILE) as file:
+        draw(read_metrics(folder / METRICS)).savefig(file, format="png", dpi=160)
 
 
 def draw(lines: Sequence[Line]) -> Figure:

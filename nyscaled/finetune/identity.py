@@ -96,10 +96,21 @@ def require_base(folder: Path, model: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if the model is another one; the message says in what.
     """
-    if not (folder / FILE).exists():
-        return
+    if (folder / FILE).exists():
+        require_same_base(folder, of_base(model))
+
+
+def require_same_base(folder: Path, own: Base) -> None:
+    """Refuse a base that is not that of a folder, which has a file that identifies it.
+
+    Args:
+        folder: folder of an adapter or of a run.
+        own: what identifies the base.
+
+    Raises:
+        ValueError: if the base is another one; the message says in what.
+    """
     saved = files.read_object(folder / FILE, "what identifies the base")
-    own = of_base(model)
     for part, what in (
         ("config", "in {}"),
         ("shapes", "in the shapes of {}"),
@@ -117,8 +128,8 @@ def require_base(folder: Path, model: str | os.PathLike[str]) -> None:
             )
             more = f" and {len(changed) - SHOWN} others" if len(changed) > SHOWN else ""
             raise ValueError(
-                f"{model} is not the base of {folder}: they differ {what.format(shown)}{more}; "
-                f"expected {saved.get('model')!r}, or a file with the same values (without "
+                f"{own['model']} is not the base of {folder}: they differ {what.format(shown)}"
+                f"{more}; expected {saved.get('model')!r}, or a file with the same values (without "
                 f"{FILE} in the folder, nothing is compared)"
             )
 

@@ -5,36 +5,29 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import yaml
 
-import nyscaled
-from nyscaled._files import replacing
 from nyscaled.checkpoints import files
-from nyscaled.finetune import identity, loop, meshes, processes, training
+from nyscaled.finetune import folders, identity, loop, meshes, processes, training
 from nyscaled.finetune.config import Config, as_options, differences, from_options
 from nyscaled.finetune.evaluation import Evaluation, evaluate
 from nyscaled.finetune.examples import Example
+from nyscaled.finetune.folders import CONFIG, RECORD, RESULT, write_json
 from nyscaled.finetune.methods import method
 from nyscaled.finetune.preparation import Prepared, prepare
-from nyscaled.finetune.progress import METRICS, read_metrics, say, timed
+from nyscaled.finetune.progress import say, timed
 from nyscaled.finetune.records import HUB, find_splits
 from nyscaled.finetune.saving import save, unchanged
 from nyscaled.finetune.tasks import by_name
 from nyscaled.finetune.trackers import package_of
 from nyscaled.models.sharding import FSDP
 
-CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
-EVALUATION, CURVES = "evaluation.json", "curves.png"
+EVALUATION = "evaluation.json"
 MOSTLY = 0.5
 """Share of numbers from which on a run says that a narrow dtype rounds their updates away."""
 
@@ -173,10 +166,9 @@ def _written(
     if importlib.util.find_spec("matplotlib") is not None:
         from nyscaled.finetune import curves
 
-        with replacing(config.out / CURVES) as file:
-            curves.draw(read_metrics(config.out / METRICS)).savefig(file, format="png", dpi=160)
+        curves.write(config.out)
     values: dict[str, object] = {**dataclasses.asdict(result), "out": str(config.out)}
-    _write_json(config.out / RESULT, values)
+    write_json(config.out / RESULT, values)
     return values
 
 
@@ -189,7 +181,7 @@ def _evaluate(prepared: Prepared) -> dict[str, float]:
         evaluation = scored(prepared, examples.test)
     scores = {name: score._asdict() for name, score in evaluation.scores.items()}
     predictions = [dataclasses.asdict(prediction) for prediction in evaluation.predictions]
-    _write_json(
+    write_json(
         config.out / EVALUATION,
         {"split": examples.scored, "scores": scores, "predictions": predictions},
     )
@@ -224,25 +216,10 @@ def _read_finished(config: Config) -> dict[str, object] | None:
     Raises:
         ValueError: if the folder has a run and is not to go on, or has one of other settings.
     """
-    path = config.out / CONFIG
-    if path.exists():
-        if not config.resume:
-            raise ValueError(f"{config.out} has a run; expected --resume, or another --out")
-        saved = from_options(yaml.safe_load(path.read_text(encoding="utf-8")))
-        if changed := differences(saved, config):
-            shown = ", ".join(f"{k} was {old} and is {new}" for k, (old, new) in changed.items())
-            raise ValueError(f"{config.out} has a run of other settings: {shown}")
-        result = config.out / RESULT
-        if result.exists():
-            return json.loads(result.read_text(encoding="utf-8"))
+    options = folders.begun(config.out, resume=config.resume)
+    if options is None:
         return None
-    if config.resume:
-        raise ValueError(
-            f"{config.out} has no run; expected a folder with {CONFIG}, or no --resume"
-        )
-    if config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"out is '{config.out}', a file; expected a folder")
-    return None
+    return folders.finished(config.out, differences(from_options(options), config))
 
 
 def claim(prepared: Prepared) -> None:
@@ -263,23 +240,8 @@ def claim(prepared: Prepared) -> None:
         identity.require_examples(config.out, record.get("examples", {}), prepared.digests)
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
     identity.write_base(config.out, identity.of_base(config.model))
-    _write_json(
-        config.out / RECORD,
-        {
-            "command": shlex.join(sys.argv),
-            "python": platform.python_version(),
-            "versions": {
-                "nyscaled": nyscaled.__version__,  # of a clone too, which need not be installed
-                **{name: version(name) for name in packages},
-            },
-            "devices": [str(device) for device in jax.devices()],
-            "examples": prepared.digests,
-        },
-    )
-    with replacing(path) as file:
-        file.write(yaml.safe_dump(as_options(config), sort_keys=False).encode())
+    folders.begin(config.out, as_options(config), {"examples": prepared.digests})
 
 
 def digest_of_test(adapter: Path) -> identity.Digest | None:
@@ -304,8 +266,3 @@ def count(params: training.Tree) -> int:
         params: the trained variables.
     """
     return sum(x.size for x in jax.tree.leaves(params))
-
-
-def _write_json(path: Path, values: object) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

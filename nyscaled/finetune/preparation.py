@@ -17,6 +17,7 @@ from jaxtyping import Array
 from nyscaled import models
 from nyscaled.finetune import batches, inputs, meshes, training
 from nyscaled.finetune.batches import Batch, Batches
+from nyscaled.finetune.chosen import method_options, require_method
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.described import Described, of_task
 from nyscaled.finetune.encoding import Lengths
@@ -74,24 +75,6 @@ class Prepared:
     digests: dict[str, Digest]
 
 
-def require_method(config: Config) -> None:
-    """Refuse a method that does not exist, and settings that it does not have.
-
-    Args:
-        config: the settings.
-
-    Raises:
-        ValueError: on such settings.
-    """
-    chosen = method(config.method)
-    chosen.require_known(*_method_options(config))
-    if config.scale == "auto" and "side" not in chosen.options:
-        raise ValueError(
-            f"scale is 'auto'; expected a number for {config.method}, as 'auto' is for nora and "
-            "nora+"
-        )
-
-
 def prepare(config: Config, *, outline: bool = False) -> Prepared:
     """Return a run that is ready to train.
 
@@ -104,7 +87,7 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     """
     require_method(config)
     chosen = method(config.method)
-    options, hyperparameters = _method_options(config)
+    options, hyperparameters = method_options(config)
     with timed(f"reading {'the outline of ' * outline}{config.model}"):
         read = models.outline if outline else partial(models.load, mesh=meshes.current())
         model, tokenizer = read(config.model, dtype=config.dtype, remat=config.remat)
@@ -230,26 +213,6 @@ def _require_scorable(
         )
     except ValueError as error:
         raise ValueError(f"the test examples cannot be scored: {error}") from error
-
-
-def _given(config: Config, *names: str) -> dict[str, float]:
-    """The settings of these names that were set."""
-    values = {name: getattr(config, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _method_options(config: Config) -> tuple[dict[str, int | float | str], dict[str, float]]:
-    """The settings of a method's start, and those of its updates."""
-    chosen, hyperparameters = method(config.method), _given(config, "damping", "ratio")
-    options: dict[str, int | float | str] = {**_given(config, "scale")}
-    for name, value in config.method_options.items():
-        if not isinstance(value, str):
-            (hyperparameters if name in chosen.hyperparameters else options)[name] = value
-        elif isinstance(chosen.options.get(name, value), str):
-            options[name] = value
-        else:
-            raise ValueError(f"method_options has {name} = {value!r}; expected a number")
-    return options, hyperparameters
 
 
 def _programs(steps: int, most: int) -> int:

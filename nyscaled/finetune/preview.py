@@ -127,13 +127,22 @@ def _memory(plan: Plan) -> Iterator[str]:
     lowered = training.train_step.lower(
         state, parts.counts, parts.frozen, batch, np.float32(0), program=plan.program
     )
-    memory = lowered.compile().memory_analysis()
+    yield memory_of(lowered.compile(), "a step")
+
+
+def memory_of(compiled: jax.stages.Compiled, what: str) -> str:
+    """Return what to say of the memory of a program.
+
+    Args:
+        compiled: the program.
+        what: what it computes.
+    """
+    memory = compiled.memory_analysis()
     if memory is None:
-        yield "memory: not known on this device"
-        return
+        return "memory: not known on this device"
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    yield (
-        f"memory of a step, compiled before any weight is read: {arguments / GB:.2f} GB of values "
+    return (
+        f"memory of {what}, compiled before any weight is read: {arguments / GB:.2f} GB of values "
         f"and {temporary / GB:.2f} GB of temporaries on each device"
     )
 

@@ -78,14 +78,14 @@ class Progress:
         """Write the lines of some steps, and move the bar.
 
         Args:
-            lines: metrics of each step, with its number and its tokens.
+            lines: metrics of each step, with its number, and its tokens if it reads texts.
         """
         seconds = time.perf_counter() - self._began
-        self._tokens += sum(line["tokens"] for line in lines)
+        self._tokens += sum(line.get("tokens", 0) for line in lines)
         self._write([{**line, "seconds": round(seconds, 3)} for line in lines])
         self._bar.update(len(lines))
-        rate = self._tokens / max(seconds, 1e-9)
-        self._bar.set_postfix_str(f"loss {lines[-1]['loss']:.4f}, {rate:.0f} tokens/s")
+        rate = f", {self._tokens / max(seconds, 1e-9):.0f} tokens/s" if self._tokens else ""
+        self._bar.set_postfix_str(f"loss {lines[-1]['loss']:.4f}{rate}")
 
     def validation(self, step: int, loss: float, accuracy: float | None) -> None:
         """Write the line of a validation.

@@ -60,8 +60,23 @@ def save(prepared: Prepared) -> float:
         with replacing(folder / identity.FILE) as file:
             file.write((prepared.config.out / identity.FILE).read_bytes())
     described.write(folder, prepared.described)
-    difference, size = compare(_scores(read, prepared), expected)
-    limit = max(1e-3, 4 * float(jnp.finfo(prepared.config.dtype).eps)) * max(1.0, size)
+    compared = compare(_scores(read, prepared), expected)
+    return require_close(folder, *compared, prepared.config.dtype)
+
+
+def require_close(folder: Path, difference: float, size: float, dtype: str) -> float:
+    """Return the difference of two models' outputs; refuse one that rounding does not explain.
+
+    Args:
+        folder: folder that one was read from.
+        difference: largest difference of their outputs, as from `compare`.
+        size: the largest output.
+        dtype: dtype of the models.
+
+    Raises:
+        ValueError: on such a difference.
+    """
+    limit = max(1e-3, 4 * float(jnp.finfo(dtype).eps)) * max(1.0, size)
     if not difference <= limit:
         raise ValueError(
             f"the scores of {folder} differ by {difference:.2g} from those of the trained model; "

@@ -13,9 +13,9 @@ from typing import get_args, get_type_hints
 
 from nyscaled._files import replacing
 from nyscaled.finetune import identity
+from nyscaled.finetune.chosen import require_method
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.launch import CONFIG, RECORD, run
-from nyscaled.finetune.preparation import require_method
 from nyscaled.finetune.progress import NotFiniteError, say
 
 TABLE, PICTURE = "sweep.json", "sweep.png"

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,31 +22,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nyscaled import lora
-from nyscaled.finetune import meshes, processes
+from nyscaled.finetune import meshes, processes, updating
 from nyscaled.finetune.batches import SPLIT, Batch
 from nyscaled.finetune.methods import Method
 from nyscaled.finetune.objectives import OBJECTIVES, SCORES, SUMS
-from nyscaled.numerics import at_least_float32, full_precision, tree_norm
+from nyscaled.finetune.updating import State as State
+from nyscaled.finetune.updating import Tree as Tree
+from nyscaled.numerics import at_least_float32, full_precision
 from nyscaled.validation import is_concrete
-
-Tree: TypeAlias = Any
-"""Arrays, in a structure that flax and optax choose."""
-
-
-class State(NamedTuple):
-    """What training changes.
-
-    Attributes:
-        params: the trained variables, in float32 at least.
-        optimizer: state of the optimizer.
-        step: number of steps that were made.
-        finite: False after a loss or gradient that was not finite; nothing changes any more then.
-    """
-
-    params: Tree
-    optimizer: Tree
-    step: Int[Array, ""]
-    finite: Bool[Array, ""]
 
 
 class Measured(NamedTuple):
@@ -206,8 +189,7 @@ def initial(program: Program, params: Tree, **hyperparameters: float) -> State:
         params: the trained variables.
         **hyperparameters: numbers of the method, such as `damping`.
     """
-    optimizer = program.optimizer(**hyperparameters).init(params)
-    return State(params, optimizer, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+    return updating.initial(params, program.optimizer(**hyperparameters))
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
@@ -241,16 +223,8 @@ def train_step(
     )
     count = jnp.maximum(count, 1)
     loss, gradient = total / count, jax.tree.map(lambda g: g / count, gradient)
-    norm = tree_norm(gradient)
-    finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
-    hyperparams = state.optimizer.hyperparams | {"learning_rate": learning_rate}
-    updates, optimizer = program.optimizer().update(
-        gradient, state.optimizer._replace(hyperparams=hyperparams), state.params
-    )
-    new = State(optax.apply_updates(state.params, updates), optimizer, state.step + 1, finite)
-    new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
-    new = new._replace(finite=finite)
-    return new, Measured(loss, norm, jnp.sum(jnp.asarray(batch.mask)), finite)
+    new, norm = updating.updated(state, loss, gradient, learning_rate, program.optimizer())
+    return new, Measured(loss, norm, jnp.sum(jnp.asarray(batch.mask)), new.finite)
 
 
 def _sums(

@@ -20,6 +20,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from flax import nnx  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import nyscaled as nys  # noqa: E402
 from nyscaled.diffusion.tokenizer import open_clip_tokenizer, text_tokens  # noqa: E402
@@ -217,3 +218,24 @@ def test_adapters_of_diffusers_here(theirs, unet, targets, tmp_path):
     ours = nnx.clone(unet)
     nys.lora.load_diffusers(ours, tmp_path)
     close(first(run(ours)), run_theirs(model), 1e-5)
+
+
+def test_adapters_of_a_run_in_diffusers(theirs, unet, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+    Image.fromarray(pixels).save(images / "dog.png")
+    nys.finetune.dreambooth.run(
+        nys.finetune.dreambooth.Config(
+            model=str(FOLDER / "sd1"), images=images, prompt="a photo of sks dog", method="pissa",
+            learning_rate=3e-2, steps=20, out=tmp_path / "out",
+        )
+    )  # fmt: skip
+    model = nnx.clone(unet)
+    nys.lora.load_diffusers(model, tmp_path / "out" / "adapter")
+    theirs.load_lora_weights(tmp_path / "out" / "adapter")
+    try:
+        close(first(run(model)), run_theirs(theirs.unet), 1e-5)
+    finally:
+        theirs.unload_lora_weights()
+    assert np.abs(run(model) - run(unet)).max() > 0.01

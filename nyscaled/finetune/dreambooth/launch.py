@@ -1,0 +1,191 @@
+"""A run from settings to a folder with a tested adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nyscaled import lora
+from nyscaled._files import replacing
+from nyscaled.diffusion import UNet
+from nyscaled.finetune import folders, identity, meshes, training
+from nyscaled.finetune.dreambooth.base import of_pipeline
+from nyscaled.finetune.dreambooth.config import Config, as_options, differences
+from nyscaled.finetune.dreambooth.images import files_of
+from nyscaled.finetune.dreambooth.loop import train
+from nyscaled.finetune.dreambooth.plan import Plan
+from nyscaled.finetune.dreambooth.preparation import Prepared, opened, prepare
+from nyscaled.finetune.dreambooth.priors import class_pictures
+from nyscaled.finetune.dreambooth.samples import sampler
+from nyscaled.finetune.dreambooth.step import Grid
+from nyscaled.finetune.launch import count
+from nyscaled.finetune.progress import timed
+from nyscaled.finetune.saving import ADAPTER, compare, require_close
+from nyscaled.finetune.trackers import package_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Attributes:
+        out: folder of the run; `nys.lora.load_diffusers` reads its `adapter`.
+        steps: number of steps.
+        base_loss: mean squared error on fixed times and noises before the first step.
+        loss: that after the last step.
+        difference: largest difference between predictions of the trained model and of the saved
+            one.
+        parameters: number of trained numbers.
+        seconds: time of the training.
+    """
+
+    out: Path
+    steps: int
+    base_loss: float
+    loss: float
+    difference: float
+    parameters: int
+    seconds: float
+
+
+def run(config: Config) -> Result:
+    """Fine-tune the U-Net of a pipeline, and write an adapter that was read again and compared.
+
+    The folder gets `config.yaml`, `run.json` (versions and command), `metrics.jsonl`, `adapter`,
+    `result.json` and `checkpoints`, and `samples` and `class_images` if they are asked for. The
+    adapter is that of the last step. With `resume`, a run goes on after its newest checkpoint, and
+    ends as it would have without the interruption.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        ValueError: on settings, images and models that do not go together, a folder that has a run
+            already, a run of other settings, and a loss that is not finite.
+        OSError: if a file cannot be written.
+        KeyboardInterrupt: after Ctrl-C, when the state is saved.
+
+    Examples:
+        >>> config = Config(model="sd", images=Path("absent"), prompt="a sks", out=Path("run"))
+        >>> try:
+        ...     run(config)
+        ... except ValueError as error:
+        ...     print(str(error)[:40])
+        images is 'absent', which does not exist
+    """
+    if config.dry_run:
+        raise ValueError(
+            "dry_run is True; expected False (nys.finetune.dreambooth.preview says what a run will "
+            "do)"
+        )
+    _require_known(config)
+    options = folders.begun(config.out, resume=config.resume)
+    result = None
+    if options is not None:
+        result = folders.finished(config.out, differences(options, config))
+    if result is None:
+        with meshes.using(config.mesh):
+            result = _made(config)
+    return Result(**(result | {"out": config.out}))
+
+
+def _require_known(config: Config) -> None:
+    """Refuse what can be refused before a model is read."""
+    files_of("images", config.images)
+    if config.class_images is not None:
+        files_of("class_images", config.class_images)
+    if config.log is not None:
+        package_of(config.log)
+
+
+def _made(config: Config) -> dict[str, object]:
+    """Make a run whose settings were looked at, and return what `result.json` holds."""
+    pipe = opened(config)
+    base = of_pipeline(config.model, pipe)
+    prepared = prepare(config, pipe)
+    # After all that may be refused, so that the mended command has the folder.
+    _claim(prepared, base)
+    plan, sampling = prepared.plan, sampler(prepared, pipe)
+    if config.class_prompt is not None:
+        plan = prepared.with_class(class_pictures(prepared, pipe))
+    del pipe  # and its text encoder, unless images are generated
+    grid = plan.grid()
+    began = time.perf_counter()
+    trained = train(plan, config.out, grid, sampling)
+    seconds = time.perf_counter() - began
+    training.update(prepared.unet, trained.variables)
+    with timed("writing the adapter, and reading it again"):
+        difference = save(prepared.unet, plan, grid, config.out / ADAPTER)
+    if importlib.util.find_spec("matplotlib") is not None:
+        from nyscaled.finetune import curves
+
+        curves.write(config.out)
+    result = Result(
+        config.out,
+        config.steps,
+        trained.base_loss,
+        trained.loss,
+        difference,
+        count(plan.parts.params),
+        round(seconds, 3),
+    )
+    values = {**dataclasses.asdict(result), "out": str(config.out)}
+    folders.write_json(config.out / folders.RESULT, values)
+    return values
+
+
+def _claim(prepared: Prepared, base: identity.Base) -> None:
+    """Make the folder of a run that begins, with its settings; compare that of one that goes on."""
+    out, digests = prepared.config.out, prepared.digests
+    if not (out / folders.CONFIG).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        identity.write_base(out, base)
+        folders.begin(out, as_options(prepared.config), {"images": digests}, "pillow")
+        return
+    if (out / identity.FILE).exists():
+        identity.require_same_base(out, base)
+    else:
+        identity.write_base(out, base)
+    record = json.loads((out / folders.RECORD).read_text(encoding="utf-8"))
+    for name, before in record["images"].items():
+        now = digests[name]
+        if changed := sorted(k for k in {**before, **now} if before.get(k) != now.get(k)):
+            raise ValueError(
+                f"the {name.replace('_', ' ')} have changed since the run in {out} began: "
+                f"{', '.join(changed[: identity.SHOWN])}; expected the same files, or another --out"
+            )
+
+
+def save(unet: UNet, plan: Plan, grid: Grid, folder: Path) -> float:
+    """Write the adapters, read them again, and return the largest difference of predictions.
+
+    Args:
+        unet: a U-Net with the trained variables.
+        plan: what it was trained on.
+        grid: times and noises at which predictions are compared.
+        folder: folder of the adapter.
+
+    Raises:
+        ValueError: if the saved adapters compute something else.
+    """
+    lora.save_diffusers(unet, folder)
+    with replacing(folder / identity.FILE) as file:
+        file.write((folder.parent / identity.FILE).read_bytes())
+    read = nnx.clone(unet)
+    lora.remove(read)
+    lora.load_diffusers(read, folder)
+    predictions = [_predictions(model, plan, grid) for model in (read, unet)]
+    return require_close(folder, *compare(*predictions), plan.config.dtype)
+
+
+def _predictions(unet: UNet, plan: Plan, grid: Grid) -> np.ndarray:
+    parts = training.split(unet, nnx.LoRAParam)
+    predictions = plan.evaluate(parts.params, parts, grid)[1]
+    return np.asarray(jax.device_get(predictions), np.float32).reshape(len(predictions), -1)

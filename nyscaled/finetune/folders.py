@@ -1,0 +1,98 @@
+"""The folder of a run: which files say how it began, and whether another command may go on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import yaml
+
+import nyscaled
+from nyscaled._files import replacing
+from nyscaled.checkpoints.files import JsonObject
+
+CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
+PACKAGES = "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint"
+
+
+def begun(out: Path, *, resume: bool) -> JsonObject | None:
+    """Return the settings of the run in a folder, None for a run that begins.
+
+    Args:
+        out: the folder.
+        resume: whether a run is to go on.
+
+    Raises:
+        ValueError: if the folder has a run that is not to go on, has none that is, or is a file.
+    """
+    path = out / CONFIG
+    if path.exists():
+        if not resume:
+            raise ValueError(f"{out} has a run; expected --resume, or another --out")
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path} has no settings; expected those of a run")
+        return saved
+    if resume:
+        raise ValueError(f"{out} has no run; expected a folder with {CONFIG}, or no --resume")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is '{out}', a file; expected a folder")
+    return None
+
+
+def finished(out: Path, changed: dict[str, tuple[object, object]]) -> JsonObject | None:
+    """Return what `result.json` of the run in a folder holds, None for one that is to go on.
+
+    Args:
+        out: the folder.
+        changed: settings in which this run differs from that one, with both values.
+
+    Raises:
+        ValueError: if there are such settings.
+    """
+    if changed:
+        shown = ", ".join(f"{k} was {old} and is {new}" for k, (old, new) in changed.items())
+        raise ValueError(f"{out} has a run of other settings: {shown}")
+    result = out / RESULT
+    return json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+
+
+def begin(out: Path, options: JsonObject, record: JsonObject, *packages: str) -> None:
+    """Write how a run begins. The folder is the run's from then on.
+
+    Args:
+        out: the folder.
+        options: the settings.
+        record: what else `run.json` is to hold.
+        packages: names of packages whose versions it is to hold too.
+    """
+    versions = {name: version(name) for name in (*PACKAGES, *packages)}
+    write_json(
+        out / RECORD,
+        {
+            "command": shlex.join(sys.argv),
+            "python": platform.python_version(),
+            # Of a clone too, which need not be installed.
+            "versions": {"nyscaled": nyscaled.__version__, **versions},
+            "devices": [str(device) for device in jax.devices()],
+            **record,
+        },
+    )
+    with replacing(out / CONFIG) as file:
+        file.write(yaml.safe_dump(options, sort_keys=False).encode())
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write a file of JSON for people.
+
+    Args:
+        path: its path.
+        values: what it is to hold.
+    """
+    with replacing(path) as file:
+        file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

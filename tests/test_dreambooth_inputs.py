@@ -1,0 +1,179 @@
+"""What a run on images of a subject reads, what it refuses, and its command line."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusion_cases import FOLDER
+from dreambooth_cases import PROMPT, settings, words, write_images
+from PIL import Image
+
+import nyscaled as nys
+from nyscaled.cli import main
+from nyscaled.finetune.dreambooth.images import read
+from nyscaled.finetune.dreambooth.preparation import opened, prepare
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder for images."""
+    return tmp_path_factory.mktemp("dreambooth")
+
+
+def test_the_defaults_are_the_settings_of_the_paper():
+    config = nys.finetune.dreambooth.Config(
+        model="m", images=Path("i"), prompt=PROMPT, out=Path("o")
+    )
+    assert (config.rank, config.alpha, config.batch_size, config.steps) == (4, None, 1, 500)
+    assert (config.learning_rate, config.schedule, config.warmup_steps) == (1e-4, "constant", 0)
+    assert (config.weight_decay, config.clip, config.prior_weight) == (1e-2, 1.0, 1.0)
+    assert (config.crop, config.class_count, config.eval_every) == ("random", 100, 100)
+
+
+def test_steps_read_all_images_before_one_comes_again(root):
+    pipe = opened(settings(root))
+    plan = prepare(settings(root, batch_size=2), pipe).plan
+    (collection,) = plan.collections
+    chosen = [each for step in range(6) for each in collection.of_step(step)]
+    names = [picture.path.name for picture, _ in chosen]
+    for epoch in range(4):
+        assert sorted(names[3 * epoch : 3 * epoch + 3]) == ["dog0.png", "dog1.png", "dog2.png"]
+    corners = {corner for _, corner in chosen}
+    assert {row for row, _ in corners} == {0}
+    assert {column for _, column in corners} == {0, 1, 2}  # of 10 × 8 pixels
+    moments = plan.batch(0).moments
+    assert moments.shape == (2, 4, 4, 8)
+    picture, (row, column) = chosen[0]
+    square = picture.pixels[row : row + 8, column : column + 8]
+    means, log_variances = pipe.autoencoder.moments(square[None].astype("f") / 127.5 - 1)
+    both = np.concatenate([means, log_variances], axis=-1)[0]
+    np.testing.assert_allclose(moments[0], both, rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_the_class_have_its_text(root):
+    config = settings(root, class_prompt="a photo of a dog", batch_size=2)
+    pipe = opened(config)
+    prepared = prepare(config, pipe)
+    pictures = prepared.plan.collections[0].pictures[:1]
+    plan = prepared.with_class(pictures)
+    batch, texts = plan.batch(0), pipe.encode_texts([PROMPT, "a photo of a dog"])
+    np.testing.assert_array_equal(batch.context, np.repeat(texts, 2, axis=0))
+    assert plan.sources(0)[2:] == ["dog0.png", "dog0.png"]
+    assert (plan.objective.prior_rows, plan.objective.prior_weight) == (2, 1.0)
+
+
+def test_images_are_upright_and_in_rgb(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20, 0] = 255
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    picture = read(tmp_path / "turned.png", 10)
+    assert picture.pixels.shape == (20, 10, 3)
+    assert picture.room == (10, 0)
+    assert picture.pixels[2, 5].tolist() == [255, 0, 0]
+    assert picture.square(picture.center).shape == (10, 10, 3)
+    image.convert("RGBA").resize((4, 2)).save(tmp_path / "small.png")
+    assert read(tmp_path / "small.png", 10).pixels.shape == (10, 20, 3)
+    image.convert("L").save(tmp_path / "gray.jpg")
+    assert read(tmp_path / "gray.jpg", 10).pixels.shape == (10, 20, 3)
+
+
+def test_images_that_cannot_be_read_are_refused(root, tmp_path, monkeypatch):
+    def refused(message, **options):
+        with pytest.raises(ValueError, match=message):
+            list(nys.finetune.dreambooth.preview(settings(root, **options)))
+
+    refused("images is '.*absent', which does not exist", images=tmp_path / "absent")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / ".hidden").touch()
+    refused("images is '.*', an empty folder; expected images", images=folder)
+    (folder / "notes.txt").write_text("no image")
+    refused("notes.txt cannot be read: .* expected an image", images=folder)
+    (folder / "notes.txt").unlink()
+    whole = write_images(tmp_path / "whole", 1, (64, 64)) / "dog0.png"
+    (folder / "cut.png").write_bytes(whole.read_bytes()[:2000])
+    refused("cut.png cannot be read: .*truncated", images=folder)
+    (folder / "cut.png").unlink()
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(folder / "deep.png")
+    refused("deep.png has the mode I;16 of Pillow; expected 8 bits", images=folder)
+    Image.fromarray(np.zeros((1, 99, 3), np.uint8)).save(folder / "deep.png")
+    refused("deep.png has 99 × 1 pixels; expected sides in a ratio up to 16", images=folder)
+    shutil.copyfile(whole, folder / "deep.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    refused("deep.png cannot be read: .*decompression bomb", images=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "full"}, "method is 'full'; expected one of lora, .*, adapters whose start"),
+        ({"method": "nora-grad"}, "method is 'nora-grad'; expected one of lora, rslora"),
+        ({"method": "none"}, "method is 'none'; expected one of"),
+        ({"method": "lora", "damping": 0.1}, "hyperparameter is 'damping'; expected none"),
+        ({"class_count": 5}, "class_count is '5' and class_prompt is None; expected the text of"),
+        ({"prior_weight": 2.0}, "prior_weight is '2.0' and class_prompt is None"),
+        ({"resolution": 7}, "resolution is 7; expected a multiple of 2"),
+        (
+            {"resolution": 12, "model": str(FOLDER / "sd1")},
+            "resolution is 12; expected a multiple of 8",
+        ),
+        ({"crop": "left"}, "crop is 'left'; expected one of random, center"),
+        ({"dtype": "float16"}, "dtype is 'float16'; expected one of float32, bfloat16"),
+        ({"task": "rte"}, "task is 'rte'; expected one of dreambooth"),
+        ({"log": "x"}, "log is 'x'; expected one of tensorboard, wandb"),
+        ({"mesh": "fsdp=2"}, "mesh is 'fsdp=2' and batch_size is 1; expected a multiple of 2"),
+        ({"steps": 0}, "steps is 0; expected an integer ≥ 1"),
+        ({"rank": 7}, "rank is 7; expected 1 ≤ rank ≤ 6"),
+        ({"targets": r"conv_in"}, "matches only conv_in, a Conv"),
+        ({"dry_run": True}, "dry_run is True; expected False .nys.finetune.dreambooth.preview"),
+        ({"model": str(FOLDER / "absent")}, "absent is not a folder; expected one with model_inde"),
+        ({"model": str(FOLDER / "bk")}, "model_index.json"),
+    ],
+)
+def test_what_is_refused_leaves_the_folder_to_a_mended_command(root, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.dreambooth.run(settings(root, out=tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_will_be_done(root, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(root / "model", model)
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9000] + 9000 * b"\xff")  # not numbers
+    config = settings(root, model=str(model), out=tmp_path / "out")
+    assert main([*words(config), "--dry-run", "--class-prompt", "a dog"]) == 0
+    said = capsys.readouterr().out
+    assert "3 images: dog0.png (12 × 9), dog1.png (12 × 9), dog2.png (12 × 9)\n" in said
+    assert "squares of 8 × 8 pixels, random ones" in said
+    assert "100 images of the class, 100 of which the base will generate" in said
+    assert "'a photo of sks dog' has" in said
+    assert "tokens of 77: <|startoftext|> a</w> " in said
+    # Of rank 4: six layers of 8 × 8 numbers, and two of 6 × 8.
+    assert f"8 adapted layers; {4 * (6 * 16 + 2 * 14)} of" in said
+    assert "memory of encoding an image" in said
+    assert "memory of a step, compiled before any weight is read: 0." in said
+    assert not config.out.exists()
+    with pytest.warns(UserWarning, match="a text has .* the model reads 77"):
+        list(nys.finetune.dreambooth.preview(dataclasses.replace(config, prompt="dog " * 99)))
+
+
+def test_help_has_the_options_of_the_task(capsys, tmp_path):
+    assert main(["finetune", "--task", "dreambooth", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--class-images" in said
+    assert "--data" not in said
+    assert main(["finetune", "--help"]) == 0
+    assert "--task dreambooth" in capsys.readouterr().out
+    path = tmp_path / "run.yaml"
+    path.write_text("task: dreambooth\nmodel: m\n")
+    assert main(["finetune", "--config", str(path)]) == 1
+    assert "--images" in capsys.readouterr().err
+    path.write_text("task: [dreambooth]\n")
+    assert main(["finetune", "--config", str(path)]) == 1
+    assert "has task = ['dreambooth']; expected a text" in capsys.readouterr().err
