@@ -93,7 +93,7 @@ def run(config: Config) -> Result:
     if result is None:
         with meshes.using(config.mesh):
             result = _made(config)
-    return Result(**(result | {"out": config.out}))
+    return Result(**(result | {"out": config.out}))  # pyright: ignore[reportArgumentType]
 
 
 def _require_known(config: Config) -> None:
@@ -136,7 +136,7 @@ def _made(config: Config) -> dict[str, object]:
         count(plan.parts.params),
         round(seconds, 3),
     )
-    values = {**dataclasses.asdict(result), "out": str(config.out)}
+    values: dict[str, object] = {**dataclasses.asdict(result), "out": str(config.out)}
     folders.write_json(config.out / folders.RESULT, values)
     return values
 

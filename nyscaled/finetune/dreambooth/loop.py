@@ -15,7 +15,7 @@ from nyscaled.finetune import progress
 from nyscaled.finetune.dreambooth.config import as_options
 from nyscaled.finetune.dreambooth.plan import Plan
 from nyscaled.finetune.dreambooth.samples import Sampler
-from nyscaled.finetune.dreambooth.step import Grid, Measured, train_step
+from nyscaled.finetune.dreambooth.step import Grid, Measured, merged, train_step
 from nyscaled.finetune.loop import CHECKPOINTS, Stopped
 from nyscaled.finetune.progress import Interruption, NotFiniteError, Progress
 from nyscaled.finetune.state import Checkpoints
@@ -111,7 +111,7 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
                     )
                 log.validation(step, loss, None)
             if sampler is not None and (is_last or step % (config.sample_every or step) == 0):
-                unet = plan.program.merge(state.params, plan.parts.counts, frozen)
+                unet = merged(plan.program, state.params, plan.parts.counts, frozen)
                 log.say(f"step {step}: {sampler.write(out, unet, step)}")
             if saves:
                 save()

@@ -78,11 +78,11 @@ def opened(config: Config, *, outline: bool = False) -> Pipeline:
     Raises:
         ValueError: as `nys.diffusion.load` does.
     """
-    numerics = {"dtype": config.dtype, "remat": config.remat}
-    with timed(f"reading {'the outline of ' * outline}{config.model}"):
+    model, dtype, remat = config.model, config.dtype, config.remat
+    with timed(f"reading {'the outline of ' * outline}{model}"):
         if outline:
-            return diffusion.outline(config.model, **numerics)
-        return diffusion.load(config.model, mesh=meshes.current(), **numerics)
+            return diffusion.outline(model, dtype=dtype, remat=remat)
+        return diffusion.load(model, dtype=dtype, remat=remat, mesh=meshes.current())
 
 
 def prepare(config: Config, pipe: Pipeline, *, outline: bool = False) -> Prepared:
@@ -115,7 +115,7 @@ def prepare(config: Config, pipe: Pipeline, *, outline: bool = False) -> Prepare
             alpha=config.alpha,
             targets=config.targets,
             key=jax.random.key(config.seed),
-            **options,
+            **options,  # pyright: ignore[reportArgumentType]
         )
         return unet
 

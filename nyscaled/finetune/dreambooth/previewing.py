@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nyscaled import lora
@@ -92,10 +93,11 @@ def _memory(prepared: Prepared) -> Iterator[str]:
 
 def _compiled(plan: Plan, moments: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
     rows = sum(collection.rows for collection in plan.collections)
-    batch = Batch(
-        jax.ShapeDtypeStruct((rows, *moments.shape[1:]), moments.dtype),
-        jax.ShapeDtypeStruct((rows, *plan.texts.shape[1:]), plan.texts.dtype),
-        key_of(plan.config, STEPS),
+    key = key_of(plan.config, STEPS)
+    batch = jax.eval_shape(
+        lambda x, text: Batch(jnp.repeat(x, rows, axis=0), jnp.repeat(text[:1], rows, axis=0), key),
+        moments,
+        plan.texts,
     )
     state = jax.eval_shape(
         lambda params: training.initial(plan.program, params, **plan.hyperparameters),

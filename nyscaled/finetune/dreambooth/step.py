@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,18 @@ class Objective:
         )
 
 
+def merged(program: Program, params: Tree, counts: Tree, frozen: Tree) -> UNet:
+    """Return the U-Net.
+
+    Args:
+        program: how it is put together.
+        params: the trained variables.
+        counts: counters of dropout.
+        frozen: the values that are not trained.
+    """
+    return cast(UNet, program.merge(params, counts, frozen))
+
+
 @functools.partial(jax.jit, static_argnames=("program", "objective"), donate_argnames="state")
 @full_precision
 def train_step(
@@ -139,7 +151,7 @@ def train_step(
     """
 
     def loss_of(params: Tree) -> Float[Array, ""]:
-        return objective.loss(program.merge(params, counts, frozen), batch, state.step)
+        return objective.loss(merged(program, params, counts, frozen), batch, state.step)
 
     loss, gradient = jax.value_and_grad(loss_of)(state.params)
     new, norm = updated(state, loss, gradient, learning_rate, program.optimizer())
@@ -168,7 +180,7 @@ def evaluate(
         noise = jax.random.normal(jax.random.fold_in(grid.key, index), latents.shape)
         times = grid.times[index % parts]
         context = jnp.broadcast_to(grid.context, (rows, *grid.context.shape[1:]))
-        unet = program.merge(params, counts, frozen)
+        unet = merged(program, params, counts, frozen)
         prediction = unet(schedule.noisy(latents, noise, times), times, context)
         prediction = prediction.astype(jnp.float32)
         loss = denoising_loss(lambda *_: prediction, schedule, latents, context, noise, times)
