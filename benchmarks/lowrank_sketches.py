@@ -59,7 +59,7 @@ SKETCHES = {"Gaussian": gaussian, "sparse-sign": sparse_sign}
 def excess(a: jax.Array, start: jax.Array, blocks: int, best: float) -> float:
     """The error of rank k in the Krylov space, over the best error."""
     products = products_of(a)
-    first = sketch(products, start, jnp.zeros((a.shape[1], 0)), from_left=False)
+    first = sketch(products, start, jnp.zeros((a.shape[1], 0)))
     values = np.asarray(core_svd(project(products, first, blocks * WIDTH).core)[1])
     return float(jnp.sum(a**2) - np.sum(values[:RANK] ** 2)) ** 0.5 / best - 1
 

@@ -16,7 +16,8 @@ from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.jacobi import QUIET
 from nyscaled.lowrank.krylov import Sketch, project, sketch
-from nyscaled.lowrank.orthogonal import extend, inner
+from nyscaled.lowrank.one_sided import row_space, svd_of_images
+from nyscaled.lowrank.orthogonal import adjoint, extend, inner
 from nyscaled.lowrank.products import (
     Products,
     products_of,
@@ -24,7 +25,7 @@ from nyscaled.lowrank.products import (
     random_scale,
     working_dtype,
 )
-from nyscaled.lowrank.result import LowRank
+from nyscaled.lowrank.result import Deviations, LowRank
 from nyscaled.lowrank.truncate import rounding, truncate
 from nyscaled.numerics import full_precision
 from nyscaled.typing import LinearMap
@@ -39,7 +40,7 @@ class _Plan(NamedTuple):
     rank: int
     width: int  # of a block
     dimensions: int  # of the Krylov space
-    from_left: bool  # whether a product with Aᴴ comes first
+    one_sided: bool  # whether A is projected onto the shorter side, by an odd number of products
     probes: int
     transposed: bool  # whether Aᴴ is factorized: the random block belongs to the shorter side
     jackknife: bool
@@ -64,15 +65,15 @@ def of_rank(
         jackknife: whether deviations are estimated.
     """
     transposed = a.shape[0] < a.shape[1]
-    blocks, from_left, n = passes // 2, passes % 2 == 1, min(a.shape)
+    blocks, one_sided, n = passes // 2, passes % 2 == 1, min(a.shape)
     dimensions = blocks * width
     if dimensions >= n:  # the space would be complete: n columns at once take fewer products
-        width, dimensions, from_left = n, n, False
+        width, dimensions, one_sided = n, n, False
     elif dimensions - width < QUIET < dimensions:
         dimensions = QUIET
     # Leaving one column out of a complete space says nothing of the space.
     probes = PROBES if passes > 2 or width == n else 0
-    plan = _Plan(rank, width, dimensions, from_left, probes, transposed, jackknife)
+    plan = _Plan(rank, width, dimensions, one_sided, probes, transposed, jackknife)
     if isinstance(a, HostMatrix):
         first, exact = _begin(a, key, plan)
         return _end(a, first, plan, bool(exact))
@@ -93,9 +94,9 @@ def _begin(
     """The first block, and whether its range is that of A to rounding."""
     m, n, dtype = max(a.shape), min(a.shape), working_dtype(a)
     start_key, probe_key = jax.random.split(key)
-    start = random_block(start_key, m if plan.from_left else n, plan.width, dtype)
+    start = random_block(start_key, n, plan.width, dtype)
     probes = random_block(probe_key, n, plan.probes, dtype)
-    first = sketch(_products(a, plan), start, probes, from_left=plan.from_left)
+    first = sketch(_products(a, plan), start, probes)
     if plan.dimensions == plan.width or not plan.probes:
         return first, jnp.asarray(False)
     missing, whole = estimate.left_out(first.basis, first.probes)
@@ -104,6 +105,8 @@ def _begin(
 
 def _end(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan, exact: bool) -> LowRank:
     """The factorization; if `exact`, by one more product, and the probes help to span the range."""
+    if plan.one_sided and not exact:
+        return _one_sided(a, first, plan)
     dimensions, scale = plan.dimensions, random_scale(min(a.shape))
     block = first.basis
     if exact:
@@ -124,8 +127,31 @@ def _end(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan, exact: bool) -> 
     if plan.jackknife:
         start = inner(first.basis, first.images)
         deviations = estimate.jackknife(core, triples, start, plan.rank)
-    passes = 2 * -(-left.shape[1] // first.basis.shape[1]) + int(plan.from_left)
+    passes = 2 * -(-left.shape[1] // first.basis.shape[1])
     result = truncate(left, triples, right, error, plan.rank, passes, deviations=deviations)
+    return result.adjoint if plan.transposed else result
+
+
+def _one_sided(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan) -> LowRank:
+    """The factorization of A projected onto the shorter side."""
+    space = row_space(_products(a, plan), first.basis, plan.dimensions)
+    vectors, values, vh = svd_of_images(space.images, space.exponents, plan.rank)
+    error = estimate.probed_remainder(space, first.draws, first.probes, random_scale(min(a.shape)))
+    deviations = None
+    if plan.jackknife:
+        # In the coordinates of all left singular vectors A P is diag(values) Vᴴ.
+        moved = estimate.jackknife(
+            adjoint(vh) * values,
+            (adjoint(vh), values, jnp.eye(len(vh), dtype=vh.dtype)),
+            inner(space.right[:, : plan.width], space.coimages) @ inner(first.basis, first.images),
+            plan.rank,
+        )
+        deviations = Deviations(moved.right, moved.left)
+    passes = 1 + 2 * -(-plan.dimensions // plan.width)
+    triples = (None, values, vh)
+    result = truncate(
+        vectors, triples, space.right, error, plan.rank, passes, deviations=deviations
+    )
     return result.adjoint if plan.transposed else result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,9 +11,10 @@ from jaxtyping import Array, Float, Inexact
 
 from nyscaled.lapack import inverse_upper
 from nyscaled.lowrank.core_svd import core_svd
+from nyscaled.lowrank.one_sided import RowSpace
 from nyscaled.lowrank.orthogonal import adjoint, extend, inner
 from nyscaled.lowrank.result import Deviations
-from nyscaled.numerics import full_precision, norm
+from nyscaled.numerics import full_precision, norm, shift
 from nyscaled.typing import Scalar
 
 
@@ -42,6 +45,23 @@ def probed_error(
         deviation: the standard deviation of the entries of G.
     """
     return left_out(basis, images)[0] / (deviation * images.shape[1] ** 0.5)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+@full_precision
+def probed_remainder(
+    space: RowSpace, draws: Inexact[Array, "n s"], images: Inexact[Array, "m s"], deviation: float
+) -> Scalar:
+    """Return an estimate of ‖A − A P Pᴴ‖_F as `probed_error` does, without a basis of A P.
+
+    Args:
+        space: P, and its images.
+        draws: G.
+        images: AG.
+        deviation: the standard deviation of the entries of G.
+    """
+    parts = shift(inner(space.right, draws), space.exponents.T)
+    return norm(images - space.images @ parts) / (deviation * images.shape[1] ** 0.5)
 
 
 def leave_one_out_error(

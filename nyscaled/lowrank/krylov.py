@@ -33,42 +33,28 @@ class Projection(NamedTuple):
 class Sketch(NamedTuple):
     """The first block of a basis, and what it was made of.
 
-    `images` are AΩ, or AAᴴΩ if the random block came from the left; column j belongs to column j
-    of Ω. `probes` are AG.
+    `images` are AΩ, of which column j belongs to column j of Ω. `draws` are G and `probes` AG.
     """
 
     basis: Inexact[Array, "m b"]
-    right: Inexact[Array, "n j"] | None
     images: Inexact[Array, "m b"]
+    draws: Inexact[Array, "n s"]
     probes: Inexact[Array, "m s"]
 
 
 def sketch(
-    products: Products,
-    start: Inexact[Array, "k b"],
-    probes: Inexact[Array, "n s"],
-    *,
-    from_left: bool,
+    products: Products, start: Inexact[Array, "n b"], draws: Inexact[Array, "n s"]
 ) -> Sketch:
     """Return the first block, by a product with A.
 
     Args:
         products: the products with A.
-        start: a random block, (m, b) if `from_left`, or (n, b).
-        probes: columns of which only the images are kept.
-        from_left: whether the block is first multiplied by Aᴴ, which takes one more product.
+        start: a random block.
+        draws: columns of which only the images are kept.
     """
-    block, right = start, None
-    if from_left:
-        start = products.adjoint_times(start)
-        block = right = extend(None, start)
-    width = block.shape[1]
-    both = products.times(jnp.concatenate([block, probes], axis=1))
-    images, probed = both[:, :width], both[:, width:]
-    basis = extend(None, images)
-    if right is not None:
-        images = images @ inner(right, start)  # of single columns of the random block
-    return Sketch(basis, right, images, probed)
+    width = start.shape[1]
+    both = products.times(jnp.concatenate([start, draws], axis=1))
+    return Sketch(extend(None, both[:, :width]), both[:, :width], draws, both[:, width:])
 
 
 def project(products: Products, first: Sketch, dimensions: int) -> Projection:
@@ -80,7 +66,7 @@ def project(products: Products, first: Sketch, dimensions: int) -> Projection:
         dimensions: how many columns the basis gets; the last block may be narrower.
     """
     block = left = first.basis
-    right, rows = first.right, []
+    right, rows = None, []
     width = left.shape[1]
     while True:
         images = products.adjoint_times(block)

@@ -77,7 +77,7 @@ def extend(
             block = block - basis @ parts
             along = jnp.sum(abs_squared(parts), axis=0)
         gram = inner(block, block)
-        inverse, both = _reciprocal_norms(gram, 0)
+        inverse, both = reciprocal_norms(gram, 0)
         scaled = gram * both
         dead = jnp.diag((inverse == 0).astype(gram.dtype))
         root = inverse_cholesky(scaled + dead)
@@ -115,10 +115,15 @@ class _Remainder(NamedTuple):
     good: Bool[Array, ""]
 
 
-def _reciprocal_norms(
+def reciprocal_norms(
     gram: Inexact[Array, "b b"], least: Float[Array, ""] | float
 ) -> tuple[Inexact[Array, " b"], Inexact[Array, "b b"]]:
-    """1/‖x_j‖, or 0 if the norm is at most `least`, and the products of two of them."""
+    """Return 1/‖x_j‖, or 0 if the norm is at most `least`, and the products of two of them.
+
+    Args:
+        gram: XᴴX.
+        least: the largest norm that counts as zero.
+    """
     size = jnp.sqrt(jnp.diagonal(gram).real)
     dead = size <= least
     inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, size)).astype(gram.dtype)
@@ -132,7 +137,7 @@ def _inverse_root(
 
     The shift is `ridge`, or a larger one if G is indefinite by its rounding error.
     """
-    inverse, both = _reciprocal_norms(gram, least)
+    inverse, both = reciprocal_norms(gram, least)
     scaled = gram * both
     off_diagonal = scaled - jnp.diag(jnp.diagonal(scaled))
 

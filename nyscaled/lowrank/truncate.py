@@ -20,7 +20,7 @@ from nyscaled.typing import Scalar
 @full_precision
 def truncate(
     left: Inexact[Array, "m k"],
-    triples: tuple[Inexact[Array, "k j"], Float[Array, " j"], Inexact[Array, "j i"]],
+    triples: tuple[Inexact[Array, "k j"] | None, Float[Array, " j"], Inexact[Array, "j i"]],
     right: Inexact[Array, "n i"],
     error: Scalar | float,
     rank: int,
@@ -34,7 +34,8 @@ def truncate(
 
     Args:
         left: Q, orthonormal columns.
-        triples: U, s and Vᴴ, as from `core_svd`.
+        triples: U, s and Vᴴ, as from `core_svd`. None stands for the U of a Q whose first columns
+            are the left singular vectors.
         right: P, orthonormal columns.
         error: an estimate of ‖A − QQᴴA‖_F.
         rank: how many singular values are kept.
@@ -52,7 +53,8 @@ def truncate(
     if tol is not None:
         status = jnp.where(left_out <= tol * whole, Status.CONVERGED, status)
     left, right = with_fixed_signs(
-        jnp.where(live, left @ u[:, :rank], 0), jnp.where(live, right @ adjoint(vh[:rank]), 0)
+        jnp.where(live, left if u is None else left @ u[:, :rank], 0),
+        jnp.where(live, right @ adjoint(vh[:rank]), 0),
     )
     finite = jnp.isfinite(whole) & jnp.all(jnp.isfinite(left)) & jnp.all(jnp.isfinite(right))
     return LowRank(
