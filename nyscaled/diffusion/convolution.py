@@ -65,6 +65,8 @@ def convolve(
     mesh = jax.typeof(x).sharding.mesh
     run = _conv.bind if mesh.empty or mesh.are_all_axes_auto else _lax
     pads = tuple((int(before), int(after)) for before, after in padding)
+    if precision is None:  # the program is written when the context may be another
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     out = run(x, kernel, strides=tuple(strides), pads=pads, precision=precision)
     assert isinstance(out, Array)
     return out
