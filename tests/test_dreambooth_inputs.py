@@ -1,6 +1,7 @@
 """What a run on images of a subject reads, what it refuses, and its command line."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 from diffusion_cases import FOLDER
 from dreambooth_cases import PROMPT, settings, words, write_images
+from flax import nnx
 from PIL import Image
 
 import nyscaled as nys
 from nyscaled.cli import main
+from nyscaled.finetune.dreambooth.config import TARGETS
 from nyscaled.finetune.dreambooth.images import read
 from nyscaled.finetune.dreambooth.preparation import opened, prepare
+from nyscaled.finetune.dreambooth.step import train_step
+from nyscaled.models import Numerics
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,31 @@ def test_the_defaults_are_the_settings_of_the_paper():
     assert (config.learning_rate, config.schedule, config.warmup_steps) == (1e-4, "constant", 0)
     assert (config.weight_decay, config.clip, config.prior_weight) == (1e-2, 1.0, 1.0)
     assert (config.crop, config.class_count, config.eval_every) == ("random", 100, 100)
+
+
+def test_the_adapted_layers_are_those_of_the_paper():
+    """Of Stable Diffusion 1: the attention's, with 797,184 numbers at rank 4."""
+    config = nys.diffusion.UNetConfig(cross_attention_dim=768)
+    unet = nys.diffusion.UNet.outline(config, Numerics())
+    layers = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(unet)
+        if isinstance(module, nnx.Linear)
+    }
+    shapes = [m.kernel.shape for path, m in layers.items() if re.fullmatch(TARGETS, path)]
+    assert (len(shapes), sum(4 * sum(shape) for shape in shapes)) == (128, 797_184)
+
+
+def test_a_step_lowers_for_accelerators(root):
+    """With products in full float32, which an accelerator would round otherwise."""
+    plan = prepare(settings(root), opened(settings(root))).plan
+    arguments = plan.initial(), plan.parts.counts, plan.parts.frozen, plan.batch(0), np.float32(0)
+    traced = train_step.trace(*arguments, program=plan.program, objective=plan.objective)
+    for platform in ("cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        products = re.findall(r"stablehlo\.(?:dot_general|convolution)\b.*", text)
+        assert len(products) > 50
+        assert all(product.count("HIGHEST") == 2 for product in products)
 
 
 def test_steps_read_all_images_before_one_comes_again(root):
@@ -139,6 +169,12 @@ def test_what_is_refused_leaves_the_folder_to_a_mended_command(root, options, me
     with pytest.raises(ValueError, match=message):
         nys.finetune.dreambooth.run(settings(root, out=tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_run_is_not_in_that_of_its_images(root):
+    out = root / "images" / "out"
+    with pytest.raises(ValueError, match=r"out is '.*out', which is in images, '.*images'; expec"):
+        nys.finetune.dreambooth.run(settings(root, out=out))
 
 
 def test_a_dry_run_says_what_will_be_done(root, tmp_path, capsys):

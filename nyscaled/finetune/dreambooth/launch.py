@@ -98,9 +98,16 @@ def run(config: Config) -> Result:
 
 def _require_known(config: Config) -> None:
     """Refuse what can be refused before a model is read."""
-    files_of("images", config.images)
-    if config.class_images is not None:
-        files_of("class_images", config.class_images)
+    for name in ("images", "class_images"):
+        folder: Path | None = getattr(config, name)
+        if folder is None:
+            continue
+        files_of(name, folder)
+        if folder.resolve() in (config.out.resolve(), *config.out.resolve().parents):
+            raise ValueError(
+                f"out is '{config.out}', which is in {name}, '{folder}'; expected a folder "
+                "elsewhere, so that there are only images"
+            )
     if config.log is not None:
         package_of(config.log)
 

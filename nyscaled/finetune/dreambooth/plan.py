@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -71,17 +72,19 @@ class Plan:
         """
         chosen = [each for collection in self.collections for each in collection.of_step(step)]
         moments = jnp.concatenate([self.encoder.moments(*each) for each in chosen])
-        return Batch(moments, self._context, key_of(self.config, STEPS))
+        return Batch(moments, *self._constants)
 
     def sources(self, step: int) -> list[str]:
         """Return the names of the images that a step reads, for messages."""
         chosen = [each for collection in self.collections for each in collection.of_step(step)]
         return [picture.path.name for picture, _ in chosen]
 
-    @property
-    def _context(self) -> Text:
+    @functools.cached_property
+    def _constants(self) -> tuple[Text, jax.Array]:
+        """What all steps read: the text of each row, and the key of the run."""
         rows = [collection.rows for collection in self.collections]
-        return jnp.repeat(self.texts[: len(rows)], np.array(rows), axis=0)
+        context = jnp.repeat(self.texts[: len(rows)], np.array(rows), axis=0)
+        return context, key_of(self.config, STEPS)
 
     def grid(self) -> Grid:
         """Return the times and noises of evaluations.
