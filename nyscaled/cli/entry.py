@@ -16,8 +16,8 @@ COMMANDS = {
 }
 """What each subcommand does; `nyscaled.cli.NAME` has its `Config` and its `run`."""
 
-TASKS = {("finetune", "dreambooth"): "dreambooth"}
-"""Commands with a `--task` that has options of its own, and the module that has them."""
+TASKS = ("dreambooth",)
+"""Tasks of `finetune` with options of their own, each in the module of its name."""
 
 EXTRA = "pip install 'nyscaled[cli]'"
 
@@ -67,10 +67,11 @@ def _run(name: str, options: Sequence[str]) -> int:
     program = f"nyscaled {name}"
     try:
         reading = importlib.import_module("nyscaled.cli.options")
-        if any(command == name for command, _ in TASKS):
-            name = TASKS.get((name, reading.word_of("task", options)), name)
+        task, shown = reading.word_of("task", options) if name == "finetune" else None, program
+        if task in TASKS:
+            name, shown = task, f"{program} --task {task}"
         command = importlib.import_module(f"nyscaled.cli.{name}")
-        config = reading.parse(command.Config, options, program, command.__doc__)
+        config = reading.parse(command.Config, options, shown, command.__doc__)
         return 0 if config is None else command.run(config)
     except KeyboardInterrupt:
         return _fail(program, "interrupted", INTERRUPTED)

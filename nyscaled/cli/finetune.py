@@ -1,11 +1,11 @@
 """Fine-tune a language model with adapters, and write one that was tested.
 
-`--task dreambooth` fine-tunes Stable Diffusion on images: `nyscaled finetune --task dreambooth
---help` has its options.
-
 DATA is a file or a folder with train, dev and test files (.json, .jsonl, .tsv). OUT gets what was
 trained, metrics, settings and checkpoints. Adapters are in PEFT's format; full and linear-probe
 write a whole model, prefix a file prefix.safetensors.
+
+The task dreambooth fine-tunes Stable Diffusion on images, and has options of its own: see
+nyscaled finetune --task dreambooth --help
 
 examples:
   nyscaled finetune --model MODEL --data glue/rte --task rte --method nora+ --out runs/rte

@@ -55,7 +55,8 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
     """
     config, checkpoints = plan.config, Checkpoints(out / CHECKPOINTS)
     state, kept = plan.initial(), nnx.filter_state(plan.parts.frozen, AdapterState)
-    base_loss = loss = plan.evaluate(state.params, plan.parts, grid)[0]
+    with progress.timed("computing the loss of the base"):
+        base_loss = loss = plan.evaluate(state.params, plan.parts, grid)[0]
     step = 0
     if (saved := checkpoints.restore((state, kept))) is not None:
         step, (state, kept), facts = saved

@@ -15,6 +15,7 @@ from nyscaled.finetune import meshes, training
 from nyscaled.finetune.dreambooth import step as steps
 from nyscaled.finetune.dreambooth.collection import Collection
 from nyscaled.finetune.dreambooth.config import Config
+from nyscaled.finetune.dreambooth.images import Corner, Picture
 from nyscaled.finetune.dreambooth.latents import Encoder
 from nyscaled.finetune.dreambooth.step import Batch, Grid, Objective, Text
 from nyscaled.finetune.training import Parts, Program, Tree
@@ -70,14 +71,15 @@ class Plan:
         Args:
             step: number of steps before it.
         """
-        chosen = [each for collection in self.collections for each in collection.of_step(step)]
-        moments = jnp.concatenate([self.encoder.moments(*each) for each in chosen])
+        moments = jnp.concatenate([self.encoder.moments(*each) for each in self._chosen(step)])
         return Batch(moments, *self._constants)
 
     def sources(self, step: int) -> list[str]:
         """Return the names of the images that a step reads, for messages."""
-        chosen = [each for collection in self.collections for each in collection.of_step(step)]
-        return [picture.path.name for picture, _ in chosen]
+        return [picture.path.name for picture, _ in self._chosen(step)]
+
+    def _chosen(self, step: int) -> list[tuple[Picture, Corner]]:
+        return [each for collection in self.collections for each in collection.of_step(step)]
 
     @functools.cached_property
     def _constants(self) -> tuple[Text, jax.Array]:
