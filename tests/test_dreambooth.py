@@ -233,3 +233,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
         nys.finetune.dreambooth.run(config)
     saved = [int(path.name) for path in (config.out / loop.CHECKPOINTS).iterdir()]
     assert saved == [lines(config.out)[-1]["step"]]
+
+
+def test_a_base_that_is_not_finite_is_refused(root, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(root / "model", model)
+    unet = nys.diffusion.load_unet(model)
+    unet.conv_out.bias[...] = jnp.nan
+    nys.diffusion.save(unet, model / "unet")
+    with pytest.raises(ValueError, match=r"the loss of .*model is nan before any step; expected a"):
+        nys.finetune.dreambooth.run(settings(root, model=str(model), out=tmp_path / "out"))

@@ -19,21 +19,23 @@ SMOOTH = 20
 """The thick line is a mean over a part of so many of the steps."""
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, points: str = "validation") -> None:
     """Draw the metrics of a run into its folder.
 
     Args:
         folder: the folder.
+        points: as in `draw`.
     """
     with replacing(folder / FILE) as file:
-        draw(read_metrics(folder / METRICS)).savefig(file, format="png", dpi=160)
+        draw(read_metrics(folder / METRICS), points).savefig(file, format="png", dpi=160)
 
 
-def draw(lines: Sequence[Line]) -> Figure:
+def draw(lines: Sequence[Line], points: str = "validation") -> Figure:
     """Draw the losses of a run, its accuracy and its learning rate.
 
     Args:
         lines: lines of the metrics.
+        points: name of the losses that are drawn as points.
 
     Examples:
         >>> draw([{"step": 1, "loss": 0.7, "learning_rate": 1e-4}]).axes[0].get_ylabel()
@@ -47,7 +49,7 @@ def draw(lines: Sequence[Line]) -> Figure:
     mean = np.convolve(loss, np.full(width, 1 / width), "valid")
     losses.plot(step[width - 1 :], mean, color=TRAINING, lw=2, label="training")
     at, validation = _columns(lines, "validation_loss")
-    losses.plot(at, validation, "o-", color=VALIDATION, ms=4, label="validation")
+    losses.plot(at, validation, "o-", color=VALIDATION, ms=4, label=points)
     losses.set(xlabel="step", ylabel="loss", title="(a) loss")
     losses.legend()
     others.plot(step, rate, color=OTHER)

@@ -133,7 +133,7 @@ def _made(config: Config) -> dict[str, object]:
     if importlib.util.find_spec("matplotlib") is not None:
         from nyscaled.finetune import curves
 
-        curves.write(config.out)
+        curves.write(config.out, "at fixed times and noises")
     result = Result(
         config.out,
         config.steps,

@@ -48,7 +48,8 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
         sampler: what generates images, None for none.
 
     Raises:
-        ValueError: if the loss before the first step is not what it was when the run began.
+        ValueError: if the loss before the first step is not finite, or not what it was when the run
+            began.
         Stopped: after Ctrl-C or SIGTERM, when the state is saved.
         NotFiniteError: at a loss or gradient that is not finite.
         OSError: if a file cannot be written.
@@ -57,6 +58,11 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
     state, kept = plan.initial(), nnx.filter_state(plan.parts.frozen, AdapterState)
     with progress.timed("computing the loss of the base"):
         base_loss = loss = plan.evaluate(state.params, plan.parts, grid)[0]
+    if not math.isfinite(base_loss):
+        raise ValueError(
+            f"the loss of {config.model} is {base_loss} before any step; expected a base whose "
+            "weights are finite"
+        )
     step = 0
     if (saved := checkpoints.restore((state, kept))) is not None:
         step, (state, kept), facts = saved
