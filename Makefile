@@ -105,6 +105,7 @@ bench-peers: $(VENV)/.peers $(WEIGHTS)
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/finetune_run.py --model $(WEIGHTS)/all-MiniLM-L6-v2
 	$(BIN)/python benchmarks/finetune_overhead.py --model $(WEIGHTS)/all-MiniLM-L6-v2
+	$(BIN)/python benchmarks/diffusion.py
 	$(BIN)/python benchmarks/lowrank.py
 	$(BIN)/python benchmarks/lowrank_growth.py
 	$(BIN)/python benchmarks/lowrank_dask.py

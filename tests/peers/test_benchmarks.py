@@ -1,4 +1,4 @@
-"""The benchmarks of the factorization run; what they measure is not asserted."""
+"""Benchmarks against other tools run; what they measure is not asserted."""
 
 import subprocess
 import sys
@@ -31,3 +31,7 @@ def test_the_tables_of_factorizations():
 
 def test_the_table_of_whole_runs():
     assert output_of("finetune_run.py", "--model", MINILM).count("| all-MiniLM") == 4
+
+
+def test_the_tables_of_stable_diffusion():
+    assert output_of("diffusion.py").count("\n| tiny") == 4
