@@ -91,6 +91,11 @@ class AutoencoderConfig(Settings):
                     f"{self.norm_num_groups}"
                 )
 
+    @property
+    def layers(self) -> int:
+        """The number of residual blocks on the way down."""
+        return len(self.block_out_channels) * self.layers_per_block
+
 
 class PixelAttention(Attention):
     """Attention of all pixels to each other, with one head, beside the image."""

@@ -136,6 +136,11 @@ def _open(model_class: type[M], path: Path, stem: str, numerics: Numerics) -> tu
         config = model_class.config_class.from_json(source.config)
     except ValueError as error:
         raise ValueError(f"{source.config_path}: {files.brief(error)}") from None
+    if config.layers > len(source.names):  # a model of so many would take forever to make
+        raise ValueError(
+            f"{source.config_path} has {config.layers} layers, and {source.path} has "
+            f"{len(source.names)} tensors; expected several for each"
+        )
     return source, model_class.outline(config, numerics)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from nyscaled.checkpoints.files import JsonObject
 from nyscaled.diffusion.settings import Settings
 
+MOST_TIMES = 10**6  # a number for each is in memory; models have a thousand
 EPSILON, V = "epsilon", "v_prediction"
 SPACINGS = "leading", "linspace", "trailing"
 PNDM, DDIM, EULER, DDPM = (f"{name}Scheduler" for name in ("PNDM", "DDIM", "EulerDiscrete", "DDPM"))
@@ -91,6 +92,10 @@ class Schedule(Settings):
                 raise ValueError(
                     f"{name} is {value!r:.80}; expected one of {', '.join(map(repr, known))}"
                 )
+        if self.num_train_timesteps > MOST_TIMES:
+            raise ValueError(
+                f"num_train_timesteps is {self.num_train_timesteps}; expected at most {MOST_TIMES}"
+            )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start is {self.beta_start} and beta_end {self.beta_end}; expected "

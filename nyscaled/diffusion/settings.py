@@ -89,6 +89,11 @@ class Settings:
         """
         require_class(config, cls.class_name)
 
+    @property
+    def layers(self) -> int:
+        """The number of layers that have tensors in a file."""
+        return 0
+
     def to_json(self) -> JsonObject:
         """Return what `config.json` is to hold, for diffusers too."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -81,6 +81,11 @@ class TextEncoderConfig(Settings):
                 "expected a multiple of num_attention_heads"
             )
 
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return self.num_hidden_layers
+
     @classmethod
     def from_json(cls, config: JsonObject) -> TextEncoderConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the configuration of a file of transformers.

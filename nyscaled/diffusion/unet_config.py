@@ -130,6 +130,11 @@ class UNetConfig(Settings):
                 )
 
     @property
+    def layers(self) -> int:
+        """The number of residual blocks on the way down."""
+        return len(self.block_out_channels) * self.layers_per_block
+
+    @property
     def heads(self) -> tuple[int, ...]:
         """The number of heads at each level."""
         heads = self.attention_head_dim

@@ -7,39 +7,16 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy as np
+from fuzz_diffusion import DIFFUSION
+from fuzz_target import TESTS, Target, array, arrays
 
-TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS)]
 LLAMA = TESTS / "fixtures" / "models" / "llama"
-
-
-class Target(NamedTuple):
-    """A kind of files.
-
-    Attributes:
-        make: writes sound ones into a folder.
-        files: the names of those that are changed.
-        read: what they mean, by the inner door; if asked for, also by the outermost.
-    """
-
-    make: Callable[[Path], None]
-    files: tuple[str, ...]
-    read: Callable[[Path, bool], Any]
-
-
-def _array(value: Any) -> Any:
-    value = np.asarray(value)
-    return str(value.dtype), value.shape, hashlib.sha1(value.tobytes()).hexdigest()
-
-
-def _arrays(opened: Any) -> Any:
-    return {name: _array(opened.read(name)) for name in sorted(opened.names)}
 
 
 def _words() -> Any:
@@ -184,7 +161,7 @@ def _read_rotated(folder: Path, full: bool) -> Any:
         angles = rope.inverse_frequencies(width, config.rope_theta, scaling, 9)
         assert np.isfinite(angles).all(), "rotations are not finite"
         assert np.isfinite(scaling.attention_factor if scaling else 1), "they are not finite"
-        meanings.append((repr(config), _array(angles)))
+        meanings.append((repr(config), array(angles)))
     return meanings
 
 
@@ -204,9 +181,9 @@ def _read_model(folder: Path, full: bool) -> Any:
         model, _ = nys.models.load(folder)
         logits = np.asarray(model(np.ones((1, 3), np.int32)))
         assert np.isfinite(logits).all() or not _small(folder), "NaN from weights that are small"
-        return repr(model.config), _array(logits)
+        return repr(model.config), array(logits)
     opened, _, config, _ = open_all(folder)
-    return repr(config), _arrays(opened)
+    return repr(config), arrays(opened)
 
 
 def _small(folder: Path) -> bool:
@@ -242,7 +219,7 @@ def _read_folder(folder: Path, full: bool) -> Any:
     from nyscaled.checkpoints.folder import open_folder
 
     opened = open_folder(folder)
-    return opened.config, _arrays(opened)
+    return opened.config, arrays(opened)
 
 
 def _make_gguf(folder: Path) -> None:
@@ -271,7 +248,7 @@ def _read_gguf(folder: Path, full: bool) -> Any:
         return repr(model.config), tokenizer and tokenizer.encode("ab cd").ids
     opened = open_gguf(path, gguf_maps())
     tokenizer = gguf_tokenizer(opened.metadata)
-    return opened.config, _arrays(opened), tokenizer and tokenizer.encode("ab cd").ids
+    return opened.config, arrays(opened), tokenizer and tokenizer.encode("ab cd").ids
 
 
 def _make_adapter(folder: Path) -> None:
@@ -301,9 +278,9 @@ def _read_adapter(folder: Path, full: bool) -> Any:
         nys.lora.load_peft(model, folder)
         outputs = [np.asarray(model[name](jnp.ones((1, 8)))) for name in ("q_proj", "v_proj")]
         assert all(np.isfinite(y).all() for y in outputs), "outputs are not finite"
-        return [_array(y) for y in outputs]
+        return [array(y) for y in outputs]
     saved = peft.read(folder)
-    updates = {m: (_array(u.down), _array(u.up), u.alpha) for m, u in saved.updates.items()}
+    updates = {m: (array(u.down), array(u.up), u.alpha) for m, u in saved.updates.items()}
     return updates, saved.rank_stabilized, saved.dropout, sorted(saved.whole)
 
 
@@ -322,7 +299,7 @@ def _make_matrices(folder: Path) -> None:
 def _read_matrices(folder: Path, full: bool) -> Any:
     from experiments.lib import matrix
 
-    return [_array(matrix.load(path)) for path in sorted(folder.iterdir())]
+    return [array(matrix.load(path)) for path in sorted(folder.iterdir())]
 
 
 BESIDE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -346,6 +323,7 @@ TARGETS = {
     "matrix": Target(
         _make_matrices, ("a.npy", "a.npz", "a.mtx", "b.mtx.gz", "c.mtx"), _read_matrices
     ),
+    **DIFFUSION,
 }
 
 

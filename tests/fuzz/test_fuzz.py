@@ -28,6 +28,7 @@ def campaign():
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.long_beyond(len(TARGETS) - 2)
 def test_changed_files(target, campaign):
     tried = campaign(target)
     tried.counts.clear()

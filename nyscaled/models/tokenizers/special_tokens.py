@@ -87,7 +87,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     extra = settings.get(EXTRA)
     values = [*map(settings.get, _ROLES), *(extra if isinstance(extra, list) else [])]
     typed = [v for v in values if isinstance(v, Mapping) and v.get("special") is True]
-    special = {v for v in values if isinstance(v, str)} | {v.get("content") for v in typed}
+    texts = [*values, *(v.get("content") for v in typed)]
+    special = {text for text in texts if isinstance(text, str)}
     added = {
         str(i): {"content": token, "special": token in special, "normalized": token not in special}
         for token, i in read(ADDED).items()
