@@ -45,6 +45,7 @@ except ModuleNotFoundError as error:
         "pip install torch diffusers peft transformers"
     ) from None
 
+library: Any = diffusers
 RANK, RATE, TEXT, GUIDANCE = 4, 1e-4, 77, 7.5
 TARGETS = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 KEY = jax.random.key(0)
@@ -129,7 +130,7 @@ def of_peer(peer: Any, inputs: Inputs, steps: int) -> Work:
     """The same on torch."""
     latents, noise = first(inputs.latents), first(inputs.noise)
     time, context = torch.tensor(inputs.time), torch.tensor(inputs.context)
-    scheduler: Any = diffusers.DDIMScheduler(
+    scheduler = library.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -222,7 +223,7 @@ def agree(what: str, here: Any, there: Any) -> None:
 def compare(name: str, sizes: dict[str, Any], steps: int, rounds: int) -> None:
     """Print the rows of a U-Net."""
     torch.manual_seed(0)
-    peer: Any = diffusers.UNet2DConditionModel(**sizes).eval()
+    peer = library.UNet2DConditionModel(**sizes).eval()
     inputs = Inputs.of(sizes)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
