@@ -8,7 +8,8 @@ AdamW) is traced at the published sizes, split over a mesh of virtual CPU device
 no array of the model's size is made. The sizes of arguments are exact. Temporaries are those of
 XLA's CPU compiler, which multiplies bfloat16 in float32 and therefore needs float32 copies of one
 layer and of its activations: more than a compiler for accelerators needs. `start` has the
-temporaries of NoRA's W_0Ω for one layer of the largest kernel. The table is `figures/fits.md`.
+temporaries of NoRA's W_0Ω for one layer of the largest kernel. The U-Net of Stable Diffusion 1 is
+compiled for one image on one device. The table is `figures/fits.md`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ import nyscaled as nys  # noqa: E402
 from experiments.lib.config import command_line  # noqa: E402
 from experiments.lib.files import write_atomically  # noqa: E402
 from experiments.lib.record import save_record  # noqa: E402
+from experiments.lib.unet_step import CONFIG, RANK, compile_unet_step  # noqa: E402
 
 GB = 1e9
 SIZES = (16, 24, 40, 80)  # of devices, GB
@@ -93,6 +95,8 @@ QUICK = {
 MESHES = ({"fsdp": 1}, {"fsdp": 4}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2})
 LINEAR = "layers.*(_proj|fc[12])"
 ADAPTERS = ((8, "q, v", r"layers.*[qv]_proj"), (32, "all linear", LINEAR))
+UNET = "Stable Diffusion 1"
+UNETS = tuple((dtype, remat) for dtype in (jnp.float32, jnp.bfloat16) for remat in (False, True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Config:
     out: Path = Path("figures")
     """Folder for the table and its record."""
     quick: bool = False
-    """Compile OPT-125M with one kind of adapter on one mesh."""
+    """Compile only OPT-125M, with one kind of adapter on one mesh."""
 
 
 class Row(NamedTuple):
@@ -113,6 +117,8 @@ class Row(NamedTuple):
     rank: int
     targets: str
     mesh: str
+    dtype: str
+    remat: bool
     base: int
     adapters: int
     optimizer: int
@@ -221,22 +227,22 @@ def compile_step(
     return jitted.lower(*arguments, tokens, mask).compile(), arguments
 
 
-def compile_start(others: Any, base: Any, rank: int) -> Any:
+def compile_start(base: Any, rank: int, index: Any) -> Any:
     """Compile NoRA's start of one layer of the largest kernel, as `nys.lora.apply` computes it.
 
     Args:
-        others: the values of the model without adapters.
-        base: their shardings.
+        base: the values of the model without adapters.
         rank: of the adapters.
+        index: the place of a layer in a stack, or () where layers are not stacked.
     """
-    values = jax.tree.leaves(placed(others, base))
-    kernel = max((x for x in values if x.ndim == 3), key=lambda x: x.size)
+    axes = 2 if index == () else 3
+    kernel = max((x for x in jax.tree.leaves(base) if x.ndim == axes), key=lambda x: x.size)
 
     def start(key: Any, kernel: Any, index: Any) -> Any:
         return nys.lora.KERNEL_INITS["nora"](key, kernel[index], rank, 1.0).a
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.jit(start).lower(key, kernel, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    return jax.jit(start).lower(key, kernel, index).compile()
 
 
 def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int]) -> Row:
@@ -270,21 +276,44 @@ def measure(name: str, make: Any, config: Any, adapter: Any, axes: dict[str, int
         rank,
         description,
         " × ".join(f"{k} {v}" for k, v in axes.items()),
+        "bfloat16",
+        True,
         **sizes_of,
-        temporaries=memory.temp_size_in_bytes,
-        start=compile_start(others, layout, rank).memory_analysis().temp_size_in_bytes,
+        temporaries=temporaries_of(compiled),
+        start=temporaries_of(compile_start(base, rank, jax.ShapeDtypeStruct((), jnp.int32))),
     )
+
+
+def measure_unet(dtype: Any, remat: bool) -> Row:
+    """Return the memory of the U-Net's step with a base of this dtype, recomputed or not."""
+    compiled, (base, params, state) = compile_unet_step(dtype, remat)
+    base_bytes, adapters, optimizer = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) for t in (base, params, state)
+    )
+    return Row(
+        *(UNET, count(nys.diffusion.UNet, CONFIG), RANK, "attention", "one device"),
+        jnp.dtype(dtype).name, remat, base_bytes, adapters, optimizer, temporaries_of(compiled),
+        start=temporaries_of(compile_start(base, RANK, ())),
+    )  # fmt: skip
+
+
+def temporaries_of(compiled: Any) -> int:
+    """Return the bytes per device that a program takes beside its arguments."""
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def table(rows: list[Row]) -> str:
     """Return the table as Markdown, in GB."""
     bytes_columns = ["base", "adapters + AdamW", "temporaries", "total"]
-    lines = [["model", "adapters", "mesh", *bytes_columns, "fits in"], ["---"] * 3 + ["---:"] * 5]
+    names = ["model", "adapters", "mesh", "base in", "recomputed"]
+    lines = [[*names, *bytes_columns, "fits in"], ["---"] * 5 + ["---:"] * 5]
     for row in rows:
         tuned = row.adapters + row.optimizer
         numbers = (f"{x / GB:.2f}" for x in (row.base, tuned, row.temporaries, row.total))
         fits = next((f"{size} GB" for size in SIZES if row.total <= size * GB), "–")
-        lines.append([row.model, f"r = {row.rank}, {row.targets}", row.mesh, *numbers, fits])
+        tuning = f"r = {row.rank}, {row.targets}"
+        recomputed = "yes" if row.remat else "no"
+        lines.append([row.model, tuning, row.mesh, row.dtype, recomputed, *numbers, fits])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -301,6 +330,7 @@ def main(config: Config) -> None:
         for mesh in meshes
     ]
     rows = [measure(*p) for p in tqdm(programs, desc="fits", unit="program", file=sys.stderr)]
+    rows += [measure_unet(*p) for p in (() if config.quick else UNETS)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*Row._fields, "total"])
@@ -308,7 +338,10 @@ def main(config: Config) -> None:
     write_atomically(config.out / "fits.csv", text.getvalue().encode())
     write_atomically(config.out / "fits.md", table(rows).encode())
     counts = {name: count(*model) for name, model in MODELS.items()}
-    notes = {"batch": BATCH, "length": LENGTH, "base": "bfloat16", "remat": True}
+    counts[UNET] = count(nys.diffusion.UNet, CONFIG)
+    unets = [row for row in rows if row.model == UNET]
+    totals = {f"{r.dtype}, {('kept', 'recomputed')[r.remat]}": r.total / GB for r in unets}
+    notes = {"batch": BATCH, "length": LENGTH, "totals of the U-Net": totals}
     save_record(config.out, "fits", config, parameters=counts, devices=DEVICES, **notes)
     print(table(rows), end="")
 

@@ -12,6 +12,7 @@ PARAMETERS = {
     "LLaMA-7B": 6_738_415_616,
     "LLaMA2-7B": 6_738_415_616,
     "Gemma-7B": 8_537_680_896,
+    "Stable Diffusion 1": 859_520_964,
 }
 BYTES = "base", "adapters", "optimizer", "temporaries"
 
@@ -49,10 +50,13 @@ def test_committed_table():
     assert not how["config"]["quick"]
     assert how["parameters"] == PARAMETERS
     rows = rows_of(folder)
-    assert len(rows) == 3 * 2 * 4
+    assert len(rows) == 3 * 2 * 4 + 4
     for row in rows:
         assert row["parameters"] == PARAMETERS[row["model"]]
-        devices = {"fsdp 1": 1, "fsdp 4": 4}.get(row["mesh"], 8)
-        assert 1 <= devices * row["base"] / (2 * row["parameters"]) < 1.01
+        devices = {"one device": 1, "fsdp 1": 1, "fsdp 4": 4}.get(row["mesh"], 8)
+        width = {"bfloat16": 2, "float32": 4}[row["dtype"]]
+        assert 1 <= devices * row["base"] / (width * row["parameters"]) < 1.01
         assert row["start"] < row["total"]
+    for row in rows[-4:]:  # 128 layers of rank 4
+        assert row["adapters"] == 4 * 797_184
     assert len((folder / "fits.md").read_text().splitlines()) == len(rows) + 2
