@@ -4,6 +4,9 @@
     python benchmarks/diffusion.py --rounds 15
     python benchmarks/diffusion.py --quick      # the tiny U-Net only, and three steps of DDIM
 
+The tiny U-Net has two levels, of 32 and 64 channels; "quarter" is that of Stable Diffusion 1 with a
+quarter of the channels, for images of half the side.
+
 Both sides have the same random weights, float32, and as many threads as the process may use cores.
 What they compute is compared before it is timed: predictions, the loss and the norm of its
 gradients, latents. The images' 50 steps of DDIM have a text and no text as one batch of two; here
@@ -294,6 +297,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Stable Diffusion's U-Net here and in diffusers.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="the tiny U-Net, one round")
+    parts = ("tiny", "quarter", "compilation")
+    parser.add_argument("--only", choices=parts, help="one U-Net, or the compilation")
     options = parser.parse_args()
     rounds, steps = (1, 3) if options.quick else (options.rounds, 50)
     threads = len(os.sched_getaffinity(0))
@@ -304,17 +309,17 @@ def main() -> None:
         f"peft {peft.__version__}, {threads} threads, {rounds} rounds, load "
         f"{os.getloadavg()[0]:.1f}"
     )
-    print("\n| U-Net, float32, one image | here, ms | torch, ms | times faster | bound |")
-    print("|---|---|---|---|---|")
-    compare("tiny", TINY, steps, rounds)
-    if not options.quick:
-        compare("SD 1, quarter width", QUARTER, steps, rounds)
-    print("\n| U-Net | parameters | made, s | traced, s | compiled, s | together, s | bound |")
-    print("|---|---|---|---|---|---|---|")
-    if options.quick:
-        compilation("tiny", TINY)
-    else:
-        compilation("SD 1", FULL)
+    sizes = {"tiny": TINY} if options.quick else {"tiny": TINY, "quarter": QUARTER}
+    if options.only != "compilation":
+        print("\n| U-Net, float32, one image | here, ms | torch, ms | times faster | bound |")
+        print("|---|---|---|---|---|")
+        for name, own in sizes.items():
+            if options.only in (None, name):
+                compare(name, own, steps, rounds)
+    if options.only in (None, "compilation"):
+        print("\n| U-Net | parameters | made, s | traced, s | compiled, s | together, s | bound |")
+        print("|---|---|---|---|---|---|---|")
+        compilation(*(("tiny", TINY) if options.quick else ("SD 1", FULL)))
 
 
 if __name__ == "__main__":
