@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -24,3 +30,28 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_arrays(path: Path, arrays: Sequence[Any]) -> None:
+    """Write arrays as an .npz file.
+
+    Args:
+        path: the file to write or replace.
+        arrays: the arrays.
+    """
+    buffer = io.BytesIO()
+    names: Any = {str(i): np.asarray(x) for i, x in enumerate(arrays)}
+    np.savez(buffer, **names)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_arrays(path: Path, tree: Any) -> Any:
+    """Return a tree whose leaves `write_arrays` wrote.
+
+    Args:
+        path: the file.
+        tree: a tree of this structure.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    with np.load(path) as file:
+        return treedef.unflatten([file[str(i)] for i in range(len(leaves))])

@@ -67,6 +67,14 @@ class Journal:
             self.lines[key] = line
         return self.lines[key]
 
+    def has(self, identity: Mapping[str, Any]) -> bool:
+        """Return whether the line of a run is there.
+
+        Args:
+            identity: values of the keys.
+        """
+        return self._key(identity) in self.lines
+
     def _key(self, line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line[name] for name in self.keys)
 
