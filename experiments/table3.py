@@ -117,7 +117,7 @@ def study_of(config: Config) -> tuple[Study, dict[str, Any]]:
         subjects = subjects._replace(split=few)
     setting = Setting(steps=config.base_steps, seed=config.seed)
     base = base_of(subjects, setting, config.base / config.data)
-    rows = {label: ROWS[label] for label in (BASE, "NoRA", "PiSSA")} if config.quick else ROWS
+    rows = {label: ROWS[label] for label in (BASE, "NoRA")} if config.quick else ROWS
     study = Study(config, Small(subjects, base, config.count), rows, config.data)
     return study, {"base": base.record, "stable_ranks": spectra(base.unet, setting)}
 
