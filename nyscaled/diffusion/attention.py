@@ -47,6 +47,8 @@ def _by_parts(query: Heads, key: Slots, value: Slots, part: int) -> Rows:
     queries = jnp.swapaxes(query, 1, 2).reshape(-1, rows, width)
     keys, values = (jnp.swapaxes(x, 1, 2).reshape(-1, slots, width) for x in (key, value))
 
+    # Weights of all parts, stacked for the backward pass, take longer than to compute them again.
+    @jax.checkpoint
     def attended(each: tuple[Array, Array]) -> Array:
         i, own = each
         of_head = (
