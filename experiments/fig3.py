@@ -29,7 +29,7 @@ from experiments.lib.record import save
 from experiments.lib.subject_methods import METHODS
 from experiments.lib.subject_runs import Job, Models, models, samples
 from experiments.lib.subject_study import Config as Study3Config
-from experiments.lib.subject_study import Study
+from experiments.lib.subject_study import OutOfTimeError, Study, start_of
 from experiments.table3 import quickened, study_of
 
 TERMS = {
@@ -70,7 +70,9 @@ def pictures(config: Config, study: Study, subject: int) -> dict[str, np.ndarray
         if label not in METHODS:
             continue
         point = study.chosen[label]
-        made = models(source.unet, [Job(row, *point, subject, config.seed)])
+        made = models(
+            source.unet, [Job(row, *point, subject, config.seed, start_of(subject, config.seed))]
+        )
         made = jax.tree.map(lambda x: x[0], made._replace(graphdef=None, frozen=None))._replace(
             graphdef=made.graphdef, frozen=made.frozen
         )
@@ -140,9 +142,12 @@ def draw(blocks: list[dict[str, np.ndarray]], terms: str) -> Any:
     figure, axes = plt.subplots(
         len(rows),
         columns * len(blocks) + len(blocks) - 1,
-        figsize=(0.62 * (columns * len(blocks) + len(blocks)) + 1, 0.62 * len(rows) + 0.3),
+        figsize=(0.62 * (columns * len(blocks) + len(blocks) - 1), 0.62 * len(rows)),
         squeeze=False,
-        gridspec_kw={"wspace": 0.04, "hspace": 0.04},
+        gridspec_kw={
+            **{"wspace": 0.04, "hspace": 0.04},
+            **{"left": 0, "right": 1, "bottom": 0, "top": 1},
+        },
     )
     for axis in axes.ravel():
         axis.set_axis_off()
@@ -155,7 +160,7 @@ def draw(blocks: list[dict[str, np.ndarray]], terms: str) -> Any:
                 axes[i, 0].text(
                     -0.15, 0.5, label, transform=axes[i, 0].transAxes, ha="right", va="center"
                 )
-    figure.text(0.5, 0.02, terms, ha="center", fontsize=6, color="0.4")
+    figure.text(0.5, -0.01, terms, ha="center", va="top", fontsize=6, color="0.4")
     return figure
 
 
@@ -165,14 +170,19 @@ def main(config: Config) -> None:
     Args:
         config: the options.
     """
-    config = quickened(config)
+    config = dataclasses.replace(quickened(config), minutes=0)
     study, _ = study_of(config)
-    for label in study.rows:
-        study.tune(label)
+    try:
+        for label in study.rows:
+            study.tune(label)
+    except OutOfTimeError:
+        raise ValueError("runs are missing; expected those of table3.py") from None
     terms = TERMS.get(config.data, "") if config.model is None else ""
     suffix = "" if study.name == "faces" else f"_{study.name}"
     test = study.source.split.test
     for name, subjects in (("fig3", test[:1]), ("fig7", test[1:4])):
+        if not subjects:
+            continue
         blocks = [pictures(config, study, subject) for subject in subjects]
         chosen = {label: study.chosen[label]._asdict() for label in blocks[0] if label in METHODS}
         save(

@@ -16,23 +16,29 @@ persons that the comparison does not use. Squares of 2 × 2 pixels take the plac
 This was written down before the runs, and is what the script does.
 
 - Runs: images of the subject, their crops, times and noises are drawn by seed, subject and step,
-  the same for all methods. Five images are trained on, five others are held out.
+  the same for all methods. Five images are trained on, five others are held out. In tuning the
+  start has one seed; each test subject has a start of its own.
 - Errors: the mean squared error of the predicted noise after the last step, on the images that were
-  trained on (the endpoint), on the held-out images, and on images of five subjects that the base
-  knows, with their own prompts; each image at 50 times spread evenly, with a fixed noise for each.
+  trained on (the endpoint), on the held-out images, and on an image each of some subjects that the
+  base knows, with their own prompts; each image at 50 times spread evenly, with a noise for each.
   One draw of time and noise per step, as papers report it, is noisy: the mean of the draws of the
   last 100 steps is in the table too.
 - Tuning, the same for all: four learning rates with the default second number, then four points
   around the best (two learning rates, and two second numbers or two further rates), on two subjects
-  (one digit) that are not used again. The lowest error on the images that were trained on counts.
+  (one digit) by which the base was stopped too, and which are not used again. The lowest error on
+  the images that were trained on counts.
 - Final: eight persons (five digits), `--seeds` seeds each, at the chosen point and at 1e-4. The
   unit is the subject: seeds are averaged.
 - A difference is claimed as in `tier_a.py`: by the 95 % interval, the exact sign-flip test and the
-  t-test corrected by Holm. "Equal" is a 90 % interval within 2 %. All else is "no difference was
-  seen". Fewer than eight subjects claim nothing.
+  t-test corrected by Holm. Where none is claimed, "equal" is a 90 % interval within 2 %, and all
+  else is "no difference was seen". Fewer than eight subjects claim nothing.
 - Controls: random starts with the norm of NoRA's in each layer; NoRA's start times a random
   orthogonal matrix.
 - Expected: no difference beyond that of the size of the start, as in `linear_lora.py` under Adam.
+
+After first runs, in which all test subjects had the same random start, each got its own, and all
+final runs were made again. Decay is that of the paper, also for PiSSA and OLoRA, whose factors it
+pulls away from W₀.
 
 A base of a million parameters that was trained for minutes is closer to its random start than
 Stable Diffusion is: the record has the stable ranks of its layers, beside those of a random start.
@@ -41,6 +47,7 @@ Stable Diffusion is: the record has the stable ranks of its layers, beside those
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import sys
 from pathlib import Path
@@ -71,6 +78,7 @@ from experiments.lib.subject_methods import (
 from experiments.lib.subject_runs import TARGETS
 from experiments.lib.subject_sources import Real, Small, Source
 from experiments.lib.subject_study import BLOCK, TUNING_SEED, Config, Study
+from experiments.lib.tuning import Point
 
 __all__ = ["Config", "Study", "main", "quickened", "study_of"]
 
@@ -148,8 +156,9 @@ def tuned(study: Study) -> dict[str, Curve]:
     for label, row in study.rows.items():
         points: dict[float, list[float]] = {}
         for line in study.journal.lines.values():
-            own = (study.name, label, row.first, TUNING_SEED)
-            if (line["setting"], line["method"], line["number"], line["seed"]) == own:
+            point = Point(line["rate"], row.first)
+            own = study.identity(label, point, line["subject"], TUNING_SEED)
+            if own.items() <= line.items():
                 points.setdefault(line["rate"], []).append(line["instance"])
         rates = sorted(rate for rate in points if rate in RATES)
         if rates:
@@ -184,9 +193,10 @@ def summarize(study: Study, notes: dict[str, Any]) -> None:
             results[endpoint.field] |= comparison.compare(runs, endpoint, pairs)
     own = {label: lines for label, lines in runs.items() if label in ROWS}
     at_one = {label: lines for label, lines in runs.items() if label not in ROWS}
-    text = comparison.table(own, ENDPOINTS, results, study.chosen, BASE)
+    rows = functools.partial(comparison.table, pairs="subjects", digits=4)
+    text = rows(own, ENDPOINTS, results, study.chosen, BASE)
     if at_one:
-        text += "\n" + comparison.table(at_one, ENDPOINTS, results, study.chosen, paper_base)
+        text += "\n" + rows(at_one, ENDPOINTS, results, study.chosen, paper_base)
     name = "table3" if study.name == "faces" else f"table3_{study.name}"
     out = study.config.out
     write_atomically(out / f"{name}.md", text.encode())
@@ -196,7 +206,8 @@ def summarize(study: Study, notes: dict[str, Any]) -> None:
         if f"{e.field}_before" in next(iter(runs[BASE].values()))
     }
     curves = curves_of(runs) | {"tuning": tuned(study)}
-    lines = [x for x in study.journal.lines.values() if x["setting"] == study.name]
+    own_steps = {"setting": study.setting, "steps": study.config.steps}
+    lines = [x for x in study.journal.lines.values() if own_steps.items() <= x.items()]
     save(
         out,
         name,
@@ -258,16 +269,16 @@ def draw(runs: comparison.Runs, results: Any, curves: dict[str, dict[str, Curve]
             one, other = (
                 comparison.values(runs, endpoint.field, name, subjects) for name in (label, BASE)
             )
-            axis.plot(one - other, np.full(len(subjects), i), ".", color="0.6", ms=4)
-            axis.plot((result["low"], result["high"]), (i, i), color=COLOURS[0])
-            axis.plot(result["mean"], i, MARKERS[0], color=COLOURS[0])
+            axis.plot(1e3 * (one - other), np.full(len(subjects), i), ".", color="0.6", ms=4)
+            axis.plot((1e3 * result["low"], 1e3 * result["high"]), (i, i), color=COLOURS[0])
+            axis.plot(1e3 * result["mean"], i, MARKERS[0], color=COLOURS[0])
         margin = next((r["margin"] for r in found.values() if r["margin"] is not None), 0.0)
-        axis.axvspan(-margin, margin, color="0.9", zorder=0)
+        axis.axvspan(-1e3 * margin, 1e3 * margin, color="0.9", zorder=0)
         axis.axvline(0, color="0.3", lw=0.8)
         axis.set(title=f"({panel}) {endpoint.title},\ndifference to {BASE}")
         axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.set_yticks(range(len(labels)), labels if panel == "a" else [""] * len(labels))
-        axis.set_xlabel("mean squared error; shaded: 2 % of LoRA's")
+        axis.set_xlabel("mean squared error, 10⁻³; shaded: 2 % of LoRA's")
     for axis, key, title in (
         (axes[2], "tuning", "(c) images to train on,\nby learning rate, subjects for tuning"),
         (axes[3], "loss", f"(d) loss of {BLOCK} steps,\nat the chosen learning rate"),
@@ -277,8 +288,8 @@ def draw(runs: comparison.Runs, results: Any, curves: dict[str, dict[str, Curve]
             style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             axis.plot(*curve, "-" if i < len(COLOURS) else "--", label=label, **style)
         axis.set(title=title, xlabel="learning rate" if key == "tuning" else "step")
-    axes[2].set(xscale="log", yscale="log")
-    axes[3].legend(loc="upper right")
+    axes[2].set(xscale="log", ylabel="mean squared error")
+    axes[3].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -92,7 +92,7 @@ def small():
 
 def run(small, rows, rates, steps=2, **options):
     unet, subjects = small
-    jobs = [Job(rows, rate, rows.first, i, 0) for i, rate in enumerate(rates)]
+    jobs = [Job(rows, rate, rows.first, i, 0, 0) for i, rate in enumerate(rates)]
     schedule = subject_runs.Schedule()
     options = {"parts": Subject._fields, "before": True, "times": 3, "chunk": 2} | options
     return subject_runs.train(unet, schedule, jobs, subjects, steps=steps, **options)
@@ -141,7 +141,7 @@ def test_a_run_is_that_of_a_plain_loop(small):
 
 @pytest.mark.long
 def test_controls_have_the_size_of_nora(small):
-    jobs = {x: [Job(ROWS[x], 1e-3, 0.1, 0, 0)] for x in ("NoRA", *CONTROLS)}
+    jobs = {x: [Job(ROWS[x], 1e-3, 0.1, 0, 0, 0)] for x in ("NoRA", *CONTROLS)}
     starts = {x: subject_runs.models(small[0], own).params for x, own in jobs.items()}
     sizes = {x: [float(jnp.linalg.norm(a)) for a in jax.tree.leaves(p)] for x, p in starts.items()}
     for label in CONTROLS:

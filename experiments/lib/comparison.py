@@ -123,6 +123,9 @@ def table(
     results: Mapping[str, Mapping[str, Mapping[str, Any]]],
     chosen: Mapping[str, tuple[float, float | None]],
     base: str,
+    *,
+    pairs: str = "seeds",
+    digits: int = 3,
 ) -> str:
     """Return the comparisons with one method as a table in Markdown.
 
@@ -132,8 +135,10 @@ def table(
         results: what `compare` gave, by field.
         chosen: learning rate and second number of each method.
         base: the method that the others are compared with.
+        pairs: what is paired.
+        digits: digits after the point.
     """
-    head = ["method", "seeds", "learning rate", "second number"]
+    head = ["method", pairs, "learning rate", "second number"]
     rows = [[*head, *(f"{e.title}: mean, and difference to {base}" for e in endpoints)]]
     rows.append(["---"] * len(rows[0]))
     for method, lines in runs.items():
@@ -142,13 +147,13 @@ def table(
         for endpoint in endpoints:
             mean = values(runs, endpoint.field, method, sorted(lines)).mean()
             result = results[endpoint.field].get(f"{method} − {base}")
-            cell = f"{mean:.3f}"
+            cell = f"{mean:.{digits}f}"
             if result is not None and "diverged" in result:
-                seeds = ", ".join(map(str, result["diverged"]))
-                cell += f"; {result['verdict']} (seeds {seeds})"
+                which = ", ".join(map(str, result["diverged"]))
+                cell += f"; {result['verdict']} ({pairs} {which})"
             elif result is not None:
-                span = f"{result['mean']:+.3f} [{result['low']:+.3f}, {result['high']:+.3f}]"
-                cell += f"; {span}: {result['verdict']}"
+                shown = [f"{result[name]:+.{digits}f}" for name in ("mean", "low", "high")]
+                cell += f"; {shown[0]} [{shown[1]}, {shown[2]}]: {result['verdict']}"
             cells.append(cell)
         rows.append(cells)
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -58,7 +58,8 @@ class Job(NamedTuple):
         rate: the learning rate.
         number: the second number of the method.
         subject: number of the subject.
-        seed: seed of the draws, of the images and of the start.
+        seed: seed of the draws and of the images.
+        start: seed of the start.
     """
 
     row: Row
@@ -66,6 +67,7 @@ class Job(NamedTuple):
     number: float | None
     subject: int
     seed: int
+    start: int
 
 
 class Outcome(NamedTuple):
@@ -109,9 +111,9 @@ def models(unet: UNet, jobs: Sequence[Job]) -> Models:
     """
     starts: dict[tuple[float | None, int], Any] = {}
     for job in jobs:
-        if (job.number, job.seed) not in starts:
-            starts[job.number, job.seed] = _start(unet, job)
-    split = [starts[job.number, job.seed] for job in jobs]
+        if (job.number, job.start) not in starts:
+            starts[job.number, job.start] = _start(unet, job)
+    split = [starts[job.number, job.start] for job in jobs]
     stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
     params, kept = (stack(*(parts[i] for parts in split)) for i in (1, 2))
     return Models(split[0][0], params, kept, split[0][3])
@@ -123,10 +125,10 @@ def _start(unet: UNet, job: Job) -> Any:
     options: dict[str, Any] = dict(job.row.options)
     if job.row.number is not None and job.row.number in method.options:
         options[job.row.number] = job.number
-    key = jax.random.key(job.seed)
+    key = jax.random.key(job.start)
     method.prepare(model, rank=RANK, alpha=RANK, targets=TARGETS, key=key, **options)
     if job.row.start in ("gaussian", "rotated"):
-        restart(model, job.row.start, job.seed)  # pyright: ignore[reportArgumentType]
+        restart(model, job.row.start, job.start)  # pyright: ignore[reportArgumentType]
     for adapter in adapters(model).values():  # so that starts share a program
         adapter.init = ("", ())
     return nnx.split(model, nnx.LoRAParam, AdapterState, ...)

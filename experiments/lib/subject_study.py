@@ -80,14 +80,22 @@ class Study:
     """
 
     def __init__(self, config: Config, source: Source, rows: dict[str, Row], name: str) -> None:
+        if not 0 <= config.seed <= TUNING_SEED - config.seeds:
+            raise ValueError(
+                f"seed is {config.seed} and seeds {config.seeds}; expected seeds below "
+                f"{TUNING_SEED}, which is for tuning"
+            )
         self.config, self.source, self.rows, self.name = config, source, rows, name
+        self.setting = f"{name}, {config.count} images, {config.times} times, {config.dtype}"
+        if config.model is None:
+            self.setting += f", base of {config.base_steps} steps"
         self.journal = Journal(config.out / "table3.jsonl", KEYS)
         self.ends = time.monotonic() + 60 * config.minutes
         self.chosen: dict[str, Point] = {}
 
     def identity(self, label: str, point: Point, subject: int, seed: int) -> Line:
         """Return the values that identify a run."""
-        values = (self.name, label, *point, subject, seed, self.config.steps)
+        values = (self.setting, label, *point, subject, seed, self.config.steps)
         return dict(zip(KEYS, values, strict=True))
 
     def lines(
@@ -114,7 +122,9 @@ class Study:
         config, began = self.config, time.monotonic()
         # Programs are for one number of runs: the last one fills up.
         filled = [*runs, *[runs[-1]] * (config.runs - len(runs))]
-        jobs = [Job(self.rows[label], *point, s, seed) for point, s, seed in filled]
+        jobs = [
+            Job(self.rows[label], *point, s, seed, start_of(s, seed)) for point, s, seed in filled
+        ]
         final = runs[0][2] != TUNING_SEED
         outcome = train(
             self.source.unet,
@@ -125,7 +135,7 @@ class Study:
             parts=Subject._fields if final else ("instance",),
             before=final and label == BASE,
             times=config.times,
-            chunk=min(CHUNK, config.steps),
+            chunk=math.gcd(CHUNK, config.steps),
         )
         seconds = time.monotonic() - began
         for i, run in enumerate(runs):
@@ -134,9 +144,9 @@ class Study:
                 "device": jax.devices()[0].device_kind,
                 "jax": jax.__version__,
             }
-            self.journal.once(self.identity(label, *run), lambda line=line: line)
             if final and run[2] == config.seed:
                 self._keep(label, run, jax.tree.leaves(outcome.params), i)
+            self.journal.once(self.identity(label, *run), lambda line=line: line)
         print(
             f"{label}, {len(runs)} runs from rate {runs[0][0].rate:g}, number {runs[0][0].number}: "
             f"{seconds:.0f} s",
@@ -151,7 +161,8 @@ class Study:
     def adapter(self, label: str, point: Point, subject: int) -> Path:
         """Return the file of the factors of the first seed."""
         number = "" if point.number is None else f"_{point.number:g}"
-        name = f"{label}_{point.rate:g}{number}_{subject}".replace(" ", "-").replace("'", "")
+        run = f"{subject}_{self.config.seed}_{self.config.steps}"
+        name = f"{label}_{point.rate:g}{number}_{run}".replace(" ", "-").replace("'", "")
         return self.config.base / self.name / "adapters" / f"{name}.npz"
 
     def tune(self, label: str) -> Point:
@@ -179,16 +190,20 @@ class Study:
         labels = [x for x in self.rows if not self.config.rows or x in self.config.rows]
         test = self.source.split.test
         seeds = [self.config.seed + i for i in range(self.config.seeds)]
-        try:
-            for label in labels:
+        complete = True
+        for label in labels:
+            try:
                 self.lines(label, [self.tune(label)], test, seeds)
-            for label in AT_PAPER_RATE.values():
-                if label in labels:
+            except OutOfTimeError:
+                complete = False
+        for label in AT_PAPER_RATE.values():
+            if label in labels:
+                try:
                     point = Point(PAPER_RATE, self.rows[label].first)
                     self.lines(label, [point], test, seeds)
-        except OutOfTimeError:
-            return False
-        return True
+                except OutOfTimeError:
+                    complete = False
+        return complete
 
     def finals(self) -> dict[str, dict[int, Line]]:
         """Return the means over the seeds by row and subject, of rows that are complete."""
@@ -209,6 +224,16 @@ class Study:
                 }
         self.chosen = points
         return runs
+
+
+def start_of(subject: int, seed: int) -> int:
+    """Return the seed of the start: one for tuning, one of its own for each other subject.
+
+    Args:
+        subject: number of the subject.
+        seed: seed of the run.
+    """
+    return seed if seed == TUNING_SEED else 1000 * (seed + 1) + subject
 
 
 def line_of(outcome: Outcome, i: int) -> Line:

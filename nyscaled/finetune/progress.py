@@ -234,7 +234,7 @@ def not_finite_in_validation(step: int, loss: float, learning_rate: float, dtype
     """
     return (
         f"the validation loss is {loss} after step {step}; expected a finite number (try "
-        f"{_advice(learning_rate, dtype)}). The checkpoint has a state before this step"
+        f"{_advice(learning_rate, dtype)}). A checkpoint, if there is one, is of a state before it"
     )
 
 

@@ -79,7 +79,7 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
         checkpoints.save(step, (state, kept), {"base_loss": base_loss})
 
     with tracked, log, Interruption() as interruption:
-        if step:
+        if saved is not None:
             log.say(f"going on after step {step}; the loss of the base is {base_loss:.4f}")
         else:
             log.validation(0, base_loss, None)
