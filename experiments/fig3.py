@@ -7,7 +7,8 @@
 Each block is a subject: its images, which were trained on, and a row of samples per method, of the
 same noise. The first subject is Figure 3, three others are Figure 7. The methods have their tuned
 learning rates; "base" has no adapter, so that it has never seen a subject under this prompt.
-DDIM makes 50 steps with guidance. No claim is made about the quality of images.
+DDIM makes 50 steps with guidance. The record has the distance of each sample to the nearest of the
+images. No claim is made about the quality of images.
 
 The ORL faces are of AT&T Laboratories Cambridge (Samaria and Harter, 1994), which ask for
 acknowledgement; MNIST is of LeCun, Cortes and Burges, under CC BY-SA 3.0.
@@ -24,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.lib.config import command_line
+from experiments.lib.curves import Curve
 from experiments.lib.files import read_arrays
 from experiments.lib.record import save
 from experiments.lib.subject_methods import METHODS
@@ -131,6 +133,24 @@ def factors(study: Study, label: str, subject: int, made: Models) -> Any:
     return jax.tree.map(jnp.asarray, read_arrays(path, made.params))
 
 
+def distances(block: dict[str, np.ndarray]) -> dict[str, Curve]:
+    """Return how far each sample is from the nearest image, by method.
+
+    The distance is the root of the mean squared difference of grey levels or colours.
+
+    Args:
+        block: images by method of a subject.
+    """
+    images = block["images"]
+    curves: dict[str, Curve] = {}
+    for label, samples_of in block.items():
+        if label != "images":
+            apart = samples_of[:, None] - images[None]
+            squares = np.mean(apart.reshape(*apart.shape[:2], -1) ** 2, axis=-1)
+            curves[label] = Curve(np.arange(len(samples_of)), np.sqrt(squares.min(axis=1)))
+    return curves
+
+
 def draw(blocks: list[dict[str, np.ndarray]], terms: str) -> Any:
     """Draw subjects beside each other, with a row per method.
 
@@ -189,8 +209,12 @@ def main(config: Config) -> None:
             config.out,
             f"{name}{suffix}",
             draw(blocks, terms),
-            {},
+            {
+                f"subject {subject}": distances(block)
+                for subject, block in zip(subjects, blocks, strict=True)
+            },
             config,
+            columns=("sample", "distance"),
             subjects=[int(s) for s in subjects],
             chosen=chosen,
             terms=terms,
