@@ -20,7 +20,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -129,8 +128,11 @@ def factors(study: Study, label: str, subject: int, made: Models) -> Any:
     """
     path = study.adapter(label, study.chosen[label], subject)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; expected the adapters that table3.py writes")
-    return jax.tree.map(jnp.asarray, read_arrays(path, made.params))
+        raise ValueError(
+            f"{path} does not exist; expected the adapters that table3.py writes when it makes runs "
+            "(with an empty folder as --out it makes all)"
+        )
+    return read_arrays(path, made.params)
 
 
 def distances(block: dict[str, np.ndarray]) -> dict[str, Curve]:

@@ -130,7 +130,7 @@ def study_of(config: Config) -> tuple[Study, dict[str, Any]]:
     return study, {"base": base.record, "stable_ranks": spectra(base.unet, setting)}
 
 
-def spectra(unet: nnx.Module, setting: Setting) -> dict[str, list[float]]:
+def spectra(unet: nnx.Module, setting: Setting) -> dict[str, dict[str, float]]:
     """Return quartiles of ‖W‖_F² / ‖W‖² over the adapted layers, trained and random.
 
     Args:
@@ -138,14 +138,15 @@ def spectra(unet: nnx.Module, setting: Setting) -> dict[str, list[float]]:
         setting: how it was made.
     """
 
-    def quartiles(model: nnx.Module) -> list[float]:
-        ranks = []
+    def quartiles(model: nnx.Module) -> dict[str, float]:
+        ranks: list[float] = []
         for path, layer in nnx.iter_modules(model):
             if re.fullmatch(TARGETS, ".".join(map(str, path))):
                 kernel = np.asarray(getattr(layer, "kernel")[...], np.float64)  # noqa: B009
                 values = np.linalg.svd(kernel, compute_uv=False)
                 ranks.append(float((values**2).sum() / values[0] ** 2))
-        return np.quantile(ranks, (0.25, 0.5, 0.75)).tolist()
+        values = np.quantile(ranks, (0.25, 0.5, 0.75)).tolist()
+        return dict(zip(("lower", "median", "upper"), values, strict=True))
 
     return {"trained": quartiles(unet), "random": quartiles(random_models(setting)[0])}
 
@@ -278,7 +279,7 @@ def draw(runs: comparison.Runs, results: Any, curves: dict[str, dict[str, Curve]
         axis.set(title=f"({panel}) {endpoint.title},\ndifference to {BASE}")
         axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.set_yticks(range(len(labels)), labels if panel == "a" else [""] * len(labels))
-        axis.set_xlabel("mean squared error, 10⁻³; shaded: 2 % of LoRA's")
+        axis.set_xlabel("difference · 10³; shaded: 2 %")
     for axis, key, title in (
         (axes[2], "tuning", "(c) images to train on,\nby learning rate, subjects for tuning"),
         (axes[3], "loss", f"(d) loss of {BLOCK} steps,\nat the chosen learning rate"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -54,4 +55,4 @@ def read_arrays(path: Path, tree: Any) -> Any:
     """
     leaves, treedef = jax.tree.flatten(tree)
     with np.load(path) as file:
-        return treedef.unflatten([file[str(i)] for i in range(len(leaves))])
+        return treedef.unflatten([jnp.asarray(file[str(i)]) for i in range(len(leaves))])
