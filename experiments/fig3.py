@@ -129,7 +129,7 @@ def factors(study: Study, label: str, subject: int, made: Models) -> Any:
     path = study.adapter(label, study.chosen[label], subject)
     if not path.exists():
         raise ValueError(
-            f"{path} does not exist; expected the adapters that table3.py writes when it makes runs "
+            f"{path} does not exist; expected the adapters that table3.py writes with its runs "
             "(with an empty folder as --out it makes all)"
         )
     return read_arrays(path, made.params)
