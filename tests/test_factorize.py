@@ -1,7 +1,5 @@
 """`nys.factorize` of matrices that JAX traces: by rank and by tolerance."""
 
-import subprocess
-import sys
 import threading
 
 import jax
@@ -313,73 +311,6 @@ def test_deviations_grow_towards_what_is_not_determined(a):
         assert np.all(many.left < 0.3 * few.left)
         assert np.all(many.right < 0.3 * few.right)
     assert nys.factorize(a, 5).deviations is None
-
-
-BAD = {
-    "no rank": ({}, "rank is None and tol is None; expected exactly one"),
-    "both": ({"rank": 3, "tol": 0.1}, "expected exactly one"),
-    "rank 0": ({"rank": 0}, "rank is 0; expected 1 ≤ rank ≤ 90"),
-    "large rank": ({"rank": 91}, "rank is 91"),
-    "tol 0": ({"tol": 0.0}, "tol is 0; expected a number in"),
-    "negative tol": ({"tol": -1.0}, "tol is -1"),
-    "large tol": ({"tol": 2.0}, "tol is 2"),
-    "one pass": ({"rank": 3, "passes": 1}, "passes is 1; expected an integer ≥ 2"),
-    "max_rank with rank": ({"rank": 3, "max_rank": 4}, "max_rank is 4 and rank is 3"),
-    "max_rank": ({"tol": 0.1, "max_rank": 0}, "max_rank is 0"),
-    "jackknife": ({"tol": 0.1, "jackknife": True}, "jackknife is True"),
-    "oversampling": ({"rank": 3, "oversampling": -1}, "oversampling is -1"),
-    "oversampling with tol": ({"tol": 0.1, "oversampling": 4}, "oversampling is 4 and tol is"),
-    "jackknife of one column": (
-        {"rank": 1, "oversampling": 0, "jackknife": True},
-        "jackknife is True for 1 column",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments(a, name):
-    options, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        nys.factorize(a, **options)
-
-
-@pytest.mark.long
-def test_arguments_of_another_type():
-    """In a process whose calls are not checked by type, as those of users are not."""
-    code = """
-import jax, numpy as np, nyscaled as nys
-two_keys = jax.random.split(jax.random.key(0))
-for options in (
-    {"tol": np.array([0.1, 0.2])}, {"tol": abs}, {"tol": "0.1"}, {"rank": 2, "key": 0},
-    {"rank": 2, "key": "a"}, {"rank": 2, "key": two_keys}, {"rank": np.array([1, 2])},
-    {"rank": 2.5}, {"rank": "2"}, {"tol": 0.1, "max_rank": 2.5},
-):
-    try:
-        nys.factorize(np.ones((4, 3), np.float32), **options)
-    except ValueError as error:
-        assert "; expected" in str(error), error
-    else:
-        raise AssertionError(options)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("options", [{"rank": 3}, {"tol": 0.1}])
-def test_bad_matrices(a, options):
-    for entry in (np.nan, np.inf):
-        b = a.copy()
-        b[3, 4] = entry
-        with pytest.raises(ValueError, match="A has NaN or Inf entries"):
-            nys.factorize(b, **options)
-    with pytest.raises(ValueError, match="A has dtype int"):
-        nys.factorize(np.ones((4, 4), int), **options)
-    with pytest.raises(ValueError, match=r"A has shape \(4,\)"):
-        nys.factorize(np.ones(4, np.float32), **options)
-
-
-def test_a_tolerance_is_refused_under_jit(a):
-    with pytest.raises(ValueError, match="A or tol is traced; expected a rank"):
-        jax.jit(lambda a: nys.factorize(a, tol=0.1).left)(a)
 
 
 def reference(a, rank, weights):

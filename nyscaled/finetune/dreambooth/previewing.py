@@ -76,7 +76,7 @@ def _layers(prepared: Prepared) -> Iterator[str]:
 
 
 def _memory(prepared: Prepared) -> Iterator[str]:
-    """Compile a step and the encoder, from shapes alone."""
+    """Compile a step and the encoder for shapes without values."""
     plan, side = prepared.plan, prepared.resolution
     if prepared.config.class_prompt is not None:
         plan = prepared.with_class(prepared.class_pictures)
