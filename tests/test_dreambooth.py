@@ -36,11 +36,12 @@ def test_the_folder_of_a_run(root):
     steps = [line for line in lines(out) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 7))
     assert all(line["learning_rate"] == 1e-4 and line["gradient_norm"] > 0 for line in steps)
-    evaluations = [line for line in lines(out) if "validation_loss" in line]
+    assert not any("validation_loss" in line for line in lines(out))
+    evaluations = [line for line in lines(out) if "loss_at_fixed_times" in line]
     assert [line["step"] for line in evaluations] == [0, 3, 6]
     result = json.loads((out / "result.json").read_text())
-    assert result["base_loss"] == evaluations[0]["validation_loss"]
-    assert result["loss"] == evaluations[-1]["validation_loss"]
+    assert result["base_loss"] == evaluations[0]["loss_at_fixed_times"]
+    assert result["loss"] == evaluations[-1]["loss_at_fixed_times"]
     assert result["difference"] < 1e-5
     record = json.loads((out / "run.json").read_text())
     assert record["versions"].keys() >= {"nyscaled", "jax", "pillow"}
@@ -99,6 +100,8 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(root, tmp_path, monkey
     assert main(again) == 0
     said = capsys.readouterr()
     assert "going on after step 5; the loss of the base is" in said.err
+    assert "step 6: loss at fixed times " in said.err
+    assert "; the loss at fixed times went from " in said.out
     assert f"{config.out / 'adapter'}: 6 steps in" in said.out
     assert tensors(config.out) == tensors(root / "out")
     assert lines(config.out) == lines(root / "out")
@@ -162,7 +165,8 @@ def test_changed_images_are_refused(root, tmp_path):
     (out / "result.json").unlink()
     shutil.copyfile(images / "dog0.png", images / "dog2.png")
     (images / "dog1.png").unlink()
-    with pytest.raises(ValueError, match=r"the images have changed .* began: dog1.png, dog2.png;"):
+    message = r"files in images are not .* with: dog1.png is missing, dog2.png is changed; expected"
+    with pytest.raises(ValueError, match=message):
         nys.finetune.dreambooth.run(dataclasses.replace(config, resume=True))
 
 
@@ -183,15 +187,30 @@ def test_images_of_the_class_that_are_missing_are_generated(root, tmp_path, monk
     without = [line["loss"] for line in lines(root / "out") if "loss" in line]
     assert sum(losses) > 1.5 * sum(without[:3])  # the loss of the class is added
 
-    # They are those of the base, and a run that goes on makes only those that are missing.
+    # They are those of the base.
     pipe = nys.diffusion.load(root / "model")
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 4), 1)
     image = nys.diffusion.generate(pipe, ["a photo of a dog"], key=key, size=(8, 8))[0]
     np.testing.assert_allclose(np.asarray(other) / 255, image, atol=0.51 / 255)
-    (folder / "0001.png").unlink()
+
+    # A run that goes on makes those that it had not yet made, and refuses others than it made.
     (config.out / "result.json").unlink()
-    nys.finetune.dreambooth.run(dataclasses.replace(config, resume=True))
-    assert Image.open(folder / "0001.png").tobytes() == other.tobytes()
+    path = config.out / "run.json"
+    record, kept = json.loads(path.read_text()), (folder / "0001.png").read_bytes()
+    del record["images"]["generated"]["0001.png"]
+    path.write_text(json.dumps(record))
+    (folder / "0001.png").write_bytes(b"half a file")
+    again = dataclasses.replace(config, resume=True)
+    before = tensors(config.out)
+    nys.finetune.dreambooth.run(again)
+    assert (folder / "0001.png").read_bytes() == kept
+    assert tensors(config.out) == before
+    (config.out / "result.json").unlink()
+    shutil.copyfile(folder / "0000.png", folder / "0001.png")
+    (folder / "0000.png").unlink()
+    message = r"generated images in .*: 0000.png is missing, 0001.png is changed; expected them as"
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.dreambooth.run(again)
 
 
 def test_the_loss_on_fixed_times_falls(root, tmp_path):

@@ -18,6 +18,7 @@ from nyscaled.cli.finetune import interrupted, keep_programs
 from nyscaled.finetune import dreambooth
 from nyscaled.finetune.dreambooth import Config as Config
 from nyscaled.finetune.dreambooth import Result
+from nyscaled.finetune.dreambooth.step import LOSS
 from nyscaled.finetune.loop import Stopped
 
 
@@ -45,7 +46,7 @@ def run(config: Config) -> int:
 
 def _line(result: Result) -> str:
     return (
-        f"{result.out / 'adapter'}: {result.steps} steps in {result.seconds:.1f} s; the loss on "
-        f"fixed times and noises went from {result.base_loss:.4f} to {result.loss:.4f}; the saved "
+        f"{result.out / 'adapter'}: {result.steps} steps in {result.seconds:.1f} s; the "
+        f"{LOSS} went from {result.base_loss:.4f} to {result.loss:.4f}; the saved "
         f"adapter was read again, and its predictions differ by {result.difference:.1g}"
     )

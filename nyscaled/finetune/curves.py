@@ -9,33 +9,33 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nyscaled._files import replacing
-from nyscaled.finetune.progress import METRICS, Line, read_metrics
+from nyscaled.finetune.progress import METRICS, VALIDATION, Line, column, read_metrics
 
 FILE = "curves.png"
 
 # Okabe and Ito's colours, which readers with any colour vision can distinguish.
-TRAINING, VALIDATION, OTHER = "#56B4E9", "#D55E00", "#009E73"
+TRAINING, EVALUATED, OTHER = "#56B4E9", "#D55E00", "#009E73"
 SMOOTH = 20
 """The thick line is a mean over a part of so many of the steps."""
 
 
-def write(folder: Path, points: str = "validation") -> None:
+def write(folder: Path, evaluated: str = VALIDATION) -> None:
     """Draw the metrics of a run into its folder.
 
     Args:
         folder: the folder.
-        points: as in `draw`.
+        evaluated: as in `draw`.
     """
     with replacing(folder / FILE) as file:
-        draw(read_metrics(folder / METRICS), points).savefig(file, format="png", dpi=160)
+        draw(read_metrics(folder / METRICS), evaluated).savefig(file, format="png", dpi=160)
 
 
-def draw(lines: Sequence[Line], points: str = "validation") -> Figure:
+def draw(lines: Sequence[Line], evaluated: str = VALIDATION) -> Figure:
     """Draw the losses of a run, its accuracy and its learning rate.
 
     Args:
         lines: lines of the metrics.
-        points: name of the losses that are drawn as points.
+        evaluated: name of the losses that are drawn as points.
 
     Examples:
         >>> draw([{"step": 1, "loss": 0.7, "learning_rate": 1e-4}]).axes[0].get_ylabel()
@@ -47,9 +47,9 @@ def draw(lines: Sequence[Line], points: str = "validation") -> Figure:
     losses.plot(step, loss, color=TRAINING, alpha=0.4, lw=1)
     width = max(1, len(loss) // SMOOTH)
     mean = np.convolve(loss, np.full(width, 1 / width), "valid")
-    losses.plot(step[width - 1 :], mean, color=TRAINING, lw=2, label="training")
-    at, validation = _columns(lines, "validation_loss")
-    losses.plot(at, validation, "o-", color=VALIDATION, ms=4, label=points)
+    losses.plot(step[width - 1 :], mean, color=TRAINING, lw=2, label="loss of steps")
+    at, evaluations = _columns(lines, column(evaluated))
+    losses.plot(at, evaluations, "o-", color=EVALUATED, ms=4, label=evaluated)
     losses.set(xlabel="step", ylabel="loss", title="(a) loss")
     losses.legend()
     others.plot(step, rate, color=OTHER)
@@ -57,7 +57,7 @@ def draw(lines: Sequence[Line], points: str = "validation") -> Figure:
     at, accuracy = _columns(lines, "accuracy")
     if len(at):
         right = others.twinx()
-        right.plot(at, accuracy, "o-", color=VALIDATION, ms=4)
+        right.plot(at, accuracy, "o-", color=EVALUATED, ms=4)
         right.set(ylabel="accuracy in validation", ylim=(0, 1))
         others.set(title="(b) learning rate, and accuracy (points)")
     for axes in (losses, others):

@@ -227,11 +227,11 @@ def _train(plan: Plan, out: Path) -> Trained:
                 if not math.isfinite(validation.loss):
                     # What was saved before is kept: the state is that which gave this loss.
                     raise NotFiniteError(
-                        progress.not_finite_in_validation(
+                        progress.not_finite_in_evaluation(
                             step, validation.loss, float(plan.rate(step - 1)), plan.config.dtype
                         )
                     )
-                log.validation(step, *validation)
+                log.evaluation(step, *validation)
                 if best.is_lower(step, validation.loss):
                     bests.save(step, params, {"validation_loss": validation.loss})
             if saves or (validates and _is_stopped(plan, best)):

@@ -20,6 +20,8 @@ from nyscaled.finetune import processes
 from nyscaled.finetune.trackers import Tracked
 
 METRICS = "metrics.jsonl"
+VALIDATION = "validation loss"
+"""Name of the loss of the examples for validation; with underscores it is its column."""
 
 Line = dict[str, float]
 """A line of the metrics."""
@@ -33,8 +35,9 @@ class NotFiniteError(ValueError):
 class Progress:
     """The bar and `metrics.jsonl` of a run.
 
-    Lines of steps have loss, learning_rate, gradient_norm and tokens; lines of validations have
-    validation_loss. A run that goes on removes the lines after its checkpoint first.
+    Lines of steps have loss, learning_rate, gradient_norm and tokens; lines of evaluations have
+    a loss under its own name, such as validation_loss. A run that goes on removes the lines after
+    its checkpoint first.
 
     Args:
         folder: folder of the run.
@@ -87,15 +90,18 @@ class Progress:
         rate = f", {self._tokens / max(seconds, 1e-9):.0f} tokens/s" if self._tokens else ""
         self._bar.set_postfix_str(f"loss {lines[-1]['loss']:.4f}{rate}")
 
-    def validation(self, step: int, loss: float, accuracy: float | None) -> None:
-        """Write the line of a validation.
+    def evaluation(
+        self, step: int, loss: float, accuracy: float | None = None, *, name: str = VALIDATION
+    ) -> None:
+        """Write the line of an evaluation.
 
         Args:
             step: number of steps before it.
             loss: its loss.
             accuracy: its accuracy, if there are candidates.
+            name: what the loss is called.
         """
-        line, text = {"step": step, "validation_loss": loss}, f"validation loss {loss:.4f}"
+        line, text = {"step": step, column(name): loss}, f"{name} {loss:.4f}"
         if accuracy is not None:
             line, text = line | {"accuracy": accuracy}, f"{text}, accuracy {accuracy:.3f}"
         self._write([line])
@@ -113,6 +119,15 @@ class Progress:
         if self._tracked is not None:
             for line in lines:
                 self._tracked.write(line)
+
+
+def column(name: str) -> str:
+    """Return the name of a loss in `metrics.jsonl`.
+
+    Args:
+        name: its name for people.
+    """
+    return name.replace(" ", "_")
 
 
 def read_metrics(path: Path) -> list[Line]:
@@ -223,17 +238,20 @@ def not_finite(
     )
 
 
-def not_finite_in_validation(step: int, loss: float, learning_rate: float, dtype: str) -> str:
-    """Return what a run says that stops at a validation loss which is not finite.
+def not_finite_in_evaluation(
+    step: int, loss: float, learning_rate: float, dtype: str, *, name: str = VALIDATION
+) -> str:
+    """Return what a run says that stops at an evaluation whose loss is not finite.
 
     Args:
-        step: number of steps before the validation.
+        step: number of steps before the evaluation.
         loss: its loss.
         learning_rate: learning rate of the last step.
         dtype: dtype of the base.
+        name: what the loss is called.
     """
     return (
-        f"the validation loss is {loss} after step {step}; expected a finite number (try "
+        f"the {name} is {loss} after step {step}; expected a finite number (try "
         f"{_advice(learning_rate, dtype)}). A checkpoint, if there is one, is of a state before it"
     )
 

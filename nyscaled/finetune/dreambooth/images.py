@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from nyscaled._files import replacing
 from nyscaled.checkpoints.files import brief
 
+SHOWN = 4
 NARROW = 16
 """Largest ratio of the sides of an image."""
 
@@ -120,3 +121,31 @@ def digest(path: Path) -> str:
         path: the file.
     """
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def require_same(
+    what: str, out: Path, before: Mapping[str, str], now: Mapping[str, str], expected: str
+) -> None:
+    """Refuse images that are not those that a run began with.
+
+    Args:
+        what: what the images are, for the message.
+        out: folder of the run.
+        before: hashes of the files that it began with, by name.
+        now: those of the files that there are.
+        expected: what the user is to do.
+
+    Raises:
+        ValueError: if they differ; the message names the files.
+    """
+    differences = [
+        f"{name} is {'missing' if name not in now else 'changed' if name in before else 'new'}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - SHOWN} others" if len(differences) > SHOWN else ""
+        raise ValueError(
+            f"{what} are not those that the run in {out} began with: "
+            f"{', '.join(differences[:SHOWN])}{more}; expected {expected}, or another --out"
+        )

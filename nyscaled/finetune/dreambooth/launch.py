@@ -16,15 +16,15 @@ from nyscaled import lora
 from nyscaled._files import replacing
 from nyscaled.diffusion import UNet
 from nyscaled.finetune import folders, identity, meshes, training
+from nyscaled.finetune.dreambooth import images
 from nyscaled.finetune.dreambooth.base import of_pipeline
 from nyscaled.finetune.dreambooth.config import Config, as_options, differences
-from nyscaled.finetune.dreambooth.images import files_of
 from nyscaled.finetune.dreambooth.loop import train
 from nyscaled.finetune.dreambooth.plan import Plan
 from nyscaled.finetune.dreambooth.preparation import Prepared, opened, prepare
 from nyscaled.finetune.dreambooth.priors import class_pictures
 from nyscaled.finetune.dreambooth.samples import sampler
-from nyscaled.finetune.dreambooth.step import Grid
+from nyscaled.finetune.dreambooth.step import LOSS, Grid
 from nyscaled.finetune.launch import count
 from nyscaled.finetune.progress import timed
 from nyscaled.finetune.saving import ADAPTER, compare, require_close
@@ -102,7 +102,7 @@ def _require_known(config: Config) -> None:
         folder: Path | None = getattr(config, name)
         if folder is None:
             continue
-        files_of(name, folder)
+        images.files_of(name, folder)
         if folder.resolve() in (config.out.resolve(), *config.out.resolve().parents):
             raise ValueError(
                 f"out is '{config.out}', which is in {name}, '{folder}'; expected a folder "
@@ -133,7 +133,7 @@ def _made(config: Config) -> dict[str, object]:
     if importlib.util.find_spec("matplotlib") is not None:
         from nyscaled.finetune import curves
 
-        curves.write(config.out, "at fixed times and noises")
+        curves.write(config.out, LOSS)
     result = Result(
         config.out,
         config.steps,
@@ -161,13 +161,9 @@ def _claim(prepared: Prepared, base: identity.Base) -> None:
     else:
         identity.write_base(out, base)
     record = json.loads((out / folders.RECORD).read_text(encoding="utf-8"))
-    for name, before in record["images"].items():
-        now = digests[name]
-        if changed := sorted(k for k in {**before, **now} if before.get(k) != now.get(k)):
-            raise ValueError(
-                f"the {name.replace('_', ' ')} have changed since the run in {out} began: "
-                f"{', '.join(changed[: identity.SHOWN])}; expected the same files, or another --out"
-            )
+    for name, now in digests.items():
+        what = f"the files in {name}"
+        images.require_same(what, out, record["images"][name], now, "the same files")
 
 
 def save(unet: UNet, plan: Plan, grid: Grid, folder: Path) -> float:

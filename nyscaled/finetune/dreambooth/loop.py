@@ -15,7 +15,7 @@ from nyscaled.finetune import progress
 from nyscaled.finetune.dreambooth.config import as_options
 from nyscaled.finetune.dreambooth.plan import Plan
 from nyscaled.finetune.dreambooth.samples import Sampler
-from nyscaled.finetune.dreambooth.step import Grid, Measured, merged, train_step
+from nyscaled.finetune.dreambooth.step import LOSS, Grid, Measured, merged, train_step
 from nyscaled.finetune.loop import CHECKPOINTS, Stopped
 from nyscaled.finetune.progress import Interruption, NotFiniteError, Progress
 from nyscaled.finetune.state import Checkpoints
@@ -82,7 +82,7 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
         if saved is not None:
             log.say(f"going on after step {step}; the loss of the base is {base_loss:.4f}")
         else:
-            log.validation(0, base_loss, None)
+            log.evaluation(0, base_loss, name=LOSS)
         if step == config.steps:  # but for the files at the end
             loss = plan.evaluate(state.params, plan.parts, grid)[0]
         while step < config.steps:
@@ -114,9 +114,9 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
                 if not math.isfinite(loss):
                     rate = float(plan.rate(step - 1))
                     raise NotFiniteError(
-                        progress.not_finite_in_validation(step, loss, rate, config.dtype)
+                        progress.not_finite_in_evaluation(step, loss, rate, config.dtype, name=LOSS)
                     )
-                log.validation(step, loss, None)
+                log.evaluation(step, loss, name=LOSS)
             if sampler is not None and (is_last or step % (config.sample_every or step) == 0):
                 unet = merged(plan.program, state.params, plan.parts.counts, frozen)
                 log.say(f"step {step}: {sampler.write(out, unet, step)}")

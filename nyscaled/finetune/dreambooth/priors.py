@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -13,37 +14,50 @@ from tqdm import tqdm
 
 from nyscaled import diffusion, lora
 from nyscaled.diffusion import Pipeline
+from nyscaled.finetune import folders
 from nyscaled.finetune.dreambooth import images
 from nyscaled.finetune.dreambooth.images import Picture
 from nyscaled.finetune.dreambooth.plan import CLASS, key_of
 from nyscaled.finetune.dreambooth.preparation import Prepared
 
 FOLDER = "class_images"
+GENERATED = "generated"
+"""Key of their hashes in the record of a run."""
 
 
 def class_pictures(prepared: Prepared, pipe: Pipeline) -> tuple[Picture, ...]:
     """Return the images of the class, after generating those that are missing.
 
-    They are written one by one into the folder of the run, and a run that goes on keeps them.
+    They are written one by one into the folder of the run, whose `run.json` has their hashes. A run
+    that goes on keeps them.
 
     Args:
         prepared: the run.
         pipe: the pipeline, whose U-Net may have adapters.
 
     Raises:
+        ValueError: if an image that was generated is missing or changed.
         OSError: if a file cannot be written.
     """
-    config, given = prepared.config, prepared.class_pictures
-    folder = config.out / FOLDER
-    paths = [folder / f"{i:04d}.png" for i in range(config.class_count - len(given))]
-    if missing := [(i, path) for i, path in enumerate(paths) if not path.exists()]:
+    config, own = prepared.config, prepared.class_pictures
+    folder, path = config.out / FOLDER, config.out / folders.RECORD
+    record = json.loads(path.read_text(encoding="utf-8"))
+    digests: dict[str, str] = record["images"].setdefault(GENERATED, {})
+    files = [folder / name for name in digests if (folder / name).exists()]
+    now = {file.name: images.digest(file) for file in files}
+    what = f"the generated images in {folder}"
+    images.require_same(what, config.out, digests, now, "them as they were")
+    names = [f"{i:04d}.png" for i in range(config.class_count - len(own))]
+    if missing := [(i, name) for i, name in enumerate(names) if name not in digests]:
         folder.mkdir(exist_ok=True)
         base = nnx.clone(pipe.unet)
         lora.remove(base)
         pipe = dataclasses.replace(pipe, unet=base)
-        for i, path in tqdm(missing, "images of the class", file=sys.stderr, disable=None):
-            _generate(prepared, pipe, i, path)
-    return (*given, *(images.read(path, prepared.resolution) for path in paths))
+        for i, name in tqdm(missing, "images of the class", file=sys.stderr, disable=None):
+            _generate(prepared, pipe, i, folder / name)
+            digests[name] = images.digest(folder / name)
+            folders.write_json(path, record)
+    return (*own, *(images.read(folder / name, prepared.resolution) for name in names))
 
 
 def _generate(prepared: Prepared, pipe: Pipeline, number: int, path: Path) -> None:

@@ -20,6 +20,9 @@ from nyscaled.finetune.training import Program, Tree
 from nyscaled.finetune.updating import State, updated
 from nyscaled.numerics import full_precision
 
+LOSS = "loss at fixed times"
+"""What the loss on the times and noises of a `Grid` is called, in metrics with underscores."""
+
 Latents = Float[Array, "rows height width channels"]
 Text = Float[Array, "rows length width"]
 
