@@ -51,13 +51,8 @@ def test_the_folder_of_a_run(root):
     assert not (out / "samples").exists()
 
 
-def test_the_adapter_is_that_of_the_last_step(root):
-    """It is loaded into a fresh U-Net, and gives the loss of the result, computed here."""
-    pipe = nys.diffusion.load(root / "model")
-    layers = nys.lora.load_diffusers(pipe.unet, root / "out" / "adapter")
-    assert len(layers) == 8
-    assert {layer.adapters["default"].rank for layer in layers.values()} == {4}
-    config = settings(root)
+def loss_of(pipe, config):
+    """The loss at fixed times."""
     pictures = [read(path, 8) for path in sorted(config.images.iterdir())]
     squares = np.stack([p.square(p.center) for p in pictures]).astype("f")
     latents = pipe.autoencoder.encode(squares / 127.5 - 1)
@@ -67,11 +62,21 @@ def test_the_adapter_is_that_of_the_last_step(root):
     )
     context = jnp.repeat(pipe.encode_texts([PROMPT]), 30, axis=0)
     times = jnp.tile(jnp.arange(50, 1000, 100), 3)
-    loss = nnx.jit(nys.diffusion.denoising_loss, static_argnums=1)(
-        pipe.unet, pipe.schedule, jnp.repeat(latents, 10, axis=0), context, noise, times
+    return float(
+        nnx.jit(nys.diffusion.denoising_loss, static_argnums=1)(
+            pipe.unet, pipe.schedule, jnp.repeat(latents, 10, axis=0), context, noise, times
+        )
     )
+
+
+def test_the_adapter_is_that_of_the_last_step(root):
+    """It is loaded into a fresh U-Net, and gives the loss of the result, computed here."""
+    pipe = nys.diffusion.load(root / "model")
+    layers = nys.lora.load_diffusers(pipe.unet, root / "out" / "adapter")
+    assert len(layers) == 8
+    assert {layer.adapters["default"].rank for layer in layers.values()} == {4}
     result = json.loads((root / "out" / "result.json").read_text())
-    assert float(loss) == pytest.approx(result["loss"], rel=1e-5)
+    assert loss_of(pipe, settings(root)) == pytest.approx(result["loss"], rel=1e-5)
 
 
 def interrupted(monkeypatch, after):
@@ -109,6 +114,42 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(root, tmp_path, monkey
     assert main(again) == 0
     assert main(words(config)) == 1
     assert "has a run; expected --resume" in capsys.readouterr().err
+
+
+def test_the_text_encoder_is_trained_too(root, tmp_path, monkeypatch):
+    """Its adapters are saved and read, generate samples, and go on after an interruption."""
+    config = settings(
+        root, out=tmp_path / "out", train_text_encoder=True, learning_rate=1e-2, sample_every=6
+    )
+    result = nys.finetune.dreambooth.run(config)
+    pipe = nys.diffusion.load(root / "model")
+    assert result.base_loss == pytest.approx(loss_of(pipe, config), rel=1e-5)
+    layers = nys.lora.load_diffusers(
+        pipe.unet, config.out / "adapter", text_encoder=pipe.text_encoder
+    )
+    assert len(layers) == 8 + 8
+    b = "text_encoder.encoder.layers.1.self_attn.out_proj"
+    assert np.abs(layers[b].adapters["default"].lora_b).min() > 1e-3
+    assert loss_of(pipe, config) == pytest.approx(result.loss, rel=1e-5)
+    assert result.difference < 1e-5
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 3), 4)
+    image = nys.diffusion.generate(pipe, [PROMPT], key=keys[3], size=(8, 8))[0]
+    sample = np.asarray(Image.open(config.out / "samples" / "step-000006.png"))
+    np.testing.assert_allclose(sample[:, 24:] / 255, image, atol=0.51 / 255)
+
+    again = dataclasses.replace(config, out=tmp_path / "again", sample_every=None)
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=4)
+        with pytest.raises(KeyboardInterrupt):
+            nys.finetune.dreambooth.run(again)
+    nys.finetune.dreambooth.run(dataclasses.replace(again, resume=True))
+    assert tensors(again.out) == tensors(config.out)
+    assert lines(again.out) == lines(config.out)
+    (again.out / "result.json").unlink()
+    with pytest.raises(ValueError, match="train_text_encoder was True and is False"):
+        nys.finetune.dreambooth.run(
+            dataclasses.replace(again, resume=True, train_text_encoder=False)
+        )
 
 
 def test_a_run_that_was_killed_before_its_end_goes_on(root, tmp_path):
@@ -222,7 +263,7 @@ def test_the_loss_on_fixed_times_falls(root, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(
     "method",
-    [n for n, m in nys.finetune.METHODS.items() if m.needs == "kernel"],
+    [n for n, m in nys.finetune.METHODS.items() if m.trains == "adapters"],
 )
 def test_methods(root, method, tmp_path):
     result = nys.finetune.dreambooth.run(

@@ -5,6 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusion_cases import FOLDER
@@ -14,10 +16,12 @@ from PIL import Image
 
 import nyscaled as nys
 from nyscaled.cli import main
-from nyscaled.finetune.dreambooth.config import TARGETS
+from nyscaled.diffusion.tokenizer import text_tokens
+from nyscaled.finetune.dreambooth.config import TARGETS, TEXT_TARGETS
+from nyscaled.finetune.dreambooth.denoiser import Denoiser
 from nyscaled.finetune.dreambooth.images import read
 from nyscaled.finetune.dreambooth.preparation import opened, prepare
-from nyscaled.finetune.dreambooth.step import train_step
+from nyscaled.finetune.dreambooth.step import Batch, train_step
 from nyscaled.models import Numerics
 
 
@@ -53,7 +57,13 @@ def test_the_adapted_layers_are_those_of_the_paper():
 def test_a_step_lowers_for_accelerators(root):
     """With products in full float32, which an accelerator would round otherwise."""
     plan = prepare(settings(root), opened(settings(root))).plan
-    arguments = plan.initial(), plan.parts.counts, plan.parts.frozen, plan.batch(0), np.float32(0)
+    arguments = (
+        plan.initial(),
+        plan.parts.counts,
+        plan.parts.frozen,
+        plan.data.batch(0),
+        np.float32(0),
+    )
     traced = train_step.trace(*arguments, program=plan.program, objective=plan.objective)
     for platform in ("cuda", "tpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -65,7 +75,7 @@ def test_a_step_lowers_for_accelerators(root):
 def test_steps_read_all_images_before_one_comes_again(root):
     pipe = opened(settings(root))
     plan = prepare(settings(root, batch_size=2), pipe).plan
-    (collection,) = plan.collections
+    (collection,) = plan.data.collections
     chosen = [each for step in range(6) for each in collection.of_step(step)]
     names = [picture.path.name for picture, _ in chosen]
     for epoch in range(4):
@@ -73,7 +83,7 @@ def test_steps_read_all_images_before_one_comes_again(root):
     corners = {corner for _, corner in chosen}
     assert {row for row, _ in corners} == {0}
     assert {column for _, column in corners} == {0, 1, 2}  # of 10 × 8 pixels
-    moments = plan.batch(0).moments
+    moments = plan.data.batch(0).moments
     assert moments.shape == (2, 4, 4, 8)
     picture, (row, column) = chosen[0]
     square = picture.pixels[row : row + 8, column : column + 8]
@@ -82,15 +92,53 @@ def test_steps_read_all_images_before_one_comes_again(root):
     np.testing.assert_allclose(moments[0], both, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
+def test_starts_are_made_from_the_first_steps(root):
+    """Those of both models are what `initialize` makes of the losses of 32 images."""
+    config = settings(root, method="lora-one", train_text_encoder=True, batch_size=16, rank=2)
+    model, pipe = prepare(config, opened(config)).model, opened(config)
+    plan = prepare(settings(root, batch_size=16, rank=2), opened(config)).plan
+    tokens = jnp.asarray(text_tokens(pipe.tokenizer, [PROMPT], 77))
+    for name, pattern in (("unet", TARGETS), ("text_encoder", TEXT_TARGETS)):
+        graph, values = nnx.split((pipe.unet, pipe.text_encoder))
+
+        def loss(part, each, name=name, graph=graph):
+            moments, step, values = each
+            unet, text_encoder = nnx.merge(graph, values)
+            unet, text_encoder = (part, text_encoder) if name == "unet" else (unet, part)
+            context = jnp.repeat(text_encoder(tokens), 16, axis=0)
+            batch = Batch(moments, context, plan.data.batch(0).key)
+            return plan.objective.loss(Denoiser(unet), batch, step)
+
+        drawn = [(plan.data.batch(i).moments, jnp.asarray(i), values) for i in range(2)]
+        part, key = getattr(pipe, name), jax.random.key(0)
+        nys.lora.apply(part, 2, targets=pattern, key=key)
+        nys.lora.initialize(part, "lora_one", key=key, loss=loss, batches=drawn)
+        factors = (
+            dict(nnx.to_flat_state(nnx.state(m, nnx.LoRAParam)))
+            for m in (
+                part,
+                getattr(model, name),
+            )
+        )
+        expected, actual = factors
+        assert len(expected) == 16
+        for path, value in expected.items():
+            np.testing.assert_allclose(
+                np.abs(actual[path][...]), np.abs(value[...]), rtol=1e-2, atol=1e-3
+            )
+
+
 def test_images_of_the_class_have_its_text(root):
     config = settings(root, class_prompt="a photo of a dog", batch_size=2)
     pipe = opened(config)
     prepared = prepare(config, pipe)
-    pictures = prepared.plan.collections[0].pictures[:1]
+    pictures = prepared.plan.data.collections[0].pictures[:1]
     plan = prepared.with_class(pictures)
-    batch, texts = plan.batch(0), pipe.encode_texts([PROMPT, "a photo of a dog"])
-    np.testing.assert_array_equal(batch.context, np.repeat(texts, 2, axis=0))
-    assert plan.sources(0)[2:] == ["dog0.png", "dog0.png"]
+    batch, texts = plan.data.batch(0), pipe.encode_texts([PROMPT, "a photo of a dog"])
+    context = prepared.model.context(batch.texts, len(batch.moments))
+    np.testing.assert_array_equal(context, np.repeat(texts, 2, axis=0))
+    assert plan.data.sources(0)[2:] == ["dog0.png", "dog0.png"]
     assert (plan.objective.prior_rows, plan.objective.prior_weight) == (2, 1.0)
 
 
@@ -141,8 +189,8 @@ def test_images_that_cannot_be_read_are_refused(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "full"}, "method is 'full'; expected one of lora, .*, adapters whose start"),
-        ({"method": "nora-grad"}, "method is 'nora-grad'; expected one of lora, rslora"),
+        ({"method": "full"}, "method is 'full'; expected one of lora, .*, which train adapters"),
+        ({"method": "prefix"}, "method is 'prefix'; expected one of .*, which train adapters"),
         ({"method": "none"}, "method is 'none'; expected one of"),
         ({"method": "lora", "damping": 0.1}, "hyperparameter is 'damping'; expected none"),
         ({"class_count": 5}, "class_count is '5' and class_prompt is None; expected the text of"),
@@ -183,7 +231,12 @@ def test_a_dry_run_says_what_will_be_done(root, tmp_path, capsys):
     path = model / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-9000] + 9000 * b"\xff")  # not numbers
     config = settings(root, model=str(model), out=tmp_path / "out")
-    assert main([*words(config), "--dry-run", "--class-prompt", "a dog"]) == 0
+    assert main([*words(config), "--dry-run", "--train-text-encoder"]) == 0
+    said = capsys.readouterr().out
+    # In the text encoder: two times four layers of 6 × 6 numbers.
+    numbers = 4 * (6 * 16 + 2 * 14) + 4 * 8 * 12
+    assert f"of the U-Net and 8 of the text encoder; {numbers:,} of" in said
+    assert main([*words(config), "--dry-run", "--class-prompt", "a dog", "--method", "eva"]) == 0
     said = capsys.readouterr().out
     assert "3 images: dog0.png (12 × 9), dog1.png (12 × 9), dog2.png (12 × 9)\n" in said
     assert "squares of 8 × 8 pixels, random ones" in said
@@ -191,7 +244,7 @@ def test_a_dry_run_says_what_will_be_done(root, tmp_path, capsys):
     assert "'a photo of sks dog' has" in said
     assert "tokens of 77: <|startoftext|> a</w> " in said
     # Of rank 4: six layers of 8 × 8 numbers, and two of 6 × 8.
-    assert f"8 adapted layers; {4 * (6 * 16 + 2 * 14)} of" in said
+    assert f"8 adapted layers of the U-Net; {4 * (6 * 16 + 2 * 14)} of" in said
     assert "memory of encoding an image" in said
     assert "memory of a step, compiled before any weight is read: 0." in said
     assert not config.out.exists()

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model here is in the repository
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -220,7 +221,8 @@ def test_adapters_of_diffusers_here(theirs, unet, targets, tmp_path):
     close(first(run(ours)), run_theirs(model), 1e-5)
 
 
-def test_adapters_of_a_run_in_diffusers(theirs, unet, tmp_path):
+def test_adapters_of_a_run_in_diffusers(pipe, theirs, tmp_path):
+    """Of the U-Net and of the text encoder: the same states of texts, noise and images."""
     images = tmp_path / "images"
     images.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
@@ -228,14 +230,30 @@ def test_adapters_of_a_run_in_diffusers(theirs, unet, tmp_path):
     nys.finetune.dreambooth.run(
         nys.finetune.dreambooth.Config(
             model=str(FOLDER / "sd1"), images=images, prompt="a photo of sks dog", method="pissa",
-            learning_rate=3e-2, steps=20, out=tmp_path / "out",
+            learning_rate=3e-2, steps=20, out=tmp_path / "out", train_text_encoder=True,
         )
     )  # fmt: skip
-    model = nnx.clone(unet)
-    nys.lora.load_diffusers(model, tmp_path / "out" / "adapter")
-    theirs.load_lora_weights(tmp_path / "out" / "adapter")
+    tuned = dataclasses.replace(
+        pipe, unet=nnx.clone(pipe.unet), text_encoder=nnx.clone(pipe.text_encoder)
+    )
+    adapter, encoder = tmp_path / "out" / "adapter", tuned.text_encoder
+    nys.lora.load_diffusers(tuned.unet, adapter, text_encoder=encoder)
+    tokens = jnp.asarray(text_tokens(pipe.tokenizer, TEXTS, 77))
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    noise = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
+    theirs.load_lora_weights(adapter)
     try:
-        close(first(run(model)), run_theirs(theirs.unet), 1e-5)
+        close(first(run(tuned.unet)), run_theirs(theirs.unet), 1e-5)
+        with torch.no_grad():
+            states = theirs.text_encoder(torch.tensor(np.asarray(tokens)))[0]
+        close(encoder(tokens), states, 1e-5)
+        images = theirs(list(TEXTS), latents=first(noise), **options).images
     finally:
         theirs.unload_lora_weights()
-    assert np.abs(run(model) - run(unet)).max() > 0.01
+    ours = nys.diffusion.generate(
+        tuned, TEXTS, noise=noise, key=jax.random.key(0), steps=5, guidance=3.0, sampler="ddim"
+    )
+    close(ours, images)
+    assert np.abs(run(tuned.unet) - run(pipe.unet)).max() > 0.01
+    assert np.abs(encoder(tokens) - pipe.text_encoder(tokens)).max() > 0.01

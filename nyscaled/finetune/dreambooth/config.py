@@ -17,6 +17,7 @@ from nyscaled.validation import require_count, require_nonnegative, require_posi
 
 TASK = "dreambooth"
 TARGETS = r".*\.transformer_blocks\..*\.(to_q|to_k|to_v|to_out\.0)"
+TEXT_TARGETS = r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 CROPS = ("random", "center")
 DTYPES = ("float32", "bfloat16")
 
@@ -39,7 +40,7 @@ class Config:
     out: Path
     """Folder for the adapter, the metrics and the checkpoints."""
     method: str = "nora"
-    """Method of fine-tuning, with a start that needs only the weights."""
+    """Method of fine-tuning, one that trains adapters."""
     rank: int = 4
     """Rank of the adapters."""
     alpha: float | None = None
@@ -47,6 +48,9 @@ class Config:
     targets: str = TARGETS
     """Regular expression for whole paths of layers of the U-Net that get adapters. By default these
     are the attention's."""
+    train_text_encoder: bool = False
+    """Train adapters of the text encoder's attention too, of the same rank; texts are then encoded
+    in each step."""
     scale: float | Literal["auto"] | None = None
     """Size ξ of the start of the methods that have one; "auto" gives the columns of a the length of
     LoRA's in each layer."""
@@ -154,13 +158,11 @@ class Config:
             )
 
     def _require_method(self) -> None:
-        chosen = method(self.method)
-        if chosen.trains != "adapters" or chosen.needs != "kernel":
-            kinds = METHODS.items()
-            known = [name for name, m in kinds if m.trains == "adapters" and m.needs == "kernel"]
+        if method(self.method).trains != "adapters":
+            known = [name for name, each in METHODS.items() if each.trains == "adapters"]
             raise ValueError(
-                f"method is {self.method!r}; expected one of {', '.join(known)}, adapters whose "
-                "start needs only the weights"
+                f"method is {self.method!r}; expected one of {', '.join(known)}, which train "
+                "adapters"
             )
         require_method(self)
 

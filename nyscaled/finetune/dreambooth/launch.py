@@ -14,11 +14,11 @@ from flax import nnx
 
 from nyscaled import lora
 from nyscaled._files import replacing
-from nyscaled.diffusion import UNet
 from nyscaled.finetune import folders, identity, meshes, training
 from nyscaled.finetune.dreambooth import images
 from nyscaled.finetune.dreambooth.base import of_pipeline
 from nyscaled.finetune.dreambooth.config import Config, as_options, differences
+from nyscaled.finetune.dreambooth.denoiser import Denoiser
 from nyscaled.finetune.dreambooth.loop import train
 from nyscaled.finetune.dreambooth.plan import Plan
 from nyscaled.finetune.dreambooth.preparation import Prepared, opened, prepare
@@ -56,7 +56,7 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Fine-tune the U-Net of a pipeline, and write an adapter that was read again and compared.
+    """Fine-tune a pipeline, and write an adapter that was read again and compared.
 
     The folder gets `config.yaml`, `run.json` (versions and command), `metrics.jsonl`, `adapter`,
     `result.json` and `checkpoints`, and `samples` and `class_images` if they are asked for. The
@@ -123,13 +123,13 @@ def _made(config: Config) -> dict[str, object]:
     if config.class_prompt is not None:
         plan = prepared.with_class(class_pictures(prepared, pipe))
     del pipe  # and its text encoder, unless images are generated
-    grid = plan.grid()
+    grid = plan.data.grid(plan.objective)
     began = time.perf_counter()
     trained = train(plan, config.out, grid, sampling)
     seconds = time.perf_counter() - began
-    training.update(prepared.unet, trained.variables)
+    training.update(prepared.model, trained.variables)
     with timed("writing the adapter, and reading it again"):
-        difference = save(prepared.unet, plan, grid, config.out / ADAPTER)
+        difference = save(prepared.model, plan, grid, config.out / ADAPTER)
     if importlib.util.find_spec("matplotlib") is not None:
         from nyscaled.finetune import curves
 
@@ -166,11 +166,11 @@ def _claim(prepared: Prepared, base: identity.Base) -> None:
         images.require_same(what, out, record["images"][name], now, "the same files")
 
 
-def save(unet: UNet, plan: Plan, grid: Grid, folder: Path) -> float:
+def save(model: Denoiser, plan: Plan, grid: Grid, folder: Path) -> float:
     """Write the adapters, read them again, and return the largest difference of predictions.
 
     Args:
-        unet: a U-Net with the trained variables.
+        model: the models, with the trained variables.
         plan: what it was trained on.
         grid: times and noises at which predictions are compared.
         folder: folder of the adapter.
@@ -178,17 +178,17 @@ def save(unet: UNet, plan: Plan, grid: Grid, folder: Path) -> float:
     Raises:
         ValueError: if the saved adapters compute something else.
     """
-    lora.save_diffusers(unet, folder)
+    lora.save_diffusers(model.unet, folder, text_encoder=model.text_encoder)
     with replacing(folder / identity.FILE) as file:
         file.write((folder.parent / identity.FILE).read_bytes())
-    read = nnx.clone(unet)
+    read = nnx.clone(model)
     lora.remove(read)
-    lora.load_diffusers(read, folder)
-    predictions = [_predictions(model, plan, grid) for model in (read, unet)]
+    lora.load_diffusers(read.unet, folder, text_encoder=read.text_encoder)
+    predictions = [_predictions(each, plan, grid) for each in (read, model)]
     return require_close(folder, *compare(*predictions), plan.config.dtype)
 
 
-def _predictions(unet: UNet, plan: Plan, grid: Grid) -> np.ndarray:
-    parts = training.split(unet, nnx.LoRAParam)
+def _predictions(model: Denoiser, plan: Plan, grid: Grid) -> np.ndarray:
+    parts = training.split(model, nnx.LoRAParam)
     predictions = plan.evaluate(parts.params, parts, grid)[1]
     return np.asarray(jax.device_get(predictions), np.float32).reshape(len(predictions), -1)

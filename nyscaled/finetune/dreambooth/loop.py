@@ -90,7 +90,7 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
                 state,
                 plan.parts.counts,
                 frozen,
-                plan.batch(step),
+                plan.data.batch(step),
                 plan.rate(step),
                 program=plan.program,
                 objective=plan.objective,
@@ -118,8 +118,8 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
                     )
                 log.evaluation(step, loss, name=LOSS)
             if sampler is not None and (is_last or step % (config.sample_every or step) == 0):
-                unet = merged(plan.program, state.params, plan.parts.counts, frozen)
-                log.say(f"step {step}: {sampler.write(out, unet, step)}")
+                model = merged(plan.program, state.params, plan.parts.counts, frozen)
+                log.say(f"step {step}: {sampler.write(out, model, step)}")
             if saves:
                 save()
             if asked and not is_last:
@@ -148,7 +148,7 @@ def _write(log: Progress, plan: Plan, pending: list[tuple[int, Measured]]) -> st
     for step, measured in jax.device_get(pending):
         rate = float(f"{plan.rate(step - 1):.6g}")
         if not measured.finite:
-            sources = plan.sources(step - 1)
+            sources = plan.data.sources(step - 1)
             message = progress.not_finite(
                 step, float(measured.loss), sources, rate, plan.config.dtype
             )

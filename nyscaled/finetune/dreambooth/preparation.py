@@ -1,23 +1,25 @@
-"""A run that is ready to train: its images, its U-Net with adapters, and its texts."""
+"""A run that is ready to train: its images, its texts, and its models with adapters."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.filterlib import Filter
 
 from nyscaled import diffusion
-from nyscaled.diffusion import Pipeline, UNet
+from nyscaled.diffusion import Pipeline
 from nyscaled.diffusion.tokenizer import text_tokens
 from nyscaled.finetune import meshes, training
 from nyscaled.finetune.chosen import method_options
 from nyscaled.finetune.dreambooth import images
+from nyscaled.finetune.dreambooth.adapting import adapt
 from nyscaled.finetune.dreambooth.collection import Collection
 from nyscaled.finetune.dreambooth.config import Config
+from nyscaled.finetune.dreambooth.data import Data
+from nyscaled.finetune.dreambooth.denoiser import Denoiser
 from nyscaled.finetune.dreambooth.images import Picture
 from nyscaled.finetune.dreambooth.latents import Encoder
 from nyscaled.finetune.dreambooth.plan import Plan
@@ -38,7 +40,7 @@ class Prepared:
     Attributes:
         config: its settings.
         resolution: side of the images.
-        unet: the U-Net, with adapters.
+        model: the models that are trained, with adapters.
         trained: filter of the trained variables.
         plan: what is trained on images of the subject.
         class_pictures: images of the class that the user has.
@@ -47,7 +49,7 @@ class Prepared:
 
     config: Config
     resolution: int
-    unet: UNet
+    model: Denoiser
     trained: Filter
     plan: Plan
     class_pictures: tuple[Picture, ...]
@@ -64,8 +66,9 @@ class Prepared:
         objective = dataclasses.replace(
             self.plan.objective, prior_rows=of_class.rows, prior_weight=config.prior_weight
         )
-        collections = (*self.plan.collections, of_class)
-        return dataclasses.replace(self.plan, collections=collections, objective=objective)
+        data = self.plan.data
+        data = dataclasses.replace(data, collections=(*data.collections, of_class))
+        return dataclasses.replace(self.plan, data=data, objective=objective)
 
 
 def opened(config: Config, *, outline: bool = False) -> Pipeline:
@@ -90,7 +93,7 @@ def prepare(config: Config, pipe: Pipeline, *, outline: bool = False) -> Prepare
 
     Args:
         config: the settings.
-        pipe: the pipeline; its U-Net gets adapters.
+        pipe: the pipeline; its U-Net gets adapters, and its text encoder if it is trained.
         outline: whether its models have shapes in place of values.
 
     Raises:
@@ -105,23 +108,24 @@ def prepare(config: Config, pipe: Pipeline, *, outline: bool = False) -> Prepare
     options, hyperparameters = method_options(config)
     if chosen.warmup is not None:
         hyperparameters.setdefault("warmup_steps", max(1, round(chosen.warmup * config.steps)))
+    if outline and chosen.needs in ("gradient", "inputs"):
+        chosen, options = dataclasses.replace(chosen, init="lora"), {}  # of the same shapes
+    objective = Objective(pipe.schedule, pipe.autoencoder.config.scaling_factor, config.min_snr)
+    subject = _collection(config, SUBJECT, pictures)
+    with timed("encoding texts"):
+        rows = texts(config, pipe, outline=outline)
+    data = Data(config, Encoder(pipe.autoencoder), (subject,), rows)
+    model = Denoiser(pipe.unet, pipe.text_encoder if config.train_text_encoder else None)
     trained: Filter = ...
 
-    def build(unet: UNet) -> UNet:
+    def build(model: Denoiser) -> Denoiser:
         nonlocal trained
-        trained = chosen.prepare(
-            unet,
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=config.targets,
-            key=jax.random.key(config.seed),
-            **options,  # pyright: ignore[reportArgumentType]
-        )
-        return unet
+        trained = adapt(model, config, chosen, options, objective, data)
+        return model
 
     with timed(f"preparing {config.method}"):
-        unet = nnx.eval_shape(build, pipe.unet) if outline else build(pipe.unet)
-        parts = training.split(unet, trained)
+        model = nnx.eval_shape(build, model) if outline else build(model)
+        parts = training.split(model, trained)
         if not outline:
             arrays = meshes.placed((parts.params, parts.counts, parts.frozen))
             parts = parts._replace(params=arrays[0], counts=arrays[1], frozen=arrays[2])
@@ -132,18 +136,16 @@ def prepare(config: Config, pipe: Pipeline, *, outline: bool = False) -> Prepare
         training.program_of(
             parts, "denoising", chosen, weight_decay=config.weight_decay, clip=config.clip
         ),
-        Objective(pipe.schedule, pipe.autoencoder.config.scaling_factor, config.min_snr),
+        objective,
         hyperparameters,
-        Encoder(pipe.autoencoder),
-        (_collection(config, SUBJECT, pictures),),
-        texts(config, pipe, outline=outline),
+        data,
         schedule(config.schedule, *rates),
     )
     digests = {
         name: {picture.path.name: images.digest(picture.path) for picture in part}
         for name, part in (("images", pictures), ("class_images", class_pictures))
     }
-    return Prepared(config, resolution, unet, trained, plan, class_pictures, digests)
+    return Prepared(config, resolution, model, trained, plan, class_pictures, digests)
 
 
 def resolution_of(config: Config, pipe: Pipeline) -> int:
@@ -173,7 +175,9 @@ def resolution_of(config: Config, pipe: Pipeline) -> int:
 
 
 def texts(config: Config, pipe: Pipeline, *, outline: bool) -> Tree:
-    """Return the rows of the texts of a run: the subject's, and the class's if there is one.
+    """Return the texts of a run: the subject's, and the class's if there is one.
+
+    They are tokens where the text encoder is trained, and else what it makes of them.
 
     Args:
         config: the settings.
@@ -181,10 +185,12 @@ def texts(config: Config, pipe: Pipeline, *, outline: bool) -> Tree:
         outline: whether its text encoder has shapes in place of values.
     """
     prompts = [text for text in (config.prompt, config.class_prompt) if text is not None]
-    if not outline:
+    if not (outline or config.train_text_encoder):
         return meshes.placed(pipe.encode_texts(prompts))
     length, encoder = pipe.text_encoder.config.max_position_embeddings, pipe.text_encoder
     tokens = jnp.asarray(text_tokens(pipe.tokenizer, prompts, length))
+    if config.train_text_encoder:
+        return meshes.placed(tokens)
     return nnx.eval_shape(lambda model, tokens: model(tokens), encoder, tokens)
 
 

@@ -12,8 +12,9 @@ from nyscaled import lora
 from nyscaled.diffusion import Pipeline
 from nyscaled.finetune import training
 from nyscaled.finetune.dreambooth.config import Config
+from nyscaled.finetune.dreambooth.data import STEPS, key_of
 from nyscaled.finetune.dreambooth.latents import encode
-from nyscaled.finetune.dreambooth.plan import STEPS, Plan, key_of
+from nyscaled.finetune.dreambooth.plan import Plan
 from nyscaled.finetune.dreambooth.preparation import Prepared, opened, prepare
 from nyscaled.finetune.dreambooth.step import Batch, train_step
 from nyscaled.finetune.preview import memory_of
@@ -49,7 +50,7 @@ def preview(config: Config) -> Iterator[str]:
 
 
 def _images(prepared: Prepared) -> Iterator[str]:
-    pictures = prepared.plan.collections[0].pictures
+    pictures = prepared.plan.data.collections[0].pictures
     shown = ", ".join(f"{p.path.name} ({p.size[0]} × {p.size[1]})" for p in pictures[:SHOWN])
     more = ", …" if len(pictures) > SHOWN else ""
     yield f"{len(pictures)} images: {shown}{more}"
@@ -68,11 +69,14 @@ def _texts(config: Config, pipe: Pipeline) -> Iterator[str]:
 
 
 def _layers(prepared: Prepared) -> Iterator[str]:
-    layers, parts = lora.adapted_layers(prepared.unet), prepared.plan.parts
+    model, parts = prepared.model, prepared.plan.parts
     trained, others = (
         sum(x.size for x in jax.tree.leaves(tree)) for tree in (parts.params, parts.frozen)
     )
-    yield f"{len(layers)} adapted layers; {trained:,} of {trained + others:,} numbers are trained"
+    shown = f"{len(lora.adapted_layers(model.unet))} adapted layers of the U-Net"
+    if model.text_encoder is not None:
+        shown += f" and {len(lora.adapted_layers(model.text_encoder))} of the text encoder"
+    yield f"{shown}; {trained:,} of {trained + others:,} numbers are trained"
 
 
 def _memory(prepared: Prepared) -> Iterator[str]:
@@ -81,23 +85,22 @@ def _memory(prepared: Prepared) -> Iterator[str]:
     if prepared.config.class_prompt is not None:
         plan = prepared.with_class(prepared.class_pictures)
     square = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-    encoder = encode.lower(plan.encoder.state, square, graphdef=plan.encoder.graphdef)
-    yield memory_of(encoder.compile(), "encoding an image")
+    encoder = plan.data.encoder
+    encoding = encode.lower(encoder.state, square, graphdef=encoder.graphdef)
+    yield memory_of(encoding.compile(), "encoding an image")
     moments = jax.eval_shape(
-        lambda state, pixels: encode(state, pixels, graphdef=plan.encoder.graphdef),
-        plan.encoder.state,
+        lambda state, pixels: encode(state, pixels, graphdef=encoder.graphdef),
+        encoder.state,
         square,
     )
     yield memory_of(_compiled(plan, moments), "a step")
 
 
 def _compiled(plan: Plan, moments: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
-    rows = sum(collection.rows for collection in plan.collections)
+    rows = sum(collection.rows for collection in plan.data.collections)
     key = key_of(plan.config, STEPS)
     batch = jax.eval_shape(
-        lambda x, text: Batch(jnp.repeat(x, rows, axis=0), jnp.repeat(text[:1], rows, axis=0), key),
-        moments,
-        plan.texts,
+        lambda x, texts: Batch(jnp.repeat(x, rows, axis=0), texts, key), moments, plan.data.texts
     )
     state = jax.eval_shape(
         lambda params: training.initial(plan.program, params, **plan.hyperparameters),

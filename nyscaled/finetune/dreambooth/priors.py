@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,8 +15,8 @@ from nyscaled import diffusion, lora
 from nyscaled.diffusion import Pipeline
 from nyscaled.finetune import folders
 from nyscaled.finetune.dreambooth import images
+from nyscaled.finetune.dreambooth.data import CLASS, key_of
 from nyscaled.finetune.dreambooth.images import Picture
-from nyscaled.finetune.dreambooth.plan import CLASS, key_of
 from nyscaled.finetune.dreambooth.preparation import Prepared
 
 FOLDER = "class_images"
@@ -33,7 +32,7 @@ def class_pictures(prepared: Prepared, pipe: Pipeline) -> tuple[Picture, ...]:
 
     Args:
         prepared: the run.
-        pipe: the pipeline, whose U-Net may have adapters.
+        pipe: the pipeline, whose models may have adapters.
 
     Raises:
         ValueError: if an image that was generated is missing or changed.
@@ -50,9 +49,9 @@ def class_pictures(prepared: Prepared, pipe: Pipeline) -> tuple[Picture, ...]:
     names = [f"{i:04d}.png" for i in range(config.class_count - len(own))]
     if missing := [(i, name) for i, name in enumerate(names) if name not in digests]:
         folder.mkdir(exist_ok=True)
-        base = nnx.clone(pipe.unet)
+        base = nnx.clone(prepared.model)
         lora.remove(base)
-        pipe = dataclasses.replace(pipe, unet=base)
+        pipe = base.pipeline(pipe)
         for i, name in tqdm(missing, "images of the class", file=sys.stderr, disable=None):
             _generate(prepared, pipe, i, folder / name)
             digests[name] = images.digest(folder / name)

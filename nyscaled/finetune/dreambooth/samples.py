@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from nyscaled import diffusion
-from nyscaled.diffusion import Pipeline, UNet
+from nyscaled.diffusion import Pipeline
 from nyscaled.finetune.dreambooth import images
-from nyscaled.finetune.dreambooth.plan import SAMPLES, key_of
+from nyscaled.finetune.dreambooth.data import SAMPLES, key_of
+from nyscaled.finetune.dreambooth.denoiser import Denoiser
 from nyscaled.finetune.dreambooth.preparation import Prepared
 
 FOLDER = "samples"
@@ -23,7 +24,7 @@ class Sampler:
     """Generates a row of images of a text, from the same noise each time.
 
     Attributes:
-        pipe: the pipeline, whose U-Net is replaced.
+        pipe: the pipeline, whose trained models are replaced.
         text: the text.
         size: side of the images.
         key: PRNG key of the noise.
@@ -34,15 +35,15 @@ class Sampler:
     size: int
     key: jax.Array
 
-    def write(self, folder: Path, unet: UNet, step: int) -> Path:
-        """Write the row of a U-Net, and return its path.
+    def write(self, folder: Path, model: Denoiser, step: int) -> Path:
+        """Write the row of some models, and return its path.
 
         Args:
             folder: folder of the run.
-            unet: the U-Net.
-            step: number of steps that it was trained for.
+            model: the models.
+            step: number of steps that they were trained for.
         """
-        pipe, size = dataclasses.replace(self.pipe, unet=unet), (self.size, self.size)
+        pipe, size = model.pipeline(self.pipe), (self.size, self.size)
         keys = jax.random.split(self.key, COUNT)
         row = [diffusion.generate(pipe, [self.text], key=key, size=size)[0] for key in keys]
         path = folder / FOLDER / f"step-{step:06d}.png"

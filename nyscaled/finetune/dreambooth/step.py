@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from nyscaled.diffusion import Schedule, UNet, denoising_loss
+from nyscaled.diffusion import Schedule, denoising_loss
+from nyscaled.finetune.dreambooth.denoiser import Denoiser, Text
 from nyscaled.finetune.dreambooth.latents import Moments
 from nyscaled.finetune.training import Program, Tree
 from nyscaled.finetune.updating import State, updated
@@ -24,7 +25,6 @@ LOSS = "loss at fixed times"
 """What the loss on the times and noises of a `Grid` is called, in metrics with underscores."""
 
 Latents = Float[Array, "rows height width channels"]
-Text = Float[Array, "rows length width"]
 
 
 class Batch(NamedTuple):
@@ -32,12 +32,12 @@ class Batch(NamedTuple):
 
     Attributes:
         moments: moments of latents: those of the subject, then those of its class.
-        context: rows of the text of each.
+        texts: the subject's text, and that of its class.
         key: PRNG key of the run.
     """
 
     moments: Moments
-    context: Text
+    texts: Text
     key: Key[Array, ""]
 
 
@@ -46,13 +46,13 @@ class Grid(NamedTuple):
 
     Attributes:
         latents: latents of images of the subject.
-        context: rows of the subject's text.
+        texts: the subject's text.
         times: times of each image, in parts as large as a batch.
         key: PRNG key of the noises.
     """
 
     latents: Latents
-    context: Text
+    texts: Text
     times: Int[Array, "parts rows"]
     key: Key[Array, ""]
 
@@ -89,12 +89,12 @@ class Objective:
     prior_rows: int = 0
     prior_weight: float = 1.0
 
-    def loss(self, unet: UNet, batch: Batch, step: Int[Array, ""]) -> Float[Array, ""]:
+    def loss(self, model: Denoiser, batch: Batch, step: Int[Array, ""]) -> Float[Array, ""]:
         """Return the loss of a step, at times and with latents and noises that it draws.
 
         Args:
-            unet: the U-Net.
-            batch: what it reads.
+            model: the models.
+            batch: what they read.
             step: number of steps before it.
         """
         keys = jax.random.split(jax.random.fold_in(batch.key, step), 3)
@@ -105,10 +105,10 @@ class Objective:
         count = self.schedule.num_train_timesteps
         times = jax.random.randint(keys[2], latents.shape[:1], 0, count)
         return denoising_loss(
-            unet,
+            model.unet,
             self.schedule,
             latents,
-            batch.context,
+            model.context(batch.texts, len(latents)),
             noise,
             times,
             min_snr=self.min_snr,
@@ -117,16 +117,16 @@ class Objective:
         )
 
 
-def merged(program: Program, params: Tree, counts: Tree, frozen: Tree) -> UNet:
-    """Return the U-Net.
+def merged(program: Program, params: Tree, counts: Tree, frozen: Tree) -> Denoiser:
+    """Return the models.
 
     Args:
-        program: how it is put together.
+        program: how they are put together.
         params: the trained variables.
         counts: counters of dropout.
         frozen: the values that are not trained.
     """
-    return cast(UNet, program.merge(params, counts, frozen))
+    return cast(Denoiser, program.merge(params, counts, frozen))
 
 
 @functools.partial(jax.jit, static_argnames=("program", "objective"), donate_argnames="state")
@@ -149,7 +149,7 @@ def train_step(
         frozen: the values that are not trained.
         batch: what the step reads.
         learning_rate: the learning rate of the step.
-        program: how the U-Net is put together, and its optimizer.
+        program: how the models are put together, and their optimizer.
         objective: what is minimized.
     """
 
@@ -173,18 +173,18 @@ def evaluate(
         counts: counters of dropout.
         frozen: the values that are not trained.
         grid: the times and noises.
-        program: how the U-Net is put together.
+        program: how the models are put together.
         schedule: the noise of the pipeline.
     """
     parts, rows = grid.times.shape
+    model = merged(program, params, counts, frozen)
+    context = model.context(grid.texts, rows)
 
     def of_part(index: Int[Array, ""]) -> tuple[Array, Array]:
         latents = jnp.broadcast_to(grid.latents[index // parts], (rows, *grid.latents.shape[1:]))
         noise = jax.random.normal(jax.random.fold_in(grid.key, index), latents.shape)
         times = grid.times[index % parts]
-        context = jnp.broadcast_to(grid.context, (rows, *grid.context.shape[1:]))
-        unet = merged(program, params, counts, frozen)
-        prediction = unet(schedule.noisy(latents, noise, times), times, context)
+        prediction = model.unet(schedule.noisy(latents, noise, times), times, context)
         prediction = prediction.astype(jnp.float32)
         loss = denoising_loss(lambda *_: prediction, schedule, latents, context, noise, times)
         return loss, prediction
