@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Inexact, Int, Key
 
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.estimate import probed_error
+from nyscaled.lowrank.growing import PROBES, WIDTH, Growing, placed, with_fresh, with_room
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.products import (
-    Products,
+    compiled,
     products_of,
     random_block,
     random_scale,
@@ -25,17 +24,6 @@ from nyscaled.lowrank.result import LowRank
 from nyscaled.lowrank.truncate import is_enough, smallest_rank, truncate
 from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import LinearMap, Scalar
-
-WIDTH = 16  # columns of a block: fewer make no product faster, more find a larger rank than needed
-PROBES = 16
-
-
-class _Basis(NamedTuple):
-    """A projection whose arrays have room for more columns, which are zero until then."""
-
-    left: Inexact[Array, "m capacity"]
-    core: Inexact[Array, "capacity capacity"]
-    right: Inexact[Array, "n capacity"]
 
 
 def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_rank: int) -> LowRank:
@@ -50,7 +38,7 @@ def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_ran
     transposed = a.shape[0] < a.shape[1]  # the random block belongs to the shorter side
     m, n = max(a.shape), min(a.shape)
     dtype = working_dtype(a)
-    products = products_of(a) if isinstance(a, HostMatrix) else _compiled(a)
+    products = products_of(a) if isinstance(a, HostMatrix) else compiled(a)
     if transposed:
         products = products.adjoint
     block_key, probe_key, *keys = jax.random.split(key, 2 + -(-n // WIDTH))
@@ -63,7 +51,7 @@ def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_ran
     while True:
         width = images.shape[1]
         if basis is not None:
-            basis = _with_room(basis, min(n, count + width))
+            basis = with_room(basis, min(n, count + width))
         block = extend(None if basis is None else basis.left, images)
         basis = _with_block(
             basis, block, products.adjoint_times(block), keys[count // WIDTH], count
@@ -90,70 +78,31 @@ def adaptive(a: LinearMap | HostMatrix, key: Key[Array, ""], tol: float, max_ran
     return result.adjoint if transposed else result
 
 
-def _compiled(a: LinearMap) -> Products:
-    return Products(functools.partial(_times, a), functools.partial(_adjoint_times, a))
-
-
-@jax.jit
-@full_precision
-def _times(a: LinearMap, x: Inexact[Array, "n k"]) -> Inexact[Array, "m k"]:
-    return products_of(a).times(x)
-
-
-@jax.jit
-@full_precision
-def _adjoint_times(a: LinearMap, y: Inexact[Array, "m k"]) -> Inexact[Array, "n k"]:
-    return products_of(a).adjoint_times(y)
-
-
-def _with_room(basis: _Basis, count: int) -> _Basis:
-    """The basis with room for this many columns; capacities double, so few shapes are compiled."""
-    capacity = basis.core.shape[0]
-    if count <= capacity:
-        return basis
-    more = max(count, 2 * capacity) - capacity
-    columns, square = ((0, 0), (0, more)), ((0, more), (0, more))
-    return _Basis(*map(jnp.pad, basis, (columns, square, columns)))
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 @full_precision
 def _with_block(
-    basis: _Basis | None,
+    basis: Growing | None,
     block: Inexact[Array, "m b"],
     image: Inexact[Array, "n b"],
     key: Key[Array, ""],
     count: Int[Array, ""] | int,
-) -> _Basis:
+) -> Growing:
     """The basis with the block Q_new from column `count` on, of which Aᴴ Q_new is known.
 
     The first block is the basis, so that on a mesh the basis is split as products with A are.
     """
     old_left, old_core, old_right = (None, None, None) if basis is None else basis
 
-    def placed(matrix: Array | None, columns: Array, axis: int = 1) -> Array:
-        if matrix is None:
-            return columns
-        return lax.dynamic_update_slice_in_dim(matrix, columns, count, axis)
-
     columns = extend(old_right, image)
-    right = placed(old_right, columns)
-    dead = jnp.all(columns == 0, axis=0)
-
-    def with_fresh(columns: Array) -> Array:
-        # The space is invariant under A: what it does not reach needs other random directions.
-        fresh = random_block(key, image.shape[0], image.shape[1], image.dtype)
-        return columns + jnp.where(dead, extend(right, fresh), 0)
-
-    columns = lax.cond(jnp.any(dead), with_fresh, lambda columns: columns, columns)
-    right = placed(old_right, columns)
-    core = placed(old_core, inner(image, right), axis=0)
-    return _Basis(placed(old_left, block), core, right)
+    columns = with_fresh(placed(old_right, columns, count), columns, key)
+    right = placed(old_right, columns, count)
+    core = placed(old_core, inner(image, right), count, axis=0)
+    return Growing(placed(old_left, block, count), core, right)
 
 
 @jax.jit
 @full_precision
-def _measure(basis: _Basis, probed: Inexact[Array, "m s"]) -> tuple[Scalar, Scalar]:
+def _measure(basis: Growing, probed: Inexact[Array, "m s"]) -> tuple[Scalar, Scalar]:
     """Estimates of ‖A − QQᴴA‖_F and ‖A‖_F."""
     error = probed_error(basis.left, probed, random_scale(basis.right.shape[0]))
     return error, norm(jnp.append(norm(basis.core), error))

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex, cast
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Key
+from jaxtyping import Array, Key
 
 from nyscaled.lowrank import by_rank, streamed
 from nyscaled.lowrank.adaptive import adaptive
+from nyscaled.lowrank.arguments import known_tolerance, largest_rank
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host import HostMatrix, as_input
 from nyscaled.lowrank.result import LowRank, Status
 from nyscaled.lowrank.streamed import StreamedMatrix
 from nyscaled.typing import LinearMap, MatrixLike, Number
-from nyscaled.validation import (
-    is_concrete,
-    require_count,
-    require_key,
-    require_rank,
-    require_scalar,
-)
+from nyscaled.validation import is_concrete, require_count, require_key, require_rank
 
 
 @with_auto_axes
@@ -110,7 +105,7 @@ def factorize(
             raise ValueError("jackknife is True and tol is given; expected a rank")
         if oversampling is not None:
             raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
-        tolerance, limit = _known_tolerance(a, tol), _limit(max_rank, a.shape)
+        tolerance, limit = known_tolerance(a, tol), largest_rank(max_rank, a.shape)
         if isinstance(a, StreamedMatrix):
             result = streamed.of_tolerance(a, key, tolerance, limit)
         else:
@@ -130,21 +125,3 @@ def _require_sound(a: LinearMap | HostMatrix, result: LowRank) -> None:
             f"A has a norm of about {size:.1e}, where {dtype} loses digits; expected at least "
             f"{limit:.1e} (multiply A by a power of two)"
         )
-
-
-def _known_tolerance(a: LinearMap | HostMatrix, tol: Number | None) -> float:
-    if not is_concrete(tol) or not (isinstance(a, HostMatrix) or is_concrete(a)):
-        raise ValueError(
-            "A or tol is traced; expected a rank under jit, vmap and grad, where the shapes of "
-            "results must be known"
-        )
-    if callable(tol) or np.ndim(cast(ArrayLike, tol)) != 0:
-        raise ValueError(f"tol is {tol!r}; expected a number in (0, 1]")
-    require_scalar("tol", tol, 0, 1, open_low=True)
-    return float(cast(float, tol))
-
-
-def _limit(max_rank: SupportsIndex | None, shape: tuple[int, ...]) -> int:
-    if max_rank is None:
-        return min(shape)
-    return require_rank(max_rank, shape, "max_rank")

@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,11 @@ class _Block(NamedTuple):
 
 @with_auto_axes
 def pivoted_cholesky(
-    a: MatrixLike, rank: int, *, key: Key[Array, ""] | None = None, tol: Number = 0.0
+    a: MatrixLike,
+    rank: SupportsIndex,
+    *,
+    key: Key[Array, ""] | None = None,
+    tol: Number = 0.0,
 ) -> PivotedCholesky:
     """Return a partial Cholesky factor of a kernel matrix, with random pivots.
 

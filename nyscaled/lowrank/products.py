@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from jaxtyping import Array, Inexact, Key
 
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.matrices import transpose_times
+from nyscaled.numerics import full_precision
 from nyscaled.typing import LinearMap
 
 
@@ -47,6 +49,23 @@ def products_of(a: LinearMap | HostMatrix) -> Products:
         # Without a conjugated copy of A.
         return Products(lambda x: wide @ x, lambda y: transpose_times(wide, y.conj()).conj())
     return Products(lambda x: wide @ x, lambda y: transpose_times(wide, y))
+
+
+def compiled(a: LinearMap) -> Products:
+    """Return the products as programs of their own, which matrices of one shape share."""
+    return Products(functools.partial(_times, a), functools.partial(_adjoint_times, a))
+
+
+@jax.jit
+@full_precision
+def _times(a: LinearMap, x: Inexact[Array, "n k"]) -> Inexact[Array, "m k"]:
+    return products_of(a).times(x)
+
+
+@jax.jit
+@full_precision
+def _adjoint_times(a: LinearMap, y: Inexact[Array, "m k"]) -> Inexact[Array, "n k"]:
+    return products_of(a).adjoint_times(y)
 
 
 def random_block(

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import functools
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact, Key
+from jaxtyping import Array, Key
 
 from nyscaled import validation
 from nyscaled.lapack import inverse_cholesky, inverse_upper
-from nyscaled.linalg import KernelMatrix, default_rcond
+from nyscaled.linalg import KernelMatrix
 from nyscaled.lowrank import leave_one_out
+from nyscaled.lowrank.arguments import known_tolerance, largest_rank
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host_arrays import HOST_DTYPES
 from nyscaled.lowrank.jacobi import eigh_of_positive
-from nyscaled.lowrank.orthogonal import adjoint, extend, inner
+from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
+from nyscaled.lowrank.psd_adaptive import of_tolerance
+from nyscaled.lowrank.psd_compression import compress, truncate
 from nyscaled.lowrank.psd_result import PSDApproximation
 from nyscaled.lowrank.result import Status, with_fixed_signs
 from nyscaled.matrices import as_matrix
-from nyscaled.numerics import full_precision, norm, normalized, shift
-from nyscaled.typing import LinearMap, MatrixLike
+from nyscaled.numerics import full_precision, normalized, shift
+from nyscaled.typing import LinearMap, MatrixLike, Number
 
 
 @with_auto_axes
 def nystrom(
     a: MatrixLike,
-    rank: int,
+    rank: SupportsIndex | None = None,
     *,
+    tol: Number | None = None,
     key: Key[Array, ""] | None = None,
-    oversampling: int = 10,
+    oversampling: int | None = None,
     passes: int = 3,
+    max_rank: SupportsIndex | None = None,
     jackknife: bool = False,
 ) -> PSDApproximation:
     """Return the leading eigenvectors and eigenvalues of a positive semidefinite A.
@@ -48,24 +54,34 @@ def nystrom(
     estimate below 0.9 times the error. With one pass up to 15 % were below 0.9 times the error, and
     up to 1.3 % below half of it. An estimate below about 50·√m·eps·‖A‖_F is rounding.
 
+    With `tol` the Krylov space grows by 16 columns with each product, until the estimated error is
+    at most tol·‖A‖_F. Then the smallest rank that meets it is kept. The estimate comes from 16
+    more columns of the first product, and the mean of its square is that of the error of the
+    space. It is below half the error with a probability of at most 0.2 %. Tolerances down to about
+    (64 + √m)·eps can be met; below that the status is `EXACT`, or all of A is decomposed.
+
     Of a `linalg.KernelMatrix` the approximation is FFᵀ for the F of `lowrank.pivoted_cholesky`,
     which reads (rank + 1)·m entries. No products with A are made, and no options are used. The
     error estimate is then the trace of A − FFᵀ, which is known to rounding.
 
     Args:
         a: A (m, m), symmetric or Hermitian, positive semidefinite, in any form that problems take.
-        rank: how many eigenpairs, 1 ≤ r ≤ m.
+        rank: how many eigenpairs, 1 ≤ r ≤ m; or give `tol`.
+        tol: a bound of ‖A − U diag(λ) Uᴴ‖_F / ‖A‖_F, in Frobenius norms, in (0, 1].
         key: PRNG key of Ω; `jax.random.key(0)` by default.
-        oversampling: how many more columns than `rank` Ω has. If the Krylov space would have m or
-            more dimensions, Ω has m columns, and one pass is made.
-        passes: how many products with A are made, each with `rank + oversampling` columns.
+        oversampling: how many more columns than `rank` Ω has, for a given rank; 10 by default. If
+            the Krylov space would have m or more dimensions, Ω has m columns, and one pass is made.
+        passes: how many products with A are made for a given rank, each with `rank + oversampling`
+            columns.
+        max_rank: with `tol`, the largest rank that is allowed; m by default.
         jackknife: whether to estimate how far the eigenvectors would move under another key, which
-            takes an eigendecomposition per column of Ω.
+            takes an eigendecomposition per column of Ω (with `rank` only).
 
     Raises:
-        ValueError: if the rank, the oversampling or the passes are out of range; if A is not
-            square, Hermitian, finite and non-zero; or if its compression to the Krylov space has an
-            eigenvalue that is negative beyond rounding (values are checked outside of jit).
+        ValueError: if not exactly one of `rank` and `tol` is given, or an option is out of range;
+            if A is not square, Hermitian, finite and non-zero; or if its compression to the Krylov
+            space has an eigenvalue that is negative beyond rounding (values are checked outside of
+            jit).
 
     References:
         Tropp, Yurtsever, Udell and Cevher, Fixed-rank approximation of a positive-semidefinite
@@ -83,9 +99,18 @@ def nystrom(
         >>> error = jnp.linalg.norm(a - psd.factor @ psd.factor.T)
         >>> bool(0.9 < psd.error_estimate / error < 1.5)
         True
+        >>> nys.nystrom(a, tol=0.1).eigenvalues.shape
+        (4,)
     """
     key = jax.random.key(0) if key is None else validation.require_key("key", key)
+    if (rank is None) == (tol is None):
+        raise ValueError(f"rank is {rank} and tol is {tol}; expected exactly one of them")
     if isinstance(a, KernelMatrix):
+        if rank is None:
+            raise ValueError(
+                f"tol is {tol} for a KernelMatrix; expected a rank (lowrank.pivoted_cholesky "
+                "takes both)"
+            )
         if jackknife:
             raise ValueError("jackknife is True; expected False for a KernelMatrix")
         result = _of_kernel(pivoted_cholesky(a, rank, key=key))
@@ -98,13 +123,25 @@ def nystrom(
         raise ValueError(
             f"A has shape {(m, n)}; expected a square matrix (nys.factorize takes any)"
         )
-    rank = validation.require_rank(rank, a.shape)
-    columns = rank + validation.require_count("oversampling", oversampling)
-    passes = validation.require_count("passes", passes, low=1)
-    validation.require_sound_matrix("A", a, symmetric=True)
-    if columns * passes >= m:
-        columns, passes = m, 1
-    result = _approximation(a, key, rank, columns, passes, jackknife)
+    if rank is not None:
+        if max_rank is not None:
+            raise ValueError(f"max_rank is {max_rank} and rank is {rank}; expected max_rank=None")
+        rank = validation.require_rank(rank, a.shape)
+        oversampling = 10 if oversampling is None else oversampling
+        columns = rank + validation.require_count("oversampling", oversampling)
+        passes = validation.require_count("passes", passes, low=1)
+        validation.require_sound_matrix("A", a, symmetric=True)
+        if columns * passes >= m:
+            columns, passes = m, 1
+        result = _approximation(a, key, rank, columns, passes, jackknife)
+    else:
+        if jackknife:
+            raise ValueError("jackknife is True and tol is given; expected a rank")
+        if oversampling is not None:
+            raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
+        tolerance, limit = known_tolerance(a, tol), largest_rank(max_rank, a.shape)
+        validation.require_sound_matrix("A", a, symmetric=True)
+        result = of_tolerance(a, key, tolerance, limit)
     if validation.is_concrete(result) and int(result.status) == int(Status.INDEFINITE):
         raise ValueError(
             "A is not positive semidefinite: its compression to a subspace has an eigenvalue that "
@@ -118,75 +155,22 @@ def nystrom(
 def _approximation(
     a: LinearMap, key: Key[Array, ""], rank: int, columns: int, passes: int, jackknife: bool
 ) -> PSDApproximation:
-    m = a.shape[0]
-    omega = jax.random.normal(key, (m, columns), a.dtype)
+    omega = jax.random.normal(key, (a.shape[0], columns), a.dtype)
     basis = extend(None, omega)
     image, e = normalized(a @ basis)
-
-    def product(block: Inexact[Array, "m s"]) -> Inexact[Array, "m s"]:
-        return shift(a @ block, -e)
-
     start = inner(basis, omega)
     for _ in range(1, passes):
         block = extend(basis, image[:, -columns:])
         basis = jnp.concatenate([basis, block], axis=1)
-        image = jnp.concatenate([image, product(block)], axis=1)
-    # Â of A + νI, less νI: rounding of the compression is at most ν.
-    gram = inner(basis, image)
-    gram = (gram + adjoint(gram)) / 2
-    nu = default_rcond(m, gram.dtype) * norm(gram)
-    nu = jnp.where(nu == 0, 1, nu)
-    gram = gram + nu * jnp.eye(len(gram), dtype=gram.dtype)
+        image = jnp.concatenate([image, shift(a @ block, -e)], axis=1)
+    compression = compress(basis, image)
+    gram, nu = compression.gram, compression.ridge
     image = image + nu * basis
-    root = inverse_cholesky(gram)
-    factor = image @ root
-    square = inner(factor, factor)
-    rising, turn = eigh_of_positive(square)
-    values, turn = rising[::-1], turn[:, ::-1]
-    live = values[:rank] > 2 * nu
-    eigenvalues = jnp.where(live, values[:rank] - nu, 0)
-    vectors = _signed(jnp.where(live, extend(None, factor @ turn[:, :rank]), 0))
-
     parts = leave_one_out.replicates(gram, start, nu)
-    estimate = _with_cut(
-        leave_one_out.error(parts, image),
-        jnp.maximum(values[rank:] - nu, 0),
-        adjoint(turn[:, rank:]) @ (square - _squared(gram @ root)) @ turn[:, rank:],
-    )
+    error = leave_one_out.error(parts, image)
     square = inner(image, image)
     deviations = leave_one_out.deviations(parts, square, rank) if jackknife else None
-    finite = jnp.all(jnp.isfinite(gram))
-    bad = jnp.where(finite, int(Status.INDEFINITE), int(Status.NON_FINITE))
-    known = jnp.all(jnp.isfinite(root))
-    return PSDApproximation(
-        vectors=vectors,
-        eigenvalues=shift(eigenvalues, e),
-        error_estimate=shift(estimate, e),
-        numerical_rank=jnp.sum(live),
-        passes=jnp.asarray(passes),
-        status=jnp.where(known, int(Status.RANK_REACHED), bad),
-        deviations=deviations,
-    )
-
-
-def _signed(vectors: Inexact[Array, "m r"]) -> Inexact[Array, "m r"]:
-    """The vectors, of which the largest entry is made positive."""
-    return with_fixed_signs(vectors, vectors)[0]
-
-
-def _squared(x: Inexact[Array, "m k"]) -> Inexact[Array, "k k"]:
-    return adjoint(x) @ x
-
-
-def _with_cut(
-    error: Float[Array, ""], cut: Float[Array, " c"], outside: Inexact[Array, "c c"]
-) -> Float[Array, ""]:
-    """‖A − Â + T‖_F for the part T of Â that is cut off, from the norm of A − Â.
-
-    Both are positive semidefinite and A − Â vanishes on range(Q), so that their inner product is
-    at most ‖A − Â‖ times the norm of the part of T that is outside of range(Q).
-    """
-    return jnp.sqrt(error**2 + jnp.sum(cut**2) + 2 * error * norm(outside))
+    return truncate(compression, error, rank, passes, Status.RANK_REACHED, e, deviations)
 
 
 @jax.jit
@@ -214,8 +198,9 @@ def _of_kernel(cholesky: PivotedCholesky) -> PSDApproximation:
     order = jnp.arange(rank)[::-1]
     eigenvalues = shift(jnp.where(live, jnp.maximum(rising[order], 0), 0), 2 * e)
     finite = jnp.all(jnp.isfinite(eigenvalues))
+    vectors = jnp.where(live, basis @ (second @ turn[:, order]), 0)
     return PSDApproximation(
-        vectors=_signed(jnp.where(live, basis @ (second @ turn[:, order]), 0)),
+        vectors=with_fixed_signs(vectors, vectors)[0],
         eigenvalues=eigenvalues,
         error_estimate=jnp.sum(cholesky.residual),
         numerical_rank=cholesky.numerical_rank,

@@ -45,3 +45,12 @@ def test_the_preconditioner_reaches_the_digits_of_float64():
     inverse = nys.lowrank.nystrom_preconditioner(nys.nystrom(a, 80), 1e-8)
     x, _ = jax.scipy.sparse.linalg.cg(shifted, b, tol=1e-12, maxiter=20, M=inverse)
     assert jnp.linalg.norm(shifted(x) - b) < 1e-11 * jnp.linalg.norm(b)
+
+
+def test_a_tolerance_beyond_the_digits_of_float32():
+    values = 0.5 ** np.arange(60)
+    a, _ = nys.spectra.psd(KEY, 60, values)
+    psd = nys.nystrom(a, tol=1e-10)
+    error = np.linalg.norm(a - psd.factor @ psd.factor.T) / np.linalg.norm(values)
+    assert error < 1e-10
+    assert len(psd.eigenvalues) < 40
