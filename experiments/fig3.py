@@ -26,11 +26,13 @@ import numpy as np
 from experiments.lib.config import command_line
 from experiments.lib.curves import Curve
 from experiments.lib.files import read_arrays
+from experiments.lib.paired_study import OutOfTimeError, start_of
 from experiments.lib.record import save
 from experiments.lib.subject_methods import METHODS
-from experiments.lib.subject_runs import Job, Models, models, samples
+from experiments.lib.subject_runs import Job, Models, models
+from experiments.lib.subject_samples import samples
 from experiments.lib.subject_study import Config as Study3Config
-from experiments.lib.subject_study import OutOfTimeError, Study, start_of
+from experiments.lib.subject_study import Study
 from experiments.table3 import quickened, study_of
 
 TERMS = {

@@ -48,22 +48,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 
 from experiments.lib import comparison
 from experiments.lib.config import command_line
-from experiments.lib.curves import Curve
 from experiments.lib.files import write_atomically
 from experiments.lib.record import save
-from experiments.lib.style import COLOURS, MARKERS
+from experiments.lib.stable_ranks import kernels, quartiles
 from experiments.lib.subject_base import Setting, base_of, random_models
+from experiments.lib.subject_figure import curves_of, draw, tuned
 from experiments.lib.subject_images import DATA, Split
 from experiments.lib.subject_methods import (
     AT_PAPER_RATE,
@@ -72,16 +70,16 @@ from experiments.lib.subject_methods import (
     ENDPOINTS,
     METHODS,
     PAIRS,
-    RATES,
     ROWS,
 )
 from experiments.lib.subject_runs import TARGETS
 from experiments.lib.subject_sources import Real, Small, Source
-from experiments.lib.subject_study import BLOCK, TUNING_SEED, Config, Study
-from experiments.lib.tuning import Point
+from experiments.lib.subject_study import Config, Study
 
 __all__ = ["Config", "Study", "main", "quickened", "study_of"]
 
+TUNING = "images to train on,\nby learning rate, subjects for tuning"
+"""Title of the errors of tuning."""
 TUNING_FOLDERS = 2
 """With --model: subjects for tuning."""
 
@@ -137,34 +135,8 @@ def spectra(unet: nnx.Module, setting: Setting) -> dict[str, dict[str, float]]:
         unet: the base.
         setting: how it was made.
     """
-
-    def quartiles(model: nnx.Module) -> dict[str, float]:
-        ranks: list[float] = []
-        for path, layer in nnx.iter_modules(model):
-            if re.fullmatch(TARGETS, ".".join(map(str, path))):
-                kernel = np.asarray(getattr(layer, "kernel")[...], np.float64)  # noqa: B009
-                values = np.linalg.svd(kernel, compute_uv=False)
-                ranks.append(float((values**2).sum() / values[0] ** 2))
-        values = np.quantile(ranks, (0.25, 0.5, 0.75)).tolist()
-        return dict(zip(("lower", "median", "upper"), values, strict=True))
-
-    return {"trained": quartiles(unet), "random": quartiles(random_models(setting)[0])}
-
-
-def tuned(study: Study) -> dict[str, Curve]:
-    """Return the mean error over the tuning subjects by learning rate, at the first number."""
-    curves: dict[str, Curve] = {}
-    for label, row in study.rows.items():
-        points: dict[float, list[float]] = {}
-        for line in study.journal.lines.values():
-            point = Point(line["rate"], row.first)
-            own = study.identity(label, point, line["subject"], TUNING_SEED)
-            if own.items() <= line.items():
-                points.setdefault(line["rate"], []).append(line["instance"])
-        rates = sorted(rate for rate in points if rate in RATES)
-        if rates:
-            curves[label] = Curve(rates, [float(np.mean(points[rate])) for rate in rates])
-    return curves
+    models = {"trained": unet, "random": random_models(setting)[0]}
+    return {name: quartiles(kernels(model, TARGETS)) for name, model in models.items()}
 
 
 def summarize(study: Study, notes: dict[str, Any]) -> None:
@@ -206,13 +178,13 @@ def summarize(study: Study, notes: dict[str, Any]) -> None:
         for e in ENDPOINTS
         if f"{e.field}_before" in next(iter(runs[BASE].values()))
     }
-    curves = curves_of(runs) | {"tuning": tuned(study)}
+    curves = curves_of(runs, ENDPOINTS) | {"tuning": tuned(study)}
     own_steps = {"setting": study.setting, "steps": study.config.steps}
     lines = [x for x in study.journal.lines.values() if own_steps.items() <= x.items()]
     save(
         out,
         name,
-        draw(runs, results, curves),
+        draw(runs, results, curves, ENDPOINTS, TUNING),
         curves,
         study.config,
         columns=("x", "value"),
@@ -228,70 +200,6 @@ def summarize(study: Study, notes: dict[str, Any]) -> None:
         seconds_of_a_run=float(np.median([line["seconds"] for line in lines])),
         **notes,
     )
-
-
-def curves_of(runs: comparison.Runs) -> dict[str, dict[str, Curve]]:
-    """Return what the record of the picture holds.
-
-    Args:
-        runs: means over seeds by row and subject.
-    """
-    curves = {
-        e.title: {
-            label: Curve(sorted(lines), [lines[s][e.field] for s in sorted(lines)])
-            for label, lines in runs.items()
-        }
-        for e in ENDPOINTS
-    }
-    curves["loss"] = {}
-    for label, lines in runs.items():
-        losses = np.mean([line["losses"] for line in lines.values()], axis=0)
-        curves["loss"][label] = Curve(BLOCK * np.arange(1, len(losses) + 1), losses)
-    return curves
-
-
-def draw(runs: comparison.Runs, results: Any, curves: dict[str, dict[str, Curve]]) -> Any:
-    """Draw differences to LoRA with their intervals, errors by learning rate, and losses.
-
-    Args:
-        runs: means over seeds by row and subject.
-        results: what `comparison.compare` gave, by field.
-        curves: what the record holds.
-    """
-    labels = [label for label in runs if label in ROWS and label != BASE]
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
-    for panel, axis, endpoint in zip("ab", axes, ENDPOINTS[:2], strict=False):
-        found = results[endpoint.field]
-        for i, label in enumerate(labels):
-            result = found.get(f"{label} − {BASE}")
-            if result is None or "diverged" in result:
-                continue
-            subjects = comparison.common(runs, label, BASE)
-            one, other = (
-                comparison.values(runs, endpoint.field, name, subjects) for name in (label, BASE)
-            )
-            axis.plot(1e3 * (one - other), np.full(len(subjects), i), ".", color="0.6", ms=4)
-            axis.plot((1e3 * result["low"], 1e3 * result["high"]), (i, i), color=COLOURS[0])
-            axis.plot(1e3 * result["mean"], i, MARKERS[0], color=COLOURS[0])
-        margin = next((r["margin"] for r in found.values() if r["margin"] is not None), 0.0)
-        axis.axvspan(-1e3 * margin, 1e3 * margin, color="0.9", zorder=0)
-        axis.axvline(0, color="0.3", lw=0.8)
-        axis.set(title=f"({panel}) {endpoint.title},\ndifference to {BASE}")
-        axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.set_yticks(range(len(labels)), labels if panel == "a" else [""] * len(labels))
-        axis.set_xlabel("difference · 10³; shaded: 2 %")
-    for axis, key, title in (
-        (axes[2], "tuning", "(c) images to train on,\nby learning rate, subjects for tuning"),
-        (axes[3], "loss", f"(d) loss of {BLOCK} steps,\nat the chosen learning rate"),
-    ):
-        drawn = {label: curve for label, curve in curves[key].items() if label in ROWS}
-        for i, (label, curve) in enumerate(drawn.items()):
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            axis.plot(*curve, "-" if i < len(COLOURS) else "--", label=label, **style)
-        axis.set(title=title, xlabel="learning rate" if key == "tuning" else "step")
-    axes[2].set(xscale="log", ylabel="mean squared error")
-    axes[3].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
 
 
 def main(config: Config) -> None:

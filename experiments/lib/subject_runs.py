@@ -102,35 +102,44 @@ class Models(NamedTuple):
     frozen: Any
 
 
-def models(unet: UNet, jobs: Sequence[Job]) -> Models:
+def models(
+    unet: nnx.Module, jobs: Sequence[Job], targets: str = TARGETS, *, alike: bool = False
+) -> Models:
     """Return the models of runs with one method.
 
     Args:
         unet: the base without adapters.
         jobs: the runs.
+        targets: pattern of the layers that get adapters.
+        alike: whether starts of zeros are subtracted where a method subtracts none, so that all
+            methods share a program.
     """
     starts: dict[tuple[float | None, int], Any] = {}
     for job in jobs:
         if (job.number, job.start) not in starts:
-            starts[job.number, job.start] = _start(unet, job)
+            starts[job.number, job.start] = _start(unet, job, targets, alike)
     split = [starts[job.number, job.start] for job in jobs]
     stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
     params, kept = (stack(*(parts[i] for parts in split)) for i in (1, 2))
     return Models(split[0][0], params, kept, split[0][3])
 
 
-def _start(unet: UNet, job: Job) -> Any:
+def _start(unet: nnx.Module, job: Job, targets: str, alike: bool) -> Any:
     model = nnx.clone(unet)
     method = nys.finetune.method(job.row.method)
     options: dict[str, Any] = dict(job.row.options)
     if job.row.number is not None and job.row.number in method.options:
         options[job.row.number] = job.number
     key = jax.random.key(job.start)
-    method.prepare(model, rank=RANK, alpha=RANK, targets=TARGETS, key=key, **options)
+    method.prepare(model, rank=RANK, alpha=RANK, targets=targets, key=key, **options)
     if job.row.start in ("gaussian", "rotated"):
         restart(model, job.row.start, job.start)  # pyright: ignore[reportArgumentType]
     for adapter in adapters(model).values():  # so that starts share a program
         adapter.init = ("", ())
+        if alike and adapter.start is None:
+            factors = {"a": adapter.lora_a[...], "b": adapter.lora_b[...]}
+            zeros = {side: AdapterState(jnp.zeros_like(x)) for side, x in factors.items()}
+            adapter.start = nnx.Dict(zeros)
     return nnx.split(model, nnx.LoRAParam, AdapterState, ...)
 
 
@@ -308,41 +317,3 @@ def _errors(
         return jnp.mean(jax.lax.map(at_time, (noise[:, None], grid[:, None])), axis=0)
 
     return jnp.mean(jax.lax.map(of_image, jnp.arange(part.mean.shape[1])), axis=0)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "schedule", "steps"))
-def samples(
-    params: Any,
-    kept: Any,
-    frozen: Any,
-    context: Any,
-    empty: Any,
-    noise: Any,
-    guidance: Any,
-    graphdef: Any,
-    schedule: Schedule,
-    steps: int,
-) -> Any:
-    """Return latents that a model with adapters makes of noise, by DDIM with guidance.
-
-    Args:
-        params: factors of one run.
-        kept: what else its adapters hold.
-        frozen: the base.
-        context: what the U-Net reads of the prompt, (1, length, features).
-        empty: what it reads of the empty prompt.
-        noise: (images, height, width, channels).
-        guidance: factor of the difference between the predictions for both.
-        graphdef: structure of the U-Net with adapters.
-        schedule: the noise of the base.
-        steps: number of steps.
-    """
-    unet = nnx.merge(graphdef, params, kept, frozen)
-    text = jnp.repeat(jnp.concatenate([empty, context]), len(noise), 0)
-
-    def predict(latents: Any, time: Any) -> Any:
-        both = unet(jnp.concatenate([latents, latents]), time, text)
-        without, prompted = jnp.split(both, 2)
-        return without + guidance * (prompted - without)
-
-    return nys.diffusion.sample(predict, schedule, noise, steps=steps, sampler="ddim")
