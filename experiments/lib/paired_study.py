@@ -37,7 +37,7 @@ class RunsConfig(BaseConfig):
     runs: int = 8
     """Runs in one program."""
     rows: tuple[str, ...] = ()
-    """Rows of the table whose missing runs are made; none for all."""
+    """Rows of the table whose missing runs are made, in this order; none for all."""
     minutes: float = math.inf
     """No runs are started after this time."""
 
@@ -159,7 +159,7 @@ class PairedStudy(abc.ABC):
 
     def everything(self) -> bool:
         """Make the runs that are missing; return whether all are there."""
-        labels = [x for x in self.rows if not self.options.rows or x in self.options.rows]
+        labels = [x for x in self.options.rows or self.rows if x in self.rows]
         test = self.split.test
         seeds = [self.options.seed + i for i in range(self.options.seeds)]
         complete = True
