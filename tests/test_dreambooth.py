@@ -19,6 +19,7 @@ from PIL import Image
 import nyscaled as nys
 from nyscaled.cli import main
 from nyscaled.finetune import loop, progress
+from nyscaled.finetune.dreambooth.config import as_options
 from nyscaled.finetune.dreambooth.images import read
 from nyscaled.finetune.dreambooth.step import train_step
 
@@ -293,6 +294,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
         nys.finetune.dreambooth.run(config)
     saved = [int(path.name) for path in (config.out / loop.CHECKPOINTS).iterdir()]
     assert saved == [lines(config.out)[-1]["step"]]
+
+
+def test_a_sweep(root, tmp_path, capsys):
+    """Its runs are compared by the loss at fixed times, and one may diverge."""
+    short = {"steps": 3, "clip": None}
+    config = settings(root, out=tmp_path / "out", sweep="learning_rate=1e38,1e-2,1e-3", **short)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(as_options(config)))
+    assert main(["finetune", "--config", str(path)]) == 0
+    said = capsys.readouterr().out
+    table = json.loads((config.out / "sweep.json").read_text())
+    assert (table["best"], table["compared"]) == ("learning_rate=0.01", "loss at fixed times")
+    losses = [run["loss"] for run in table["runs"]]
+    assert losses[0] is None
+    assert f"learning_rate 0.01: loss at fixed times {losses[1]:.4f} (best)" in said
+    run = settings(root, out=tmp_path / "alone", learning_rate=1e-2, **short)
+    assert nys.finetune.dreambooth.run(run).loss == losses[1] < losses[2]
+    assert (config.out / "sweep.png").exists()
+    # Finished runs are kept, if they saw the same images.
+    more = dataclasses.replace(config, sweep="learning_rate=1e-2,1e-3", resume=True)
+    assert [run.loss for run in nys.finetune.sweep(more).runs] == losses[1:]
+    record = config.out / "learning_rate=0.001" / "run.json"
+    record.write_text(record.read_text().replace("dog1.png", "cat.png"))
+    with pytest.raises(ValueError, match=r"files in images .*: cat.png is new, dog1.png is missin"):
+        nys.finetune.sweep(more)
+    assert main(["finetune", "--config", str(path), "--dry-run"]) == 0
+    assert "the sweep has 3 runs, of which this is the first" in capsys.readouterr().out
 
 
 def test_a_base_that_is_not_finite_is_refused(root, tmp_path):

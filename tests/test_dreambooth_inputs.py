@@ -208,6 +208,8 @@ def test_images_that_cannot_be_read_are_refused(root, tmp_path, monkeypatch):
         ({"steps": 0}, "steps is 0; expected an integer ≥ 1"),
         ({"rank": 7}, "rank is 7; expected 1 ≤ rank ≤ 6"),
         ({"targets": r"conv_in"}, "matches only conv_in, a Conv"),
+        ({"sweep": "rank=2,4"}, "sweep is 'rank=2,4'; expected None .nys.finetune.sweep has it"),
+        ({"train_text_encoder": True, "rank": 6, "targets": "conv_in"}, "matches only conv_in, a"),
         ({"dry_run": True}, "dry_run is True; expected False .nys.finetune.dreambooth.preview"),
         ({"model": str(FOLDER / "absent")}, "absent is not a folder; expected one with model_inde"),
         ({"model": str(FOLDER / "bk")}, "model_index.json"),
@@ -217,6 +219,29 @@ def test_what_is_refused_leaves_the_folder_to_a_mended_command(root, options, me
     with pytest.raises(ValueError, match=message):
         nys.finetune.dreambooth.run(settings(root, out=tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("dropout=0.1", "expected one setting or two, .* of learning_rate, method, rank, alpha"),
+        ("train_text_encoder=True", "expected one setting or two"),
+        ("rank=1.5", "sweep has rank='1.5'; expected int values"),
+        ("rank=0,4", "rank is 0; expected an integer ≥ 1"),
+        ("method=nora,prefix", "method is 'prefix'; expected one of lora"),
+        ("scale=0.1,auto,x", "sweep has scale='x'; expected float values"),
+    ],
+)
+def test_sweeps_that_are_refused(root, sweep, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.sweep(settings(root, out=tmp_path / "out", sweep=sweep))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "nan"])
+def test_a_flag_has_no_value(root, value, capsys):
+    assert main([*words(settings(root)), "--train-text-encoder", value, "--dry-run"]) != 0
+    assert value in capsys.readouterr().err
 
 
 def test_the_folder_of_a_run_is_not_in_that_of_its_images(root):

@@ -29,12 +29,12 @@ def test_a_run_for_each_value(tmp_path, monkeypatch, capsys):
     config = settings(tmp_path, sweep="learning_rate=1e-3,1e38", **common)
     done = nys.finetune.sweep(config)
     fine, broken = done.runs
-    assert (done.best, broken.validation_loss) == (fine, None)
+    assert (done.best, broken.loss) == (fine, None)
     assert "is not finite" in broken.error or "loss is" in broken.error
     table = json.loads((config.out / "sweep.json").read_text())
     assert table["best"] == "learning_rate=0.001"
     alone = settings(tmp_path, out=tmp_path / "alone", **common, learning_rate=1e-3)
-    assert fine.validation_loss == nys.finetune.run(alone).validation_loss
+    assert fine.loss == nys.finetune.run(alone).validation_loss
     assert "learning_rate 0.001: validation loss" in str(done)
     assert (config.out / "sweep.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="has a sweep; expected --resume"):
@@ -45,7 +45,7 @@ def test_a_run_for_each_value(tmp_path, monkeypatch, capsys):
     path.write_text(yaml.safe_dump(launch.as_options(more)))
     assert main(["finetune", "--config", str(path)]) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first.startswith(f"learning_rate 0.001: validation loss {fine.validation_loss:.4f}")
+    assert first.startswith(f"learning_rate 0.001: validation loss {fine.loss:.4f}")
     assert second.startswith("learning_rate 0.003: validation loss")
     assert made == [("learning_rate=0.001", True), ("learning_rate=0.003", False)]
 

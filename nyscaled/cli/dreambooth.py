@@ -10,16 +10,16 @@ examples:
   nyscaled finetune --config runs/dog/config.yaml --resume
   nyscaled finetune --config runs/dog/config.yaml --out runs/2 --class-prompt "a photo of a dog"
   nyscaled finetune --config runs/dog/config.yaml --out runs/3 --dry-run
+  nyscaled finetune --config runs/dog/config.yaml --out sweep --sweep learning_rate=1e-4,3e-4,1e-3
 """
 
 from __future__ import annotations
 
-from nyscaled.cli.finetune import interrupted, keep_programs
+from nyscaled.cli.finetune import made
 from nyscaled.finetune import dreambooth
 from nyscaled.finetune.dreambooth import Config as Config
 from nyscaled.finetune.dreambooth import Result
 from nyscaled.finetune.dreambooth.step import LOSS
-from nyscaled.finetune.loop import Stopped
 
 
 def run(config: Config) -> int:
@@ -32,16 +32,7 @@ def run(config: Config) -> int:
         ValueError: on settings, images and models that do not go together.
         OSError: if a file cannot be read or written.
     """
-    keep_programs()
-    if config.dry_run:
-        for line in dreambooth.preview(config):
-            print(line, flush=True)
-        return 0
-    try:
-        print(_line(dreambooth.run(config)))
-    except Stopped as stopped:
-        return interrupted(stopped)
-    return 0
+    return made(config, dreambooth.preview, lambda config: _line(dreambooth.run(config)))
 
 
 def _line(result: Result) -> str:

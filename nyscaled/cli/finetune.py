@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -29,7 +30,7 @@ from nyscaled.finetune.launch import Result
 from nyscaled.finetune.launch import run as fine_tune
 from nyscaled.finetune.loop import Stopped
 from nyscaled.finetune.preview import preview
-from nyscaled.finetune.sweeping import configs, sweep
+from nyscaled.finetune.sweeping import S, configs, sweep
 
 INTERRUPTED = 130
 
@@ -44,7 +45,22 @@ def run(config: Config) -> int:
         ValueError: on settings, data and models that do not go together.
         OSError: if a file cannot be read or written.
     """
-    keep_programs()
+    return made(config, preview, lambda config: _line(fine_tune(config)))
+
+
+def made(config: S, preview: Callable[[S], Iterator[str]], run: Callable[[S], str]) -> int:
+    """Make a run or a sweep, or say what it will do; return the status of the program.
+
+    Args:
+        config: the settings.
+        preview: yields what a run will do.
+        run: makes a run, and returns what to say of it.
+
+    Raises:
+        ValueError: as `preview` and `run` do.
+        OSError: if a file cannot be read or written.
+    """
+    _keep_programs()
     if config.dry_run:
         runs = [config] if config.sweep is None else [own for _, own in configs(config)]
         for line in preview(runs[0]):
@@ -53,25 +69,21 @@ def run(config: Config) -> int:
             print(f"the sweep has {len(runs)} runs, of which this is the first")
         return 0
     try:
-        print(_line(fine_tune(config)) if config.sweep is None else sweep(config))
+        print(run(config) if config.sweep is None else sweep(config))
     except Stopped as stopped:
-        return interrupted(stopped)
+        return _interrupted(stopped)
     return 0
 
 
-def interrupted(stopped: Stopped) -> int:
-    """Say how a run goes on, and return the status of an interruption.
-
-    Args:
-        stopped: says how far it came.
-    """
+def _interrupted(stopped: Stopped) -> int:
+    """Say how a run goes on, and return the status of an interruption."""
     words = [word for word in sys.argv[1:] if word != "--resume"]
     again = shlex.join(["nyscaled", *words, "--resume"])
     print(f"{stopped}; go on with: {again}", file=sys.stderr)
     return INTERRUPTED
 
 
-def keep_programs() -> None:
+def _keep_programs() -> None:
     """Keep compiled programs on disk between runs, unless JAX was told where."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

@@ -89,6 +89,10 @@ class Plan:
         own = training.micro_batches(self.train.batch(share, rows), self.micro_batches)
         return of_processes(own)
 
+    def sources_of(self, step: int) -> list[str]:
+        """Return file and line of each example of a step."""
+        return [self.sources[i] for i in self.order.rows(step) if i != NONE]
+
     def initial(self) -> State:
         """Return the state before the first step."""
         params = jax.tree.map(jnp.copy, self.parts.params)
@@ -209,7 +213,7 @@ def _train(plan: Plan, out: Path) -> Trained:
             validates = is_last or step % plan.eval_every == 0
             saves = is_last or step % plan.checkpoint_every == 0 or asked
             if validates or saves or logs:
-                bad = _write(log, plan, pending)
+                bad = log.measured(pending, plan.rate, plan.sources_of, plan.config.dtype)
                 pending.clear()
                 if bad is not None:
                     # The state is that before the bad step.
@@ -266,33 +270,3 @@ def _compare_loss(plan: Plan, bests: Checkpoints, params: Tree, out: Path) -> st
 def _is_stopped(plan: Plan, best: Best) -> bool:
     """Whether the validation loss has not fallen for too long."""
     return plan.config.patience is not None and best.waited >= plan.config.patience
-
-
-def _write(log: Progress, plan: Plan, pending: list[tuple[int, training.Measured]]) -> str | None:
-    """Write the metrics of steps; return what to say of the first one that is not finite."""
-    lines: list[progress.Line] = []
-    message = None
-    for step, measured in jax.device_get(pending):
-        rate = float(f"{plan.rate(step - 1):.6g}")
-        if not measured.finite:
-            rows = plan.order.rows(step - 1)
-            message = progress.not_finite(
-                step,
-                float(measured.loss),
-                [plan.sources[i] for i in rows if i != NONE],
-                rate,
-                plan.config.dtype,
-            )
-            break
-        lines.append(
-            {
-                "step": step,
-                "loss": float(measured.loss),
-                "learning_rate": rate,
-                "gradient_norm": float(measured.gradient_norm),
-                "tokens": int(measured.tokens),
-            }
-        )
-    if lines:
-        log.steps(lines)
-    return message

@@ -12,7 +12,11 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Protocol, runtime_checkable
 
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float
 from tqdm import tqdm
 
 from nyscaled._files import replacing
@@ -26,6 +30,23 @@ VALIDATION = "validation loss"
 Line = dict[str, float]
 """A line of the metrics."""
 Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """What a step measured, a tuple with names; the other entries are metrics too."""
+
+    @property
+    def loss(self) -> Float[Array, ""]:
+        """The loss."""
+        ...
+
+    @property
+    def finite(self) -> Bool[Array, ""]:
+        """False if the step was not made, since a loss or a gradient was not finite."""
+        ...
+
+    def _asdict(self) -> dict[str, Array]: ...
 
 
 class NotFiniteError(ValueError):
@@ -106,6 +127,35 @@ class Progress:
             line, text = line | {"accuracy": accuracy}, f"{text}, accuracy {accuracy:.3f}"
         self._write([line])
         self.say(f"step {step}: {text}")
+
+    def measured(
+        self,
+        pending: Sequence[tuple[int, Measured]],
+        rate: Callable[[int], np.float32],
+        sources: Callable[[int], Sequence[str]],
+        dtype: str,
+    ) -> str | None:
+        """Write the lines of steps; return what to say of the first one that is not finite.
+
+        Args:
+            pending: steps, and what they measured.
+            rate: learning rate by the number of steps before.
+            sources: files and lines of the examples of a step, by the number of steps before.
+            dtype: dtype of the base.
+        """
+        lines: list[Line] = []
+        message = None
+        for step, measured in jax.device_get(pending):
+            learning_rate = float(f"{rate(step - 1):.6g}")
+            if not measured.finite:
+                own, loss = sources(step - 1), float(measured.loss)
+                message = not_finite(step, loss, own, learning_rate, dtype)
+                break
+            values = {k: v.item() for k, v in measured._asdict().items() if k != "finite"}
+            lines.append({"step": step, "learning_rate": learning_rate, **values})
+        if lines:
+            self.steps(lines)
+        return message
 
     def say(self, text: str) -> None:
         """Write a line above the bar, to stderr, in the first process."""

@@ -1,4 +1,4 @@
-"""A picture of a sweep: validation losses by one setting, or by two as a heat map."""
+"""A picture of a sweep: losses by one setting, or by two as a heat map."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nyscaled.finetune.progress import VALIDATION
 from nyscaled.finetune.sweeping import Run
 
 COLOUR = "#0072B2"  # of Okabe and Ito
 
 
-def draw(runs: Sequence[Run]) -> Figure:
-    """Draw the validation losses of the runs of a sweep.
+def draw(runs: Sequence[Run], compared: str = VALIDATION) -> Figure:
+    """Draw the losses of the runs of a sweep.
 
     Args:
         runs: the runs, which differ in one setting or two.
+        compared: what the loss is called.
 
     Examples:
         >>> draw([Run({"rank": 4}, "", 0.7), Run({"rank": 8}, "", 0.6)]).axes[0].get_xlabel()
@@ -25,11 +27,11 @@ def draw(runs: Sequence[Run]) -> Figure:
     """
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes, names = figure.subplots(), list(runs[0].settings)
-    losses = [np.nan if r.validation_loss is None else r.validation_loss for r in runs]
+    losses = [np.nan if run.loss is None else run.loss for run in runs]
     columns = [[run.settings[name] for run in runs] for name in names]
     if len(names) == 1:
         _curve(axes, columns[0], losses)
-        axes.set(xlabel=names[0], ylabel="validation loss")
+        axes.set(xlabel=names[0], ylabel=compared)
         axes.grid(alpha=0.3)
         return figure
     ticks = [list(dict.fromkeys(column)) for column in columns]
@@ -44,7 +46,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         text = "not finite" if np.isnan(loss) else f"{loss:.3f}"
         axes.text(j, i, text, ha="center", va="center", bbox={"fc": "white", "alpha": 0.6, "lw": 0})
     axes.set(ylabel=names[0], xlabel=names[1])
-    figure.colorbar(image, label="validation loss")
+    figure.colorbar(image, label=compared)
     return figure
 
 

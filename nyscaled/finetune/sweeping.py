@@ -9,14 +9,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
 from nyscaled._files import replacing
-from nyscaled.finetune import identity
+from nyscaled.finetune import dreambooth, identity
 from nyscaled.finetune.chosen import require_method
 from nyscaled.finetune.config import Config
+from nyscaled.finetune.dreambooth import images
+from nyscaled.finetune.dreambooth.step import LOSS
 from nyscaled.finetune.launch import CONFIG, RECORD, run
-from nyscaled.finetune.progress import NotFiniteError, say
+from nyscaled.finetune.progress import VALIDATION, NotFiniteError, say
 
 TABLE, PICTURE = "sweep.json", "sweep.png"
 SWEPT = (
@@ -26,6 +28,8 @@ SWEPT = (
 """Settings that leave the number of steps and the examples as they are."""
 
 Value = int | float | str
+Settings = Config | dreambooth.Config
+S = TypeVar("S", Config, dreambooth.Config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +39,16 @@ class Run:
     Attributes:
         settings: the swept settings of the run.
         folder: its folder.
-        validation_loss: the lowest, by which runs are compared; None where a loss was not finite.
+        loss: the loss by which runs are compared; None where one was not finite.
         accuracy: accuracy in that validation, None without candidates.
-        best_step: number of steps before it.
+        best_step: number of steps before that loss.
         scores: means on the test examples.
         error: why the run stopped, None if it did not.
     """
 
     settings: dict[str, Value]
     folder: str
-    validation_loss: float | None = None
+    loss: float | None = None
     accuracy: float | None = None
     best_step: int = 0
     scores: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
@@ -58,18 +62,20 @@ class Sweep:
     Attributes:
         out: folder of the sweep; each run has a folder in it.
         runs: the runs.
+        compared: what the loss is called by which they are compared.
     """
 
     out: Path
     runs: tuple[Run, ...]
+    compared: str = VALIDATION
 
     @property
     def best(self) -> Run:
-        """The run with the lowest validation loss."""
-        return min(self.runs, key=lambda run: _order(run.validation_loss))
+        """The run with the lowest loss."""
+        return min(self.runs, key=lambda run: math.inf if run.loss is None else run.loss)
 
     def __str__(self) -> str:
-        lines = [_line(run, run is self.best) for run in self.runs]
+        lines = [_line(run, self.compared, run is self.best) for run in self.runs]
         lines += [
             f"the best {name} is {self.best.settings[name]:g}, an end of the grid; try values "
             "beyond it"
@@ -78,16 +84,17 @@ class Sweep:
         return "\n".join(lines)
 
 
-def grid_of(text: str) -> dict[str, tuple[Value, ...]]:
+def grid_of(text: str, kind: type[Settings] = Config) -> dict[str, tuple[Value, ...]]:
     """Return the settings of a sweep and their values.
 
     Args:
         text: a setting and its values as in "learning_rate=1e-4,3e-4"; a semicolon stands before a
             second one.
+        kind: class of the settings.
 
     Raises:
-        ValueError: on another form, a setting that is not in `SWEPT`, a value of another type, and
-            a value that stands there twice.
+        ValueError: on another form, a setting that is not in `SWEPT` or not of the class, a value
+            of another type, and a value that stands there twice.
 
     Examples:
         >>> grid_of("learning_rate=1e-4,1e-3; method=lora,nora+")
@@ -95,16 +102,18 @@ def grid_of(text: str) -> dict[str, tuple[Value, ...]]:
         >>> grid_of("scale=0.1,auto")
         {'scale': (0.1, 'auto')}
     """
+    own = {field.name for field in dataclasses.fields(kind)}
+    known = [name for name in SWEPT if name in own]
     grid: dict[str, tuple[Value, ...]] = {}
     for part in text.split(";"):
         name, mark, values = (x.strip() for x in part.partition("="))
         name = name.replace("-", "_")
-        if not mark or name not in SWEPT or name in grid:
+        if not mark or name not in known or name in grid:
             raise ValueError(
                 f"sweep is {text!r}; expected one setting or two, as in learning_rate=1e-4,3e-4 or "
-                f"learning_rate=1e-4,3e-4;rank=4,8, of {', '.join(SWEPT)}"
+                f"learning_rate=1e-4,3e-4;rank=4,8, of {', '.join(known)}"
             )
-        grid[name] = tuple(_value(name, value.strip()) for value in values.split(","))
+        grid[name] = tuple(_value(name, value.strip(), kind) for value in values.split(","))
         if len(set(grid[name])) < len(grid[name]):
             raise ValueError(f"sweep is {text!r}; expected each value of {name} once")
     if len(grid) > 2:
@@ -112,8 +121,8 @@ def grid_of(text: str) -> dict[str, tuple[Value, ...]]:
     return grid
 
 
-def _value(name: str, text: str) -> Value:
-    hint = get_type_hints(Config)[name]
+def _value(name: str, text: str, kind: type[Settings]) -> Value:
+    hint = get_type_hints(kind)[name]
     types = get_args(hint) or (hint,)
     if text in _words(types):
         return text
@@ -129,7 +138,7 @@ def _words(types: tuple[object, ...]) -> set[object]:
     return {word for cls in types for word in get_args(cls)}
 
 
-def configs(config: Config) -> Iterator[tuple[dict[str, Value], Config]]:
+def configs(config: S) -> Iterator[tuple[dict[str, Value], S]]:
     """Yield the swept settings and the configuration of each run.
 
     Args:
@@ -139,7 +148,7 @@ def configs(config: Config) -> Iterator[tuple[dict[str, Value], Config]]:
         ValueError: as `grid_of` does, and on values that a configuration refuses.
     """
     assert config.sweep is not None
-    grid = grid_of(config.sweep)
+    grid = grid_of(config.sweep, type(config))
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         folder = config.out / ",".join(f"{name}={value}" for name, value in settings.items())
@@ -150,15 +159,16 @@ def configs(config: Config) -> Iterator[tuple[dict[str, Value], Config]]:
         yield settings, own
 
 
-def sweep(config: Config) -> Sweep:
+def sweep(config: S) -> Sweep:
     """Make a run for each value of a setting, or for each pair of values of two, and compare them.
 
-    All have the same examples and the same number of steps. The folder gets `sweep.json`, a picture
+    All have the same data and the same number of steps. The folder gets `sweep.json`, a picture
     and a folder per run. A run whose loss is not finite is a row of the table like others. With
     `resume`, finished runs are kept, and the grid may have more values than before.
 
     Args:
-        config: the settings, with a `sweep` such as "learning_rate=1e-4,3e-4,1e-3".
+        config: the settings, those of `dreambooth` or others, with a `sweep` such as
+            "learning_rate=1e-4,3e-4,1e-3".
 
     Raises:
         ValueError: as `run` does, on another form of the sweep, if the data have changed between
@@ -177,57 +187,62 @@ def sweep(config: Config) -> Sweep:
     planned = list(configs(config))
     if (config.out / TABLE).exists() and not config.resume:
         raise ValueError(f"{config.out} has a sweep; expected --resume, or another --out")
-    done = Sweep(config.out, ())
+    done = Sweep(config.out, (), VALIDATION if isinstance(config, Config) else LOSS)
     for number, (settings, own) in enumerate(planned, 1):
         say(f"run {number} of {len(planned)}: {_shown(settings)}")
-        done = Sweep(config.out, (*done.runs, _run(settings, own)))
+        done = dataclasses.replace(done, runs=(*done.runs, _run(settings, own)))
         _require_same_examples(planned[0][1].out, own.out)
         _write(done)
-    if done.best.validation_loss is None:
+    if done.best.loss is None:
         raise ValueError(f"no run of the sweep has a finite loss: {done.best.error}")
     return done
 
 
-def _run(settings: dict[str, Value], config: Config) -> Run:
+def _run(settings: dict[str, Value], config: Settings) -> Run:
+    row = Run(settings, config.out.name)
     try:
+        if isinstance(config, dreambooth.Config):
+            result = dreambooth.run(config)
+            return dataclasses.replace(row, loss=result.loss, best_step=result.steps)
         result = run(config)
     except NotFiniteError as error:
-        return Run(settings, config.out.name, error=str(error))
+        return dataclasses.replace(row, error=str(error))
     own = {name: getattr(result, name) for name in ("accuracy", "best_step", "scores")}
-    return Run(settings, config.out.name, result.validation_loss, **own)
+    return dataclasses.replace(row, loss=result.validation_loss, **own)
 
 
 def _require_same_examples(first: Path, other: Path) -> None:
     """Refuse runs of other examples: a finished one does not read the data again."""
     one, two = (json.loads((out / RECORD).read_text(encoding="utf-8")) for out in (first, other))
-    identity.require_examples(first, one["examples"], two["examples"])
+    if "images" not in one:
+        identity.require_examples(first, one["examples"], two["examples"])
+    for name in ("images", "class_images") if "images" in one else ():
+        before, now = one["images"][name], two["images"][name]
+        images.require_same(f"the files in {name}", first, before, now, "the same files")
 
 
 def _write(done: Sweep) -> None:
     runs = [dataclasses.asdict(run) for run in done.runs]
     with replacing(done.out / TABLE) as file:
-        file.write((json.dumps({"best": done.best.folder, "runs": runs}, indent=2) + "\n").encode())
+        table = {"best": done.best.folder, "compared": done.compared, "runs": runs}
+        file.write((json.dumps(table, indent=2) + "\n").encode())
     if importlib.util.find_spec("matplotlib") is not None:
         from nyscaled.finetune.sweep_picture import draw
 
         with replacing(done.out / PICTURE) as file:
-            draw(done.runs).savefig(file, format="png", dpi=160)
-
-
-def _order(loss: float | None) -> float:
-    return math.inf if loss is None else loss
+            draw(done.runs, done.compared).savefig(file, format="png", dpi=160)
 
 
 def _shown(settings: Mapping[str, Value]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def _line(run: Run, best: bool) -> str:
-    if run.validation_loss is None:
+def _line(run: Run, compared: str, best: bool) -> str:
+    if run.loss is None:
         return f"{_shown(run.settings)}: {run.error}"
     accuracy = "" if run.accuracy is None else f", accuracy {run.accuracy:.3f}"
     mark = " (best)" if best else ""
-    return f"{_shown(run.settings)}: validation loss {run.validation_loss:.4f}{accuracy}{mark}"
+    return f"{_shown(run.settings)}: {compared} {run.loss:.4f}{accuracy}{mark}"
 
 
 def _at_an_end(done: Sweep) -> list[str]:

@@ -115,6 +115,9 @@ class Config:
     """Seed of the adapters' start, and of all that is drawn in a step."""
     resume: bool = False
     """Go on with the run in the output folder."""
+    sweep: str | None = None
+    """A setting and its values, as learning_rate=1e-4,3e-4,1e-3: a run for each, in folders of
+    their own. A second one after a semicolon gives a grid."""
     dry_run: bool = False
     """Show the images, the layers and the memory, and do not train."""
     config: Path | None = None

@@ -85,6 +85,8 @@ def run(config: Config) -> Result:
             "dry_run is True; expected False (nys.finetune.dreambooth.preview says what a run will "
             "do)"
         )
+    if config.sweep is not None:
+        raise ValueError(f"sweep is {config.sweep!r}; expected None (nys.finetune.sweep has it)")
     _require_known(config)
     options = folders.begun(config.out, resume=config.resume)
     result = None

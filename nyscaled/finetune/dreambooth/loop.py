@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -101,7 +100,7 @@ def train(plan: Plan, out: Path, grid: Grid, sampler: Sampler | None) -> Trained
             evaluates = is_last or step % config.eval_every == 0
             saves = is_last or step % config.checkpoint_every == 0 or asked
             if evaluates or saves or step % config.log_every == 0:
-                message = _write(log, plan, pending)
+                message = log.measured(pending, plan.rate, plan.data.sources, config.dtype)
                 pending.clear()
                 if message is not None:
                     # The state is that before the bad step.
@@ -139,28 +138,3 @@ def _require_same(now: float, before: float, dtype: str, out: Path) -> None:
             "up to rounding: the base or the images differ from those that the run began with "
             "(use these, or another --out)"
         )
-
-
-def _write(log: Progress, plan: Plan, pending: list[tuple[int, Measured]]) -> str | None:
-    """Write the metrics of steps; return what to say of the first one that is not finite."""
-    lines: list[progress.Line] = []
-    message = None
-    for step, measured in jax.device_get(pending):
-        rate = float(f"{plan.rate(step - 1):.6g}")
-        if not measured.finite:
-            sources = plan.data.sources(step - 1)
-            message = progress.not_finite(
-                step, float(measured.loss), sources, rate, plan.config.dtype
-            )
-            break
-        lines.append(
-            {
-                "step": step,
-                "loss": float(measured.loss),
-                "learning_rate": rate,
-                "gradient_norm": float(measured.gradient_norm),
-            }
-        )
-    if lines:
-        log.steps(lines)
-    return message
