@@ -220,7 +220,7 @@ def load(path: Path, sizes: Sizes = Sizes()) -> TerrainUNet:  # noqa: B008
         ValueError: if names or shapes are not those of the U-Net.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: TerrainUNet(sizes, nnx.Rngs(0))))
-    tensors, flat = load_file(path), dict(state.flat_state())
+    tensors, flat = load_file(path), dict(nnx.to_flat_state(state))
     names = {places: ".".join([*map(str, places[:-1]), PARTS[str(places[-1])]]) for places in flat}
     if set(names.values()) != tensors.keys():
         differ = sorted(set(names.values()) ^ tensors.keys())
@@ -234,4 +234,4 @@ def load(path: Path, sizes: Sizes = Sizes()) -> TerrainUNet:  # noqa: B008
         if value.shape != expected:
             raise ValueError(f"{name} of {path} has shape {value.shape}; expected {expected}")
         flat[places] = flat[places].replace(jnp.asarray(value))
-    return nnx.merge(graphdef, nnx.State.from_flat_path(flat))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
