@@ -170,7 +170,8 @@ def transpose_times(a: Any, x: Array) -> Array:
     """Return Aᵀ @ x for a thin x, without a transposed copy of a dense A.
 
     XLA's CPU compiler copies A for `a.T @ x`, which takes longer than the product. Contracting the
-    rows of both, with x first, reads A as it lies.
+    rows of both, with x first, reads A as it lies. In float64 it takes a quarter less time if x is
+    transposed before; in float32 more.
 
     Args:
         a: A (m, n): dense, sparse or an operator.
@@ -186,7 +187,10 @@ def transpose_times(a: Any, x: Array) -> Array:
     """
     if not isinstance(a, jax.Array):
         return a.T @ x
-    product = lax.dot_general(x, a, (((0,), (0,)), ((), ())))
+    if x.dtype == jnp.float64:
+        product = lax.optimization_barrier(x.T) @ a
+    else:
+        product = lax.dot_general(x, a, (((0,), (0,)), ((), ())))
     return lax.optimization_barrier(product).T  # or XLA would turn it into (a.T @ x) again
 
 
