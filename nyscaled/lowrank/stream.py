@@ -92,21 +92,28 @@ class RowBlocks:
 
     def times(self, x: Inexact[np.ndarray, "n k"], /) -> Inexact[np.ndarray, "m k"]:
         """Return A x, in one pass."""
-        return _known(self._pass("A x", x, image=True, sums=False).image)
+        return _known(self._pass("A x", x, image=True, sums=0).image)
 
     def adjoint_times(self, y: Inexact[np.ndarray, "m k"], /) -> Inexact[np.ndarray, "n k"]:
         """Return Aᴴ y, in one pass."""
-        sums = _known(self._pass("Aᴴ y", y, image=False, sums=True).sums)
+        sums = _known(self._pass("Aᴴ y", y, image=False, sums=np.shape(y)[-1]).sums)
         return sums.conj().T.astype(self.dtype, order="C")
 
     def times_both(
-        self, x: Inexact[np.ndarray, "n k"], /
-    ) -> tuple[Inexact[np.ndarray, "m k"], Inexact[np.ndarray, "n k"]]:
+        self, x: Inexact[np.ndarray, "n k"], /, columns: int | None = None
+    ) -> tuple[Inexact[np.ndarray, "m k"], Inexact[np.ndarray, "n j"]]:
         """Return A x, and Aᴴ A x in double precision, in one pass.
 
         The second has the size of the square of A, which single precision may not hold.
+
+        Args:
+            x: a thin matrix (n, k).
+            columns: of how many columns of x, the first ones, Aᴴ A x is made; of all by default.
         """
-        state = self._pass("A x and Aᴴ A x", x, image=True, sums=True)
+        count = np.shape(x)[-1]
+        columns = int(count if columns is None else columns)
+        product = "A x and Aᴴ A x" if columns == count else f"A x and Aᴴ A x[:, :{columns}]"
+        state = self._pass(product, x, image=True, sums=columns)
         return _known(state.image), _known(state.sums).conj().T
 
     def blocks(self) -> Iterator[HostArray]:
@@ -117,15 +124,15 @@ class RowBlocks:
                 show(len(block))
         self.passes += 1
 
-    def _pass(self, product: str, x: HostArray, *, image: bool, sums: bool) -> Pass:
-        """Multiply every block by x, or by rows of x; sum the adjoint products of the results."""
+    def _pass(self, product: str, x: HostArray, *, image: bool, sums: int) -> Pass:
+        """Multiply every block by x, or by rows of x; sum adjoint products of so many columns."""
         m, n = self.shape
         x = np.ascontiguousarray(as_argument(product, x, n if image else m, self.dtype))
         k = x.shape[1]
         state = Pass(
             row=0,
             image=np.empty((m, k), self.dtype) if image else None,
-            sums=np.zeros((k, n), np.result_type(self.dtype, np.float64)) if sums else None,
+            sums=np.zeros((sums, n), np.result_type(self.dtype, np.float64)) if sums else None,
         )
         journal = self._journal
         description = {} if journal is None else describe(product, x)
@@ -149,14 +156,16 @@ class RowBlocks:
 
     def _add(self, rows: slice, block: HostArray, x: HostArray, state: Pass) -> None:
         factor = x[rows] if state.image is None else x
-        thin, part, e = _products(block, factor, state.image is not None, state.sums is not None)
+        sums = state.sums
+        width = 0 if sums is None else len(sums)
+        thin, part, e = _products(block, factor, state.image is not None, width)
         result = np.asarray(thin)
         if state.image is not None:
             state.image[rows] = result
-        if state.sums is not None:
+        if sums is not None:
             with np.errstate(over="ignore", invalid="ignore"):
-                state.sums += 2.0 ** int(e) * np.asarray(part, state.sums.dtype)
-            result = state.sums
+                sums += np.multiply(part, 2.0 ** int(e), dtype=sums.dtype)
+            result = sums
         if not all_finite(result):
             raise ValueError(
                 f"rows {rows.start} … {rows.stop} of {self._rows.label} have NaN or Inf entries, "
@@ -199,13 +208,15 @@ class RowBlocks:
 @functools.partial(jax.jit, static_argnums=(2, 3))
 @full_precision
 def _products(
-    block: Inexact[Array, "b n"], x: Inexact[Array, "_ k"], image: bool, sums: bool
-) -> tuple[Inexact[Array, "b k"], Inexact[Array, "_ n"], Int[Array, ""]]:
-    """The rows w of A x, or of y, and wᴴA · 2^(−e), whose size single precision holds."""
+    block: Inexact[Array, "b n"], x: Inexact[Array, "_ k"], image: bool, width: int
+) -> tuple[Inexact[Array, "b k"], Inexact[Array, "j n"], Int[Array, ""]]:
+    """The rows w of A x, or of y, and wᴴA · 2^(−e) for the first columns of w.
+
+    The size of the second is one that single precision holds.
+    """
     thin = block @ x if image else x
-    scaled, e = normalized(thin)
-    width = x.shape[1] if sums else 0  # a product that is not asked for has no rows
-    part = lax.dot_general(scaled[:, :width].conj(), block, (((0,), (0,)), ((), ())))
+    scaled, e = normalized(thin[:, :width])
+    part = lax.dot_general(scaled.conj(), block, (((0,), (0,)), ((), ())))
     return thin, part, e
 
 

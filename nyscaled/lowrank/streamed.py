@@ -22,7 +22,7 @@ from nyscaled.lowrank.orthogonal import adjoint, extend, inner
 from nyscaled.lowrank.products import random_block, random_scale
 from nyscaled.lowrank.result import Deviations, LowRank
 from nyscaled.lowrank.truncate import is_enough, rounding, smallest_rank, truncate
-from nyscaled.numerics import full_precision, norm
+from nyscaled.numerics import full_precision, keeping, norm
 from nyscaled.typing import Scalar
 
 _Wide = Inexact[np.ndarray, "_ _"]  # in double precision
@@ -36,9 +36,9 @@ class StreamedMatrix(HostMatrix, Protocol):
     """A `HostMatrix` that makes both products in one pass, such as `RowBlocks`."""
 
     def times_both(
-        self, x: Inexact[np.ndarray, "n k"], /
-    ) -> tuple[Inexact[np.ndarray, "m k"], Inexact[np.ndarray, "n k"]]:
-        """Return A x and Aᴴ A x."""
+        self, x: Inexact[np.ndarray, "n k"], /, columns: int | None = None
+    ) -> tuple[Inexact[np.ndarray, "m k"], Inexact[np.ndarray, "n j"]]:
+        """Return A x, and Aᴴ A x for the first columns of x."""
         ...
 
 
@@ -48,9 +48,11 @@ class _Pass:
     def __init__(self, a: StreamedMatrix) -> None:
         self.a, self.count = a, 0
 
-    def both(self, x: Inexact[Array, "n k"]) -> tuple[Inexact[Array, "m k"], _Wide]:
+    def both(
+        self, x: Inexact[Array, "n k"], columns: int | None = None
+    ) -> tuple[Inexact[Array, "m k"], _Wide]:
         self.count += 1
-        image, gram = self.a.times_both(np.asarray(x))
+        image, gram = self.a.times_both(np.asarray(x), columns)
         return jnp.asarray(image), gram
 
     def image(self, x: Inexact[Array, "n k"]) -> Inexact[Array, "m k"]:
@@ -78,8 +80,8 @@ def of_rank(
     limit = min(a.shape)
     width = limit if width * (passes - 1) >= limit else width
     run, block, probes = _start(a, key, width)
-    image, gram = run.both(jnp.concatenate([block, probes], axis=1))
-    probed, start = image[:, width:], gram[:, :width]
+    image, start = run.both(jnp.concatenate([block, probes], axis=1), width)
+    probed = image[:, width:]
     if passes > 2 and not jackknife:
         left, exact = _range(image[:, :width], probed)
         if bool(exact):
@@ -130,8 +132,8 @@ def of_tolerance(a: StreamedMatrix, key: Key[Array, ""], tol: float, max_rank: i
     m, n = a.shape
     limit = min(m, n)
     run, block, probes = _start(a, key, min(WIDTH, limit))
-    image, gram = run.both(jnp.concatenate([block, probes], axis=1))
-    probed, gram = image[:, block.shape[1] :], gram[:, : block.shape[1]]
+    image, gram = run.both(jnp.concatenate([block, probes], axis=1), block.shape[1])
+    probed = image[:, block.shape[1] :]
     newest = right = _grown(None, gram, a.dtype)
     images = jnp.zeros((m, 0), image.dtype)
     while True:
@@ -166,11 +168,10 @@ def _grown(right: Inexact[Array, "n k"] | None, gram: _Wide, dtype: np.dtype) ->
     AᴴA squares the singular values, so what is left of them is taken apart in double precision.
     """
     gram = _scaled(gram)
-    if right is not None:
-        basis = _wide(right)
-        for _ in range(2):
-            gram = gram - basis @ (basis.conj().T @ gram)
-    return extend(right, jnp.asarray(np.linalg.qr(gram)[0].astype(dtype)))
+    with keeping(gram.dtype):
+        basis = None if right is None else jnp.asarray(_wide(right))
+        block = np.asarray(extend(basis, jnp.asarray(gram)))
+    return extend(right, jnp.asarray(block.astype(dtype)))
 
 
 def _scaled(gram: _Wide) -> _Wide:
