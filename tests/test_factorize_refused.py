@@ -79,5 +79,11 @@ def test_bad_matrices(a, options):
 
 
 def test_a_tolerance_is_refused_under_jit(a):
-    with pytest.raises(ValueError, match="A or tol is traced; expected a rank"):
+    with pytest.raises(ValueError, match="A, tol or the key is traced; expected a rank"):
         jax.jit(lambda a: nys.factorize(a, tol=0.1).left)(a)
+
+
+def test_a_tolerance_is_refused_for_a_batch_of_keys(a):
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match="A, tol or the key is traced; expected a rank"):
+        jax.vmap(lambda key: nys.factorize(a, tol=0.1, key=key).left)(keys)

@@ -196,6 +196,28 @@ def test_a_constant_sparse_matrix_is_factorized_under_jit():
     np.testing.assert_allclose(values, 2 * expected, rtol=1e-3)
 
 
+KEYS = jax.random.split(jax.random.key(0), 2)
+
+
+def of_keys(a, **options):
+    """Singular values for a batch of keys."""
+    return jax.vmap(lambda key: nys.factorize(a, key=key, **options).singular_values)(KEYS)
+
+
+@pytest.mark.parametrize("form", [scipy.sparse.csr_array, sparse.BCOO.fromdense])
+def test_a_sparse_matrix_is_factorized_for_a_batch_of_keys(form):
+    a = form(matrix())
+    expected = [nys.factorize(a, 2, key=key, passes=2).singular_values for key in KEYS]
+    np.testing.assert_allclose(of_keys(a, rank=2, passes=2), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"tol": 0.1}])
+@pytest.mark.parametrize("make", [operator, lambda: RowBlocks(matrix())])
+def test_products_of_numpy_are_refused_for_a_batch_of_keys(make, options):
+    with pytest.raises(ValueError, match="is multiplied by NumPy and is traced by JAX"):
+        of_keys(make(), **options)
+
+
 @pytest.mark.parametrize("make", [operator, lambda: RowBlocks(matrix())])
 @pytest.mark.parametrize("x", [thin(M), thin(N, np.complex64)])
 def test_arguments_that_do_not_fit(make, x):

@@ -116,5 +116,5 @@ def test_bad_input_is_refused(case):
 
 
 def test_a_tolerance_is_refused_under_jit():
-    with pytest.raises(ValueError, match="A or tol is traced; expected a rank"):
+    with pytest.raises(ValueError, match="A, tol or the key is traced; expected a rank"):
         jax.jit(lambda a: nys.nystrom(a, tol=0.1).vectors)(EYE)

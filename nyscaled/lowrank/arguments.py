@@ -5,24 +5,25 @@ from __future__ import annotations
 from typing import SupportsIndex, cast
 
 import numpy as np
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike, Key
 
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.typing import LinearMap, Number
 from nyscaled.validation import is_concrete, require_rank, require_scalar
 
 
-def known_tolerance(a: LinearMap | HostMatrix, tol: Number | None) -> float:
-    """Return `tol` as a float; ValueError unless it lies in (0, 1] and A and it are known.
+def known_tolerance(a: LinearMap | HostMatrix, tol: Number | None, key: Key[Array, ""]) -> float:
+    """Return `tol` as a float; ValueError unless it lies in (0, 1] and all arguments are known.
 
     Args:
         a: A.
         tol: what a user passed.
+        key: PRNG key.
     """
-    if not is_concrete(tol) or not (isinstance(a, HostMatrix) or is_concrete(a)):
+    if not is_concrete((tol, key)) or not (isinstance(a, HostMatrix) or is_concrete(a)):
         raise ValueError(
-            "A or tol is traced; expected a rank under jit, vmap and grad, where the shapes of "
-            "results must be known"
+            "A, tol or the key is traced; expected a rank under jit, vmap and grad, where the "
+            "shapes of results must be known"
         )
     if callable(tol) or np.ndim(cast(ArrayLike, tol)) != 0:
         raise ValueError(f"tol is {tol!r}; expected a number in (0, 1]")

@@ -79,10 +79,10 @@ def factorize(
         >>> factorize(jnp.diag(jnp.array([4.0, 2.0, 1.0, 0.001])), tol=1e-2).left.shape
         (4, 3)
     """
-    a = as_input("A", a)
+    key = jax.random.key(0) if key is None else require_key("key", key)
+    a = as_input("A", a, key)
     if (rank is None) == (tol is None):
         raise ValueError(f"rank is {rank} and tol is {tol}; expected exactly one of them")
-    key = jax.random.key(0) if key is None else require_key("key", key)
     if rank is not None:
         if max_rank is not None:
             raise ValueError(f"max_rank is {max_rank} and rank is {rank}; expected max_rank=None")
@@ -105,7 +105,7 @@ def factorize(
             raise ValueError("jackknife is True and tol is given; expected a rank")
         if oversampling is not None:
             raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
-        tolerance, limit = known_tolerance(a, tol), largest_rank(max_rank, a.shape)
+        tolerance, limit = known_tolerance(a, tol, key), largest_rank(max_rank, a.shape)
         if isinstance(a, StreamedMatrix):
             result = streamed.of_tolerance(a, key, tolerance, limit)
         else:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse
 from jax.tree_util import Partial
-from jaxtyping import Array, Inexact
+from jaxtyping import Array, Inexact, Key
 
 from nyscaled.lowrank.host_arrays import (
     HOST_DTYPES,
@@ -87,16 +87,17 @@ class _Products(Protocol):
     def rmatmat(self, y: HostArray, /) -> HostArray: ...
 
 
-def as_input(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
+def as_input(name: str, a: MatrixLike, key: Key[Array, ""] | None = None) -> LinearMap | HostMatrix:
     """Return `a` as a matrix that JAX traces, or as a `HostMatrix`, by the table of this module.
 
     Args:
         name: what errors call it.
         a: a matrix (m, n).
+        key: what random columns are made of. If it is traced, the products are traced too.
 
     Raises:
         ValueError: on what is neither, on dtypes other than floats and complex numbers, and on a
-            matrix of the host under jit.
+            matrix of the host under jit, or with a traced key.
 
     Examples:
         >>> import scipy.sparse
@@ -104,13 +105,13 @@ def as_input(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
         >>> a.times(np.ones((3, 1), np.float32)).T
         array([[1., 1., 1.]], dtype=float32)
     """
-    a = _as_input(name, a)
+    a = _as_input(name, a, is_concrete((np.empty(1), key)))
     if isinstance(a, HostMatrix):
-        require_outside_of_jit(f"{name}, a {type(a).__name__},")
+        require_outside_of_jit(f"{name}, a {type(a).__name__},", key)
     return a
 
 
-def _as_input(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
+def _as_input(name: str, a: MatrixLike, on_host: bool) -> LinearMap | HostMatrix:
     if _is_stored(a):
         from nyscaled.lowrank.stream import RowBlocks  # it imports this file
 
@@ -121,7 +122,7 @@ def _as_input(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
         require_host(name, a.shape, a.dtype)
         return a
     if isinstance(a, sparse.JAXSparse) or is_scipy(a):
-        return _sparse(name, a)
+        return _sparse(name, a, on_host)
     lineax = sys.modules.get("lineax")  # who has such an operator has imported the module
     if lineax is not None and isinstance(a, lineax.AbstractLinearOperator):
         return _from_lineax(name, a)
@@ -217,21 +218,23 @@ def _is_stored(a: object) -> bool:
     )
 
 
-def _sparse(name: str, a: MatrixLike) -> LinearMap | HostMatrix:
+def _sparse(name: str, a: MatrixLike, on_host: bool) -> LinearMap | HostMatrix:
     """SciPy's form on a CPU; BCOO on accelerators, which multiply it faster than the host can.
 
-    The entries of a JAX matrix under jit are not known, and half precision is unknown to SciPy.
+    It is multiplied on the host only where JAX traces neither it nor the key. Half precision is
+    unknown to SciPy.
     """
     import scipy.sparse
 
     if is_scipy(a):
-        if jax.default_backend() != "cpu" or not is_concrete(np.empty(1)):
+        if jax.default_backend() != "cpu" or not on_host:
             return as_matrix(name, a, DTYPES)
         require_host(name, a.shape, a.dtype)
         rows = scipy.sparse.csr_array(a)
     else:
         a = as_matrix(name, a, DTYPES)
-        if not is_concrete(a) or a.dtype not in HOST_DTYPES or not _on_one_cpu(a.data):
+        known = on_host and is_concrete(a)
+        if not known or a.dtype not in HOST_DTYPES or not _on_one_cpu(a.data):
             return a
         indices, entries = np.asarray(a.indices), np.asarray(a.data)
         if np.any(indices < 0):

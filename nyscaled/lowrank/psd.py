@@ -139,7 +139,7 @@ def nystrom(
             raise ValueError("jackknife is True and tol is given; expected a rank")
         if oversampling is not None:
             raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
-        tolerance, limit = known_tolerance(a, tol), largest_rank(max_rank, a.shape)
+        tolerance, limit = known_tolerance(a, tol, key), largest_rank(max_rank, a.shape)
         validation.require_sound_matrix("A", a, symmetric=True)
         result = of_tolerance(a, key, tolerance, limit)
     if validation.is_concrete(result) and int(result.status) == int(Status.INDEFINITE):
