@@ -1,6 +1,7 @@
 """The convolution of U-Nets against JAX's own, with all its derivatives."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ CASES = {
     "halving": (3, (2, 2), ((1, 1), (1, 1))),
     "halving, right and below": (3, (2, 2), ((0, 1), (0, 1))),
     "uneven": (3, (1, 1), ((2, 0), (0, 1))),
+    "small": (3, (1, 1), ((1, 1), (1, 1)), 2, 2),
+    "small and uneven": (2, (1, 1), ((1, 0), (3, 0)), 2, 1),
 }
 
 
@@ -24,9 +27,9 @@ def expected(x, kernel, strides, pads):
 
 @pytest.fixture(params=CASES)
 def pair(request):
-    window, strides, pads = CASES[request.param]
+    window, strides, pads, *size = CASES[request.param]
     keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (2, 7, 6, 3))
+    x = jax.random.normal(keys[0], (2, *(size or (7, 6)), 3))
     kernel = jax.random.normal(keys[1], (window, window, 3, 5))
     options = {"strides": strides, "pads": pads}
     ours = functools.partial(convolve, strides=strides, padding=pads)
@@ -74,6 +77,20 @@ def test_under_vmap(pair, axes):
             (jax.vmap(fn, axes)(xs, kernels), jax.vmap(jax.grad(loss, (0, 1)), axes)(xs, kernels))
         )
     same(*results)
+
+
+def test_small_images_leave_kernels_as_they_are():
+    """A kernel that is larger than the image is not turned on a CPU, which takes longest."""
+    x, kernel = jnp.ones((1, 4, 4, 32)), jnp.ones((3, 3, 32, 32))
+    fn = functools.partial(convolve, strides=(1, 1), padding=((1, 1), (1, 1)))
+    gradient = jax.jit(jax.grad(lambda x, kernel: jnp.sum(jnp.sin(fn(x, kernel)))))
+    traced = gradient.trace(x, kernel)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("convolution(") == 2
+    on_cpu = traced.lower(lowering_platforms=("cpu",))
+    assert on_cpu.as_text().count("convolution(") == 1
+    if jax.default_backend() == "cpu":
+        turned = re.findall(r"f32\[[\d,]+\]\S* (?:transpose|copy)\(.*", on_cpu.compile().as_text())
+        assert not any("288" in each or "3,3,32,32" in each for each in turned)
 
 
 def test_gradient_is_no_convolution_with_a_transposed_kernel():

@@ -7,6 +7,7 @@ fortieth of the speed of any other. `jax.custom_vjp` would have no forward mode.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +22,8 @@ Pads = tuple[tuple[int, int], ...]
 Strides = tuple[int, ...]
 Precision = jax.lax.PrecisionLike
 
+PIXELS = 2
+"""Most pixels per channel for which a CPU multiplies gradients by kernels as they are."""
 ORDER = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 """Channels last in images; rows, columns, channels in and channels out in kernels."""
 
@@ -111,16 +114,47 @@ def _to_x(
     pads: Pads,
     precision: Precision,
 ) -> Array:
-    # Without the barrier, XLA would make this the transposed convolution again.
-    turned = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     sizes = zip(x.aval.shape[1:3], gradient.shape[1:3], kernel.shape[:2], strict=True)
     around: list[tuple[int, int]] = []
     for (size, out, window), stride, (before, _) in zip(sizes, strides, pads, strict=True):
         first = window - 1 - before
         around.append((first, size + window - 2 - stride * (out - 1) - first))
+    run = functools.partial(_turned, strides=strides, pads=tuple(around), precision=precision)
+    batch, height, width, channels = gradient.shape
+    if set(strides) != {1} or batch * height * width > PIXELS * channels:
+        return run(gradient, kernel)
+    spread = functools.partial(_spread, pads=tuple(around), precision=precision)
+    return jax.lax.platform_dependent(gradient, kernel, cpu=spread, default=run)
+
+
+def _turned(
+    gradient: Array, kernel: Array, strides: Strides, pads: Pads, precision: Precision
+) -> Array:
+    # Without the barrier, XLA would make this the transposed convolution again.
+    turned = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     if set(strides) == {1}:
-        return convolve(gradient, turned, strides, around, precision=precision)
-    return _lax(gradient, turned, (1, 1), tuple(around), precision, strides)
+        return convolve(gradient, turned, strides, pads, precision=precision)
+    return _lax(gradient, turned, (1, 1), pads, precision, strides)
+
+
+def _spread(gradient: Array, kernel: Array, pads: Pads, precision: Precision) -> Array:
+    """Multiply by all of the kernel at once, and add up what reaches each pixel.
+
+    A kernel that is larger than the image is not copied so, as it is when it is turned.
+    """
+    rows, columns, width, channels = kernel.shape
+    # As matrices: of other shapes, XLA would turn the kernel.
+    flat = gradient.reshape(-1, channels), kernel.reshape(-1, channels)
+    products = jax.lax.dot_general(*flat, (((1,), (1,)), ((), ())), precision=precision)
+    products = products.reshape(*gradient.shape[:3], rows, columns, width)
+    (above, below), (left, right) = pads
+    zero = jnp.zeros((), products.dtype)
+    parts: list[Array] = []
+    for y, x in itertools.product(range(rows), range(columns)):
+        back = rows - 1 - y, columns - 1 - x
+        shifts = (above - back[0], below - y, 0), (left - back[1], right - x, 0)
+        parts.append(jax.lax.pad(products[:, :, :, y, x], zero, ((0, 0, 0), *shifts, (0, 0, 0))))
+    return functools.reduce(jnp.add, parts)
 
 
 def _to_kernel(
