@@ -25,7 +25,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments.lib import paired
-from experiments.lib.adapter_runs import load
+from experiments.lib.adapter_data import load
 from experiments.lib.config import BaseConfig, command_line
 from experiments.lib.curves import Curve
 from experiments.lib.record import save

@@ -40,113 +40,33 @@ their own second numbers, and that a comparison with a run that diverged says so
 from __future__ import annotations
 
 import dataclasses
-import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from experiments.lib import comparison, made_up, paired
-from experiments.lib.adapter_runs import Setting
+from experiments.lib import made_up
+from experiments.lib.adapter_data import Setting
 from experiments.lib.config import command_line
-from experiments.lib.curves import Curve
-from experiments.lib.files import write_atomically
-from experiments.lib.journal import Line
-from experiments.lib.record import save
-from experiments.lib.tier_a_figure import curves_of, draw
-from experiments.lib.tier_a_methods import (
-    AGAIN,
-    AT_ONE_RATE,
-    BASE,
-    CONTROLS,
-    ENDPOINTS,
-    FIRST,
-    METHODS,
-    PAIRS,
-    REFERENCES,
-    SHUFFLED,
-)
-from experiments.lib.tier_a_study import KEYS, TUNING_SEED, Config, Study
-
-__all__ = ["KEYS", "TUNING_SEED", "Config", "Study", "main"]
+from experiments.lib.tier_methods import FIRST, METHODS
+from experiments.lib.tier_study import Study, TierConfig
+from experiments.lib.tier_summary import check, make_and_compare
 
 
-def screened(study: Study) -> dict[str, Curve]:
-    """Return the loss after short runs by learning rate, at the default of the second number."""
-    curves: dict[str, Curve] = {}
-    for label, (_, grid) in METHODS.items():
-        points = sorted(
-            (line["rate"], line["validation_loss"])
-            for line in study.lines
-            if line["method"] == label
-            and line["steps"] == study.config.screening_steps
-            and line["number"] == grid.first
-        )
-        if points:
-            curves[label] = Curve(*np.array(points).T)
-    return curves
+@dataclasses.dataclass(frozen=True)
+class Config(TierConfig):
+    """Starts and optimizers of adapters on SST-2, in paired runs.
 
+    --quick: a random encoder and made-up sentences, three methods, three seeds.
+    """
 
-def summarize(study: Study) -> None:
-    """Compare the runs that there are, and write the picture, the table and the record."""
-    runs = study.finals()
-    order = [*METHODS, *CONTROLS, AGAIN, SHUFFLED, *REFERENCES, *AT_ONE_RATE]
-    runs = {label: runs[label] for label in order if label in runs}
-    if not runs:
-        print("no final run is in the record yet", file=sys.stderr)
-        return
-    against = [(label, BASE) for label in METHODS if label != BASE]
-    others = [(label, BASE) for label in (*CONTROLS, SHUFFLED, *REFERENCES)]
-    results = {
-        e.field: comparison.compare(runs, e, against)
-        | comparison.compare(runs, e, others)
-        | comparison.compare(runs, e, PAIRS)
-        | comparison.compare(runs, e, [(label, BASE) for label in AT_ONE_RATE])
-        for e in ENDPOINTS
-    }
-    right = {
-        label: [
-            paired.mcnemar(*(answers(runs[name][seed]) for name in (label, BASE)))
-            for seed in comparison.common(runs, label, BASE)
-        ]
-        for label in runs
-        if label != BASE
-    }
-    chosen = {label: study.chosen[label] for label in runs}
-    curves = curves_of(runs, screened(study))
-    table = comparison.table(runs, ENDPOINTS, results, chosen, BASE)
-    write_atomically(study.config.out / "tier_a.md", table.encode())
-    lines = study.lines
-    save(
-        study.config.out,
-        "tier_a",
-        draw(runs, results, curves["screening"]),
-        curves,
-        study.config,
-        columns=("x", "value"),
-        chosen={label: point._asdict() for label, point in chosen.items()},
-        seeds={label: len(lines) for label, lines in runs.items()},
-        differences=results,
-        mcnemar={label: sum(p < 0.05 for p in values) for label, values in right.items()},
-        runs=len(lines),
-        devices=sorted({str(line.get("device")) for line in lines}),
-        seconds_of_a_run=float(np.median([x["seconds"] for x in lines if "right" in x])),
-    )
-
-
-def answers(line: Line) -> np.ndarray:
-    """Return which test examples a run answered rightly; the bits that fill a byte are equal."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(line["right"]), np.uint8)).astype(bool)
+    model: str = "build/weights/all-MiniLM-L6-v2"
+    """Folder of the encoder."""
+    data: Path = Path("build/data/sst2")
+    """Folder of train.tsv, dev.tsv and test.tsv."""
 
 
 def main(config: Config) -> None:
     """Make the runs that are missing, and compare all."""
-    rows = (*METHODS, *CONTROLS, AGAIN, SHUFFLED, *REFERENCES, *AT_ONE_RATE)
-    for name in config.methods:
-        if name not in rows:
-            raise ValueError(f"methods has {name!r}; expected rows of {', '.join(rows)}")
-    if config.seeds > paired.MOST:
-        raise ValueError(f"seeds is {config.seeds}; expected at most {paired.MOST}")
+    check(config)
     with tempfile.TemporaryDirectory() as folder:
         methods = METHODS
         setting = Setting(config.model, config.data, batch_size=config.batch_size)
@@ -158,10 +78,7 @@ def main(config: Config) -> None:
             )
             setting = Setting(model, data, rank=2, alpha=4.0, examples=(40, 16, 16))
             methods = {name: METHODS[name] for name in list(METHODS)[: FIRST + 1]}
-        study = Study(config, setting)
-        if not study.everything(methods):
-            print("the time is over; the same command goes on", file=sys.stderr)
-        summarize(study)
+        make_and_compare(Study(config, setting, methods, "tier_a"))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import pytest
 from experiment_cases import ROOT, read_rows
 
 from experiments import fig2, tier_a
-from experiments.lib import adapter_runs, comparison, paired
+from experiments.lib import comparison, paired
+from experiments.lib.adapter_data import Setting
 from experiments.lib.journal import Journal
-from experiments.lib.tier_a_methods import AT_ONE_RATE
+from experiments.lib.tier_methods import AT_ONE_RATE, BASE, ENDPOINTS, METHODS
+from experiments.lib.tier_study import KEYS, TUNING_SEED, Study
 from experiments.lib.tuning import Point
 
 FIGURES = ROOT / "figures"
@@ -23,7 +25,7 @@ def quick(tmp_path_factory):
 
 
 def lines_of(folder):
-    return Journal(folder / "tier_a.jsonl", tier_a.KEYS).lines
+    return Journal(folder / "tier_a.jsonl", KEYS).lines
 
 
 @pytest.mark.long
@@ -59,7 +61,7 @@ def test_quick_form_compares_paired_seeds(quick):
 
 
 def test_runs_of_other_settings_are_left_out(tmp_path):
-    study = tier_a.Study(tier_a.Config(out=tmp_path), adapter_runs.Setting("m", tmp_path))
+    study = Study(tier_a.Config(out=tmp_path), Setting("m", tmp_path), METHODS, "tier_a")
     study.chosen["LoRA"] = point = Point(1e-3, 1.0)
     for seed, (setting, rate, steps) in enumerate(
         [
@@ -69,7 +71,7 @@ def test_runs_of_other_settings_are_left_out(tmp_path):
             (study.name, 1, 200),
         ]
     ):
-        identity = zip(tier_a.KEYS, (setting, "LoRA", rate, point.number, seed, steps), strict=True)
+        identity = zip(KEYS, (setting, "LoRA", rate, point.number, seed, steps), strict=True)
         study.journal.once(dict(identity), dict)
     assert study.finals().keys() == {"LoRA"}
     assert study.finals()["LoRA"].keys() == {0}
@@ -99,11 +101,11 @@ def test_committed_record_is_what_its_runs_give():
     assert how["runs"] == len(lines)
     finals, tuned = {}, {}
     for line in lines.values():
-        of_method = tuned if line["seed"] == tier_a.TUNING_SEED else finals
+        of_method = tuned if line["seed"] == TUNING_SEED else finals
         point = line["seed"], line["steps"], line["rate"], line["number"]
         of_method.setdefault(line["method"], {})[point] = line
     runs = {m: {seed: x for (seed, *_), x in of.items()} for m, of in finals.items()}
-    for endpoint in tier_a.ENDPOINTS:
+    for endpoint in ENDPOINTS:
         for name, result in how["differences"][endpoint.field].items():
             first, second = name.split(" − ")
             seeds = comparison.common(runs, first, second)
@@ -126,10 +128,10 @@ def test_committed_record_is_what_its_runs_give():
             assert len(full) == 2
     table = comparison.table(
         {method: runs[method] for method in how["seeds"]},
-        tier_a.ENDPOINTS,
+        ENDPOINTS,
         how["differences"],
         {method: tuple(point.values()) for method, point in how["chosen"].items()},
-        tier_a.BASE,
+        BASE,
     )
     assert (FIGURES / "tier_a.md").read_text() == table
 

@@ -1,6 +1,7 @@
-"""One run of fine-tuning an encoder with adapters, as experiments compare many of them.
+"""One run of fine-tuning a model with adapters, as experiments compare many of them.
 
-A seed decides the examples, their order, the new head and the key of the start, for all methods
+The model is an encoder with a new head, or a causal language model whose candidates are compared. A
+seed decides the examples, their order, the new head and the key of the start, for all methods
 alike. Batches have few lengths and the learning rate is an argument of the step, so that methods
 with one optimizer share its programs.
 """
@@ -8,10 +9,8 @@ with one optimizer share its programs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,63 +19,17 @@ import numpy as np
 from flax import nnx
 
 import nyscaled as nys
-from nyscaled.finetune import batches, inputs, training
+from experiments.lib.adapter_data import EVALUATED, Setting, fresh, read
+from nyscaled.finetune import training
 from nyscaled.finetune.batches import Batch, Batches
 from nyscaled.finetune.methods import METHODS, Method
 from nyscaled.finetune.objectives import OBJECTIVES
-from nyscaled.finetune.order import Order
 from nyscaled.finetune.schedules import schedule
 
-LENGTHS = (16, 24, 40, 64)
-"""Lengths of batches in tokens; longer examples are cut at the last one."""
-EVALUATED = 32
-"""Examples in a batch of an evaluation."""
 START_BATCHES = 8
 """Batches for starts from gradients and from inputs."""
 
 Start = Literal["own", "rule", "gaussian", "rotated"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all runs have in common.
-
-    Attributes:
-        model: folder of the encoder.
-        data: folder of the examples.
-        task: the task.
-        targets: regular expression of the layers that get adapters.
-        rank: r.
-        alpha: α.
-        batch_size: examples in a step.
-        examples: numbers of examples to train on, to validate and to test.
-    """
-
-    model: str
-    data: Path
-    task: str = "sst2"
-    targets: str = r".*\.(query|value)"
-    rank: int = 8
-    alpha: float = 16.0
-    batch_size: int = 8
-    examples: tuple[int, int, int] = (1000, 500, 1000)
-
-    def config(self, seed: int) -> nys.finetune.Config:
-        """Return the settings by which the examples of a seed are read."""
-        train, validation, test = self.examples
-        return nys.finetune.Config(
-            model=self.model,
-            data=self.data,
-            task=self.task,
-            out=Path(),
-            max_length=LENGTHS[-1],
-            allow_cut=1.0,
-            train_examples=train,
-            validation_examples=validation,
-            test_examples=test,
-            batch_size=self.batch_size,
-            seed=seed,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +46,6 @@ class Variant:
     method: str
     start: Start = "own"
     number: str | None = None
-
-
-class Data(NamedTuple):
-    """The task and the batches of a seed."""
-
-    task: nys.finetune.Task
-    train: Batches
-    order: Order
-    validation: Batches
-    test: Batches
 
 
 class Scores(NamedTuple):
@@ -128,51 +71,6 @@ class Outcome(NamedTuple):
     test: Scores | None
     updates: dict[str, tuple[np.ndarray, np.ndarray]]
     seconds: float
-
-
-@functools.lru_cache(maxsize=1)
-def load(model: str) -> tuple[Any, Any]:
-    """Return the encoder of a folder and its tokenizer."""
-    return nys.models.load(model)
-
-
-@functools.lru_cache(maxsize=2)
-def read(setting: Setting, seed: int, shuffled: bool = False) -> Data:
-    """Return the batches of a seed.
-
-    Args:
-        setting: what all runs have in common.
-        seed: chooses the examples and their order.
-        shuffled: whether the labels to train on are permuted.
-    """
-    model, tokenizer = load(setting.model)
-    config = setting.config(seed)
-    examples = inputs.read_examples(config, encoder=True, tokenizer=tokenizer)
-
-    def encoded(part: list[nys.finetune.Example]) -> list[nys.finetune.Encoded]:
-        limit = inputs.limit(config, model)
-        return inputs.encode_all(part, tokenizer, examples.task, config, limit, encoder=True)[0]
-
-    train = encoded(examples.train)
-    if shuffled:
-        labels = np.random.default_rng([seed, 1]).permutation([e.label for e in train])
-        train = [dataclasses.replace(e, label=int(y)) for e, y in zip(train, labels, strict=True)]
-
-    def make(part: list[nys.finetune.Encoded]) -> Batches:
-        return batches.make(
-            part,
-            "class",
-            batch_size=setting.batch_size,
-            programs=len(LENGTHS),
-            pad_id=tokenizer.pad_id or 0,
-            longest=LENGTHS,
-        )
-
-    made = make(train)
-    order = Order(made.lengths, setting.batch_size, seed)
-    return Data(
-        examples.task, made, order, make(encoded(examples.validation)), make(encoded(examples.test))
-    )
 
 
 def adapters(model: nnx.Module) -> dict[str, Any]:
@@ -258,11 +156,11 @@ def run(
     data = read(setting, seed, shuffled)
     method = METHODS[variant.method]
     options, hyperparameters = numbers_of(variant, number)
-    model, head = inputs.with_head(nnx.clone(load(setting.model)[0]), data.task.classes, seed)
+    model, head = fresh(setting, data, seed)
     start_seed = seed if start_seed is None else start_seed
 
     def loss(model: nnx.Module, batch: Batch) -> jax.Array:
-        total, count = OBJECTIVES["class"](model, batch)
+        total, count = OBJECTIVES[data.objective](model, batch)
         return total / count
 
     def some() -> Iterator[Batch]:
@@ -286,7 +184,7 @@ def run(
         for adapter in adapters(model).values():
             adapter.lora_a[...] = adapter.lora_a[...] * number
     parts = training.split(model, trained)
-    program = training.program_of(parts, "class", method, clip=1.0)
+    program = training.program_of(parts, data.objective, method, clip=1.0)
     state = training.initial(program, jax.tree.map(jnp.copy, parts.params), **hyperparameters)
     falling = schedule("linear", rate, steps, warmup=0)
     losses: list[jax.Array] = []

@@ -1,4 +1,4 @@
-"""What `experiments/tier_a.py` draws and records."""
+"""What `experiments/tier_*.py` draw and record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.lib import comparison
 from experiments.lib.comparison import Runs
 from experiments.lib.curves import Curve
 from experiments.lib.style import COLOURS, MARKERS
-from experiments.lib.tier_a_methods import BASE, ENDPOINTS, REFERENCES, SHUFFLED
+from experiments.lib.tier_methods import BASE, ENDPOINTS, REFERENCES, SHUFFLED
 
 
 def curves_of(runs: Runs, screening: dict[str, Curve]) -> dict[str, dict[str, Curve]]:

@@ -1,4 +1,4 @@
-"""Methods, controls and endpoints of `experiments/tier_a.py`."""
+"""Methods, controls and endpoints of `experiments/tier_*.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from experiments.lib.adapter_runs import Variant
 from experiments.lib.comparison import Endpoint
 from experiments.lib.tuning import Grid
 
+Methods = dict[str, tuple[Variant, Grid]]
 BASE = "LoRA"
-METHODS: dict[str, tuple[Variant, Grid]] = {
+METHODS: Methods = {
     BASE: (Variant("lora", number="size"), Grid(numbers=(1.0, 0.5, 2.0))),
     "NoRA": (Variant("nora", number="scale"), Grid(numbers=(0.1, 0.05, 0.2))),
     "NoRA, rule": (Variant("nora", "rule"), Grid()),
@@ -30,7 +31,7 @@ CONTROLS = {
     SIZED: Variant("nora", "gaussian", "scale"),
     ROTATED: Variant("nora", "rotated", "scale"),
 }
-REFERENCES: dict[str, tuple[Variant, Grid]] = {
+REFERENCES: Methods = {
     "linear probe": (Variant("linear-probe"), Grid().times(10)),
     "full": (Variant("full"), Grid().times(0.032)),
 }

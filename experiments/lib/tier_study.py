@@ -1,4 +1,4 @@
-"""The runs of `experiments/tier_a.py`, each made where the record does not have it."""
+"""The runs of `experiments/tier_*.py`, each made where the record does not have it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.lib.adapter_runs import Setting, Variant, run
+from experiments.lib.adapter_data import Setting
+from experiments.lib.adapter_runs import Variant, run
 from experiments.lib.config import BaseConfig
 from experiments.lib.journal import Journal, Line
-from experiments.lib.tier_a_methods import (
+from experiments.lib.tier_methods import (
     AGAIN,
     AT_ONE_RATE,
     BASE,
@@ -28,6 +29,7 @@ from experiments.lib.tier_a_methods import (
     SHUFFLED,
     UPDATES,
     VARIANTS,
+    Methods,
 )
 from experiments.lib.tuning import Grid, Point, tune
 
@@ -36,16 +38,13 @@ KEYS = ("setting", "method", "rate", "number", "seed", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BaseConfig):
-    """Starts and optimizers of adapters on SST-2, in paired runs.
+class TierConfig(BaseConfig):
+    """Starts and optimizers of adapters, in paired runs."""
 
-    --quick: a random encoder and made-up sentences, three methods, three seeds.
-    """
-
-    model: str = "build/weights/all-MiniLM-L6-v2"
-    """Folder of the encoder."""
+    model: str = ""
+    """Folder or file of the model."""
     data: Path = Path("build/data/sst2")
-    """Folder of train.tsv, dev.tsv and test.tsv."""
+    """Folder of the examples."""
     steps: int = 200
     """Steps of a run."""
     screening_steps: int = 60
@@ -68,14 +67,19 @@ class OutOfTimeError(Exception):
 
 
 class Study:
-    """The runs of a configuration, made where the record does not have them."""
+    """The runs of a configuration, made where the record does not have them.
 
-    def __init__(self, config: Config, setting: Setting) -> None:
-        self.config, self.setting = config, setting
-        name = Path(setting.model).name
-        sizes = dataclasses.asdict(setting) | {"model": name, "data": setting.data.name}
-        self.name = " ".join(str(value).replace(" ", "") for value in sizes.values())
-        self.journal = Journal(config.out / "tier_a.jsonl", KEYS)
+    Args:
+        config: the options.
+        setting: what all runs have in common.
+        methods: the methods with their grids.
+        file: name of the record, the table and the picture.
+    """
+
+    def __init__(self, config: TierConfig, setting: Setting, methods: Methods, file: str) -> None:
+        self.config, self.setting, self.methods, self.file = config, setting, methods, file
+        self.name = setting.name
+        self.journal = Journal(config.out / f"{file}.jsonl", KEYS)
         self.ends = time.monotonic() + 60 * config.minutes
         self.chosen: dict[str, Point] = {}
 
@@ -146,19 +150,20 @@ class Study:
                 extra = {"start_seed": seed + 1000} if label == AGAIN else options
                 self.line(label, VARIANTS[label], point, seed, self.config.steps, **extra)
 
-    def everything(self, methods: dict[str, tuple[Variant, Grid]]) -> bool:
+    def everything(self) -> bool:
         """Make the runs that are missing, those of the first methods and controls first.
 
         Returns:
             Whether all are there.
         """
+        methods = self.methods
         names = list(methods)
-        jobs = [functools.partial(self.tuned, methods, names[:FIRST])]
+        jobs: list[Callable[[], None]] = [functools.partial(self.tuned, methods, names[:FIRST])]
         jobs += [functools.partial(self.tuned, methods, [name]) for name in names[FIRST:]]
-        jobs.insert(2, functools.partial(self.controls, methods))
+        jobs.insert(2, self.controls)
         if len(methods) == len(METHODS):
             jobs += [functools.partial(self.tuned, REFERENCES, [name]) for name in REFERENCES]
-        jobs.append(functools.partial(self.at_one_rate, methods))
+        jobs.append(self.at_one_rate)
         complete = True
         for job in jobs:
             try:
@@ -171,18 +176,18 @@ class Study:
         """Return the rows among some that are to be run."""
         return [x for x in labels if not self.config.methods or x in self.config.methods]
 
-    def tuned(self, methods: dict[str, tuple[Variant, Grid]], labels: Iterable[str]) -> None:
+    def tuned(self, methods: Methods, labels: Iterable[str]) -> None:
         """Tune some methods, and make their final runs."""
         labels = self.asked_for(labels)
         for label in labels:
             self.tune(label, *methods[label])
         self.final(labels)
 
-    def controls(self, methods: dict[str, tuple[Variant, Grid]]) -> None:
+    def controls(self) -> None:
         """Run the controls, at the second number of NoRA and at LoRA's point."""
         labels = self.asked_for(CONTROLS)
         if labels:
-            variant, grid = methods["NoRA"]
+            variant, grid = self.methods["NoRA"]
             number = self.tune("NoRA", variant, grid).number
             assert number is not None
             for label in labels:
@@ -190,20 +195,22 @@ class Study:
         self.final(labels)
         labels = self.asked_for((AGAIN, SHUFFLED))
         for label in labels:
-            self.chosen[label] = self.tune(BASE, *methods[BASE])
+            self.chosen[label] = self.tune(BASE, *self.methods[BASE])
         for label in labels:
             self.final([label], **({"shuffled": True} if label == SHUFFLED else {}))
 
-    def at_one_rate(self, methods: dict[str, tuple[Variant, Grid]]) -> None:
+    def at_one_rate(self) -> None:
         """Run methods at LoRA's learning rate, with their own second numbers.
 
         A method whose own rate is LoRA's was run there already, and gets no second row.
         """
-        labels = self.asked_for(label for label, name in AT_ONE_RATE.items() if name in methods)
+        labels = self.asked_for(
+            label for label, name in AT_ONE_RATE.items() if name in self.methods
+        )
         for label in labels:
             name = AT_ONE_RATE[label]
-            rate = self.tune(BASE, *methods[BASE]).rate
-            own = self.tune(name, *methods[name])
+            rate = self.tune(BASE, *self.methods[BASE]).rate
+            own = self.tune(name, *self.methods[name])
             if own.rate != rate:
                 self.chosen[label] = Point(rate, own.number)
         self.final(label for label in labels if label in self.chosen)
