@@ -4,15 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from experiment_cases import read_rows
+from experiment_cases import ROOT, read_rows
 
 import nyscaled as nys
 from experiments import tier_b, tier_c
-from experiments.lib import adapter_data, made_up, upper_layers
+from experiments.lib import adapter_data, comparison, made_up, paired, upper_layers
 from experiments.lib.adapter_data import Setting
 from experiments.lib.journal import Journal
-from experiments.lib.tier_study import KEYS
+from experiments.lib.tier_methods import ENDPOINTS
+from experiments.lib.tier_study import KEYS, TUNING_SEED
 from nyscaled.finetune.objectives import choice_scores
+
+FIGURES = ROOT / "figures"
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,30 @@ def test_quick_form_makes_what_a_record_needs(script, file, tmp_path):
 def test_unknown_task_is_refused(tmp_path):
     with pytest.raises(ValueError, match="task is 'cb'; expected one of sst2, commonsense"):
         tier_b.main(tier_b.Config(out=tmp_path, task="cb"))
+
+
+@pytest.mark.parametrize("name", sorted(x.stem for x in FIGURES.glob("tier_[bc]*.json")))
+def test_committed_record_is_what_its_runs_give(name):
+    """The lines of the runs give the comparisons; a row with too few pairs claims nothing."""
+    how = json.loads((FIGURES / f"{name}.json").read_text())
+    lines = Journal(FIGURES / f"{name}.jsonl", KEYS).lines.values()
+    assert how["runs"] == len(lines)
+    runs = {}
+    for line in lines:
+        point = how["chosen"].get(line["method"])
+        final = line["steps"] == how["config"]["steps"] and line["seed"] != TUNING_SEED
+        if final and point == {"rate": line["rate"], "number": line["number"]}:
+            runs.setdefault(line["method"], {})[line["seed"]] = line
+    for endpoint in ENDPOINTS:
+        for pair, result in how["differences"][endpoint.field].items():
+            first, second = pair.split(" − ")
+            seeds = comparison.common(runs, first, second)
+            one, other = (
+                comparison.values(runs, endpoint.field, method, seeds) for method in (first, second)
+            )
+            expected = paired.compare(one - other)
+            assert result["pairs"] == len(seeds)
+            assert result["mean"] == pytest.approx(expected.mean, abs=1e-6)
+            assert result["low"] == pytest.approx(expected.low, abs=1e-6)
+            assert result["verdict"] == comparison.verdict(result)
+            assert len(seeds) >= 8 or result["verdict"] == comparison.FEW
