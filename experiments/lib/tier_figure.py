@@ -75,6 +75,7 @@ def draw(runs: Runs, results: Any, screening: dict[str, Curve]) -> Any:
         )
         axis.set_yticks(range(len(labels)), labels if panel == "a" else [""] * len(labels))
         axis.set_xlabel("shaded: at most 2 % of LoRA's loss")
+        axis.locator_params(axis="x", nbins=5)
     for index, (label, curve) in enumerate(screening.items()):
         axes[2].plot(
             *curve,
