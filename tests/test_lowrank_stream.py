@@ -317,6 +317,12 @@ def test_blocks_that_are_wrong(blocks, message):
             product(x)
 
 
+@pytest.mark.parametrize("columns", [0, -1, 99])
+def test_columns_that_are_not_there(columns):
+    with pytest.raises(ValueError, match=f"columns is {columns}; expected"):
+        RowBlocks(matrix(), block_bytes=BLOCK).times_both(thin(N), columns)
+
+
 FACTORIES = {
     "returns None": (lambda: None, "gives no row blocks .*NoneType.*; expected an iterable"),
     "has an argument": (lambda rows: iter([rows]), "gives no row blocks .*missing 1 required"),

@@ -145,7 +145,10 @@ def _spread(gradient: Array, kernel: Array, pads: Pads, precision: Precision) ->
     rows, columns, width, channels = kernel.shape
     # As matrices: of other shapes, XLA would turn the kernel.
     flat = gradient.reshape(-1, channels), kernel.reshape(-1, channels)
-    products = jax.lax.dot_general(*flat, (((1,), (1,)), ((), ())), precision=precision)
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    products = jax.lax.dot_general(
+        *flat, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=wide
+    )
     products = products.reshape(*gradient.shape[:3], rows, columns, width)
     (above, below), (left, right) = pads
     zero = jnp.zeros((), products.dtype)
@@ -154,7 +157,7 @@ def _spread(gradient: Array, kernel: Array, pads: Pads, precision: Precision) ->
         back = rows - 1 - y, columns - 1 - x
         shifts = (above - back[0], below - y, 0), (left - back[1], right - x, 0)
         parts.append(jax.lax.pad(products[:, :, :, y, x], zero, ((0, 0, 0), *shifts, (0, 0, 0))))
-    return functools.reduce(jnp.add, parts)
+    return functools.reduce(jnp.add, parts).astype(gradient.dtype)
 
 
 def _to_kernel(

@@ -96,7 +96,7 @@ class RowBlocks:
 
     def adjoint_times(self, y: Inexact[np.ndarray, "m k"], /) -> Inexact[np.ndarray, "n k"]:
         """Return Aᴴ y, in one pass."""
-        sums = _known(self._pass("Aᴴ y", y, image=False, sums=np.shape(y)[-1]).sums)
+        sums = _known(self._pass("Aᴴ y", y, image=False, sums=None).sums)
         return sums.conj().T.astype(self.dtype, order="C")
 
     def times_both(
@@ -109,10 +109,13 @@ class RowBlocks:
         Args:
             x: a thin matrix (n, k).
             columns: of how many columns of x, the first ones, Aᴴ A x is made; of all by default.
+
+        Raises:
+            ValueError: unless x fits, and has so many columns.
         """
-        count = np.shape(x)[-1]
-        columns = int(count if columns is None else columns)
-        product = "A x and Aᴴ A x" if columns == count else f"A x and Aᴴ A x[:, :{columns}]"
+        if columns is not None:
+            columns = require_count("columns", columns, 1)
+        product = "A x and Aᴴ A x" if columns is None else f"A x and Aᴴ A x[:, :{columns}]"
         state = self._pass(product, x, image=True, sums=columns)
         return _known(state.image), _known(state.sums).conj().T
 
@@ -124,11 +127,14 @@ class RowBlocks:
                 show(len(block))
         self.passes += 1
 
-    def _pass(self, product: str, x: HostArray, *, image: bool, sums: int) -> Pass:
-        """Multiply every block by x, or by rows of x; sum adjoint products of so many columns."""
+    def _pass(self, product: str, x: HostArray, *, image: bool, sums: int | None) -> Pass:
+        """Multiply every block by x, or by rows of x; sum adjoint products of columns (None: all)."""
         m, n = self.shape
         x = np.ascontiguousarray(as_argument(product, x, n if image else m, self.dtype))
         k = x.shape[1]
+        sums = k if sums is None else sums
+        if sums > k:
+            raise ValueError(f"columns is {sums}; expected at most {k}, the columns of x")
         state = Pass(
             row=0,
             image=np.empty((m, k), self.dtype) if image else None,
