@@ -128,7 +128,7 @@ class RowBlocks:
         self.passes += 1
 
     def _pass(self, product: str, x: HostArray, *, image: bool, sums: int | None) -> Pass:
-        """Multiply every block by x, or by rows of x; sum adjoint products of columns (None: all)."""
+        """Multiply blocks by x, or by rows of x; sum adjoint products of columns (None: all)."""
         m, n = self.shape
         x = np.ascontiguousarray(as_argument(product, x, n if image else m, self.dtype))
         k = x.shape[1]
