@@ -177,10 +177,11 @@ def evaluate(
         schedule: the noise of the pipeline.
     """
     parts, rows = grid.times.shape
-    model = merged(program, params, counts, frozen)
-    context = model.context(grid.texts, rows)
+    context = merged(program, params, counts, frozen).context(grid.texts, rows)
 
     def of_part(index: Int[Array, ""]) -> tuple[Array, Array]:
+        # Made here: with `remat`, flax refuses a model from outside of the loop.
+        model = merged(program, params, counts, frozen)
         latents = jnp.broadcast_to(grid.latents[index // parts], (rows, *grid.latents.shape[1:]))
         noise = jax.random.normal(jax.random.fold_in(grid.key, index), latents.shape)
         times = grid.times[index % parts]
