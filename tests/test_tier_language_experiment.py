@@ -114,3 +114,35 @@ def test_committed_record_is_what_its_runs_give(name):
             assert result["low"] == pytest.approx(expected.low, abs=1e-6)
             assert result["verdict"] == comparison.verdict(result)
             assert len(seeds) >= 8 or result["verdict"] == comparison.FEW
+
+
+def test_what_the_pages_say_of_parts_of_the_runs():
+    """The results name the last steps, the first epoch, and the loss on the seed of tuning."""
+
+    def of(name, method, part):
+        how = json.loads((FIGURES / f"{name}.json").read_text())
+        point, steps = how["chosen"][method], how["config"]["steps"]
+        lines = [
+            x
+            for x in Journal(FIGURES / f"{name}.jsonl", KEYS).lines.values()
+            if (x["method"], x["steps"]) == (method, steps) and x["seed"] != TUNING_SEED
+            if point == {"rate": x["rate"], "number": x["number"]}
+        ]
+        return np.mean([x["losses"][part] for x in lines])
+
+    last = slice(200, 250)
+    for method in ("PiSSA", "NoRA+"):
+        first = slice(0, 125)
+        assert of("tier_b_sst2", method, last) < of("tier_b_sst2", "LoRA", last)
+        assert of("tier_b_sst2", method, first) > of("tier_b_sst2", "LoRA", first)
+    epoch = slice(0, 125)
+    assert of("tier_c", "NoRA", epoch) >= of("tier_c", "LoRA", epoch)
+    tuned = {
+        (x["method"], x["rate"], x["number"], x["steps"]): x["validation_loss"]
+        for x in Journal(FIGURES / "tier_c.jsonl", KEYS).lines.values()
+        if x["seed"] == TUNING_SEED
+    }
+    for method, number in (("LoRA", 1.0), ("NoRA", 0.05), ("NoRA+", 0.05)):
+        assert tuned[method, 1e-3, number, 375] > tuned[method, 1e-3, number, 60]
+    assert f"{tuned['LoRA', 1e-3, 1.0, 60]:.2f}" == "0.37"
+    assert f"{tuned['LoRA', 1e-3, 1.0, 375]:.2f}" == "0.47"

@@ -31,6 +31,19 @@ def known_tolerance(a: LinearMap | HostMatrix, tol: Number | None, key: Key[Arra
     return float(cast(float, tol))
 
 
+def require_no_options_of_ranks(oversampling: SupportsIndex | None, jackknife: bool) -> None:
+    """Raise ValueError on options that a tolerance does not take.
+
+    Args:
+        oversampling: what a user passed.
+        jackknife: what a user passed.
+    """
+    if jackknife:
+        raise ValueError("jackknife is True and tol is given; expected a rank")
+    if oversampling is not None:
+        raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
+
+
 def largest_rank(max_rank: SupportsIndex | None, shape: tuple[int, ...]) -> int:
     """Return the largest rank that is allowed, min(m, n) by default.
 

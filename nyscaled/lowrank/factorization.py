@@ -11,7 +11,11 @@ from jaxtyping import Array, Key
 
 from nyscaled.lowrank import by_rank, streamed
 from nyscaled.lowrank.adaptive import adaptive
-from nyscaled.lowrank.arguments import known_tolerance, largest_rank
+from nyscaled.lowrank.arguments import (
+    known_tolerance,
+    largest_rank,
+    require_no_options_of_ranks,
+)
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host import HostMatrix, as_input
 from nyscaled.lowrank.result import LowRank, Status
@@ -101,10 +105,7 @@ def factorize(
         else:
             result = by_rank.of_rank(a, key, rank, width, passes, jackknife)
     else:
-        if jackknife:
-            raise ValueError("jackknife is True and tol is given; expected a rank")
-        if oversampling is not None:
-            raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
+        require_no_options_of_ranks(oversampling, jackknife)
         tolerance, limit = known_tolerance(a, tol, key), largest_rank(max_rank, a.shape)
         if isinstance(a, StreamedMatrix):
             result = streamed.of_tolerance(a, key, tolerance, limit)

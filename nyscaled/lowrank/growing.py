@@ -35,7 +35,7 @@ def with_room(space: Growing, count: int) -> Growing:
 
 
 def placed(matrix: Array | None, part: Array, start: Int[Array, ""] | int, axis: int = 1) -> Array:
-    """Return the matrix with a part from `start` on; the part alone if there is no matrix.
+    """Return the matrix with a part from `start` on; only the part if there is no matrix.
 
     Args:
         matrix: an array that has room for it.

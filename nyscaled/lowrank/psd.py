@@ -13,7 +13,11 @@ from nyscaled import validation
 from nyscaled.lapack import inverse_cholesky, inverse_upper
 from nyscaled.linalg import KernelMatrix
 from nyscaled.lowrank import leave_one_out
-from nyscaled.lowrank.arguments import known_tolerance, largest_rank
+from nyscaled.lowrank.arguments import (
+    known_tolerance,
+    largest_rank,
+    require_no_options_of_ranks,
+)
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host_arrays import HOST_DTYPES
 from nyscaled.lowrank.jacobi import eigh_of_positive
@@ -135,10 +139,7 @@ def nystrom(
             columns, passes = m, 1
         result = _approximation(a, key, rank, columns, passes, jackknife)
     else:
-        if jackknife:
-            raise ValueError("jackknife is True and tol is given; expected a rank")
-        if oversampling is not None:
-            raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
+        require_no_options_of_ranks(oversampling, jackknife)
         tolerance, limit = known_tolerance(a, tol, key), largest_rank(max_rank, a.shape)
         validation.require_sound_matrix("A", a, symmetric=True)
         result = of_tolerance(a, key, tolerance, limit)
