@@ -130,7 +130,7 @@ def one(key):
         4).params)
     return runs
 
-program, end = jax.jit(jax.vmap(one)), time.monotonic() + 60
+program, end = jax.jit(jax.vmap(one)), time.monotonic() + 20
 jax.block_until_ready(program(keys))
 while time.monotonic() < end:
     jax.block_until_ready((program(keys), program(keys[::-1])))
