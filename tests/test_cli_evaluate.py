@@ -46,7 +46,8 @@ def files(tmp_path_factory):
 
 
 def evaluate(files, *options, model="causal", task="sst2", data="data"):
-    words = ["--model", files / model, "--task", task, "--data", files / data, *options]
+    words = ["--model", files / model, "--data", files / data, *options]
+    words += [] if task is None else ["--task", task]
     return main(["evaluate", *map(str, words)])
 
 
@@ -103,11 +104,19 @@ def test_other_test_examples_than_those_of_the_run_are_named(files, tmp_path, ca
         ) == said
 
 
-@pytest.mark.parametrize("hidden", ["sentence\na b c\n", "sentence\tlabel\na b c\t-1\n"])
-def test_the_split_is_dev_where_test_has_no_labels(files, tmp_path, hidden, capsys):
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("test.tsv", "sentence\na b c\n"),
+        ("test.tsv", "sentence\tlabel\na b c\t-1\n"),
+        ("test.jsonl", '{"sentence": "a b c", "idx": 0}\n'),
+        ("test.jsonl", '{"sentence": "a b c", "label": null}\n'),
+    ],
+)
+def test_the_split_is_dev_where_test_has_no_labels(files, tmp_path, name, hidden, capsys):
     data, out = tmp_path / "data", tmp_path / "scores.json"
     shutil.copytree(files / "data", data)
-    (data / "test.tsv").write_text(hidden)
+    (data / name).write_text(hidden)
     assert evaluate(files, "--out", out, data=data) == 0
     said = capsys.readouterr()
     assert said.out.endswith("% on 4 examples of dev\n")
@@ -193,9 +202,12 @@ def test_a_run_says_its_template(files, tmp_path):
         ({"options": ["--out", "x.txt"]}, "out is 'x.txt'; expected a name that ends in .json"),
         ({"options": ["--max-length", "20"]}, "have more than 20 tokens"),
         ({"options": ["--generated"]}, "the task sst2 has no generated answers"),
-        ({"options": ["--harness", "none", "--data", "none"]}, "nyscaled[eval]"),
+        ({"options": ["--generated"], "model": "classifier"}, "generated is True and the model is"),
+        ({"options": ["--max-length", "0"]}, "max_length is 0"),
+        ({"options": ["--harness", "none", "--data", "none"], "task": None}, "nyscaled[eval]"),
+        ({"options": ["--harness", "x"]}, "task is 'sst2'; expected none with --harness"),
         (
-            {"options": ["--harness", "x"], "model": "encoder"},
+            {"options": ["--harness", "x"], "model": "encoder", "task": None},
             "the model is an encoder; expected a",
         ),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -38,6 +39,10 @@ def test_the_folder_of_a_run(root):
     record = json.loads((out / "run.json").read_text())
     assert record["versions"]["nyscaled"] == nys.__version__
     assert yaml.safe_load((out / "config.yaml").read_text())["method"] == "nora+"
+    # Who may read one file may read all.
+    (root / "new").touch()
+    modes = {path.stat().st_mode for path in out.rglob("*") if path.is_file()}
+    assert modes == {(root / "new").stat().st_mode}
 
 
 def test_the_adapter_is_that_of_the_lowest_validation_loss(root):
@@ -273,4 +278,12 @@ def test_options_of_methods_are_numbers():
     with pytest.raises(ValueError, match=r"method_options.gamma is nan; expected a number"):
         nys.finetune.Config(
             model="m", data=Path("d"), task="rte", out=Path("o"), method_options=options
+        )
+
+
+@pytest.mark.parametrize("name", ["epochs", "learning_rate", "alpha"])
+def test_numbers_of_a_run_are_finite(name):
+    with pytest.raises(ValueError, match=f"{name} is inf; expected a finite number"):
+        nys.finetune.Config(
+            **{"model": "m", "data": Path("d"), "task": "rte", "out": Path("o"), name: math.inf}
         )

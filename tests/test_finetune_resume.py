@@ -75,6 +75,21 @@ def test_a_run_of_other_settings_does_not_go_on(root):
         nys.finetune.run(settings(root, out=root / "absent", resume=True))
 
 
+def test_a_run_does_not_begin_with_parts_of_another(root, tmp_path):
+    """It would go on from their checkpoints, by other settings."""
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out" / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"has metrics.jsonl, checkpoints, best, adapter, result"):
+        nys.finetune.run(settings(root, seed=1, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("text", ["other: 1\n", "- 1\n", ": : :\n - a\n"])
+def test_a_file_of_another_program_is_no_run(root, tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config.yaml has no settings of a run; expected those"):
+        nys.finetune.run(settings(root, out=tmp_path, resume=True))
+
+
 @pytest.fixture
 def unfinished(root, tmp_path, monkeypatch):
     """Settings of a run with a model and data of its own, which Ctrl-C stopped."""

@@ -90,8 +90,15 @@ def run(config: Config) -> int:
         ImportError: if the harness is asked for and not installed.
         OSError: if a file cannot be read or written.
     """
-    if config.examples is not None:
-        require_count("examples", config.examples, low=1)
+    for name in ("examples", "max_length"):
+        if getattr(config, name) is not None:
+            require_count(name, getattr(config, name), low=1)
+    for name in ("task", "template", "split", "max_length") if config.harness is not None else ():
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}; expected none with --harness, whose tasks "
+                "have their own"
+            )
     out = config.out
     if out is not None:
         if out.suffix != ".json":
@@ -121,6 +128,8 @@ def _in_task(config: Config) -> dict[str, object]:
     split, rows = _labelled(config.data, config.split, task)
     model, tokenizer = _read(config)
     encoder = inputs.is_encoder(model)
+    if encoder and config.generated:
+        raise ValueError("generated is True and the model is an encoder; expected --no-generated")
     if encoder:
         task.objective(encoder=True)
         task = described.with_classes(task, trained)

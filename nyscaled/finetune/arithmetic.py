@@ -56,6 +56,7 @@ def _task(name: str, source: str) -> Task:
         templates=TEMPLATES,
         build=_build,
         fields={"question": ("question", "query", "instruction")},
+        label=(),
         trained_on="tokens",
         ends=True,
         metric="number",

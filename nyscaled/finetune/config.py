@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from nyscaled._pytree import build
 from nyscaled.finetune.chosen import require_options
 from nyscaled.finetune.meshes import sizes_of
 from nyscaled.finetune.processes import parsed
@@ -146,6 +145,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and (name, value) != ("scale", "auto"):
                 require_positive(name, value)
+                if name != "clip" and value == math.inf:
+                    raise ValueError(f"{name} is inf; expected a finite number")
         require_options(self.method_options)
         require_count("seed", self.seed)
         if self.warmup_steps is not None:
@@ -187,27 +188,8 @@ _COUNTS = (
 )
 _POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "epochs")
 
-NOT_THE_RUN = (
-    *("out", "resume", "dry_run", "config", "log_every", "sample_every", "log", "processes"),
-)
+NOT_THE_RUN = (*("out", "resume", "dry_run", "log_every", "sample_every", "log", "processes"),)
 """Settings in which a run that goes on may differ from the one that began."""
-
-
-def differences(first: Config, second: Config) -> dict[str, tuple[object, object]]:
-    """Return the settings of a run in which two configurations differ, with both values.
-
-    Args:
-        first: a configuration.
-        second: another one.
-
-    Examples:
-        >>> config = Config(model="m", data=Path("d"), task="rte", out=Path("o"))
-        >>> differences(config, dataclasses.replace(config, rank=4, resume=True))
-        {'rank': (8, 4)}
-    """
-    names = [f.name for f in dataclasses.fields(Config) if f.name not in NOT_THE_RUN]
-    values = {name: (getattr(first, name), getattr(second, name)) for name in names}
-    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
 
 def as_options(config: Config) -> dict[str, Option]:
@@ -225,16 +207,18 @@ def as_options(config: Config) -> dict[str, Option]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-def from_options(options: Mapping[str, object]) -> Config:
-    """Return the configuration that `as_options` gave these options of.
+def differences(saved: Mapping[str, object], config: Config) -> dict[str, tuple[object, object]]:
+    """Return the settings in which a run differs from one that began, with both values.
 
     Args:
-        options: settings by name.
+        saved: settings of the run that began, of `as_options`.
+        config: settings of the run.
 
     Examples:
         >>> config = Config(model="m", data=Path("d"), task="rte", out=Path("o"))
-        >>> from_options(as_options(config)) == config
-        True
+        >>> differences(as_options(config) | {"rank": 4, "resume": True}, config)
+        {'rank': (4, 8)}
     """
-    paths = {name: Path(str(options[name])) for name in ("data", "out")}
-    return dataclasses.replace(build(Config, config=None, **{**options, **paths}))
+    now = as_options(config)
+    names = [name for name in now if name in saved and name not in NOT_THE_RUN]
+    return {name: (saved[name], now[name]) for name in names if saved[name] != now[name]}

@@ -14,9 +14,11 @@ import yaml
 
 import nyscaled
 from nyscaled._files import replacing
-from nyscaled.checkpoints.files import JsonObject
+from nyscaled.checkpoints.files import JsonObject, read_text
 
 CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
+LATER = "metrics.jsonl", "checkpoints", "best", "adapter", RESULT
+"""What a run writes when its settings are written."""
 PACKAGES = "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint"
 
 
@@ -28,20 +30,30 @@ def begun(out: Path, *, resume: bool) -> JsonObject | None:
         resume: whether a run is to go on.
 
     Raises:
-        ValueError: if the folder has a run that is not to go on, has none that is, or is a file.
+        ValueError: if the folder has a run that is not to go on, none that is, or parts of one, or
+            is a file.
     """
     path = out / CONFIG
     if path.exists():
         if not resume:
             raise ValueError(f"{out} has a run; expected --resume, or another --out")
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(saved, dict):
-            raise ValueError(f"{path} has no settings; expected those of a run")
+        try:
+            saved = yaml.safe_load(read_text(path))
+        except yaml.YAMLError:
+            saved = None
+        if not isinstance(saved, dict) or "model" not in saved:
+            raise ValueError(f"{path} has no settings of a run; expected those that it began with")
         return saved
     if resume:
         raise ValueError(f"{out} has no run; expected a folder with {CONFIG}, or no --resume")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is '{out}', a file; expected a folder")
+    # A run that begins would go on from them.
+    if left := [name for name in LATER if (out / name).exists()]:
+        raise ValueError(
+            f"{out} has {', '.join(left)} and no {CONFIG}; expected a folder without parts of "
+            "another run"
+        )
     return None
 
 
@@ -84,7 +96,7 @@ def begin(out: Path, options: JsonObject, record: JsonObject, *packages: str) ->
         },
     )
     with replacing(out / CONFIG) as file:
-        file.write(yaml.safe_dump(options, sort_keys=False).encode())
+        file.write(yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
 
 
 def write_json(path: Path, values: object) -> None:

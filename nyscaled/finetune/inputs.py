@@ -114,9 +114,10 @@ def read_if_labelled(data: Path, split: str, task: Task) -> list[Row] | None:
             return None
     else:
         return None
-    labels = {str(row.fields[name]) for row in rows for name in task.label if name in row.fields}
-    if split == "test" and labels == {"-1"}:
-        print("the test split is left out: all its labels are -1, hidden ones", file=sys.stderr)
+    labels = {str(row.fields.get(name)) for row in rows for name in task.label} - {"None"}
+    if split == "test" and task.label and labels <= {"-1"}:
+        reason = "all its labels are -1, hidden ones" if labels else "it has no labels"
+        print(f"the test split is left out: {reason}", file=sys.stderr)
         return None
     return rows
 

@@ -142,6 +142,7 @@ INSTRUCTIONS = Task(
     source="a user's own data",
     templates=TEMPLATES,
     build=_build,
+    label=(),
     trained_on="tokens",
     ends=True,
     metric="f1",

@@ -14,7 +14,7 @@ import jax
 
 from nyscaled.checkpoints import files
 from nyscaled.finetune import folders, identity, loop, meshes, processes, training
-from nyscaled.finetune.config import Config, as_options, differences, from_options
+from nyscaled.finetune.config import Config, as_options, differences
 from nyscaled.finetune.evaluation import Evaluation, evaluate
 from nyscaled.finetune.examples import Example
 from nyscaled.finetune.folders import CONFIG, RECORD, RESULT, write_json
@@ -219,7 +219,7 @@ def _read_finished(config: Config) -> dict[str, object] | None:
     options = folders.begun(config.out, resume=config.resume)
     if options is None:
         return None
-    return folders.finished(config.out, differences(from_options(options), config))
+    return folders.finished(config.out, differences(options, config))
 
 
 def claim(prepared: Prepared) -> None:

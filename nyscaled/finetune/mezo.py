@@ -173,6 +173,7 @@ RECORD = Task(
     templates=_mezo("{passage!h}\n-"),
     build=_record,
     fields=_same("passage"),
+    label=("answers",),
     trained_on="tokens",
 )
 SQUAD = Task(

@@ -81,7 +81,8 @@ class Task:
         build: makes an example for a causal language model of the task, a template, a row and the
             tokenizer.
         fields: for each field of the templates, its names in releases of the data.
-        label: names of the field of the label.
+        label: names of the field of the label, or of the right answers; empty if the answer is
+            a text of its own in each row.
         labels: for each class, the values of the label that stand for it.
         words: what a causal language model says for each class; also the words that are searched
             in generated text.
