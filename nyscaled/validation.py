@@ -14,6 +14,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from nyscaled.lapack import eigh
@@ -190,8 +191,9 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
         )
     if form is None:
         return
+    require_digits(size / 2, a.dtype)  # ‖A U‖_F ≈ 2‖A‖_F for four Gaussian columns
     skew = float(jnp.max(jnp.abs(form - form.conj().T)))
-    # ‖A U‖_F ≈ 2‖A‖_F for four Gaussian columns; entries of UᵀEU have the size of ‖E‖_F.
+    # Entries of UᵀEU have the size of ‖E‖_F.
     if skew > 1e3 * float(jnp.finfo(a.dtype).eps) * size:
         if jnp.iscomplexobj(form):
             raise ValueError(
@@ -202,6 +204,21 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
             f"{name} is not symmetric: its antisymmetric part is about {skew / size:.1e} of its "
             "norm; expected A = Aᵀ (take (A + A.T) / 2 if the difference is rounding, "
             "or problems.Asymmetric)"
+        )
+
+
+def require_digits(size: float, dtype: DTypeLike) -> None:
+    """Raise ValueError if products with a matrix of this norm underflow in part.
+
+    Args:
+        size: the norm of A.
+        dtype: the dtype of the products.
+    """
+    limit = float(jnp.finfo(dtype).tiny) / float(jnp.finfo(dtype).eps)
+    if size < limit:
+        raise ValueError(
+            f"A has a norm of about {size:.1e}, where {dtype} loses digits; expected at least "
+            f"{limit:.1e} (multiply A by a power of two)"
         )
 
 

@@ -60,6 +60,7 @@ OUT_OF_RANGE = {
     "--seed is -1; expected": ("--rank", 1, "--seed", -1),
     "--rank is 0; expected": ("--rank", 0),
     "--passes is 1; expected an integer ≥ 2": ("--rank", 1, "--passes", 1),
+    "--passes is 3 and --tol is given": ("--tol", 0.1, "--passes", 3),
     "none.toml does not exist": ("--config", "none.toml"),
 }
 

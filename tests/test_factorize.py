@@ -162,6 +162,12 @@ def test_numbers_that_lose_digits_are_refused(a, size):
         nys.factorize((a.astype(np.float64) * size).astype(np.float32), 3)
 
 
+def test_the_smallest_numbers_of_a_sparse_matrix_are_not_zeros():
+    tiny = np.float32(1e-45) * scipy.sparse.eye_array(9, dtype=np.float32, format="csr")
+    with pytest.raises(ValueError, match="where float32 loses digits"):
+        nys.factorize(tiny, 3)
+
+
 def test_a_rank_may_be_an_integer_of_numpy_or_jax(a):
     expected = nys.factorize(a, 3).singular_values
     for rank in (np.int64(3), jnp.asarray(3)):

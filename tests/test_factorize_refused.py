@@ -30,6 +30,7 @@ BAD = {
     "jackknife": ({"tol": 0.1, "jackknife": True}, "jackknife is True"),
     "oversampling": ({"rank": 3, "oversampling": -1}, "oversampling is -1"),
     "oversampling with tol": ({"tol": 0.1, "oversampling": 4}, "oversampling is 4 and tol is"),
+    "passes with tol": ({"tol": 0.1, "passes": 3}, "passes is 3 and tol is given; expected a rank"),
     "jackknife of one column": (
         {"rank": 1, "oversampling": 0, "jackknife": True},
         "jackknife is True for 1 column",
@@ -76,6 +77,8 @@ def test_bad_matrices(a, options):
         nys.factorize(np.ones((4, 4), int), **options)
     with pytest.raises(ValueError, match=r"A has shape \(4,\)"):
         nys.factorize(np.ones(4, np.float32), **options)
+    with pytest.raises(ValueError, match=r"A has shape \(0, 3\); expected a matrix"):
+        nys.factorize(np.ones((0, 3), np.float32), **options)
 
 
 def test_a_tolerance_is_refused_under_jit(a):

@@ -230,6 +230,13 @@ WRONG = {
     "rank": ([np.ones((3, 5), "f")], 4, "rank is 4; expected 1 ≤ rank ≤ 3"),
     "rank 0": ([np.ones((3, 5), "f")], 0, "rank is 0; expected"),
     "raises": ((1 // i for i in range(2)), 1, "block 0 of the stream failed .ZeroDivisionError"),
+    "tiny": ([2.0**-120 * np.ones((9, 9), "f")], 1, "where float32 loses digits"),
+    "huge": ([2.0**126 * np.ones((9, 9), "f")], 1, "NaN or Inf entries, or .* products overflow"),
+    "masked": (
+        [np.ma.masked_less(np.eye(9, dtype="f"), 1)],
+        1,
+        "rows of block 0 are a MaskedArray",
+    ),
     "a number": (3.0, 1, "the stream is a float; expected row blocks"),
 }
 

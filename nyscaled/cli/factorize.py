@@ -70,8 +70,8 @@ class Config:
     """Replace existing files."""
     top: int = 8
     """How many singular values the column share_of_top counts."""
-    passes: int = 6
-    """Products with the matrix or its transpose, for a given rank."""
+    passes: int | None = None
+    """Products with the matrix or its transpose, without --tol; 6 by default."""
     seed: int = 0
     """Seed of the random start, at least 0."""
     config: Path | None = None
@@ -142,6 +142,10 @@ def _require_options(config: Config) -> None:
         raise ValueError("--tol and --rank are missing; expected at least one of them")
     if config.tol is not None:
         require_scalar("--tol", config.tol, 0, 1, open_low=True)
+        if config.passes is not None:
+            raise ValueError(
+                f"--passes is {config.passes} and --tol is given; expected one of them"
+            )
     for name, low in (("rank", 1), ("top", 1), ("passes", 2), ("seed", 0)):
         if getattr(config, name) is not None:
             require_count(f"--{name}", getattr(config, name), low)

@@ -1,4 +1,4 @@
-"""What both factorizations ask of a tolerance and of the largest rank."""
+"""What factorizations ask of their options, and of what they return."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Key
 
 from nyscaled.lowrank.host import HostMatrix
+from nyscaled.lowrank.result import LowRank, Status
 from nyscaled.typing import LinearMap, Number
-from nyscaled.validation import is_concrete, require_rank, require_scalar
+from nyscaled.validation import is_concrete, require_digits, require_rank, require_scalar
 
 
 def known_tolerance(a: LinearMap | HostMatrix, tol: Number | None, key: Key[Array, ""]) -> float:
@@ -31,17 +32,28 @@ def known_tolerance(a: LinearMap | HostMatrix, tol: Number | None, key: Key[Arra
     return float(cast(float, tol))
 
 
-def require_no_options_of_ranks(oversampling: SupportsIndex | None, jackknife: bool) -> None:
-    """Raise ValueError on options that a tolerance does not take.
+def require_unset(reason: str, **options: SupportsIndex | bool | None) -> None:
+    """Raise ValueError on options that were passed and would not be used.
 
     Args:
-        oversampling: what a user passed.
-        jackknife: what a user passed.
+        reason: the end of errors: why they are not used, and what is expected.
+        **options: what a user passed, by name; None and False were not.
     """
-    if jackknife:
-        raise ValueError("jackknife is True and tol is given; expected a rank")
-    if oversampling is not None:
-        raise ValueError(f"oversampling is {oversampling} and tol is given; expected a rank")
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name} is {value!r} and {reason}")
+
+
+def require_sound(result: LowRank) -> None:
+    """Raise ValueError on a result of numbers that are not finite, or too small to have all digits.
+
+    Args:
+        result: a factorization, whose entries are known.
+    """
+    if Status(int(result.status)) is Status.NON_FINITE:
+        raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
+    if size := float(result.norm_estimate):
+        require_digits(size, result.norm_estimate.dtype)
 
 
 def largest_rank(max_rank: SupportsIndex | None, shape: tuple[int, ...]) -> int:

@@ -208,6 +208,8 @@ def as_array(rows: MatrixLike, name: str) -> np.ndarray:
         name: what errors call them.
     """
     try:
+        if np.ma.isMA(rows):
+            raise TypeError("NumPy would drop its mask")
         return rows.toarray() if is_scipy(rows) else np.asarray(rows)
     except Exception as error:  # of many classes; a traced array is one
         reason = f"{type(error).__name__}: {error}"
@@ -266,12 +268,12 @@ def _sliced(source: SlicedRows, height: int, label: str) -> Callable[[int], Iter
             stop = min(row + height, m)
             try:
                 block = source[row:stop]
-                block = block if is_scipy(block) else np.asarray(block)
+                shape = np.shape(block)
             except Exception as error:  # what h5py, zarr or somebody's class raises
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(f"rows {row} … {stop} of {label}: {reason}") from error
-            if block.shape[:1] != (stop - row,):
-                got = f"rows {row} … {stop} of {label} have shape {block.shape}"
+            if shape[:1] != (stop - row,):
+                got = f"rows {row} … {stop} of {label} have shape {shape}"
                 raise ValueError(f"{got}; expected {stop - row} rows")
             yield block
 

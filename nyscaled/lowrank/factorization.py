@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import SupportsIndex
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -14,14 +13,22 @@ from nyscaled.lowrank.adaptive import adaptive
 from nyscaled.lowrank.arguments import (
     known_tolerance,
     largest_rank,
-    require_no_options_of_ranks,
+    require_sound,
+    require_unset,
 )
 from nyscaled.lowrank.explicit import with_auto_axes
-from nyscaled.lowrank.host import HostMatrix, as_input
-from nyscaled.lowrank.result import LowRank, Status
+from nyscaled.lowrank.host import HostMatrix, SparseMatrix, as_input
+from nyscaled.lowrank.host_arrays import as_shape
+from nyscaled.lowrank.result import LowRank
 from nyscaled.lowrank.streamed import StreamedMatrix
 from nyscaled.typing import LinearMap, MatrixLike, Number
-from nyscaled.validation import is_concrete, require_count, require_key, require_rank
+from nyscaled.validation import (
+    is_concrete,
+    require_count,
+    require_digits,
+    require_key,
+    require_rank,
+)
 
 
 @with_auto_axes
@@ -31,7 +38,7 @@ def factorize(
     *,
     tol: Number | None = None,
     key: Key[Array, ""] | None = None,
-    passes: int = 6,
+    passes: int | None = None,
     oversampling: int | None = None,
     max_rank: SupportsIndex | None = None,
     jackknife: bool = False,
@@ -57,7 +64,8 @@ def factorize(
         rank: 1 ≤ r ≤ min(m, n); or give `tol`.
         tol: a bound of ‖A − L diag(s) Rᴴ‖_F / ‖A‖_F, in Frobenius norms, in (0, 1].
         key: PRNG key of the random columns; `jax.random.key(0)` by default.
-        passes: how many products with A and Aᴴ are made for a given rank, at least 2.
+        passes: how many products with A and Aᴴ are made for a given rank, at least 2; 6 by
+            default.
         oversampling: how many more columns than `rank` each product has, for a given rank. By
             default at least 4, so that the columns are a multiple of 8.
         max_rank: with `tol`, the largest rank that is allowed; min(m, n) by default.
@@ -68,8 +76,8 @@ def factorize(
         The factors; see `LowRank`. Half precision gives float32.
 
     Raises:
-        ValueError: if A is not a matrix of floats or has NaN or Inf entries; or if not exactly
-            one of `rank` and `tol` is given, or one is out of range.
+        ValueError: if A is not a matrix of floats or has NaN or Inf entries; if not exactly one
+            of `rank` and `tol` is given, or one is out of range; or on an option of the other one.
 
     References:
         Halko, Martinsson and Tropp, Finding structure with randomness, SIAM Review 53, 2011.
@@ -85,19 +93,19 @@ def factorize(
     """
     key = jax.random.key(0) if key is None else require_key("key", key)
     a = as_input("A", a, key)
+    shape = as_shape("A", a.shape)
     if (rank is None) == (tol is None):
         raise ValueError(f"rank is {rank} and tol is {tol}; expected exactly one of them")
     if rank is not None:
-        if max_rank is not None:
-            raise ValueError(f"max_rank is {max_rank} and rank is {rank}; expected max_rank=None")
-        rank = require_rank(rank, a.shape)
-        passes = require_count("passes", passes, 2)
+        require_unset(f"rank is {rank}; expected max_rank=None", max_rank=max_rank)
+        rank = require_rank(rank, shape)
+        passes = 6 if passes is None else require_count("passes", passes, 2)
         if oversampling is None:
             oversampling = 4 + -(rank + 4) % 8
-        width = min(rank + require_count("oversampling", oversampling), *a.shape)
+        width = min(rank + require_count("oversampling", oversampling), *shape)
         if jackknife and width < 2:
             raise ValueError(
-                f"jackknife is True for {width} column (rank {rank}, A {a.shape}); expected at "
+                f"jackknife is True for {width} column (rank {rank}, A {shape}); expected at "
                 "least 2: it leaves out one at a time"
             )
         if isinstance(a, StreamedMatrix):
@@ -105,24 +113,26 @@ def factorize(
         else:
             result = by_rank.of_rank(a, key, rank, width, passes, jackknife)
     else:
-        require_no_options_of_ranks(oversampling, jackknife)
-        tolerance, limit = known_tolerance(a, tol, key), largest_rank(max_rank, a.shape)
+        require_unset(
+            "tol is given; expected a rank",
+            passes=passes,
+            oversampling=oversampling,
+            jackknife=jackknife,
+        )
+        tolerance, limit = known_tolerance(a, tol, key), largest_rank(max_rank, shape)
         if isinstance(a, StreamedMatrix):
             result = streamed.of_tolerance(a, key, tolerance, limit)
         else:
             result = adaptive(a, key, tolerance, limit)
     if is_concrete(result.status):
-        _require_sound(a, result)
+        require_sound(result)
+        if float(result.norm_estimate) == 0 and _has_entries(a):
+            require_digits(0.0, result.norm_estimate.dtype)
     return result
 
 
-def _require_sound(a: LinearMap | HostMatrix, result: LowRank) -> None:
-    if Status(int(result.status)) is Status.NON_FINITE:
-        raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
-    size, dtype = float(result.norm_estimate), result.norm_estimate.dtype
-    limit = float(jnp.finfo(dtype).tiny) / float(jnp.finfo(dtype).eps)
-    if 0 < size < limit or (size == 0 and isinstance(a, jax.Array) and np.any(np.asarray(a))):
-        raise ValueError(
-            f"A has a norm of about {size:.1e}, where {dtype} loses digits; expected at least "
-            f"{limit:.1e} (multiply A by a power of two)"
-        )
+def _has_entries(a: LinearMap | HostMatrix) -> bool:
+    """Whether a matrix whose entries are at hand has one that is not zero."""
+    if isinstance(a, SparseMatrix):
+        return any(np.any(block.matrix.data) for block in a.blocks)
+    return isinstance(a, jax.Array) and bool(np.any(np.asarray(a)))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, Key
 
+from nyscaled.lowrank.arguments import require_sound
 from nyscaled.lowrank.blocks import ahead, as_array, as_block, block_dtype, each
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host_arrays import HostArray, all_finite, require_outside_of_jit
@@ -58,7 +59,8 @@ def one_pass(
         oversampling: how many more columns than `rank` the sketch has; rank + 5 by default.
 
     Raises:
-        ValueError: on blocks that do not fit together, NaN and Inf, and a rank out of range.
+        ValueError: on blocks that do not fit together, NaN and Inf, entries that are too small or
+            too large for the dtype, and a rank out of range.
 
     References:
         Nakatsukasa, Fast and stable randomized low-rank matrix approximation, 2020.
@@ -104,9 +106,11 @@ def one_pass(
     sketched = psi.adjoint_times(0, np.asarray(left)).astype(sums.dtype)
     core = jnp.asarray(np.linalg.lstsq(sketched, sums)[0].astype(dtype))
     scale = random_scale(n)
-    return _cut(
-        left, core, jnp.asarray(probes / scale), jnp.asarray(image[:, width:] / scale), rank
-    )
+    with np.errstate(over="ignore"):  # Inf is found in the result
+        images_of_probes = jnp.asarray(image[:, width:] / scale)
+    result = _cut(left, core, jnp.asarray(probes / scale), images_of_probes, rank)
+    require_sound(result)
+    return result
 
 
 @functools.partial(jax.jit, static_argnames="rank")

@@ -33,7 +33,7 @@ class Products(NamedTuple):
 
 def working_dtype(a: LinearMap | HostMatrix) -> np.dtype:
     """Return the dtype of thin factors and sums: at least float32."""
-    return jnp.promote_types(a.dtype, jnp.float32)
+    return jax.dtypes.canonicalize_dtype(jnp.promote_types(a.dtype, jnp.float32))
 
 
 def products_of(a: LinearMap | HostMatrix) -> Products:

@@ -16,10 +16,10 @@ from nyscaled.lowrank import leave_one_out
 from nyscaled.lowrank.arguments import (
     known_tolerance,
     largest_rank,
-    require_no_options_of_ranks,
+    require_unset,
 )
 from nyscaled.lowrank.explicit import with_auto_axes
-from nyscaled.lowrank.host_arrays import HOST_DTYPES
+from nyscaled.lowrank.host_arrays import HOST_DTYPES, as_shape
 from nyscaled.lowrank.jacobi import eigh_of_positive
 from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
@@ -40,7 +40,7 @@ def nystrom(
     tol: Number | None = None,
     key: Key[Array, ""] | None = None,
     oversampling: int | None = None,
-    passes: int = 3,
+    passes: int | None = None,
     max_rank: SupportsIndex | None = None,
     jackknife: bool = False,
 ) -> PSDApproximation:
@@ -65,8 +65,8 @@ def nystrom(
     (64 + √m)·eps can be met; below that the status is `EXACT`, or all of A is decomposed.
 
     Of a `linalg.KernelMatrix` the approximation is FFᵀ for the F of `lowrank.pivoted_cholesky`,
-    which reads (rank + 1)·m entries. No products with A are made, and no options are used. The
-    error estimate is then the trace of A − FFᵀ, which is known to rounding.
+    which reads (rank + 1)·m entries. No products with A are made, and there are no other options.
+    The error estimate is then the trace of A − FFᵀ, which is known to rounding.
 
     Args:
         a: A (m, m), symmetric or Hermitian, positive semidefinite, in any form that problems take.
@@ -76,16 +76,16 @@ def nystrom(
         oversampling: how many more columns than `rank` Ω has, for a given rank; 10 by default. If
             the Krylov space would have m or more dimensions, Ω has m columns, and one pass is made.
         passes: how many products with A are made for a given rank, each with `rank + oversampling`
-            columns.
+            columns; 3 by default.
         max_rank: with `tol`, the largest rank that is allowed; m by default.
         jackknife: whether to estimate how far the eigenvectors would move under another key, which
             takes an eigendecomposition per column of Ω (with `rank` only).
 
     Raises:
-        ValueError: if not exactly one of `rank` and `tol` is given, or an option is out of range;
-            if A is not square, Hermitian, finite and non-zero; or if its compression to the Krylov
-            space has an eigenvalue that is negative beyond rounding (values are checked outside of
-            jit).
+        ValueError: if not exactly one of `rank` and `tol` is given; if an option is out of range,
+            or belongs to the other one; if A is not square, Hermitian, finite and non-zero; or if
+            its compression to the Krylov space has an eigenvalue that is negative beyond rounding
+            (values are checked outside of jit).
 
     References:
         Tropp, Yurtsever, Udell and Cevher, Fixed-rank approximation of a positive-semidefinite
@@ -109,37 +109,36 @@ def nystrom(
     key = jax.random.key(0) if key is None else validation.require_key("key", key)
     if (rank is None) == (tol is None):
         raise ValueError(f"rank is {rank} and tol is {tol}; expected exactly one of them")
+    options = {"oversampling": oversampling, "passes": passes, "jackknife": jackknife}
     if isinstance(a, KernelMatrix):
         if rank is None:
             raise ValueError(
                 f"tol is {tol} for a KernelMatrix; expected a rank (lowrank.pivoted_cholesky "
                 "takes both)"
             )
-        if jackknife:
-            raise ValueError("jackknife is True; expected False for a KernelMatrix")
+        require_unset("A is a KernelMatrix; expected a rank only", max_rank=max_rank, **options)
         result = _of_kernel(pivoted_cholesky(a, rank, key=key))
         if validation.is_concrete(result) and int(result.status) == int(Status.NON_FINITE):
             raise ValueError(f"A has eigenvalues beyond {a.dtype}; expected a smaller kernel")
         return result
     a = as_matrix("A", a, HOST_DTYPES)
-    m, n = a.shape
+    m, n = as_shape("A", a.shape)
     if m != n:
         raise ValueError(
             f"A has shape {(m, n)}; expected a square matrix (nys.factorize takes any)"
         )
     if rank is not None:
-        if max_rank is not None:
-            raise ValueError(f"max_rank is {max_rank} and rank is {rank}; expected max_rank=None")
+        require_unset(f"rank is {rank}; expected max_rank=None", max_rank=max_rank)
         rank = validation.require_rank(rank, a.shape)
         oversampling = 10 if oversampling is None else oversampling
         columns = rank + validation.require_count("oversampling", oversampling)
-        passes = validation.require_count("passes", passes, low=1)
+        passes = 3 if passes is None else validation.require_count("passes", passes, low=1)
         validation.require_sound_matrix("A", a, symmetric=True)
         if columns * passes >= m:
             columns, passes = m, 1
         result = _approximation(a, key, rank, columns, passes, jackknife)
     else:
-        require_no_options_of_ranks(oversampling, jackknife)
+        require_unset("tol is given; expected a rank", **options)
         tolerance, limit = known_tolerance(a, tol, key), largest_rank(max_rank, a.shape)
         validation.require_sound_matrix("A", a, symmetric=True)
         result = of_tolerance(a, key, tolerance, limit)

@@ -175,7 +175,7 @@ class RowBlocks:
         if not all_finite(result):
             raise ValueError(
                 f"rows {rows.start} … {rows.stop} of {self._rows.label} have NaN or Inf entries, "
-                f"or their products overflow {result.dtype}; expected finite ones"
+                f"or their products overflow {self.dtype}; expected finite ones"
             )
 
     def _blocks(self, start: int) -> Iterator[tuple[slice, HostArray]]:

@@ -35,7 +35,7 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             there are as many components as rows. None if only `tol` decides.
         tol: largest error ‖X − X VᵀV‖_F / ‖X‖_F, estimated. Components are added until it is met,
             or there are `n_components`, which is a `ConvergenceWarning`.
-        passes: products with X or its transpose, for a given number of components.
+        passes: products with X or its transpose, without `tol`; 6 by default.
         random_state: of the random start: an integer, a generator, or None.
 
     Attributes:
@@ -64,7 +64,7 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         n_components: int | None = 2,
         *,
         tol: float | None = None,
-        passes: int = 6,
+        passes: int | None = None,
         random_state: RandomState = None,
     ) -> None:
         self.n_components = n_components
