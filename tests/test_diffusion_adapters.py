@@ -224,6 +224,14 @@ def test_metadata_must_agree(saved, tmp_path):
             nys.lora.load_diffusers(unet(), tmp_path)
 
 
+@pytest.mark.parametrize("scaling", ["0", "[1]", "1" + 400 * "0"])
+def test_scalings_that_are_not_written_here_are_refused(saved, scaling, tmp_path):
+    metadata = {"scalings": f'{{"{FIRST}": {scaling}}}'}
+    renamed(saved[0], tmp_path, lambda key: None if "text" in key else key, metadata)
+    with pytest.raises(ValueError, match="metadata 'scalings' that are not what is written here"):
+        nys.lora.load_diffusers(unet(), tmp_path)
+
+
 def test_merged_and_missing_adapters_are_refused(tmp_path):
     model = adapted(unet(), ATTENTION)
     with pytest.raises(ValueError, match="adapter is 'other'"):

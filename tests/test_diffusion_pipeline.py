@@ -1,6 +1,8 @@
 """Whole pipelines: autoencoder, text encoder, tokenizer, images; what diffusers computes."""
 
+import dataclasses
 import gzip
+import inspect
 import json
 import shutil
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from diffusion_cases import FOLDER, close, expected
 from flax import nnx
 from huggingface_hub.utils import filter_repo_objects
@@ -145,9 +148,9 @@ def test_sizes_and_guidance(pipe):
     other = nys.diffusion.generate(pipe, ["dog"], key=key, steps=2, guidance=1, sampler="ddpm")
     assert other.shape == images.shape
     assert not np.allclose(images, other, atol=1e-3)
-    for size in ((8, 9), (0, 8), (8,)):
+    for size in ((8, 9), (0, 8), (8,), (8.0, 8.0), 8):
         with pytest.raises(ValueError, match="multiples of 2"):
-            nys.diffusion.generate(pipe, ["dog"], key=key, size=size)
+            inspect.unwrap(nys.diffusion.generate)(pipe, ["dog"], key=key, size=size)
     with pytest.raises(ValueError, match="noise has shape"):
         nys.diffusion.generate(pipe, ["dog"], key=key, noise=jnp.zeros((2, 4, 4, 4)))
 
@@ -190,6 +193,8 @@ def change(folder, file, **changes):
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("text_encoder/config.json", {"num_attention_heads": 4}, "multiple of num_attention"),
         ("tokenizer/vocab.json", {"<|endoftext|>": "no"}, "vocabulary"),
+        ("tokenizer/vocab.json", {"<|endoftext|>": 600}, "a token 600, and .* has 526 rows"),
+        ("unet/config.json", {"sample_size": [4, 4, 4]}, "sample_size is .4, 4, 4.; expected a si"),
     ],
 )
 def test_other_pipelines_are_refused(tmp_path, file, changes, message):
@@ -197,6 +202,23 @@ def test_other_pipelines_are_refused(tmp_path, file, changes, message):
     change(tmp_path, file, **changes)
     with pytest.raises(ValueError, match=message):
         nys.diffusion.load(tmp_path)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
+    shutil.copytree(FOLDER / "sd1", tmp_path, dirs_exist_ok=True)
+    words = tokenizers.models.WordPiece({"[UNK]": 0, "dog": 1}, unk_token="[UNK]")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer.json has a WordPiece; expected BPE"):
+        nys.diffusion.load(tmp_path)
+
+
+def test_a_pipeline_with_adapters_leaves_the_folder_as_it_is(pipe, tmp_path):
+    adapted = dataclasses.replace(pipe, text_encoder=nnx.clone(pipe.text_encoder))
+    key = jax.random.key(0)
+    nys.lora.apply(adapted.text_encoder, 2, targets=r".*\.0\..*q_proj", key=key)
+    with pytest.raises(ValueError, match="expected only its own parameters"):
+        nys.diffusion.save(adapted, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_models_that_do_not_fit_are_refused(pipe, small):

@@ -1,5 +1,6 @@
 """Noise, targets and samplers: the numbers of diffusers, and identities that they obey."""
 
+import inspect
 import json
 
 import jax
@@ -128,6 +129,19 @@ def test_targets_invert_the_noise():
     np.testing.assert_allclose(ratio, (alpha / (1 - alpha)).ravel(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("times", [[3, 1000], [-1, 3], [0.5, 3.0], 3])
+def test_times_that_are_not_in_the_schedule_are_refused(times):
+    own, times = schedule(prediction_type="v_prediction"), np.asarray(times)
+    clean = jnp.asarray(GOLDEN["noise"])
+    for use in (
+        lambda: inspect.unwrap(nys.diffusion.Schedule.noisy)(own, clean, clean, times),
+        lambda: inspect.unwrap(nys.diffusion.Schedule.target)(own, clean, clean, times),
+        lambda: inspect.unwrap(nys.diffusion.Schedule.signal_to_noise)(own, times),
+    ):
+        with pytest.raises(ValueError, match="times are"):
+            use()
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_files_of_diffusers_are_read_and_written(sampler):
     file = FOLDER / "samplers" / sampler / "scheduler_config.json"
@@ -154,6 +168,8 @@ def test_missing_settings_are_those_of_diffusers():
         ({"prediction_type": "sample"}, "prediction_type is 'sample'"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is"),
         ({"beta_end": 2.0}, "expected 0 < beta_start"),
+        ({"beta_end": 0.99}, "ᾱ falls from .* to 0; expected"),
+        ({"beta_start": 1e-30, "beta_end": 1e-20}, "ᾱ falls from 1 to 1; expected"),
         ({"clip_sample": True}, "clip_sample is True"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
         ({"trained_betas": [0.1]}, "trained_betas is"),

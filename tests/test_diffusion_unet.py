@@ -176,10 +176,11 @@ def test_single_files_and_pickles_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((1, 4, 4, 4)[:3], (), (1, 2, 6)), "latents have shape"),
+        (((1, 4, 4, 4)[:3], (), (1, 2, 6)), "latents are float.* of shape"),
         (((1, 4, 4, 4), (2,), (1, 2, 6)), "timesteps have shape"),
         (((1, 4, 4, 4), (), (2, 2, 6)), "context has shape"),
         (((1, 4, 4, 4), (), (1, 2, 7)), "context has shape"),
+        (((1, 4, 4, 4), (), (1, 0, 6)), "context has shape"),
         (((1, 4, 4, 3), (), (1, 2, 6)), "channels last"),
     ],
 )
@@ -187,3 +188,8 @@ def test_arrays_of_other_shapes_are_refused(shapes, message):
     latents, times, context = map(np.zeros, shapes)
     with pytest.raises(ValueError, match=message):
         unet_of("bk")(latents, times, context)
+
+
+def test_pixels_are_not_latents():
+    with pytest.raises(ValueError, match=r"latents are uint8 of shape .*; expected floats"):
+        unet_of("bk")(np.zeros((1, 4, 4, 4), np.uint8), 5, np.zeros((1, 2, 6), np.float32))

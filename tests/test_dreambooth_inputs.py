@@ -195,6 +195,9 @@ def test_images_that_cannot_be_read_are_refused(root, tmp_path, monkeypatch):
         ({"method": "lora", "damping": 0.1}, "hyperparameter is 'damping'; expected none"),
         ({"class_count": 5}, "class_count is '5' and class_prompt is None; expected the text of"),
         ({"prior_weight": 2.0}, "prior_weight is '2.0' and class_prompt is None"),
+        ({"prompt": " "}, "prompt is ' '; expected a text"),
+        ({"class_prompt": ""}, "class_prompt is ''; expected a text"),
+        ({"sample_prompt": "a dog"}, "sample_prompt is 'a dog' and sample_every is None; expected"),
         ({"resolution": 7}, "resolution is 7; expected a multiple of 2"),
         (
             {"resolution": 12, "model": str(FOLDER / "sd1")},

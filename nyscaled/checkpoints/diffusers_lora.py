@@ -242,7 +242,7 @@ def _scalings(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
     try:
         scalings = json.loads(metadata.get(SCALINGS, "{}"))
         sound = {k: float(v) for k, v in scalings.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         sound = {"": math.nan}
     if not all(math.isfinite(v) and v != 0 for v in sound.values()):
         raise ValueError(f"{path} has metadata {SCALINGS!r} that are not what is written here")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -44,7 +45,7 @@ def generate(
         guidance: factor of the difference between the predictions for a prompt and for `negative`;
             1 for the plain predictions, at half the cost.
         sampler: "ddim", "plms", "euler" or "ddpm", as in `nys.diffusion.sample`.
-        negative: text that the images are not to be like.
+        negative: text that the images are not to be like; not read if `guidance` is 1.
         size: height and width of images, multiples of 8 in Stable Diffusion; None for the size that
             the U-Net was trained with.
         noise: numbers from the normal distribution to begin with, (batch, height, width, channels)
@@ -79,7 +80,7 @@ def generate(
     return _decoded(pipe.autoencoder, latents)
 
 
-def _latent_size(pipe: Pipeline, size: Sequence[int] | None) -> tuple[int, int]:
+def _latent_size(pipe: Pipeline, size: object) -> tuple[int, int]:
     factor = 2 ** (len(pipe.autoencoder.config.block_out_channels) - 1)
     trained = pipe.unet.config.sample_size
     if size is None:
@@ -87,9 +88,12 @@ def _latent_size(pipe: Pipeline, size: Sequence[int] | None) -> tuple[int, int]:
             raise ValueError("size is None, and the U-Net has no sample_size; expected two sides")
         height, width = (trained, trained) if isinstance(trained, int) else trained
         return height, width
-    if len(size) != 2 or any(side <= 0 or side % factor for side in size):
+    sides = np.asarray(size)
+    whole = sides.shape == (2,) and np.issubdtype(sides.dtype, np.integer)
+    if not whole or (sides <= 0).any() or (sides % factor).any():
         raise ValueError(f"size is {size}; expected two multiples of {factor}")
-    return size[0] // factor, size[1] // factor
+    height, width = (sides // factor).tolist()
+    return height, width
 
 
 @functools.partial(nnx.jit, static_argnames=("schedule", "steps", "sampler"))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled.diffusion.schedule import EPSILON, Latents, Schedule, Steps
-from nyscaled.validation import is_concrete, require_count, require_nonnegative, require_positive
+from nyscaled.validation import require_count, require_nonnegative, require_positive
 
 Text = Float[Array, "batch length features"]
 Predict = Callable[[Array, Array, Array], Array]
@@ -46,8 +46,9 @@ def denoising_loss(
         prior_weight: factor of the mean over the images of the class.
 
     Raises:
-        ValueError: on a `min_snr` that is not positive, and on more images of the class than there
-            are images but one.
+        ValueError: on arrays of shapes that do not go together, times that the schedule does not
+            have, a `min_snr` that is not positive, and on more images of the class than there are
+            images but one.
 
     Examples:
         >>> latents, noise = jnp.zeros((2, 4, 4, 4)), jnp.ones((2, 4, 4, 4))
@@ -63,15 +64,16 @@ def denoising_loss(
             f"prior_rows is {prior_rows} of {len(latents)}; expected one image of the subject at "
             "least"
         )
+    if latents.ndim != 4 or 0 in latents.shape:
+        raise ValueError(
+            f"latents have shape {latents.shape}; expected (batch, height, width, channels)"
+        )
     times = jnp.asarray(times)
     if noise.shape != latents.shape or times.shape != latents.shape[:1]:
         raise ValueError(
             f"noise has shape {noise.shape} and times {times.shape}; expected {latents.shape} and "
             f"{latents.shape[:1]}, as latents"
         )
-    count = schedule.num_train_timesteps
-    if is_concrete(times) and not bool(((times >= 0) & (times < count)).all()):
-        raise ValueError(f"times are not all from 0 to {count - 1}; expected times of the schedule")
     prediction = predict(schedule.noisy(latents, noise, times), times, context)
     target = schedule.target(latents, noise, times).astype(jnp.float32)
     if prediction.shape != target.shape:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from nyscaled.checkpoints import files, hub, swap
 from nyscaled.checkpoints.folder import SHARD_SIZE
 from nyscaled.diffusion.autoencoder import Autoencoder
-from nyscaled.diffusion.component import Component
+from nyscaled.diffusion.component import Component, places
 from nyscaled.diffusion.loading import load_component, save_component
 from nyscaled.diffusion.schedule import Schedule
 from nyscaled.diffusion.settings import require_class
@@ -61,6 +61,12 @@ class Pipeline:
         ):
             if value != expected:
                 raise ValueError(f"{what} of the U-Net is {value}; expected {expected}")
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= (rows := self.text_encoder.config.vocab_size):
+            raise ValueError(
+                f"the tokenizer has a token {largest}, and the text encoder has {rows} rows; "
+                f"expected tokens below {rows}"
+            )
 
     def encode_texts(self, texts: Sequence[str]) -> Float[Array, "batch length width"]:
         """Return what the U-Net reads of texts; "" stands for no text.
@@ -240,11 +246,10 @@ def save(
     if not isinstance(model, Pipeline):
         raise ValueError(f"model is a {type(model).__name__}; expected a model of nys.diffusion")
     path = files.as_folder(folder)
-    for name, part in (
-        ("unet", model.unet),
-        ("vae", model.autoencoder),
-        ("text_encoder", model.text_encoder),
-    ):
+    models = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.text_encoder}
+    for part in models.values():  # before a file is written
+        places(part)
+    for name, part in models.items():
         save_component(part, path / name, max_shard_size)
     with swap.replacing(path / "tokenizer", tokenizer_files(model.tokenizer), last=FILE):
         pass

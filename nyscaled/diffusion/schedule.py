@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from nyscaled.checkpoints.files import JsonObject
 from nyscaled.diffusion.settings import Settings
+from nyscaled.validation import is_concrete
 
 MOST_TIMES = 10**6  # a number for each is in memory; models have a thousand
 EPSILON, V = "epsilon", "v_prediction"
@@ -101,6 +102,12 @@ class Schedule(Settings):
                 f"beta_start is {self.beta_start} and beta_end {self.beta_end}; expected "
                 "0 < beta_start ≤ beta_end < 1"
             )
+        first, last = self.alphas[0], self.alphas[-1]
+        if first == 1 or last < np.finfo(np.float32).tiny:
+            raise ValueError(
+                f"ᾱ falls from {first:g} to {last:g}; expected β of which float32 distinguishes "
+                "the first ᾱ from 1 and the last from 0"
+            )
 
     @classmethod
     def from_json(cls, config: JsonObject) -> Schedule:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -155,6 +162,9 @@ class Schedule(Settings):
             latents: latents of images.
             noise: numbers from the normal distribution.
             times: time of each of them, from 0 to `num_train_timesteps` − 1.
+
+        Raises:
+            ValueError: on other times.
         """
         signal, scale = self._parts(times)
         return signal * latents + scale * noise
@@ -166,6 +176,9 @@ class Schedule(Settings):
             latents: latents of images.
             noise: numbers from the normal distribution.
             times: time of each of them.
+
+        Raises:
+            ValueError: on times that the schedule does not have.
         """
         if self.prediction_type == EPSILON:
             return noise
@@ -177,13 +190,29 @@ class Schedule(Settings):
 
         Args:
             times: times from 0 to `num_train_timesteps` − 1.
+
+        Raises:
+            ValueError: on other times.
         """
         alphas = self.exact_alphas
-        return jnp.asarray(alphas / (1 - alphas), jnp.float32)[jnp.asarray(times)]
+        return jnp.asarray(alphas / (1 - alphas), jnp.float32)[self._index(times)]
 
-    def _parts(self, times: Steps) -> tuple[Array, Array]:
+    def _index(self, times: ArrayLike) -> Array:
+        """Times that are known to be in the schedule; JAX would take the nearest of others."""
+        index, count = jnp.asarray(times), self.num_train_timesteps
+        if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+            raise ValueError(
+                f"times are {index.dtype} of shape {index.shape}; expected integers (batch,)"
+            )
+        if is_concrete(index) and not bool(((index >= 0) & (index < count)).all()):
+            raise ValueError(
+                f"times are not all from 0 to {count - 1}; expected times of the schedule"
+            )
+        return index
+
+    def _parts(self, times: ArrayLike) -> tuple[Array, Array]:
         """√ᾱ and √(1 − ᾱ) at times, with axes for the latents."""
-        alphas, index = self.exact_alphas, jnp.asarray(times)
+        alphas, index = self.exact_alphas, self._index(times)
         parts = (jnp.asarray(np.sqrt(x), jnp.float32)[index] for x in (alphas, 1 - alphas))
         signal, scale = (part[:, None, None, None] for part in parts)
         return signal, scale

@@ -39,6 +39,9 @@ def open_clip_tokenizer(folder: Path) -> Tokenizer:
     if files.exists(folder / FILE):
         tokenizer = open_tokenizer(folder)
         assert tokenizer is not None
+        if not isinstance(tokenizer.inner.model, tokenizers.models.BPE):
+            kind = type(tokenizer.inner.model).__name__
+            raise ValueError(f"{folder / FILE} has a {kind}; expected BPE, the model of CLIP")
         return tokenizer
     vocabulary = files.read_object(folder / VOCABULARY, f"a tokenizer: {FILE}, or {VOCABULARY}")
     lines = files.read_text(folder / MERGES).split("\n")

@@ -223,13 +223,14 @@ class UNet(Component[UNetConfig]):
         x, context = jnp.asarray(latents), jnp.asarray(context)
         times = jnp.asarray(timesteps)
         batch, channels = x.shape[:1], self.config.in_channels
-        if x.ndim != 4 or x.shape[-1] != channels or 0 in x.shape:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        if x.ndim != 4 or x.shape[-1] != channels or 0 in x.shape or not floating:
             raise ValueError(
-                f"latents have shape {x.shape}; expected (batch, height, width, {channels}), the "
-                "channels last"
+                f"latents are {x.dtype} of shape {x.shape}; expected floats (batch, height, width, "
+                f"{channels}), the channels last"
             )
         width = self.config.cross_attention_dim
-        if context.ndim != 3 or context.shape[::2] != (*batch, width):
+        if context.ndim != 3 or context.shape[::2] != (*batch, width) or 0 in context.shape:
             raise ValueError(
                 f"context has shape {context.shape}; expected ({batch[0]}, length, {width})"
             )

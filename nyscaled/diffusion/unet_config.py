@@ -106,6 +106,8 @@ class UNetConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         levels, widths = len(self.block_out_channels), self.block_out_channels
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise ValueError(f"sample_size is {self.sample_size}; expected a side, or two")
         self._require_kinds("down_block_types", self.down_block_types, CROSS_DOWN, DOWN)
         self._require_kinds("up_block_types", self.up_block_types, CROSS_UP, UP)
         if self.mid_block_type not in (CROSS_MID, None):

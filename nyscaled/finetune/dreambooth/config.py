@@ -150,6 +150,16 @@ class Config:
             require_nonnegative(name, getattr(self, name))
         for name in ("seed", "warmup_steps"):
             require_count(name, getattr(self, name))
+        for name in ("prompt", "class_prompt", "sample_prompt"):
+            text: object = getattr(self, name)
+            missing = text is None and name != "prompt"
+            if not (missing or (isinstance(text, str) and text.strip())):
+                raise ValueError(f"{name} is {text!r}; expected a text")
+        if self.sample_prompt is not None and self.sample_every is None:
+            raise ValueError(
+                f"sample_prompt is {self.sample_prompt!r} and sample_every is None; expected a "
+                "number of steps between images, as in --sample-every 100"
+            )
         require_options(self.method_options)
         self._require_method()
         self._require_class()
