@@ -96,10 +96,18 @@ def test_every_form_has_the_same_factorization(form):
     assert int(f.status) == nys.lowrank.Status.EXACT
 
 
-def test_factorize_refuses_products_that_disagree():
-    a = HostOperator(lambda x: matrix() @ x, lambda y: -matrix().T @ y, (M, N), np.float32)
+@pytest.mark.parametrize("options", [{"rank": 2}, {"tol": 0.1}])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda times, wrong: HostOperator(times, wrong, (M, N), np.float32),
+        lambda times, wrong: nys.linalg.Operator(times, wrong, (M, N)),
+    ],
+)
+def test_factorize_refuses_products_that_disagree(make, options):
+    a = make(lambda x: matrix() @ x, lambda y: -matrix().T @ y)
     with pytest.raises(ValueError, match="products disagree"):
-        nys.factorize(a, rank=2)
+        nys.factorize(a, **options)
 
 
 def test_duplicate_entries_are_summed():

@@ -19,8 +19,10 @@ from nyscaled.lowrank.arguments import (
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host import HostMatrix, SparseMatrix, as_input
 from nyscaled.lowrank.host_arrays import as_shape
+from nyscaled.lowrank.products import require_adjoint
 from nyscaled.lowrank.result import LowRank
 from nyscaled.lowrank.streamed import StreamedMatrix
+from nyscaled.matrices import Operator
 from nyscaled.typing import LinearMap, MatrixLike, Number
 from nyscaled.validation import (
     is_concrete,
@@ -77,7 +79,8 @@ def factorize(
 
     Raises:
         ValueError: if A is not a matrix of floats or has NaN or Inf entries; if not exactly one
-            of `rank` and `tol` is given, or one is out of range; or on an option of the other one.
+            of `rank` and `tol` is given, or one is out of range; on an option of the other one;
+            and if the two products of an operator disagree for random columns.
 
     References:
         Halko, Martinsson and Tropp, Finding structure with randomness, SIAM Review 53, 2011.
@@ -94,6 +97,8 @@ def factorize(
     key = jax.random.key(0) if key is None else require_key("key", key)
     a = as_input("A", a, key)
     shape = as_shape("A", a.shape)
+    if isinstance(a, Operator) and is_concrete((a, key)):
+        require_adjoint("A", a)
     if (rank is None) == (tol is None):
         raise ValueError(f"rank is {rank} and tol is {tol}; expected exactly one of them")
     if rank is not None:

@@ -14,7 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key
 
 from nyscaled.lowrank.host import HostMatrix
-from nyscaled.matrices import transpose_times
+from nyscaled.lowrank.host_arrays import HOST_DTYPES
+from nyscaled.lowrank.host_operator import HostOperator
+from nyscaled.matrices import Operator, transpose_times
 from nyscaled.numerics import full_precision
 from nyscaled.typing import LinearMap
 
@@ -66,6 +68,31 @@ def _times(a: LinearMap, x: Inexact[Array, "n k"]) -> Inexact[Array, "m k"]:
 @full_precision
 def _adjoint_times(a: LinearMap, y: Inexact[Array, "m k"]) -> Inexact[Array, "n k"]:
     return products_of(a).adjoint_times(y)
+
+
+def require_adjoint(name: str, a: Operator) -> None:
+    """Raise ValueError unless the products of an operator agree, as `HostOperator` compares them.
+
+    Each multiplies two random columns. Operators in half precision, and those over the devices of
+    several processes, are not compared.
+
+    Args:
+        name: what the error calls the operator.
+        a: the operator, with known arrays.
+    """
+    here = all(x.is_fully_addressable for x in jax.tree.leaves(a) if isinstance(x, jax.Array))
+    if a.dtype not in HOST_DTYPES or not here:
+        return
+    times, adjoint_times = compiled(a)
+    host = HostOperator(
+        lambda x: np.asarray(times(jnp.asarray(x))),
+        lambda y: np.asarray(adjoint_times(jnp.asarray(y))),
+        a.shape,
+        a.dtype,
+        name,
+    )
+    for product, rows in ((host.times, a.shape[1]), (host.adjoint_times, a.shape[0])):
+        product(np.random.default_rng(rows).standard_normal((rows, 2)).astype(a.dtype))
 
 
 def random_block(
