@@ -45,7 +45,7 @@ def test_report_does_not_change_when_each_product_is_rounded_otherwise(seed):
 
 @pytest.mark.long
 def test_claims_hold_when_each_product_is_rounded_otherwise():
-    """A fourth of them, as each compiles all of its programs anew."""
+    """A fourth of them, as each compiles all of its programs again."""
     some = (f"--only={claim}" for claim in list(registry())[::4])
     check("tests/perturb.py", "1", *some, XLA_FLAGS=FLAGS)
 

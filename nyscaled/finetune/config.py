@@ -188,7 +188,7 @@ _COUNTS = (
 )
 _POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "epochs")
 
-NOT_THE_RUN = (*("out", "resume", "dry_run", "log_every", "sample_every", "log", "processes"),)
+NOT_THE_RUN = "out", "resume", "dry_run", "log_every", "sample_every", "log", "processes"
 """Settings in which a run that goes on may differ from the one that began."""
 
 
@@ -205,20 +205,3 @@ def as_options(config: Config) -> dict[str, Option]:
     values = dataclasses.asdict(config)
     del values["config"]
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-
-
-def differences(saved: Mapping[str, object], config: Config) -> dict[str, tuple[object, object]]:
-    """Return the settings in which a run differs from one that began, with both values.
-
-    Args:
-        saved: settings of the run that began, of `as_options`.
-        config: settings of the run.
-
-    Examples:
-        >>> config = Config(model="m", data=Path("d"), task="rte", out=Path("o"))
-        >>> differences(as_options(config) | {"rank": 4, "resume": True}, config)
-        {'rank': (4, 8)}
-    """
-    now = as_options(config)
-    names = [name for name in now if name in saved and name not in NOT_THE_RUN]
-    return {name: (saved[name], now[name]) for name in names if saved[name] != now[name]}

@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,18 +58,23 @@ def begun(out: Path, *, resume: bool) -> JsonObject | None:
     return None
 
 
-def finished(out: Path, changed: dict[str, tuple[object, object]]) -> JsonObject | None:
+def finished(
+    out: Path, saved: JsonObject, options: JsonObject, besides: Sequence[str]
+) -> JsonObject | None:
     """Return what `result.json` of the run in a folder holds, None for one that is to go on.
 
     Args:
         out: the folder.
-        changed: settings in which this run differs from that one, with both values.
+        saved: the settings with which that run began.
+        options: the settings now.
+        besides: names of those that may differ.
 
     Raises:
-        ValueError: if there are such settings.
+        ValueError: if others differ.
     """
-    if changed:
-        shown = ", ".join(f"{k} was {old} and is {new}" for k, (old, new) in changed.items())
+    names = [name for name in options if name in saved and name not in besides]
+    if changed := [name for name in names if saved[name] != options[name]]:
+        shown = ", ".join(f"{k} was {saved[k]} and is {options[k]}" for k in changed)
         raise ValueError(f"{out} has a run of other settings: {shown}")
     result = out / RESULT
     return json.loads(result.read_text(encoding="utf-8")) if result.exists() else None

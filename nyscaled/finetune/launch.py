@@ -14,7 +14,7 @@ import jax
 
 from nyscaled.checkpoints import files
 from nyscaled.finetune import folders, identity, loop, meshes, processes, training
-from nyscaled.finetune.config import Config, as_options, differences
+from nyscaled.finetune.config import NOT_THE_RUN, Config, as_options
 from nyscaled.finetune.evaluation import Evaluation, evaluate
 from nyscaled.finetune.examples import Example
 from nyscaled.finetune.folders import CONFIG, RECORD, RESULT, write_json
@@ -219,7 +219,7 @@ def _read_finished(config: Config) -> dict[str, object] | None:
     options = folders.begun(config.out, resume=config.resume)
     if options is None:
         return None
-    return folders.finished(config.out, differences(options, config))
+    return folders.finished(config.out, options, as_options(config), NOT_THE_RUN)
 
 
 def claim(prepared: Prepared) -> None:

@@ -17,7 +17,7 @@ from nyscaled._files import replacing
 from nyscaled.finetune import folders, identity, meshes, training
 from nyscaled.finetune.dreambooth import images
 from nyscaled.finetune.dreambooth.base import of_pipeline
-from nyscaled.finetune.dreambooth.config import Config, as_options, differences
+from nyscaled.finetune.dreambooth.config import NOT_THE_RUN, Config, as_options
 from nyscaled.finetune.dreambooth.denoiser import Denoiser
 from nyscaled.finetune.dreambooth.loop import train
 from nyscaled.finetune.dreambooth.plan import Plan
@@ -91,7 +91,7 @@ def run(config: Config) -> Result:
     options = folders.begun(config.out, resume=config.resume)
     result = None
     if options is not None:
-        result = folders.finished(config.out, differences(options, config))
+        result = folders.finished(config.out, options, as_options(config), NOT_THE_RUN)
     if result is None:
         with meshes.using(config.mesh):
             result = _made(config)
