@@ -39,7 +39,7 @@ import nyscaled as nys
 from experiments.lib.config import BaseConfig, command_line
 from experiments.lib.curves import Curve
 from experiments.lib.record import save
-from experiments.lib.style import COLOURS, MARKERS, PREDICTION
+from experiments.lib.style import PREDICTION, look_of
 from experiments.lib.sweep import best, spread
 
 RANKS = (1, 2, 4, 8, 16)
@@ -321,13 +321,6 @@ def picture(tests: dict[str, np.ndarray], curves: Any, baseline: Any, ranks: Any
     axes[0].set_ylim(0.86, 1.0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
-
-
-def look_of(index: int) -> dict[str, Any]:
-    """Return colour and marker; dashed lines where colours repeat."""
-    repeated = index >= len(COLOURS)
-    style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-    return style | ({"mfc": "white", "ls": "--"} if repeated else {})
 
 
 def main(config: Config) -> None:

@@ -33,6 +33,17 @@ matplotlib.rcParams.update(
 )
 
 
+def look_of(index: int) -> dict[str, Any]:
+    """Return colour and marker of a series; dashed with hollow markers where colours repeat.
+
+    Args:
+        index: number of the series.
+    """
+    repeated = index >= len(COLOURS)
+    style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    return style | ({"mfc": "white", "ls": "--"} if repeated else {})
+
+
 def draw(
     axes: Any, values: Curve | ArrayLike, index: int, label: str | None, **options: Any
 ) -> None:

@@ -12,7 +12,7 @@ from experiments.lib import comparison
 from experiments.lib.comparison import Endpoint
 from experiments.lib.curves import Curve
 from experiments.lib.paired_study import BLOCK, TUNING_SEED, PairedStudy
-from experiments.lib.style import COLOURS, MARKERS
+from experiments.lib.style import COLOURS, MARKERS, look_of
 from experiments.lib.subject_methods import BASE, RATES, ROWS
 from experiments.lib.tuning import Point
 
@@ -92,15 +92,17 @@ def draw(
         axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.set_yticks(range(len(labels)), labels if panel == "a" else [""] * len(labels))
         axis.set_xlabel("difference · 10³; shaded: 2 %")
-    for axis, key, title in (
-        (axes[2], "tuning", f"(c) {tuning}"),
-        (axes[3], "loss", f"(d) loss of {BLOCK} steps,\nat the chosen learning rate"),
-    ):
-        drawn = {label: curve for label, curve in curves[key].items() if label in ROWS}
+    # The draws of a step are the same for all methods, and decide most of its loss.
+    base = np.asarray(curves["loss"][BASE].y)
+    losses = {k: Curve(c.x, 1e3 * (c.y - base)) for k, c in curves["loss"].items()}
+    for axis, of_panel in ((axes[2], curves["tuning"]), (axes[3], losses)):
+        drawn = {label: curve for label, curve in of_panel.items() if label in ROWS}
         for i, (label, curve) in enumerate(drawn.items()):
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            axis.plot(*curve, "-" if i < len(COLOURS) else "--", label=label, **style)
-        axis.set(title=title, xlabel="learning rate" if key == "tuning" else "step")
-    axes[2].set(xscale="log", ylabel="mean squared error")
-    axes[3].legend(loc="upper left", bbox_to_anchor=(1, 1))
+            axis.plot(*curve, label=label, **look_of(i))
+    axes[2].set(
+        xscale="log", xlabel="learning rate", ylabel="mean squared error", title=f"(c) {tuning}"
+    )
+    title = f"(d) loss of {BLOCK} steps at the chosen\nlearning rate, difference to {BASE}"
+    axes[3].set(xlabel="step", ylabel="difference · 10³", title=title)
+    axes[3].legend(loc="upper left", bbox_to_anchor=(1, 1), handlelength=4)
     return figure

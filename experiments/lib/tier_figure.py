@@ -10,7 +10,7 @@ import numpy as np
 from experiments.lib import comparison
 from experiments.lib.comparison import Runs
 from experiments.lib.curves import Curve
-from experiments.lib.style import COLOURS, MARKERS
+from experiments.lib.style import COLOURS, MARKERS, look_of
 from experiments.lib.tier_methods import BASE, ENDPOINTS, REFERENCES, SHUFFLED
 
 
@@ -70,20 +70,16 @@ def draw(runs: Runs, results: Any, screening: dict[str, Curve]) -> Any:
                 axis.axvspan(-result["margin"], result["margin"], color="0.9", zorder=0)
         axis.axvline(0, color="0.3", lw=0.8)
         axis.set(
-            title=f"({panel}) {endpoint.title}, difference to {BASE}",
+            title=f"({panel}) {endpoint.title},\ndifference to {BASE}",
             ylim=(len(labels) - 0.5, -0.5),
         )
         axis.set_yticks(range(len(labels)), labels if panel == "a" else [""] * len(labels))
         axis.set_xlabel("shaded: at most 2 % of LoRA's loss")
         axis.locator_params(axis="x", nbins=5)
     for index, (label, curve) in enumerate(screening.items()):
-        axes[2].plot(
-            *curve,
-            "-" if index < len(COLOURS) else "--",
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            label=label,
-        )
-    axes[2].set(xscale="log", xlabel="learning rate", title="(c) validation loss after a short run")
-    axes[2].legend()
+        axes[2].plot(*curve, label=label, **look_of(index))
+    axes[2].set(
+        xscale="log", xlabel="learning rate", title="(c) validation loss\nafter a short run"
+    )
+    axes[2].legend(handlelength=4)
     return figure
