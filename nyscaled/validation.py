@@ -97,7 +97,7 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
         name: what errors call the value.
         value: a number; schedules, tracers and arrays with axes are not checked.
         low: the lower end of the interval.
-        high: the upper end, which belongs to the interval.
+        high: the upper end, which belongs to the interval unless it is infinite.
         open_low: whether the lower end is excluded.
     """
     expected = "expected a number in " + _interval(low, high, open_low)
@@ -114,7 +114,7 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
             f"{name} is an integer that no float holds; expected a smaller one"
         ) from None
     inside = (low < number if open_low else low <= number) and number <= high
-    if not inside or math.isnan(number):
+    if not inside or not math.isfinite(number):
         raise ValueError(f"{name} is {number:g}; {expected}")
 
 

@@ -216,6 +216,8 @@ def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatc
             r"examples cannot be scored: 1 of 1 examples \(100.0%\) have more than 30 tokens",
         ),
         ({"loss_on": "all"}, "loss_on is 'all'; expected 'answer' for the task sst2"),
+        ({"warmup_steps": 13}, "warmup_steps is 13 and the run has 12 steps; expected at most"),
+        ({"warmup_steps": 6, "steps": None, "epochs": 1.0}, "6 and the run has 5 steps; expected"),
         ({"method": "lora", "damping": 0.1}, "hyperparameter is 'damping'; expected none"),
         ({"method": "lora", "scale": 0.1}, "option is 'scale'; expected"),
         ({"dry_run": True}, "dry_run is True; expected False .nyscaled.finetune.preview.preview"),
@@ -223,7 +225,8 @@ def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatc
 )
 def test_what_is_refused_leaves_the_folder_to_a_mended_command(root, options, message, tmp_path):
     data = write_data(tmp_path / "data")
-    (data / "test.tsv").write_text("film " * 600 + "\t1\n")
+    if "max_length" in options:
+        (data / "test.tsv").write_text("film " * 600 + "\t1\n")
     config = settings(root, out=tmp_path / "out", **options)
     with pytest.raises(ValueError, match=message):
         nys.finetune.run(dataclasses.replace(config, data=data))
@@ -273,17 +276,20 @@ def test_processes_with_other_settings_are_refused(monkeypatch):
         processes.require_same("settings", {"steps": 4})
 
 
-def test_options_of_methods_are_numbers():
-    options = {"gamma": float("nan")}
-    with pytest.raises(ValueError, match=r"method_options.gamma is nan; expected a number"):
-        nys.finetune.Config(
-            model="m", data=Path("d"), task="rte", out=Path("o"), method_options=options
-        )
-
-
-@pytest.mark.parametrize("name", ["epochs", "learning_rate", "alpha"])
-def test_numbers_of_a_run_are_finite(name):
-    with pytest.raises(ValueError, match=f"{name} is inf; expected a finite number"):
-        nys.finetune.Config(
-            **{"model": "m", "data": Path("d"), "task": "rte", "out": Path("o"), name: math.inf}
-        )
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method_options": {"gamma": math.nan}}, "method_options.gamma is nan; expected a number"),
+        ({"epochs": math.inf}, r"epochs is inf; expected a number in \(0, inf\)"),
+        ({"weight_decay": math.inf}, r"weight_decay is inf; expected a number in \[0, inf\)"),
+        ({"out": ""}, r"out is ''; expected a name \('.' is the current folder\)"),
+        *(
+            ({name: "no"}, f"{name} is 'no'; expected True or False")
+            for name in ("remat", "resume", "dry_run")
+        ),
+    ],
+)
+def test_settings_that_are_refused(options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.Config(**{"model": "m", "data": "d", "task": "rte", "out": "o", **options})

@@ -285,7 +285,7 @@ def test_learning_rates_inside_of_the_interval_are_accepted(eta):
     nys.solvers.scaled_step(nys.problems.Symmetric(psd()[0]), eta)
 
 
-@pytest.mark.parametrize("damping", [-0.1, float("nan")])
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
 def test_negative_damping(damping):
     problem = nys.problems.Symmetric(psd()[0])
     for build in (
@@ -302,7 +302,7 @@ def test_damping_together_with_the_pseudo_inverse():
         nys.scaled_gd(0.5, 0.1, pseudo_inverse=True)
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_scale_that_is_not_positive(scale):
     for start in (nys.initializers.nystrom, nys.initializers.nystrom_factors):
         with raises(r"scale is .*; expected a number in \(0, inf\)"):

@@ -36,6 +36,7 @@ def parse(config: type[C], words: Sequence[str], program: str, description: str 
             cannot be read.
     """
     path = _flag("config", words)
+    _require_paths(config, words)
     options = {} if path is None else read_options(Path(path), config)
     words, entries = _entries(config, words)
     for name, values in entries.items():
@@ -53,6 +54,14 @@ def parse(config: type[C], words: Sequence[str], program: str, description: str 
         if not end.code:
             return None
         raise ValueError(_reason(refused.getvalue(), program)) from None
+
+
+def _require_paths(config: type[C], words: Sequence[str]) -> None:
+    """Refuse empty paths, which would be the current folder."""
+    for name, hint in get_type_hints(config).items():
+        flag = name.replace("_", "-")
+        if Path in (get_args(hint) or (hint,)) and _flag(flag, words) == "":
+            raise ValueError(f"--{flag} is ''; expected a path")
 
 
 def word_of(name: str, words: Sequence[str]) -> str | None:
@@ -203,12 +212,18 @@ def _text(value: object) -> str:
     return value
 
 
+def _path(value: object) -> Path:
+    if not _text(value):
+        raise ValueError
+    return Path(_text(value))
+
+
 _READERS: dict[object, tuple[Callable[[object], Option], str]] = {
     bool: (_truth, "true or false"),
     int: (_integer, "an integer"),
     float: (_number, "a number"),
     str: (_text, "a text"),
-    Path: (lambda value: Path(_text(value)), "a text"),
+    Path: (_path, "a path"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Literal, Protocol, runtime_checkable
@@ -40,6 +41,21 @@ class Settings(Protocol):
     def method_options(self) -> Mapping[str, int | float | str]:
         """Further numbers and names."""
         ...
+
+
+def require_booleans(config: Settings) -> None:
+    """Refuse other values in the place of True and False, of which most count as True.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        ValueError: on such a value.
+    """
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{field.name} is {value!r:.80}; expected True or False")
 
 
 def require_options(options: Mapping[str, int | float | str]) -> None:

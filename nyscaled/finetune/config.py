@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from nyscaled.finetune.chosen import require_options
+from nyscaled.finetune.chosen import require_booleans, require_options
 from nyscaled.finetune.meshes import sizes_of
 from nyscaled.finetune.processes import parsed
 from nyscaled.finetune.trackers import TRACKERS
@@ -129,7 +129,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, kind in (("model", str), ("data", Path), ("out", Path)):
+            if getattr(self, name) == "":  # a path would be the current folder
+                raise ValueError(f"{name} is ''; expected a name ('.' is the current folder)")
             object.__setattr__(self, name, kind(getattr(self, name)))
+        require_booleans(self)
         for name, known in (("schedule", SCHEDULES), ("loss_on", LOSS_ON), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in known:
@@ -143,10 +146,8 @@ class Config:
                 require_count(name, getattr(self, name), low=1)
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and (name, value) != ("scale", "auto"):
+            if value is not None and (name, value) not in (("scale", "auto"), ("clip", math.inf)):
                 require_positive(name, value)
-                if name != "clip" and value == math.inf:
-                    raise ValueError(f"{name} is inf; expected a finite number")
         require_options(self.method_options)
         require_count("seed", self.seed)
         if self.warmup_steps is not None:

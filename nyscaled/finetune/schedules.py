@@ -19,11 +19,19 @@ def schedule(name: str, peak: float, steps: int, warmup: int) -> Callable[[int],
         steps: number of steps.
         warmup: steps in which it rises.
 
+    Raises:
+        ValueError: if the warm-up has more steps than there are.
+
     Examples:
         >>> rate = schedule("linear", 1.0, steps=6, warmup=2)
         >>> [round(float(rate(step)), 2) for step in range(6)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
+
+    if warmup > steps:
+        raise ValueError(
+            f"warmup_steps is {warmup} and the run has {steps} steps; expected at most as many"
+        )
 
     def rate(step: int) -> np.float32:
         if step < warmup:
