@@ -20,32 +20,32 @@ def words(config):
 def test_a_dry_run_says_what_will_be_done(tmp_path, capsys, monkeypatch):
     config = settings(tmp_path)
     (config.data / "test.tsv").write_text("fine film\t1\n" * 20)
-    monkeypatch.setattr(preview, "_seconds", lambda work: (work(), (240.0, 60.0))[1])
+    monkeypatch.setattr(preview, "_seconds", lambda work: (work(), (12.0, 60.0))[1])
     assert main(words(config)) == 0
     said = capsys.readouterr().out
     assert re.search(r"train.tsv:\d+: <s> .* It was⟦(great|terrible)⟧", said)
     # Three layers, rank 2: q has 16 rows and 16 columns, v 16 and 8.
-    assert f"2 adapted layers; {3 * 2 * (16 + 16 + 16 + 8)} of" in said
+    assert f"6 adapted layers; {3 * 2 * (16 + 16 + 16 + 8)} of" in said
     assert "GLUE, Wang et al., 2019), template mezo; the loss is that of choice" in said
     assert "40 examples of" in said
     assert "; 0 (0.0%) are cut" in said
     assert re.search(r"memory of a step.*: 0\.\d\d GB of values", said)
     # Of a minute each: 12 steps, 2 batches in each of 4 validations (an epoch has 5 steps), 20 test
-    # examples in batches of 8; and one program, compiled in four.
+    # examples in batches of 8; and one program, compiled in 12 s.
     match = re.search(
         r"about ([\d.]+) min: 12 steps ([\d.]+) min, 4 validations ([\d.]+) min, (.*)$", said, re.M
     )
     assert match is not None, said
     assert float(match[2]) == pytest.approx(12, rel=0.5)  # shorter batches take less
     assert 4 < float(match[3]) <= 8
-    assert match[4] == "scores of 20 test examples 2.5 min, compiling 1 programs, once 4.0 min"
-    assert float(match[1]) == pytest.approx(float(match[2]) + float(match[3]) + 6.5, abs=0.2)
+    assert match[4] == "scores of 20 test examples 2.5 min, compiling 1 programs, once 12 s"
+    assert float(match[1]) == pytest.approx(float(match[2]) + float(match[3]) + 2.7, abs=0.2)
     assert not config.out.exists()
 
 
 def test_a_start_from_gradients_is_shown_with_its_options(tmp_path):
     lines = preview.preview(settings(tmp_path, method="nora-grad", scale=0.5))
-    assert any("2 adapted layers" in line for line in lines)
+    assert any("6 adapted layers" in line for line in lines)
 
 
 def test_a_flag_overrides_one_entry_of_a_mapping_in_a_file(tmp_path, capsys, monkeypatch):
@@ -80,8 +80,13 @@ def test_a_flag_overrides_one_entry_of_a_mapping_in_a_file(tmp_path, capsys, mon
         ("method_options: 3", "has method_options = 3; expected a mapping of names to values"),
         ("method_options: {a: [1]}", "method_options with {'a': [1]}; expected numbers or texts"),
         ("method_options: {damping: 1}", "has 'damping'; expected the setting damping in its pl"),
+        ("seed: 3\nrank: 2\nrank: 4", "not a file of options: it has 'rank' 2 times; expected it"),
+        ("method_options: {gamma: 8, gamma: 8}", "it has 'gamma' 2 times; expected it once"),
+        ("out: ''", "has out = ''; expected a path"),
     ):
         assert message in said(file)
+    assert "--out is ''; expected a path" in said("rank: 2", "--out", "")
+    assert "--out is ''; expected a path" in said("rank: 2", "--out=")
     assert "has no value" in said("rank: 2", "--method-options.virtual-tokens")
 
 

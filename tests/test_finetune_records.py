@@ -24,10 +24,10 @@ def written(folder, name, content):
 
 def test_json_lists_have_the_line_of_each_row(tmp_path):
     objects = [{"a": "é\u2028x", "n": 1}, {"a": "[1, {}]"}, {"a": 'with "quotes"'}]
-    path = written(tmp_path, "train.json", "\n" + json.dumps(objects, indent=2))
-    rows = read_rows(path)
-    assert [row.fields for row in rows] == objects
-    assert [row.source for row in rows] == ["train.json:3", "train.json:7", "train.json:10"]
+    for name in ("train.json", "train.jsonl"):
+        rows = read_rows(written(tmp_path, name, "\n" + json.dumps(objects, indent=2)))
+        assert [row.fields for row in rows] == objects
+        assert [row.source for row in rows] == [f"{name}:3", f"{name}:7", f"{name}:10"]
     one_line = written(tmp_path, "dev.json", json.dumps(objects))
     assert [row.source for row in read_rows(one_line)] == ["dev.json:1"] * 3
 
@@ -148,7 +148,20 @@ def test_splits_by_the_names_of_files(tmp_path):
     ("name", "content", "message"),
     [
         ("train.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "train.jsonl:2 has the byte 0xe9, which is"),
-        ("train.tsv", "a\t1\n".encode("utf-16"), "train.tsv:1 has the byte 0xff"),
+        *(
+            (
+                "train.tsv",
+                "\ufeffa\t1\n".encode(f"utf-16-{order}"),
+                "train.tsv is in UTF-16, .* -f",
+            )
+            for order in ("le", "be")
+        ),
+        (
+            "train.jsonl",
+            '{"a": 1}\n{\n "a": 2\n}\n',
+            "train.jsonl:2 begins an object .* over 3 lines",
+        ),
+        ("train.json", '{"data": [\n{"a": 2}\n]}', "train.json:1 begins an object .* over 3 lines"),
         ("train.jsonl", '{"a": 1}\n{"a": 2', r"train.jsonl:2 is not JSON: .* \(the file may be"),
         ("train.json", '[{"a": 1},\n {"a":\n  "x', "train.json:3 is not JSON: Unterminated"),
         ("train.json", '[{"a": 1},\n', "train.json:2 is not JSON: Expecting value"),
@@ -158,7 +171,7 @@ def test_splits_by_the_names_of_files(tmp_path):
         ("train.json", '[{"a": 1},\n 5]', "train.json:2 is 5; expected an object of fields"),
         ("train.json", "[]", "has no rows; expected one at least"),
         ("train.json", "", "has no rows"),
-        ("train.jsonl", "[1]", r"train.jsonl:1 is \[1\]; expected an object"),
+        ("train.jsonl", "5", "train.jsonl:1 is 5; expected an object"),
         ("train.tsv", "a b\t1\nc d\n", "train.tsv:2 has 1 columns; expected 2 between tabs"),
         ("train.tsv", "a\tb\tc\td\n", "train.tsv:1 has 4 columns, .*; expected the columns"),
         ("train.csv", "a,b", "ends in '.csv'; expected a file that ends in .json, .jsonl, .tsv"),

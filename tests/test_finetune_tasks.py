@@ -250,6 +250,23 @@ def test_classes_of_own_data():
     assert rte.with_classes(rows) is rte
 
 
+@pytest.mark.parametrize("label", ["3.2", 0.75, float("nan")])
+def test_measures_are_not_classes(label):
+    rows = [row(sentence="a", label="5.000"), row(sentence="b", label=label)]
+    with pytest.raises(ValueError, match=rf"data.jsonl:7: label is {label}; expected names or who"):
+        by_name("classification").with_classes(rows)
+
+
+@pytest.mark.parametrize("encoder", [True, False])
+@pytest.mark.parametrize(
+    "fields", [{"premise": "", "hypothesis": "a"}, {"premise": "a", "sentence2": " "}]
+)
+def test_empty_sentences_are_refused(fields, encoder):
+    rows = [row(**fields, label="entailment")]
+    with pytest.raises(ValueError, match=r"data.jsonl:7: .* is ' ?'; expected a text"):
+        by_name("rte").examples(rows, encoder=encoder)
+
+
 def test_a_header_of_unknown_names_is_not_a_class(tmp_path):
     """Its label would be one that no other line has."""
     lines = ["review\tgood?", "a fine film\tyes", "a bad film\tno", "a film\tyes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import io
@@ -114,9 +115,7 @@ def _read(path: Path) -> Mapping[str, object]:
         if path.suffix == ".toml":
             options: object = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            options = yaml.safe_load(text)
+            options = _from_yaml(text)
         else:
             raise ValueError(f"its name ends in {path.suffix!r}; expected .toml, .yaml or .yml")
     except ModuleNotFoundError:
@@ -126,6 +125,21 @@ def _read(path: Path) -> Mapping[str, object]:
     if not isinstance(options, Mapping):
         raise ValueError(f"{path} holds a {type(options).__name__}; expected options by name")
     return options
+
+
+def _from_yaml(text: str) -> object:
+    """What a YAML file holds, without names that stand there twice, which its reader takes."""
+    import yaml
+
+    root = yaml.compose(text, yaml.SafeLoader)
+    entries = root.value if isinstance(root, yaml.MappingNode) else []
+    for mapping in (root, *(value for _, value in entries)):
+        if isinstance(mapping, yaml.MappingNode):
+            names = collections.Counter(str(name.value) for name, _ in mapping.value)
+            for name in names:
+                if names[name] > 1:
+                    raise ValueError(f"it has {name!r} {names[name]} times; expected it once")
+    return yaml.safe_load(text)
 
 
 def _entries(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,13 +108,15 @@ def _padded(plan: Plan) -> Float[np.ndarray, " batches"]:
 
 def _layers(prepared: Prepared) -> Iterator[str]:
     layers = lora.adapted_layers(prepared.model)
+    count = 0
     for path, layer in layers.items():
         adapter = next(iter(layer.adapters.values()))
+        count += math.prod(adapter.lora_a.shape[:-2])  # a stack is many layers
         yield f"  {path}: a {adapter.lora_a.shape}, b {adapter.lora_b.shape}"
     params = prepared.plan.parts.params
     trained = sum(x.size for x in jax.tree.leaves(params))
     others = sum(x.size for x in jax.tree.leaves(prepared.plan.parts.frozen))
-    yield f"{len(layers)} adapted layers; {trained:,} of {trained + others:,} numbers are trained"
+    yield f"{count} adapted layers; {trained:,} of {trained + others:,} numbers are trained"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -168,7 +171,7 @@ def _time(prepared: Prepared) -> Iterator[str]:
         jax.block_until_ready(state)
 
     first, longest = _seconds(step)
-    yield f"a step on the longest batch takes {longest:.2f} s; the loss is {loss:.4f}"
+    yield f"a step on the longest batch takes {_duration(longest)}; the loss is {loss:.4f}"
     share = float(np.mean(_padded(plan)) / batch.tokens.shape[-1])
     validations = -(-plan.steps // plan.eval_every) + 1  # once more with what was written
     parts = {
@@ -177,8 +180,12 @@ def _time(prepared: Prepared) -> Iterator[str]:
         f"scores of {len(prepared.examples.test)} test examples": _scoring_seconds(prepared),
         f"compiling {len(plan.train.shapes)} programs, once": first * len(plan.train.shapes),
     }
-    listed = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in parts.items())
-    yield f"the run takes about {sum(parts.values()) / 60:.1f} min: {listed}"
+    listed = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
+    yield f"the run takes about {_duration(sum(parts.values()))}: {listed}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def _seconds(work: Callable[[], object]) -> tuple[float, float]:

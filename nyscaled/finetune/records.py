@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import importlib
 import json
@@ -172,10 +173,9 @@ def read_split(
 def read_rows(path: str | os.PathLike[str], layouts: Sequence[Sequence[str]] = ()) -> list[Row]:
     """Return the rows of a data file.
 
-    The name of a file gives its format: `.json` holds a list of objects, or an object per line;
-    `.jsonl` an object per line; `.tsv` columns between tabs, without quoting, as GLUE has them. The
-    first line of a TSV file is a header if it names the columns of one of the layouts, in any order
-    and case.
+    The name of a file gives its format: `.json` and `.jsonl` hold a list of objects, or an object
+    per line; `.tsv` columns between tabs, without quoting, as GLUE has them. The first line of a
+    TSV file is a header if it names the columns of one of the layouts, in any order and case.
 
     Args:
         path: path of the file.
@@ -198,10 +198,9 @@ def read_rows(path: str | os.PathLike[str], layouts: Sequence[Sequence[str]] = (
     text = _read_text(path)
     if path.suffix == ".tsv":
         rows = list(_tsv(path.name, text, layouts))
-    elif path.suffix == ".json" and text.lstrip().startswith("["):
-        rows = list(_json_list(path.name, text))
     elif path.suffix in (".json", ".jsonl"):
-        rows = list(_json_lines(path.name, text))
+        is_list = text.lstrip().startswith("[")
+        rows = list((_json_list if is_list else _json_lines)(path.name, text))
     else:
         raise ValueError(
             f"{path} ends in {path.suffix!r}; expected a file that ends in {', '.join(_ENDINGS)}"
@@ -219,6 +218,11 @@ def _read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(
+                f"{path.name} is in UTF-16, as its first two bytes say; expected a file in UTF-8 "
+                "(iconv -f UTF-16 -t UTF-8 converts it)"
+            ) from None
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path.name}:{line} has the byte 0x{content[error.start]:02x}, which is not UTF-8; "
@@ -232,10 +236,30 @@ def _lines(text: str) -> list[str]:
 
 
 def _json_lines(name: str, text: str) -> Iterator[Row]:
-    for number, line in enumerate(_lines(text), 1):
+    lines = _lines(text)
+    for number, line in enumerate(lines, 1):
         if line.strip():
             source = f"{name}:{number}"
-            yield Row(_object(source, _parsed(source, number, json.loads, line)), source)
+            try:
+                value = _parsed(source, number, json.loads, line)
+            except ValueError:
+                _require_one_line(source, "\n".join(lines[number - 1 :]))
+                raise
+            yield Row(_object(source, value), source)
+
+
+def _require_one_line(source: str, text: str) -> None:
+    """Refuse a text that begins with a value over several lines, which is not a cut one."""
+    text = text.lstrip()
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (RecursionError, ValueError):
+        return
+    if count := text.count("\n", 0, end):
+        raise ValueError(
+            f"{source} begins an object that lies over {count + 1} lines; expected an object per "
+            "line, or one list of all objects (jq -c . FILE writes an object per line)"
+        )
 
 
 def _json_list(name: str, text: str) -> Iterator[Row]:

@@ -192,6 +192,13 @@ class Task:
         if self.labels:
             return self
         labels = [str(row.value(*self.label)).strip().lower() for row in rows]
+        for row, label in zip(rows, labels, strict=True):
+            if _is_measure(label):
+                raise ValueError(
+                    f"{row.source}: {' or '.join(self.label)} is {label}; expected names or whole "
+                    "numbers of classes (a column of measures needs a regression, which is not "
+                    "one of the tasks)"
+                )
         names = set(labels)
         if len(labels) > 2 and labels.count(labels[0]) == 1 and rows[0].source.endswith(".tsv:1"):
             raise ValueError(
@@ -246,10 +253,25 @@ class Task:
     def _for_encoder(self, row: Row) -> Example:
         label = self.class_of(row)
         first, *others = self.sentences
-        second = next((row.text(*n) for n in others if any(x in row.fields for x in n)), None)
-        return Example(
-            row.text(*first), self.classes[label], label=label, second=second, source=row.source
-        )
+        texts = [_text(row, *first)]
+        texts += [_text(row, *names) for names in others if any(x in row.fields for x in names)]
+        second = texts[1] if len(texts) > 1 else None
+        return Example(texts[0], self.classes[label], label=label, second=second, source=row.source)
+
+
+def _text(row: Row, *names: str) -> str:
+    """The text of a field that must not be empty."""
+    if not (text := row.text(*names)).strip():
+        raise ValueError(f"{row.source}: {' or '.join(names)} is {text!r:.80}; expected a text")
+    return text
+
+
+def _is_measure(label: str) -> bool:
+    """Whether a label is a number that is not whole."""
+    try:
+        return not float(label).is_integer()
+    except (OverflowError, ValueError):
+        return False
 
 
 def by_label(task: Task, template: str | None, row: Row, _: Tokenizer | None) -> Example:
@@ -261,7 +283,8 @@ def by_label(task: Task, template: str | None, row: Row, _: Tokenizer | None) ->
         row: a row of the data.
     """
     label = task.class_of(row)
-    prompt = stripped(task.template(template).fill(task.values(row)))
+    values = {name: _text(row, *names) for name, names in task.fields.items()}
+    prompt = stripped(task.template(template).fill(values))
     return Example(prompt, task.words[label], task.words, label, source=row.source)
 
 
