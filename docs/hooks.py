@@ -11,6 +11,12 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+OUTSIDE = {
+    "](../../figures/README.md": "](results.md",
+    "](../../figures/": "](figures/",
+    "](../../paper_checks/REPORT.md": "](report.md",
+}
+"""Beginnings of links, as readers of the repository follow them, and those of the site."""
 ENTRY = re.compile(r"^### (\S+)\n\n\*\*", re.MULTILINE)
 
 
@@ -29,6 +35,7 @@ def results() -> str:
     """Return the page of figures: its pictures are in the site, its data and records are not."""
     text = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"\[(data|record|table)\]\(([\w.]+)\)", r"\1 in `figures/\2`", text)
+    text = text.replace("](../docs/pages/", "](")
     return re.sub(r"\]\((\w+\.png)\)", r"](figures/\1)", text)
 
 
@@ -57,7 +64,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Link the ids of claims, `{claims: lem-1, lem-2i}`, to the report.
+    """Link the ids of claims, `{claims: lem-1, lem-2i}`, to the report, and files to their pages.
 
     Raises:
         ValueError: if an id names no claim, or the page of mathematics misses a claim.
@@ -75,6 +82,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return ", ".join(f"[{name}](report.md#{name.lower()})" for name in names)
 
     markdown = re.sub(r"\{claims: ([^}]*)\}", linked, markdown)
+    for link, of_site in OUTSIDE.items():
+        markdown = markdown.replace(link, of_site)
     left_out = claims - used
     if page.file.src_uri == "mathematics.md" and left_out:
         raise ValueError(f"mathematics.md does not name these claims: {sorted(left_out)}")

@@ -10,7 +10,7 @@ in the paper, for each weight the indices of the r singular values that changed 
 directions: of both sides, and with the left vectors of ΔW (those of the factor that starts as W₀Ω)
 kept. (d) to (f) do not depend on the room that singular values have: the share of ‖ΔW‖² along each
 singular vector of W₀, of which random directions have 1/384 everywhere. The results are in
-`figures/README.md`.
+`docs/pages/finetuning_results.md`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Each number of figures/README.md that names its place in a record equals the record."""
+"""Each number of the pages of results that names its place in a record equals the record."""
 
 import json
 import re
@@ -9,8 +9,9 @@ import pytest
 from experiment_cases import ROOT, read_rows
 
 FOLDER = ROOT / "figures"
+RESULTS = ROOT / "docs" / "pages" / "finetuning_results.md"
 SECTIONS = (FOLDER / "README.md").read_text(encoding="utf-8").split("\n## ")[1:]
-NUMBER = re.compile(r"([-\d.e]+)<!-- (.+?) -->", re.DOTALL)
+NUMBER = re.compile(r"([-\d.e]+)<!-- (.+?)\s-->", re.DOTALL)
 REDUCTIONS = {"min": min, "max": max, "last": lambda values: values[-1]}
 
 
@@ -19,6 +20,10 @@ def numbers():
         name = re.search(r"\[data\]\((\w+)\.csv\)", section)[1]
         for number, place in NUMBER.findall(section):
             yield pytest.param(name, number, " ".join(place.split()), id=f"{name}: {place}")
+    # A page with several records in a section names the record first.
+    for number, place in NUMBER.findall(RESULTS.read_text(encoding="utf-8")):
+        name, place = " ".join(place.split()).split(" | ", 1)
+        yield pytest.param(name, number, place, id=f"{RESULTS.stem}, {name}: {place}")
 
 
 def recorded(name, place):
@@ -48,4 +53,4 @@ def test_each_record_has_a_section():
     assert named == {path.stem for path in FOLDER.glob("*.csv")}
     for section in SECTIONS:
         for link in re.findall(r"\]\(([^)]+)\)", section):
-            assert (FOLDER / link).exists(), link
+            assert (FOLDER / link.split("#")[0]).exists(), link

@@ -11,7 +11,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = ROOT / "docs" / "pages"
 ON_GITHUB = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "figures/README.md")
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "figures/README.md")
+    ),
+    *PAGES.glob("*.md"),
 ]
 
 
