@@ -227,3 +227,14 @@ def test_an_adapter_without_a_head_is_refused(files, tmp_path, capsys):
     assert "has no head; expected one that was trained for the task" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(files / "causal")]) == 1
     assert "data or task is missing; expected both, or --harness" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_an_adapter_of_stable_diffusion_is_refused(command, files, tmp_path, capsys):
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    words = ["--model", str(files / "causal"), "--adapter", str(tmp_path)]
+    words += {"evaluate": ["--task", "sst2", "--data", str(files / "data")]}.get(
+        command, ["--out", str(tmp_path / "out")]
+    )
+    assert main([command, *words]) == 1
+    assert "an adapter of Stable Diffusion, pytorch_lora" in capsys.readouterr().err

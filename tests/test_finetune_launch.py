@@ -260,6 +260,15 @@ def test_processes_of_an_unknown_cluster_are_refused(root, tmp_path, monkeypatch
         nys.finetune.run(settings(root, out=tmp_path / "out", processes="auto"))
 
 
+def test_settings_of_dreambooth_have_a_run_of_their_own(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    config = nys.finetune.dreambooth.Config(model="m", images="i", prompt="a sks", out="o")
+    with pytest.raises(
+        ValueError, match=r"dreambooth.config.Config; expected .*dreambooth.run tak"
+    ):
+        nys.finetune.run(config)
+
+
 def test_settings_may_be_texts_and_paths(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     given = {"model": Path("m"), "data": "d", "out": "o", "task": "rte"}

@@ -75,6 +75,19 @@ def test_a_run_of_other_settings_does_not_go_on(root):
         nys.finetune.run(settings(root, out=root / "absent", resume=True))
 
 
+def test_settings_of_an_earlier_version_had_their_defaults(root, tmp_path):
+    """Its file does not have those that are new."""
+    shutil.copytree(root / "out", tmp_path / "out")
+    path = tmp_path / "out" / "config.yaml"
+    saved = yaml.safe_load(path.read_text())
+    del saved["remat"], saved["method_options"]
+    path.write_text(yaml.safe_dump(saved))
+    config = settings(root, out=tmp_path / "out", resume=True)
+    assert nys.finetune.run(config).steps == 12
+    with pytest.raises(ValueError, match="other settings: remat was False and is True"):
+        nys.finetune.run(dataclasses.replace(config, remat=True))
+
+
 def test_a_run_does_not_begin_with_parts_of_another(root, tmp_path):
     """It would go on from their checkpoints, by other settings."""
     shutil.copytree(root / "out", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import shlex
@@ -59,7 +60,7 @@ def begun(out: Path, *, resume: bool) -> JsonObject | None:
 
 
 def finished(
-    out: Path, saved: JsonObject, options: JsonObject, besides: Sequence[str]
+    out: Path, saved: JsonObject, options: JsonObject, besides: Sequence[str], kind: type[object]
 ) -> JsonObject | None:
     """Return what `result.json` of the run in a folder holds, None for one that is to go on.
 
@@ -68,16 +69,29 @@ def finished(
         saved: the settings with which that run began.
         options: the settings now.
         besides: names of those that may differ.
+        kind: dataclass of the settings. One that an earlier version did not save had its default.
 
     Raises:
         ValueError: if others differ.
     """
+    saved = _defaults(kind) | saved
     names = [name for name in options if name in saved and name not in besides]
     if changed := [name for name in names if saved[name] != options[name]]:
         shown = ", ".join(f"{k} was {saved[k]} and is {options[k]}" for k in changed)
         raise ValueError(f"{out} has a run of other settings: {shown}")
     result = out / RESULT
     return json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+
+
+def _defaults(kind: type[object]) -> JsonObject:
+    """The settings that have a default."""
+    values: JsonObject = {}
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    return values
 
 
 def begin(out: Path, options: JsonObject, record: JsonObject, *packages: str) -> None:

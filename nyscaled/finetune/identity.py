@@ -12,7 +12,7 @@ from typing import TypedDict
 import numpy as np
 
 from nyscaled._files import replacing
-from nyscaled.checkpoints import files
+from nyscaled.checkpoints import diffusers_lora, files
 from nyscaled.finetune.examples import Encoded, Example
 from nyscaled.models.opening import open_weights
 
@@ -94,8 +94,14 @@ def require_base(folder: Path, model: str | os.PathLike[str]) -> None:
         model: a folder, a GGUF file or a hub id.
 
     Raises:
-        ValueError: if the model is another one; the message says in what.
+        ValueError: if the model is another one, and the message says in what; and on an adapter of
+            Stable Diffusion.
     """
+    if (folder / diffusers_lora.FILE).exists():
+        raise ValueError(
+            f"{folder} has an adapter of Stable Diffusion, {diffusers_lora.FILE}; expected one of "
+            "a language model (nys.lora.load_diffusers reads the other)"
+        )
     if (folder / FILE).exists():
         require_same_base(folder, of_base(model))
 

@@ -84,6 +84,11 @@ def run(config: Config) -> Result:
         ...     print(str(error)[:38])
         data is 'absent', which does not exist
     """
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"config is a {type(config).__module__}.{type(config).__name__}; expected a "
+            "nys.finetune.Config (nys.finetune.dreambooth.run takes settings of DreamBooth)"
+        )
     if config.dry_run:
         raise ValueError(
             "dry_run is True; expected False (nyscaled.finetune.preview.preview says what a run "
@@ -219,7 +224,7 @@ def _read_finished(config: Config) -> dict[str, object] | None:
     options = folders.begun(config.out, resume=config.resume)
     if options is None:
         return None
-    return folders.finished(config.out, options, as_options(config), NOT_THE_RUN)
+    return folders.finished(config.out, options, as_options(config), NOT_THE_RUN, Config)
 
 
 def claim(prepared: Prepared) -> None:

@@ -91,7 +91,7 @@ def run(config: Config) -> Result:
     options = folders.begun(config.out, resume=config.resume)
     result = None
     if options is not None:
-        result = folders.finished(config.out, options, as_options(config), NOT_THE_RUN)
+        result = folders.finished(config.out, options, as_options(config), NOT_THE_RUN, Config)
     if result is None:
         with meshes.using(config.mesh):
             result = _made(config)
