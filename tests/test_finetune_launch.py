@@ -97,6 +97,15 @@ def test_starts_are_made_of_micro_batches(root, method, monkeypatch):
         np.testing.assert_allclose(parts, whole, atol=1e-3 * float(abs(whole).max()))
 
 
+@pytest.mark.parametrize(("micro", "shape"), [(None, (1, 40)), (16, (3, 16))])
+def test_a_batch_is_not_larger_than_the_data(root, micro, shape, capsys):
+    config = settings(root, batch_size=64, micro_batch_size=micro)
+    prepared = launch.prepare(config)
+    assert prepared.plan.batch(0).tokens.shape[:2] == shape
+    assert prepared.config == config  # which a run that goes on is compared with
+    assert "batch_size is 64 and there are 40 examples to train on" in capsys.readouterr().err
+
+
 def test_reflora_balances_in_a_short_run(root):
     """A share of the steps passes as in LoRA: one of twelve, ten of two thousand."""
     values = []

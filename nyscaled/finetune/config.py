@@ -76,7 +76,7 @@ class Config:
     epochs: float = 3.0
     """Number of passes through the examples."""
     batch_size: int = 16
-    """Examples in a step."""
+    """Examples in a step; all of them where there are fewer."""
     micro_batch_size: int | None = None
     """Examples in memory at one time, a divisor of the batch size. The result is the same."""
     max_length: int = 512

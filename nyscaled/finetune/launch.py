@@ -25,7 +25,6 @@ from nyscaled.finetune.records import HUB, find_splits
 from nyscaled.finetune.saving import save, unchanged
 from nyscaled.finetune.tasks import by_name
 from nyscaled.finetune.trackers import package_of
-from nyscaled.models.sharding import FSDP
 
 EVALUATION = "evaluation.json"
 MOSTLY = 0.5
@@ -119,7 +118,7 @@ def _require_known(config: Config) -> None:
     if not str(config.data).startswith(HUB):
         find_splits(config.data)
     size = config.micro_batch_size or config.batch_size
-    parts = jax.process_count() * (meshes.sizes_of(config.mesh).get(FSDP, 1) if config.mesh else 1)
+    parts = meshes.parts_of(config.mesh)
     if size % parts:
         raise ValueError(
             f"a micro-batch has {size} examples; expected a multiple of {parts}, so that each "
@@ -206,7 +205,7 @@ def scored(prepared: Prepared, examples: Sequence[Example]) -> Evaluation:
         prepared.tokenizer,
         examples,
         prepared.examples.task,
-        batch_size=config.micro_batch_size or config.batch_size,
+        batch_size=config.micro_batch_size or prepared.plan.config.batch_size,
         max_length=config.max_length,
         allow_cut=config.allow_cut,
     )

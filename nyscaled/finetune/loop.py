@@ -48,7 +48,7 @@ class Plan:
         sources: file and line of each example.
         steps: number of steps.
         rate: learning rate of each step.
-        config: settings of the run.
+        config: settings of the run, with batches that are not larger than the data.
         sampler: generates texts during the training, None for none.
     """
 

@@ -49,6 +49,15 @@ def sizes_of(text: str) -> dict[str, int]:
     return sizes
 
 
+def parts_of(text: str | None) -> int:
+    """Return into how many parts the examples of a batch are split, over processes and devices.
+
+    Args:
+        text: as in `sizes_of`, or None for one device.
+    """
+    return jax.process_count() * (1 if text is None else sizes_of(text).get(FSDP, 1))
+
+
 def mesh_of(text: str) -> Mesh:
     """Return a mesh over the first devices of this process.
 

@@ -28,7 +28,7 @@ from nyscaled.finetune.loop import Plan
 from nyscaled.finetune.methods import Method, method
 from nyscaled.finetune.objectives import OBJECTIVES
 from nyscaled.finetune.order import Order, Rows
-from nyscaled.finetune.progress import timed
+from nyscaled.finetune.progress import say, timed
 from nyscaled.finetune.samples import sampler
 from nyscaled.finetune.schedules import schedule
 from nyscaled.models import Tokenizer
@@ -112,11 +112,17 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     )
     _require_scorable(config, examples, model, tokenizer)
     most = inputs.longest(model)
-    order, made = _batches(config, objective, train, tokenizer.pad_id or 0, most)
+    fitted = _fitted(config, len(train))
+    if fitted.batch_size < config.batch_size and not outline:
+        say(
+            f"batch_size is {config.batch_size} and there are {len(train)} examples to train on; "
+            "a step takes all of them"
+        )
+    order, made = _batches(fitted, objective, train, tokenizer.pad_id or 0, most)
     steps = steps_of(config, order)
     if chosen.warmup is not None:
         hyperparameters.setdefault("warmup_steps", max(1, round(chosen.warmup * steps)))
-    size = config.micro_batch_size or config.batch_size
+    size = fitted.micro_batch_size or fitted.batch_size
     validating = batches.make(
         validation,
         objective,
@@ -132,7 +138,7 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
     def build(model: LanguageModel) -> LanguageModel:
         nonlocal head, trained
         model, head = inputs.with_head(model, task.classes, config.seed)
-        trained = _adapt(config, chosen, options, model, head, objective, made, order)
+        trained = _adapt(fitted, chosen, options, model, head, objective, made, order)
         return model
 
     head: tuple[str, ...] = ()
@@ -157,7 +163,7 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         tuple(e.source for e in train),
         steps,
         schedule(config.schedule, peak, steps, warmup),
-        config,
+        fitted,
         None
         if config.sample_every is None or outline
         else sampler(model, tokenizer, task, examples.validation),
@@ -184,6 +190,13 @@ def prepare(config: Config, *, outline: bool = False) -> Prepared:
         ),
         digests,
     )
+
+
+def _fitted(config: Config, examples: int) -> Config:
+    """The settings with batches that these examples fill, up to the size of their parts."""
+    unit = config.micro_batch_size or meshes.parts_of(config.mesh)
+    size = min(config.batch_size, -(-examples // unit) * unit)
+    return dataclasses.replace(config, batch_size=size)
 
 
 def steps_of(config: Config, order: Order) -> int:

@@ -178,7 +178,7 @@ def load_adapter(model: nnx.Module, folder: Path) -> None:
 def _scores(model: nnx.Module, prepared: Prepared) -> Scores:
     """The scores of the longest batch for validation, whose program exists."""
     plan, parts = prepared.plan, training.split(model, prepared.trained)
-    size = prepared.config.micro_batch_size or prepared.config.batch_size
+    size = plan.config.micro_batch_size or plan.config.batch_size
     _, batch = next(plan.validation.sorted(size))
     program = dataclasses.replace(plan.program, graphdef=parts.evaluating, dtypes=parts.dtypes)
     state = parts.params, parts.counts, parts.frozen
