@@ -68,6 +68,23 @@ def test_settings_that_a_method_does_not_have_stop_a_sweep_before_its_first_run(
         list(sweeping.configs(settings(tmp_path, sweep="method=nora,lora", scale=0.1)))
 
 
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("rank=2,4000", r"rank 4000: .*rank is 4000; expected 1 ≤ rank ≤"),
+        ("warmup_steps=2,99", "warmup_steps 99: warmup_steps is 99 and the run has 12 steps"),
+    ],
+)
+def test_what_a_later_run_would_refuse_is_refused_before_the_first(tmp_path, sweep, message):
+    config = settings(tmp_path, sweep=sweep)
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.sweep(config)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(launch.as_options(config)))
+    assert main(["finetune", "--config", str(path), "--dry-run"]) == 1
+    assert not config.out.exists()
+
+
 def test_runs_of_a_sweep_have_the_same_examples(tmp_path, monkeypatch):
     def run(config):
         config.out.mkdir(parents=True)

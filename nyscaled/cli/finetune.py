@@ -30,7 +30,7 @@ from nyscaled.finetune.launch import Result
 from nyscaled.finetune.launch import run as fine_tune
 from nyscaled.finetune.loop import Stopped
 from nyscaled.finetune.preview import preview
-from nyscaled.finetune.sweeping import S, configs, sweep
+from nyscaled.finetune.sweeping import S, configs, require_possible, sweep
 
 INTERRUPTED = 130
 
@@ -62,8 +62,10 @@ def made(config: S, preview: Callable[[S], Iterator[str]], run: Callable[[S], st
     """
     _keep_programs()
     if config.dry_run:
-        runs = [config] if config.sweep is None else [own for _, own in configs(config)]
-        for line in preview(runs[0]):
+        runs = [({}, config)] if config.sweep is None else list(configs(config))
+        if config.sweep is not None:
+            require_possible(runs)
+        for line in preview(runs[0][1]):
             print(line, flush=True)
         if config.sweep is not None:
             print(f"the sweep has {len(runs)} runs, of which this is the first")

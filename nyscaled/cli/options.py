@@ -82,8 +82,8 @@ def word_of(name: str, words: Sequence[str]) -> str | None:
 
 def _flag(name: str, words: Sequence[str]) -> str | None:
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument(f"--{name}", nargs="?")
-    return getattr(scan.parse_known_args(list(words))[0], name)
+    scan.add_argument(f"--{name}", nargs="?", dest="value")
+    return scan.parse_known_args(list(words))[0].value
 
 
 def read_options(path: Path, config: type[C]) -> dict[str, Option]:

@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
@@ -18,6 +18,7 @@ from nyscaled.finetune.config import Config
 from nyscaled.finetune.dreambooth import images
 from nyscaled.finetune.dreambooth.step import LOSS
 from nyscaled.finetune.launch import CONFIG, RECORD, run
+from nyscaled.finetune.preparation import prepare
 from nyscaled.finetune.progress import VALIDATION, NotFiniteError, say
 
 TABLE, PICTURE = "sweep.json", "sweep.png"
@@ -159,6 +160,29 @@ def configs(config: S) -> Iterator[tuple[dict[str, Value], S]]:
         yield settings, own
 
 
+def require_possible(planned: Sequence[tuple[dict[str, Value], Settings]]) -> None:
+    """Refuse before the first run of a sweep what a later one would refuse; no weight is read.
+
+    Args:
+        planned: the runs, as from `configs`.
+
+    Raises:
+        ValueError: as `run` does; the message begins with the settings of the run.
+    """
+    checked: set[tuple[object, ...]] = set()
+    for settings, own in planned:
+        if isinstance(own, dreambooth.Config) or own.resume:
+            continue
+        # A configuration alone sees what is wrong with the other settings of a sweep.
+        point = own.method, own.rank, own.warmup_steps
+        if point not in checked:
+            checked.add(point)
+            try:
+                prepare(own, outline=True)
+            except ValueError as error:
+                raise ValueError(f"{_shown(settings)}: {error}") from error
+
+
 def sweep(config: S) -> Sweep:
     """Make a run for each value of a setting, or for each pair of values of two, and compare them.
 
@@ -187,6 +211,7 @@ def sweep(config: S) -> Sweep:
     planned = list(configs(config))
     if (config.out / TABLE).exists() and not config.resume:
         raise ValueError(f"{config.out} has a sweep; expected --resume, or another --out")
+    require_possible(planned)
     done = Sweep(config.out, (), VALIDATION if isinstance(config, Config) else LOSS)
     for number, (settings, own) in enumerate(planned, 1):
         say(f"run {number} of {len(planned)}: {_shown(settings)}")
