@@ -5,14 +5,13 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import importlib
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
-T = TypeVar("T")
+from nyscaled.finetune.json_objects import lines_of, objects_of
 
 HUB = "hf:"
 """Beginning of the name of a data set of the package datasets, as in `hf:aps/super_glue:cb`."""
@@ -199,8 +198,7 @@ def read_rows(path: str | os.PathLike[str], layouts: Sequence[Sequence[str]] = (
     if path.suffix == ".tsv":
         rows = list(_tsv(path.name, text, layouts))
     elif path.suffix in (".json", ".jsonl"):
-        is_list = text.lstrip().startswith("[")
-        rows = list((_json_list if is_list else _json_lines)(path.name, text))
+        rows = [Row(*pair) for pair in objects_of(path.name, text)]
     else:
         raise ValueError(
             f"{path} ends in {path.suffix!r}; expected a file that ends in {', '.join(_ENDINGS)}"
@@ -230,90 +228,8 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _lines(text: str) -> list[str]:
-    # Not splitlines: texts hold other characters that it takes as ends of lines.
-    return [line.removesuffix("\r") for line in text.split("\n")]
-
-
-def _json_lines(name: str, text: str) -> Iterator[Row]:
-    lines = _lines(text)
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            source = f"{name}:{number}"
-            try:
-                value = _parsed(source, number, json.loads, line)
-            except ValueError:
-                _require_one_line(source, "\n".join(lines[number - 1 :]))
-                raise
-            yield Row(_object(source, value), source)
-
-
-def _require_one_line(source: str, text: str) -> None:
-    """Refuse a text that begins with a value over several lines, which is not a cut one."""
-    text = text.lstrip()
-    try:
-        _, end = json.JSONDecoder().raw_decode(text)
-    except (RecursionError, ValueError):
-        return
-    if count := text.count("\n", 0, end):
-        raise ValueError(
-            f"{source} begins an object that lies over {count + 1} lines; expected an object per "
-            "line, or one list of all objects (jq -c . FILE writes an object per line)"
-        )
-
-
-def _json_list(name: str, text: str) -> Iterator[Row]:
-    """Yield the rows of a list, decoded one by one, so that each has its line."""
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-
-    def skip(position: int) -> int:
-        match = space.match(text, position)
-        assert match is not None
-        return match.end()
-
-    end, line, counted = skip(skip(0) + 1), 1, 0
-    if text[end : end + 1] == "]":
-        return
-    while True:
-        line, counted = line + text.count("\n", counted, end), end
-        source = f"{name}:{line}"
-        value, end = _parsed(source, 1, decoder.raw_decode, text, end)
-        yield Row(_object(source, value), source)
-        end = skip(end)
-        mark, end = text[end : end + 1], skip(end + 1)
-        if mark == "]":
-            break
-        if mark != ",":
-            line += text.count("\n", counted, end)
-            got = repr(mark) if mark else "the end of the file"
-            raise ValueError(f"{name}:{line} has {got} after a row; expected ',' or ']'")
-    if end < len(text):
-        line += text.count("\n", counted, end)
-        raise ValueError(f"{name}:{line} has {text[end]!r} after the list; expected its end")
-
-
-def _parsed(source: str, line: int, parse: Callable[..., T], *args: object) -> T:
-    """Return what `parse` reads for a row, in a text that begins in this line of the file."""
-    try:
-        return parse(*args)
-    except json.JSONDecodeError as error:
-        name = source.rpartition(":")[0]
-        raise ValueError(
-            f"{name}:{line + error.lineno - 1} is not JSON: {error.msg} at its column "
-            f"{error.colno} (the file may be cut)"
-        ) from None
-    except (RecursionError, ValueError) as error:  # too deep, or a number with too many digits
-        raise ValueError(f"{source} is not JSON that can be read: {error}") from None
-
-
-def _object(source: str, value: object) -> Mapping[str, object]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{source} is {value!r:.80}; expected an object of fields")
-    return cast("dict[str, object]", value)
-
-
 def _tsv(name: str, text: str, layouts: Sequence[Sequence[str]]) -> Iterator[Row]:
-    lines = [(i, line.split("\t")) for i, line in enumerate(_lines(text), 1) if line.strip()]
+    lines = [(i, line.split("\t")) for i, line in enumerate(lines_of(text), 1) if line.strip()]
     if not lines:
         return
     number, first = lines[0]
