@@ -15,6 +15,7 @@ OUTSIDE = {
     "](../../figures/README.md": "](results.md",
     "](../../figures/": "](figures/",
     "](../../paper_checks/REPORT.md": "](report.md",
+    "](../../CONTRIBUTING.md": "](extending.md",
 }
 """Beginnings of links, as readers of the repository follow them, and those of the site."""
 ENTRY = re.compile(r"^### (\S+)\n\n\*\*", re.MULTILINE)
