@@ -159,11 +159,12 @@ def test_a_run_that_was_killed_before_its_end_goes_on(root, tmp_path):
     (out / "result.json").unlink()
     shutil.rmtree(out / "adapter")
     shutil.rmtree(out / loop.CHECKPOINTS / "6")
-    nys.finetune.dreambooth.run(settings(root, out=out, resume=True))
+    # How often checkpoints are written changes nothing, and losses at fixed times only the lines.
+    nys.finetune.dreambooth.run(settings(root, out=out, resume=True, checkpoint_every=1))
     assert tensors(out) == tensors(root / "out")
     assert lines(out) == lines(root / "out")
     (out / "result.json").unlink()  # after the last checkpoint
-    result = nys.finetune.dreambooth.run(settings(root, out=out, resume=True))
+    result = nys.finetune.dreambooth.run(settings(root, out=out, resume=True, eval_every=2))
     assert result.loss == json.loads((root / "out" / "result.json").read_text())["loss"]
 
 
@@ -197,6 +198,27 @@ def test_a_run_goes_on_only_as_it_began(root, tmp_path):
     (out / "base.json").unlink()
     with pytest.raises(ValueError, match=r"the loss of the base in .* was .* and is .*; expected"):
         nys.finetune.dreambooth.run(config)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{}", "run.json has no hashes of the files in images; expected the file as the run wrote"),
+        ('{"images": []}', "run.json has no hashes of the files in images"),
+        ('{"images": {"images": {}}}', "run.json has no hashes of the files in class_images"),
+        ('{"images":', "run.json is not JSON"),
+        (None, "run.json'; expected the record of a run, or another --out"),
+    ],
+)
+def test_a_damaged_record_is_refused(root, record, message, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(root / "out", out)
+    (out / "result.json").unlink()
+    (out / "run.json").unlink()
+    if record is not None:
+        (out / "run.json").write_text(record)
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.dreambooth.run(settings(root, out=out, resume=True))
 
 
 def test_changed_images_are_refused(root, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from diffusion_cases import FOLDER
@@ -184,6 +185,37 @@ def test_images_that_cannot_be_read_are_refused(root, tmp_path, monkeypatch):
     shutil.copyfile(whole, folder / "deep.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     refused("deep.png cannot be read: .*decompression bomb", images=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_text_encoder": "no"}, "train_text_encoder is 'no'; expected True or False"),
+        ({"out": ""}, "out is ''; expected a name .'.' is the current folder"),
+        ({"class_images": ""}, "class_images is ''; expected a name .'.' is the current folder"),
+    ],
+)
+def test_settings_of_other_types_are_refused(root, options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    with pytest.raises(ValueError, match=message):
+        settings(root, **options)
+
+
+@pytest.mark.parametrize("kind", ["the same", "relative", "symlink", "copy"])
+def test_images_of_the_class_are_not_those_of_the_subject(root, kind, tmp_path, monkeypatch):
+    folder = settings(root).images
+    monkeypatch.chdir(folder)
+    other = tmp_path / "class"
+    if kind == "symlink":
+        other.symlink_to(folder)
+    elif kind == "copy":
+        other.mkdir()
+        shutil.copyfile(folder / "dog2.png", other / "cat.png")
+    folders = {"the same": folder, "relative": Path(), "symlink": other, "copy": other}
+    config = settings(root, class_prompt="a photo of a dog", class_images=folders[kind])
+    message = "class_images has '.*', which is '.*images/dog[02].png' in images; expected images of"
+    with pytest.raises(ValueError, match=message):
+        list(nys.finetune.dreambooth.preview(config))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from nyscaled.finetune.chosen import require_method, require_options
+from nyscaled.finetune.chosen import require_booleans, require_method, require_options
 from nyscaled.finetune.config import SCHEDULES, Option
 from nyscaled.finetune.meshes import sizes_of
 from nyscaled.finetune.methods import METHODS, method
@@ -125,9 +126,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, kind in (("model", str), ("images", Path), ("out", Path)):
+            self._require_name(name)
             object.__setattr__(self, name, kind(getattr(self, name)))
         if self.class_images is not None:
+            self._require_name("class_images")
             object.__setattr__(self, "class_images", Path(self.class_images))
+        require_booleans(self)
         for name, known in (
             ("task", (TASK,)),
             ("schedule", SCHEDULES),
@@ -144,7 +148,7 @@ class Config:
                 require_count(name, getattr(self, name), low=1)
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and (name, value) != ("scale", "auto"):
+            if value is not None and (name, value) not in (("scale", "auto"), ("clip", math.inf)):
                 require_positive(name, value)
         for name in ("weight_decay", "prior_weight"):
             require_nonnegative(name, getattr(self, name))
@@ -169,6 +173,10 @@ class Config:
                 f"mesh is {self.mesh!r} and batch_size is {self.batch_size}; expected a multiple "
                 f"of {split}, so that each device has as many images"
             )
+
+    def _require_name(self, name: str) -> None:
+        if getattr(self, name) == "":  # a path would be the current folder
+            raise ValueError(f"{name} is ''; expected a name ('.' is the current folder)")
 
     def _require_method(self) -> None:
         if method(self.method).trains != "adapters":
@@ -195,8 +203,12 @@ _COUNTS = (
 )
 _POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "min_snr")
 
-NOT_THE_RUN = "out", "resume", "dry_run", "log_every", "sample_every", "sample_prompt", "log"
-"""Settings in which a run that goes on may differ from the one that began."""
+NOT_THE_RUN = (
+    *("out", "resume", "dry_run", "eval_every", "checkpoint_every", "log_every"),
+    *("sample_every", "sample_prompt", "log"),
+)
+"""Settings in which a run that goes on may differ from the one that began: none of them changes
+what is trained."""
 
 
 def as_options(config: Config) -> dict[str, Option]:

@@ -12,7 +12,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from nyscaled._files import replacing
-from nyscaled.checkpoints.files import brief
+from nyscaled.checkpoints.files import JsonObject, brief, read_object
+from nyscaled.finetune import folders
 
 SHOWN = 4
 NARROW = 16
@@ -121,6 +122,46 @@ def digest(path: Path) -> str:
         path: the file.
     """
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_record(out: Path) -> JsonObject:
+    """Return what `run.json` of a run holds; its "images" are hashes of files, by folder and name.
+
+    Args:
+        out: folder of the run.
+
+    Raises:
+        ValueError: if it does not have them.
+    """
+    path = out / folders.RECORD
+    record = read_object(path, "the record of a run, or another --out")
+    digests = record.get("images")
+    for name in ("images", "class_images"):
+        if not isinstance(digests, dict) or not isinstance(digests.get(name), dict):
+            raise ValueError(
+                f"{path} has no hashes of the files in {name}; expected the file as the run wrote "
+                "it, or another --out"
+            )
+    return record
+
+
+def require_distinct(pictures: Sequence[Picture], class_pictures: Sequence[Picture]) -> None:
+    """Refuse an image of the subject among those of its class, which are to look otherwise.
+
+    Args:
+        pictures: images of the subject.
+        class_pictures: images of the class.
+
+    Raises:
+        ValueError: if two files are the same; the message names them.
+    """
+    subjects = {digest(picture.path): picture.path for picture in pictures}
+    for picture in class_pictures:
+        if (same := subjects.get(digest(picture.path))) is not None:
+            raise ValueError(
+                f"class_images has '{picture.path}', which is '{same}' in images; expected images "
+                "of others of the class"
+            )
 
 
 def require_same(

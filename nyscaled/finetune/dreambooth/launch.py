@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import time
 from pathlib import Path
 
@@ -162,10 +161,10 @@ def _claim(prepared: Prepared, base: identity.Base) -> None:
         identity.require_same_base(out, base)
     else:
         identity.write_base(out, base)
-    record = json.loads((out / folders.RECORD).read_text(encoding="utf-8"))
+    before = images.read_record(out)["images"]
     for name, now in digests.items():
         what = f"the files in {name}"
-        images.require_same(what, out, record["images"][name], now, "the same files")
+        images.require_same(what, out, before[name], now, "the same files")
 
 
 def save(model: Denoiser, plan: Plan, grid: Grid, folder: Path) -> float:

@@ -104,6 +104,7 @@ def prepare(config: Config, pipe: Pipeline, *, outline: bool = False) -> Prepare
     class_pictures: tuple[Picture, ...] = ()
     if config.class_images is not None:
         class_pictures = _read("class_images", config.class_images, resolution, config.class_count)
+        images.require_distinct(pictures, class_pictures)
     chosen = method(config.method)
     options, hyperparameters = method_options(config)
     if chosen.warmup is not None:

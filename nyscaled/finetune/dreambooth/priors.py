@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def class_pictures(prepared: Prepared, pipe: Pipeline) -> tuple[Picture, ...]:
     """
     config, own = prepared.config, prepared.class_pictures
     folder, path = config.out / FOLDER, config.out / folders.RECORD
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = images.read_record(config.out)
     digests: dict[str, str] = record["images"].setdefault(GENERATED, {})
     files = [folder / name for name in digests if (folder / name).exists()]
     now = {file.name: images.digest(file) for file in files}
