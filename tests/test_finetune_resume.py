@@ -88,12 +88,39 @@ def test_settings_of_an_earlier_version_had_their_defaults(root, tmp_path):
         nys.finetune.run(dataclasses.replace(config, remat=True))
 
 
+def test_a_file_may_have_another_name(root, tmp_path):
+    (tmp_path / "data").symlink_to(root / "data")
+    config = settings(root, resume=True)
+    config = dataclasses.replace(config, model=f"{config.model}/", data=tmp_path / "data")
+    assert nys.finetune.run(config).steps == 12
+    (tmp_path / "data").unlink()
+    shutil.copytree(root / "data", tmp_path / "data")
+    with pytest.raises(ValueError, match=r"data was .* and is"):  # its rows are not compared yet
+        nys.finetune.run(config)
+
+
+@pytest.mark.parametrize("name", ["facts/metadata", "arrays/manifest.ocdbt"])
+def test_a_checkpoint_that_cannot_be_read_is_named(root, tmp_path, name):
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()
+    (tmp_path / "out" / "checkpoints" / "12" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoints/12 cannot be read: .*; expected a whole"):
+        nys.finetune.run(settings(root, out=tmp_path / "out", resume=True))
+
+
 def test_a_run_does_not_begin_with_parts_of_another(root, tmp_path):
     """It would go on from their checkpoints, by other settings."""
     shutil.copytree(root / "out", tmp_path / "out")
     (tmp_path / "out" / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"has metrics.jsonl, checkpoints, best, adapter, result"):
         nys.finetune.run(settings(root, seed=1, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["file", "file/out"])
+def test_a_file_is_no_folder_of_a_run(root, tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"{name}', and '.*/file' is a file; expected a folder"):
+        nys.finetune.run(settings(root, out=tmp_path / name))
 
 
 @pytest.mark.parametrize("text", ["other: 1\n", "- 1\n", ": : :\n - a\n"])

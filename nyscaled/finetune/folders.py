@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import sys
@@ -48,8 +49,9 @@ def begun(out: Path, *, resume: bool) -> JsonObject | None:
         return saved
     if resume:
         raise ValueError(f"{out} has no run; expected a folder with {CONFIG}, or no --resume")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out is '{out}', a file; expected a folder")
+    for path in (out, *out.parents):
+        if path.is_file():
+            raise ValueError(f"out is '{out}', and '{path}' is a file; expected a folder")
     # A run that begins would go on from them.
     if left := [name for name in LATER if (out / name).exists()]:
         raise ValueError(
@@ -76,11 +78,20 @@ def finished(
     """
     saved = _defaults(kind) | saved
     names = [name for name in options if name in saved and name not in besides]
-    if changed := [name for name in names if saved[name] != options[name]]:
+    if changed := [name for name in names if not _same(saved[name], options[name])]:
         shown = ", ".join(f"{k} was {saved[k]} and is {options[k]}" for k in changed)
         raise ValueError(f"{out} has a run of other settings: {shown}")
     result = out / RESULT
     return json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+
+
+def _same(before: object, now: object) -> bool:
+    """Whether two values of a setting are equal, or two names of one file."""
+    if isinstance(before, str) and isinstance(now, str) and before and now:
+        return before == now or (
+            os.path.exists(before) and os.path.exists(now) and os.path.samefile(before, now)
+        )
+    return before == now
 
 
 def _defaults(kind: type[object]) -> JsonObject:

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
+from nyscaled.checkpoints.files import brief
 from nyscaled.finetune import processes
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ class Checkpoints:
             tree: arrays of the structure, shapes and dtypes of the saved ones.
 
         Raises:
-            ValueError: on a checkpoint of other arrays.
+            ValueError: on a checkpoint of other arrays, and one that cannot be read.
         """
         if not processes.are_several():
             return self._restore(tree)
@@ -117,6 +118,11 @@ class Checkpoints:
                 restored = cast(ocp.args.Composite, manager.restore(step, args=arguments))
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{self.folder / str(step)} has other arrays: {error}") from error
+            except (OSError, ValueError) as error:  # of many kinds, on files that were changed
+                raise ValueError(
+                    f"{self.folder / str(step)} cannot be read: {brief(error)}; expected a whole "
+                    "checkpoint (without this folder, the run goes on from the one before)"
+                ) from error
         values = [restored.arrays[name] for name in named]
         return step, jax.tree.unflatten(jax.tree.structure(tree), values), restored.facts
 
