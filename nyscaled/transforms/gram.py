@@ -116,7 +116,7 @@ def lora_p(
 
     The Gram step is not normalized. If the forward pass multiplies X Yᵀ by s = alpha/r, plain
     descent with it moves the weights by s² times what it does at s = 1: divide the learning rate
-    by s². `nora_plus` and optimizers that normalize, as Adam, have no such factor.
+    by s². Optimizers that normalize their updates, as Adam does, require no such division.
 
     Args:
         inner: the optimizer, `optax.adamw(1e-4)` say.
