@@ -79,7 +79,7 @@ def spectral(
 
     For (1) and (4) it is the solution. For sensing the target is 𝒜*(b), and for robust PCA the
     trimmed Y. ScaledGD's local theory requires this start. A dense target is factorized by LAPACK.
-    Otherwise subspace iteration (`linalg.leading_factors`) gives a few digits with 21 products with
+    Otherwise subspace iteration (`linalg.leading_factors`) gives a few digits with 22 products with
     the target or its transpose, and all digits if its rank is at most 2r + 8. No m×n matrix is
     formed then.
 
