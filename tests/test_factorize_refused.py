@@ -23,6 +23,7 @@ BAD = {
     "large rank": ({"rank": 91}, "rank is 91"),
     "tol 0": ({"tol": 0.0}, "tol is 0; expected a number in"),
     "negative tol": ({"tol": -1.0}, "tol is -1"),
+    "tol True": ({"tol": True}, r"tol is True; expected a number in \(0, 1\]"),
     "large tol": ({"tol": 2.0}, "tol is 2"),
     "one pass": ({"rank": 3, "passes": 1}, "passes is 1; expected an integer ≥ 2"),
     "max_rank with rank": ({"rank": 3, "max_rank": 4}, "max_rank is 4 and rank is 3"),
@@ -53,6 +54,7 @@ import jax, numpy as np, nyscaled as nys
 two_keys = jax.random.split(jax.random.key(0))
 for options in (
     {"tol": np.array([0.1, 0.2])}, {"tol": abs}, {"tol": "0.1"}, {"rank": 2, "key": 0},
+    {"tol": np.True_}, {"tol": jax.numpy.asarray(True)},
     {"rank": 2, "key": "a"}, {"rank": 2, "key": two_keys}, {"rank": np.array([1, 2])},
     {"rank": 2.5}, {"rank": "2"}, {"tol": 0.1, "max_rank": 2.5},
 ):

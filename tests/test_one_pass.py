@@ -231,6 +231,7 @@ WRONG = {
     "rank 0": ([np.ones((3, 5), "f")], 0, "rank is 0; expected"),
     "raises": ((1 // i for i in range(2)), 1, "block 0 of the stream failed .ZeroDivisionError"),
     "tiny": ([2.0**-120 * np.ones((9, 9), "f")], 1, "where float32 loses digits"),
+    "subnormal": ([2.0**-140 * np.ones((9, 9), "f")], 1, "where float32 loses digits"),
     "huge": ([2.0**126 * np.ones((9, 9), "f")], 1, "NaN or Inf entries, or .* products overflow"),
     "masked": (
         [np.ma.masked_less(np.eye(9, dtype="f"), 1)],

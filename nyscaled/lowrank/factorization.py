@@ -6,6 +6,7 @@ from typing import SupportsIndex
 
 import jax
 import numpy as np
+from jax.experimental import sparse
 from jaxtyping import Array, Key
 
 from nyscaled.lowrank import by_rank, streamed
@@ -17,10 +18,11 @@ from nyscaled.lowrank.arguments import (
     require_unset,
 )
 from nyscaled.lowrank.explicit import with_auto_axes
-from nyscaled.lowrank.host import HostMatrix, SparseMatrix, as_input
+from nyscaled.lowrank.host import HostMatrix, as_input
 from nyscaled.lowrank.host_arrays import as_shape
 from nyscaled.lowrank.products import require_adjoint
 from nyscaled.lowrank.result import LowRank
+from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.lowrank.streamed import StreamedMatrix
 from nyscaled.matrices import Operator
 from nyscaled.typing import LinearMap, MatrixLike, Number
@@ -137,7 +139,11 @@ def factorize(
 
 
 def _has_entries(a: LinearMap | HostMatrix) -> bool:
-    """Whether a matrix whose entries are at hand has one that is not zero."""
-    if isinstance(a, SparseMatrix):
-        return any(np.any(block.matrix.data) for block in a.blocks)
-    return isinstance(a, jax.Array) and bool(np.any(np.asarray(a)))
+    """Whether NumPy, which keeps numbers that XLA takes as zero, sees an entry of A, or of A x."""
+    if isinstance(a, RowBlocks):
+        return any(np.any(block) for block in a.blocks())
+    if isinstance(a, HostMatrix):
+        x = 8 * np.random.default_rng(0).standard_normal((a.shape[1], 2))
+        return bool(np.any(a.times(x.astype(a.dtype))))
+    entries = a.data if isinstance(a, sparse.BCOO) else a
+    return isinstance(entries, jax.Array) and bool(np.any(np.asarray(entries)))
