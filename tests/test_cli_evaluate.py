@@ -230,11 +230,28 @@ def test_an_adapter_without_a_head_is_refused(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
-def test_an_adapter_of_stable_diffusion_is_refused(command, files, tmp_path, capsys):
-    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_lora_weights.safetensors", "an adapter of Stable Diffusion, pytorch_lora"),
+        ("adapter/base.json", "has a run; expected its adapter, '"),
+    ],
+)
+def test_folders_of_other_things_are_refused(command, name, message, files, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / name).touch()
     words = ["--model", str(files / "causal"), "--adapter", str(tmp_path)]
     words += {"evaluate": ["--task", "sst2", "--data", str(files / "data")]}.get(
         command, ["--out", str(tmp_path / "out")]
     )
     assert main([command, *words]) == 1
-    assert "an adapter of Stable Diffusion, pytorch_lora" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_memory_that_is_too_small_is_said(files, capsys, monkeypatch):
+    def refusing(*args, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr("nyscaled.cli.evaluate.evaluate", refusing)
+    assert evaluate(files) == 1
+    assert "memory is too small: RESOURCE_EXHAUSTED: Out of memory" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_one_pass_per_prompt(monkeypatch):
 
     def counted(encoded, *args, **options):
         result = make(encoded, *args, **options)
-        rows.append(result.choices)
+        rows.append((result.choices, options["batch_size"]))
         return result
 
     monkeypatch.setattr(evaluation.batches, "make", counted)
@@ -144,7 +144,8 @@ def test_one_pass_per_prompt(monkeypatch):
     answers = [e for e in examples if len(e.candidates) == 3]
     evaluate(causal(), characters(), answers, by_name("commonsense"), batch_size=8)
     evaluate(causal(), characters(), rte(), by_name("rte"), batch_size=8)
-    assert rows == [1, 1]
+    evaluate(causal(), characters(), rte(), by_name("rte"), batch_size=100_000)
+    assert rows == [(1, 8), (1, 8), (1, 25)]
     unequal = Encoded((1,), ((2, 3), (4, 3)), 0)
     assert evaluation._with_shared_prompt(unequal) is unequal
     equal = Encoded((1,), ((2, 3), (2, 4)), 1)

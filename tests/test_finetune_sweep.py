@@ -39,6 +39,10 @@ def test_a_run_for_each_value(tmp_path, monkeypatch, capsys):
     assert (config.out / "sweep.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="has a sweep; expected --resume"):
         nys.finetune.sweep(config)
+    with pytest.raises(ValueError, match=r"has sweep.json and no config.yaml; expected a folder"):
+        nys.finetune.run(dataclasses.replace(config, sweep=None))
+    with pytest.raises(ValueError, match="alone has a run; expected another --out for a sweep"):
+        nys.finetune.sweep(dataclasses.replace(config, out=tmp_path / "alone"))
     made.clear()
     more = dataclasses.replace(config, sweep="learning_rate=1e-3,3e-3", resume=True)
     path = tmp_path / "sweep.yaml"

@@ -79,7 +79,9 @@ def _run(name: str, options: Sequence[str]) -> int:
         raise
     except ModuleNotFoundError as error:
         return _fail(program, f"{error.name} is missing; expected it to be installed ({EXTRA})")
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # of JAX
+            raise
         return _fail(program, f"memory is too small: {error}")
     except (ValueError, OSError, ImportError) as error:
         return _fail(program, str(error))

@@ -90,7 +90,7 @@ def run(config: Config) -> int:
         ImportError: if the harness is asked for and not installed.
         OSError: if a file cannot be read or written.
     """
-    for name in ("examples", "max_length"):
+    for name in ("examples", "batch_size", "max_length"):
         if getattr(config, name) is not None:
             require_count(name, getattr(config, name), low=1)
     for name in ("task", "template", "split", "max_length") if config.harness is not None else ():
@@ -105,6 +105,7 @@ def run(config: Config) -> int:
             raise ValueError(f"out is {str(out)!r}; expected a name that ends in .json")
         outputs.require_writable([out], overwrite=config.overwrite)
     if config.adapter is not None:
+        identity.require_adapter(config.adapter)
         identity.require_base(config.adapter, config.model)
     record = _in_task(config) if config.harness is None else _in_harness(config, config.harness)
     if out is not None:

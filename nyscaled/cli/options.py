@@ -259,4 +259,5 @@ def _reason(text: str, program: str) -> str:
     """What tyro says in a box, between the title and the next rule, as one line."""
     parts = re.split(r"[─-]{5,}", text)
     words = re.sub("[│╭╮╰╯]", " ", parts[min(1, len(parts) - 1)]).split()
-    return f"{' '.join(words)} (see {program} --help)"
+    reason = " ".join(words).removeprefix("Error parsing Config: ")
+    return f"{reason} (see {program} --help)"

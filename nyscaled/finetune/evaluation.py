@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from nyscaled.finetune import batches
+from nyscaled.finetune import batches, meshes
 from nyscaled.finetune.answers import number
 from nyscaled.finetune.batches import Batch
 from nyscaled.finetune.encoding import Lengths, encode, encode_sentences
@@ -107,7 +107,7 @@ def evaluate(
         tokenizer: the model's tokenizer.
         examples: examples that `task.examples` made for such a model.
         task: the task.
-        batch_size: examples in a batch.
+        batch_size: examples in a batch; all of them where there are fewer.
         max_length: most tokens of an example with its candidates; the prompt's middle is cut.
         allow_cut: share of examples that may be longer.
         generated: whether the answers of a task with candidates are read from generated text.
@@ -140,6 +140,8 @@ def evaluate(
         allow_cut=allow_cut,
         generated=generated,
     )
+    if meshes.current() is None:  # over which a batch is split
+        batch_size = min(batch_size, len(examples))
     encoder = is_encoder(model)
     if encoder:
         _require_head(model, task)

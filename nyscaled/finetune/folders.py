@@ -22,6 +22,8 @@ from nyscaled.checkpoints.files import JsonObject, read_text
 CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
 LATER = "metrics.jsonl", "checkpoints", "best", "adapter", RESULT
 """What a run writes when its settings are written."""
+SWEEP = "sweep.json"
+"""The table of a sweep, whose runs are in folders of their own."""
 PACKAGES = "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint"
 
 
@@ -53,7 +55,7 @@ def begun(out: Path, *, resume: bool) -> JsonObject | None:
         if path.is_file():
             raise ValueError(f"out is '{out}', and '{path}' is a file; expected a folder")
     # A run that begins would go on from them.
-    if left := [name for name in LATER if (out / name).exists()]:
+    if left := [name for name in (*LATER, SWEEP) if (out / name).exists()]:
         raise ValueError(
             f"{out} has {', '.join(left)} and no {CONFIG}; expected a folder without parts of "
             "another run"

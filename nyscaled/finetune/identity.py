@@ -86,6 +86,24 @@ def write_base(folder: Path, base: Base) -> None:
         file.write((json.dumps(base) + "\n").encode())
 
 
+def require_adapter(folder: Path) -> None:
+    """Refuse folders that are taken for that of an adapter of a language model.
+
+    Args:
+        folder: folder of an adapter.
+
+    Raises:
+        ValueError: on the folder of a run, and of an adapter of Stable Diffusion.
+    """
+    if (folder / "adapter" / FILE).exists():
+        raise ValueError(f"{folder} has a run; expected its adapter, '{folder / 'adapter'}'")
+    if (folder / diffusers_lora.FILE).exists():
+        raise ValueError(
+            f"{folder} has an adapter of Stable Diffusion, {diffusers_lora.FILE}; expected one of "
+            "a language model (nys.lora.load_diffusers reads the other)"
+        )
+
+
 def require_base(folder: Path, model: str | os.PathLike[str]) -> None:
     """Refuse a model that is not the base of a folder; folders of other programs do not say it.
 
@@ -94,14 +112,8 @@ def require_base(folder: Path, model: str | os.PathLike[str]) -> None:
         model: a folder, a GGUF file or a hub id.
 
     Raises:
-        ValueError: if the model is another one, and the message says in what; and on an adapter of
-            Stable Diffusion.
+        ValueError: if the model is another one; the message says in what.
     """
-    if (folder / diffusers_lora.FILE).exists():
-        raise ValueError(
-            f"{folder} has an adapter of Stable Diffusion, {diffusers_lora.FILE}; expected one of "
-            "a language model (nys.lora.load_diffusers reads the other)"
-        )
     if (folder / FILE).exists():
         require_same_base(folder, of_base(model))
 

@@ -83,6 +83,7 @@ def export(
     adapter, out = Path(adapter), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists; expected a new folder, or an empty one")
+    identity.require_adapter(adapter)
     identity.require_base(adapter, model)
     saved = peft.read(adapter)
     source, outline, tokenizer, names = open_weights(model)

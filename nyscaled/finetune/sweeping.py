@@ -17,11 +17,12 @@ from nyscaled.finetune.chosen import require_method
 from nyscaled.finetune.config import Config
 from nyscaled.finetune.dreambooth import images
 from nyscaled.finetune.dreambooth.step import LOSS
-from nyscaled.finetune.launch import CONFIG, RECORD, run
+from nyscaled.finetune.folders import CONFIG, RECORD, SWEEP
+from nyscaled.finetune.launch import run
 from nyscaled.finetune.preparation import prepare
 from nyscaled.finetune.progress import VALIDATION, NotFiniteError, say
 
-TABLE, PICTURE = "sweep.json", "sweep.png"
+PICTURE = "sweep.png"
 SWEPT = (
     *("learning_rate", "method", "rank", "alpha", "scale", "damping", "ratio", "schedule"),
     *("warmup_steps", "weight_decay", "clip", "dropout", "seed"),
@@ -209,7 +210,9 @@ def sweep(config: S) -> Sweep:
     if config.sweep is None:
         raise ValueError("sweep is None; expected a setting with values (or nys.finetune.run)")
     planned = list(configs(config))
-    if (config.out / TABLE).exists() and not config.resume:
+    if (config.out / CONFIG).exists():
+        raise ValueError(f"{config.out} has a run; expected another --out for a sweep")
+    if (config.out / SWEEP).exists() and not config.resume:
         raise ValueError(f"{config.out} has a sweep; expected --resume, or another --out")
     require_possible(planned)
     done = Sweep(config.out, (), VALIDATION if isinstance(config, Config) else LOSS)
@@ -248,7 +251,7 @@ def _require_same_examples(first: Path, other: Path) -> None:
 
 def _write(done: Sweep) -> None:
     runs = [dataclasses.asdict(run) for run in done.runs]
-    with replacing(done.out / TABLE) as file:
+    with replacing(done.out / SWEEP) as file:
         table = {"best": done.best.folder, "compared": done.compared, "runs": runs}
         file.write((json.dumps(table, indent=2) + "\n").encode())
     if importlib.util.find_spec("matplotlib") is not None:
