@@ -88,6 +88,13 @@ def test_settings_of_an_earlier_version_had_their_defaults(root, tmp_path):
         nys.finetune.run(dataclasses.replace(config, remat=True))
 
 
+def test_a_run_whose_adapter_is_gone_writes_it_again(root, tmp_path):
+    shutil.copytree(root / "out", tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "adapter")
+    nys.finetune.run(settings(root, out=tmp_path / "out", resume=True))
+    assert tensors(tmp_path / "out") == tensors(root / "out")
+
+
 def test_a_file_may_have_another_name(root, tmp_path):
     (tmp_path / "data").symlink_to(root / "data")
     config = settings(root, resume=True)

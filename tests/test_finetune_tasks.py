@@ -1,5 +1,7 @@
 """Prompts field by field as published, labels, and what a task refuses."""
 
+import re
+
 import pytest
 from finetune_cases import DATA, characters, row, without_data
 
@@ -250,10 +252,11 @@ def test_classes_of_own_data():
     assert rte.with_classes(rows) is rte
 
 
-@pytest.mark.parametrize("label", ["3.2", 0.75, float("nan")])
-def test_measures_are_not_classes(label):
+@pytest.mark.parametrize("label", ["3.2", 0.75, float("nan"), [1], {"x": 1}])
+def test_what_is_not_a_class_is_refused(label):
     rows = [row(sentence="a", label="5.000"), row(sentence="b", label=label)]
-    with pytest.raises(ValueError, match=rf"data.jsonl:7: label is {label}; expected names or who"):
+    shown = re.escape(repr(label))
+    with pytest.raises(ValueError, match=rf"data.jsonl:7: label is {shown}; expected the name or"):
         by_name("classification").with_classes(rows)
 
 

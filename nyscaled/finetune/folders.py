@@ -20,7 +20,8 @@ from nyscaled._files import replacing
 from nyscaled.checkpoints.files import JsonObject, read_text
 
 CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
-LATER = "metrics.jsonl", "checkpoints", "best", "adapter", RESULT
+ADAPTER = "adapter"
+LATER = "metrics.jsonl", "checkpoints", "best", ADAPTER, RESULT
 """What a run writes when its settings are written."""
 SWEEP = "sweep.json"
 """The table of a sweep, whose runs are in folders of their own."""
@@ -84,7 +85,9 @@ def finished(
         shown = ", ".join(f"{k} was {saved[k]} and is {options[k]}" for k in changed)
         raise ValueError(f"{out} has a run of other settings: {shown}")
     result = out / RESULT
-    return json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+    # Without its adapter, it goes on from the last checkpoint and writes it again.
+    whole = result.exists() and (out / ADAPTER).exists()
+    return json.loads(result.read_text(encoding="utf-8")) if whole else None
 
 
 def _same(before: object, now: object) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from nyscaled._files import replacing
 from nyscaled.checkpoints import diffusers_lora, files
 from nyscaled.finetune.examples import Encoded, Example
+from nyscaled.finetune.folders import ADAPTER
 from nyscaled.models.opening import open_weights
 
 FILE = "base.json"
@@ -95,8 +96,8 @@ def require_adapter(folder: Path) -> None:
     Raises:
         ValueError: on the folder of a run, and of an adapter of Stable Diffusion.
     """
-    if (folder / "adapter" / FILE).exists():
-        raise ValueError(f"{folder} has a run; expected its adapter, '{folder / 'adapter'}'")
+    if (folder / ADAPTER / FILE).exists():
+        raise ValueError(f"{folder} has a run; expected its adapter, '{folder / ADAPTER}'")
     if (folder / diffusers_lora.FILE).exists():
         raise ValueError(
             f"{folder} has an adapter of Stable Diffusion, {diffusers_lora.FILE}; expected one of "

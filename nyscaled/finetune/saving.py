@@ -16,12 +16,13 @@ from nyscaled import lora, models
 from nyscaled._files import replacing
 from nyscaled.checkpoints.files import open_tensors, read_tensor, write_tensors
 from nyscaled.finetune import described, identity, training
+from nyscaled.finetune.folders import ADAPTER as ADAPTER
 from nyscaled.finetune.methods import method
 from nyscaled.finetune.preparation import Prepared
 from nyscaled.models import BertClassifier
 from nyscaled.models.prefix import PrefixedAttention
 
-ADAPTER, PREFIX = "adapter", "prefix.safetensors"
+PREFIX = "prefix.safetensors"
 
 Scores = Float[np.ndarray, "rows scores"]
 

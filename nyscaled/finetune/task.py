@@ -186,19 +186,12 @@ class Task:
             rows: rows to train on.
 
         Raises:
-            ValueError: if fewer than two labels occur, or the first line of a file has one that no
-                other line has, as a header of other names would.
+            ValueError: on a label that is not a class, if fewer than two labels occur, or the first
+                line of a file has one that no other line has, as a header of other names would.
         """
         if self.labels:
             return self
-        labels = [str(row.value(*self.label)).strip().lower() for row in rows]
-        for row, label in zip(rows, labels, strict=True):
-            if _is_measure(label):
-                raise ValueError(
-                    f"{row.source}: {' or '.join(self.label)} is {label}; expected names or whole "
-                    "numbers of classes (a column of measures needs a regression, which is not "
-                    "one of the tasks)"
-                )
+        labels = [_label(row, *self.label) for row in rows]
         names = set(labels)
         if len(labels) > 2 and labels.count(labels[0]) == 1 and rows[0].source.endswith(".tsv:1"):
             raise ValueError(
@@ -266,12 +259,21 @@ def _text(row: Row, *names: str) -> str:
     return text
 
 
-def _is_measure(label: str) -> bool:
-    """Whether a label is a number that is not whole."""
+def _label(row: Row, *names: str) -> str:
+    """The label of a row, which must be the name or the number of a class."""
+    value = row.value(*names)
+    label = str(value).strip().lower()
     try:
-        return not float(label).is_integer()
+        measure = not float(label).is_integer()
     except (OverflowError, ValueError):
-        return False
+        measure = False
+    if measure or not isinstance(value, str | int | float):
+        raise ValueError(
+            f"{row.source}: {' or '.join(names)} is {value!r:.80}; expected the name or the whole "
+            "number of a class (several classes of an example, and a regression on measures, are "
+            "not among the tasks)"
+        )
+    return label
 
 
 def by_label(task: Task, template: str | None, row: Row, _: Tokenizer | None) -> Example:
