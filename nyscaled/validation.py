@@ -169,32 +169,58 @@ def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:
     """Raise ValueError on NaN, Inf, an all-zero or (if `symmetric`) a non-Hermitian matrix.
 
     It takes four products with random vectors, so it costs less than one step, for operators
-    too. The antisymmetric part is seen through Uᴴ(A − Aᴴ)U, almost surely non-zero when it is.
+    too.
     """
     if not is_concrete(a):
         return
-    probe = jax.random.normal(jax.random.key(0), (a.shape[1], 4), a.dtype)
+    probe = probe_of(a.shape[1], a.dtype)
     with jax.default_matmul_precision("highest"):
         image = a @ probe
-        form = probe.conj().T @ image if symmetric else None
-    size = float(norm(image))
+    require_sound_image(name, probe, image, symmetric=symmetric)
+
+
+def probe_of(n: int, dtype: DTypeLike) -> Array:
+    """Return four Gaussian vectors, with which matrices are multiplied that are checked.
+
+    Args:
+        n: their length.
+        dtype: of their entries.
+    """
+    return jax.random.normal(jax.random.key(0), (n, 4), dtype)
+
+
+def require_sound_image(name: str, probe: Array, image: Array, *, symmetric: bool) -> None:
+    """Raise ValueError as `require_sound_matrix` does, from known products with random vectors.
+
+    The antisymmetric part is seen through Uᴴ(A − Aᴴ)U, almost surely non-zero when it is.
+
+    Args:
+        name: what errors call the matrix.
+        probe: four Gaussian vectors U.
+        image: A U.
+        symmetric: whether A must be Hermitian.
+    """
+    size, dtype = float(norm(image)), image.dtype
     if not math.isfinite(size):
         raise ValueError(
-            f"{name} has NaN or Inf entries (or its products overflow {a.dtype}); expected finite "
+            f"{name} has NaN or Inf entries (or its products overflow {dtype}); expected finite "
             "ones"
         )
     if size == 0.0:
-        tiny = float(jnp.finfo(a.dtype).tiny)
+        tiny = float(jnp.finfo(dtype).tiny)
+        shape = len(image), len(probe)
         raise ValueError(
-            f"{name} is the zero matrix {tuple(a.shape)}, or its products with numbers of size 1 "
-            f"are below {tiny:.1e}, which {a.dtype} takes as zero; expected a non-zero one"
+            f"{name} is the zero matrix {shape}, or its products with numbers of size 1 "
+            f"are below {tiny:.1e}, which {dtype} takes as zero; expected a non-zero one"
         )
-    if form is None:
+    if not symmetric:
         return
-    require_digits(size / 2, a.dtype)  # ‖A U‖_F ≈ 2‖A‖_F for four Gaussian columns
+    with jax.default_matmul_precision("highest"):
+        form = probe.conj().T @ image
+    require_digits(size / 2, dtype)  # ‖A U‖_F ≈ 2‖A‖_F for four Gaussian columns
     skew = float(jnp.max(jnp.abs(form - form.conj().T)))
     # Entries of UᵀEU have the size of ‖E‖_F.
-    if skew > 1e3 * float(jnp.finfo(a.dtype).eps) * size:
+    if skew > 1e3 * float(jnp.finfo(dtype).eps) * size:
         if jnp.iscomplexobj(form):
             raise ValueError(
                 f"{name} is not Hermitian: A − Aᴴ is about {skew / size:.1e} of its norm; expected "

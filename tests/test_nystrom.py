@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 from cases import FORMS, KEY, M, N
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from test_lowering import assert_full_precision
 
 import nyscaled as nys
-from nyscaled.lowrank import Status
+from nyscaled.lowrank import RowBlocks, Status
 
 RANK, OVERSAMPLING = 4, 4
 INDEX = np.arange(1, M + 1)
@@ -45,6 +47,44 @@ def test_eigenpairs_are_those_of_the_matrix(form):
     chex.assert_trees_all_close(error(psd, a), 0.01, rtol=1e-2)
     chex.assert_trees_all_close(psd.error_estimate, 0.01, rtol=0.1)
     assert (int(psd.passes), int(psd.numerical_rank), int(psd.status)) == (3, 4, 0)
+
+
+def memory_map(a, folder):
+    np.save(folder / "a.npy", a)
+    return np.load(folder / "a.npy", mmap_mode="r")
+
+
+HOST = {
+    "scipy": lambda a, _: scipy.sparse.csr_array(a),
+    "an operator without adjoint": lambda a, _: LinearOperator(a.shape, lambda x: a @ x, dtype="f"),
+    "a memory map": memory_map,
+    "half precision in a file": lambda a, folder: memory_map(a.astype(np.float16), folder),
+    "half precision": lambda a, _: jnp.asarray(a, jnp.bfloat16),
+    "a complex stream": lambda a, _: RowBlocks(a.astype(np.complex64), block_bytes=2**12),
+    "double precision": lambda a, _: aslinearoperator(a.astype(np.float64)),
+}
+
+
+@pytest.mark.parametrize("form", HOST)
+@pytest.mark.parametrize("options", [{"rank": RANK}, {"tol": 0.1}])
+def test_matrices_that_jax_does_not_hold(form, options, tmp_path):
+    a, basis = nys.spectra.psd(KEY, M, [3.0, 2.0, 1.0, 0.5, 0.05])
+    psd = nys.nystrom(HOST[form](np.asarray(a), tmp_path), **options)
+    digits = 0.03 if "half" in form else 1e-5
+    np.testing.assert_allclose(psd.eigenvalues, [3.0, 2.0, 1.0, 0.5], atol=digits)
+    np.testing.assert_allclose(np.abs(psd.vectors.T @ basis[:, :4]), np.eye(4), atol=digits)
+    assert psd.vectors.dtype == (jnp.complex64 if "complex" in form else jnp.float32)
+    assert np.sum(np.asarray(psd.eigenvalues) > 0) == int(psd.numerical_rank)
+    assert 0.04 < psd.error_estimate < 0.3
+
+
+def test_a_stream_is_read_once_per_pass():
+    """Whether it is Hermitian, finite and not zero is seen in the first pass."""
+    a = np.asarray(matrix("squares"))
+    stream = RowBlocks(a, block_bytes=2**12)
+    psd = nystrom(stream, passes=2)
+    assert stream.passes == int(psd.passes) == 2
+    chex.assert_trees_all_close(psd.eigenvalues, nystrom(a, passes=2).eigenvalues, rtol=1e-5)
 
 
 @pytest.mark.long_beyond(2)
@@ -202,18 +242,19 @@ REFUSED = {
     "not Hermitian": (lambda a: a * (1 + 1j), {}, "A is not Hermitian"),
     "rectangular": (lambda a: a[:, :N], {}, r"A has shape \(60, 40\); expected a square matrix"),
     "zero": (lambda a: 0 * a, {}, "A is the zero matrix"),
-    "NaN": (lambda a: a.at[0, 0].set(jnp.nan), {}, "A has NaN or Inf"),
+    "NaN": (lambda a: a.at[0, 0].set(jnp.nan), {}, "NaN or Inf entries"),
     "rank": (lambda a: a, {"rank": M + 1}, "rank is 61"),
     "oversampling": (lambda a: a, {"oversampling": -1}, "oversampling is -1"),
     "passes": (lambda a: a, {"passes": 0}, "passes is 0"),
 }
 
 
+@pytest.mark.parametrize("form", [lambda a: a, lambda a: RowBlocks(np.asarray(a))])
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused(case):
+def test_bad_input_is_refused(case, form):
     change, options, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        nystrom(change(matrix("slow")), **options)
+        nystrom(form(change(matrix("slow"))), **options)
 
 
 def test_under_jit_the_status_says_it():

@@ -40,13 +40,15 @@ class SlicedRows(Protocol):
 class Rows(NamedTuple):
     """A matrix by its row blocks; `read(start)` yields those from row `start`, a block's first.
 
-    Its `path` is that of the file or the folder that it lies in, or None.
+    Its `path` is that of the file or the folder that it lies in, or None, and `stored` is the dtype
+    there.
     """
 
     label: str
     path: str | None
     shape: tuple[int, int]
     dtype: np.dtype
+    stored: np.dtype
     read: Callable[[int], Iterator[np.ndarray]]
 
 
@@ -93,7 +95,7 @@ def as_rows(
         per_row = max(size[1] * max(stored.itemsize, target.itemsize), 1)
         height = _height(source, max(block_bytes // per_row, 1))
         read = _from_file(source, height) or _sliced(source, height, label)
-    return Rows(label, path, size, target, _checked(read, label, size, target))
+    return Rows(label, path, size, target, stored, _checked(read, label, size, target))
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

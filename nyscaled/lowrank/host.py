@@ -1,4 +1,4 @@
-"""What `nys.factorize` takes, one door: matrices that JAX traces, and matrices of the host.
+"""What `nys.factorize` and `nys.nystrom` take: matrices that JAX traces, and those of the host.
 
 A matrix of the host is known by products on NumPy arrays, which are made outside of compiled code.
 

@@ -16,16 +16,20 @@ from jaxtyping import Array, Inexact, Key
 from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.host_arrays import HOST_DTYPES
 from nyscaled.lowrank.host_operator import HostOperator
+from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.matrices import Operator, transpose_times
 from nyscaled.numerics import full_precision
 from nyscaled.typing import LinearMap
+
+Product = Callable[[Inexact[Array, "n k"]], Inexact[Array, "m k"]]
+"""x ↦ A x, for thin x."""
 
 
 class Products(NamedTuple):
     """x ↦ A x and y ↦ Aᴴ y of a matrix A (m, n), for thin x and y."""
 
-    times: Callable[[Inexact[Array, "n k"]], Inexact[Array, "m k"]]
-    adjoint_times: Callable[[Inexact[Array, "m k"]], Inexact[Array, "n k"]]
+    times: Product
+    adjoint_times: Product
 
     @property
     def adjoint(self) -> Products:
@@ -36,6 +40,16 @@ class Products(NamedTuple):
 def working_dtype(a: LinearMap | HostMatrix) -> np.dtype:
     """Return the dtype of thin factors and sums: at least float32."""
     return jax.dtypes.canonicalize_dtype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+def entry_rounding(a: LinearMap | HostMatrix) -> float:
+    """Return the relative rounding error of entries in half precision, 0 of others.
+
+    Args:
+        a: a matrix, or a stream of one.
+    """
+    stored = a.stored if isinstance(a, RowBlocks) else a.dtype
+    return float(jnp.finfo(stored).eps) / 2 if stored.itemsize == 2 else 0.0
 
 
 def products_of(a: LinearMap | HostMatrix) -> Products:

@@ -7,7 +7,7 @@ from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Inexact, Int, Key
 
 from nyscaled import validation
 from nyscaled.lapack import inverse_cholesky, inverse_upper
@@ -19,15 +19,22 @@ from nyscaled.lowrank.arguments import (
     require_unset,
 )
 from nyscaled.lowrank.explicit import with_auto_axes
-from nyscaled.lowrank.host_arrays import HOST_DTYPES, as_shape
+from nyscaled.lowrank.host import HostMatrix, as_input
+from nyscaled.lowrank.host_arrays import as_shape
 from nyscaled.lowrank.jacobi import eigh_of_positive
 from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
+from nyscaled.lowrank.products import (
+    Product,
+    compiled,
+    entry_rounding,
+    products_of,
+    working_dtype,
+)
 from nyscaled.lowrank.psd_adaptive import of_tolerance
 from nyscaled.lowrank.psd_compression import compress, truncate
 from nyscaled.lowrank.psd_result import PSDApproximation
 from nyscaled.lowrank.result import Status, with_fixed_signs
-from nyscaled.matrices import as_matrix
 from nyscaled.numerics import full_precision, normalized, shift
 from nyscaled.typing import LinearMap, MatrixLike, Number
 
@@ -69,7 +76,10 @@ def nystrom(
     The error estimate is then the trace of A − FFᵀ, which is known to rounding.
 
     Args:
-        a: A (m, m), symmetric or Hermitian, positive semidefinite, in any form that problems take.
+        a: A (m, m), symmetric or Hermitian, positive semidefinite: a dense array of NumPy or JAX, a
+            sparse matrix of JAX or SciPy, an operator (of which only A x is used), a file that is
+            read by rows, or a `lowrank.HostMatrix`; as for `factorize`. In half precision A is
+            rounded, and eigenvalues below eps·‖A‖_F count as zero.
         rank: how many eigenpairs, 1 ≤ r ≤ m; or give `tol`.
         tol: a bound of ‖A − U diag(λ) Uᴴ‖_F / ‖A‖_F, in Frobenius norms, in (0, 1].
         key: PRNG key of Ω; `jax.random.key(0)` by default.
@@ -121,7 +131,7 @@ def nystrom(
         if validation.is_concrete(result) and int(result.status) == int(Status.NON_FINITE):
             raise ValueError(f"A has eigenvalues beyond {a.dtype}; expected a smaller kernel")
         return result
-    a = as_matrix("A", a, HOST_DTYPES)
+    a = as_input("A", a, key)
     m, n = as_shape("A", a.shape)
     if m != n:
         raise ValueError(
@@ -133,15 +143,22 @@ def nystrom(
         oversampling = 10 if oversampling is None else oversampling
         columns = rank + validation.require_count("oversampling", oversampling)
         passes = 3 if passes is None else validation.require_count("passes", passes, low=1)
-        validation.require_sound_matrix("A", a, symmetric=True)
         if columns * passes >= m:
             columns, passes = m, 1
-        result = _approximation(a, key, rank, columns, passes, jackknife)
+        if isinstance(a, HostMatrix):
+            result = _approximation(a, _checked(a), key, rank, columns, passes, jackknife)
+        else:
+            _require_sound(a)
+            result = _compiled(a, key, rank, columns, passes, jackknife)
     else:
         require_unset("tol is given; expected a rank", **options)
         tolerance, limit = known_tolerance(a, tol, key), largest_rank(max_rank, a.shape)
-        validation.require_sound_matrix("A", a, symmetric=True)
-        result = of_tolerance(a, key, tolerance, limit)
+        if isinstance(a, HostMatrix):
+            times = _checked(a)
+        else:
+            _require_sound(a)
+            times = compiled(a).times
+        result = of_tolerance(a, times, key, tolerance, limit)
     if validation.is_concrete(result) and int(result.status) == int(Status.INDEFINITE):
         raise ValueError(
             "A is not positive semidefinite: its compression to a subspace has an eigenvalue that "
@@ -150,20 +167,74 @@ def nystrom(
     return result
 
 
+def _require_sound(a: LinearMap) -> None:
+    """Raise ValueError unless the products of a known matrix are those of a Hermitian one."""
+    if validation.is_concrete(a):
+        probe = validation.probe_of(a.shape[0], working_dtype(a))
+        image = compiled(a).times(probe)
+        validation.require_sound_image("A", probe, image, symmetric=True)
+
+
+def _checked(a: HostMatrix) -> Product:
+    """Return x ↦ A x, of which the first product has more columns, to check A without a pass."""
+    times, probe = products_of(a).times, validation.probe_of(a.shape[0], working_dtype(a))
+    is_first = True
+
+    def product(x: Inexact[Array, "m k"]) -> Inexact[Array, "m k"]:
+        nonlocal is_first
+        if not is_first:
+            return times(x)
+        is_first = False
+        image, of_probe = jnp.split(times(jnp.concatenate([x, probe], axis=1)), [x.shape[1]], 1)
+        validation.require_sound_image("A", probe, of_probe, symmetric=True)
+        return image
+
+    return product
+
+
 @functools.partial(jax.jit, static_argnames=("rank", "columns", "passes", "jackknife"))
 @full_precision
-def _approximation(
+def _compiled(
     a: LinearMap, key: Key[Array, ""], rank: int, columns: int, passes: int, jackknife: bool
 ) -> PSDApproximation:
-    omega = jax.random.normal(key, (a.shape[0], columns), a.dtype)
+    return _approximation(a, products_of(a).times, key, rank, columns, passes, jackknife)
+
+
+@full_precision
+def _approximation(
+    a: LinearMap | HostMatrix,
+    times: Product,
+    key: Key[Array, ""],
+    rank: int,
+    columns: int,
+    passes: int,
+    jackknife: bool,
+) -> PSDApproximation:
+    omega = jax.random.normal(key, (a.shape[0], columns), working_dtype(a))
     basis = extend(None, omega)
-    image, e = normalized(a @ basis)
+    image, e = normalized(times(basis))
     start = inner(basis, omega)
     for _ in range(1, passes):
         block = extend(basis, image[:, -columns:])
         basis = jnp.concatenate([basis, block], axis=1)
-        image = jnp.concatenate([image, shift(a @ block, -e)], axis=1)
-    compression = compress(basis, image)
+        image = jnp.concatenate([image, shift(times(block), -e)], axis=1)
+    return _cut(basis, image, start, e, rank, passes, jackknife, entry_rounding(a))
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "passes", "jackknife", "rounding"))
+@full_precision
+def _cut(
+    basis: Inexact[Array, "m k"],
+    image: Inexact[Array, "m k"],
+    start: Inexact[Array, "s s"],
+    e: Int[Array, ""],
+    rank: int,
+    passes: int,
+    jackknife: bool,
+    rounding: float,
+) -> PSDApproximation:
+    """The approximation from a basis, its image by A·2^(−e), and the first block in the basis."""
+    compression = compress(basis, image, rounding)
     gram, nu = compression.gram, compression.ridge
     image = image + nu * basis
     parts = leave_one_out.replicates(gram, start, nu)

@@ -17,8 +17,15 @@ from jaxtyping import Array, Inexact, Int, Key
 from nyscaled.lapack import inverse_cholesky
 from nyscaled.linalg import default_rcond
 from nyscaled.lowrank.growing import PROBES, WIDTH, Growing, placed, with_fresh, with_room
+from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.orthogonal import adjoint, extend, inner
-from nyscaled.lowrank.products import compiled, random_block, random_scale
+from nyscaled.lowrank.products import (
+    Product,
+    entry_rounding,
+    random_block,
+    random_scale,
+    working_dtype,
+)
 from nyscaled.lowrank.psd_compression import Compression, compress, ridge, truncate
 from nyscaled.lowrank.psd_result import PSDApproximation
 from nyscaled.lowrank.result import Status
@@ -27,23 +34,26 @@ from nyscaled.numerics import full_precision, norm, normalized, shift
 from nyscaled.typing import LinearMap, Scalar
 
 
-def of_tolerance(a: LinearMap, key: Key[Array, ""], tol: float, max_rank: int) -> PSDApproximation:
+def of_tolerance(
+    a: LinearMap | HostMatrix, times: Product, key: Key[Array, ""], tol: float, max_rank: int
+) -> PSDApproximation:
     """Return eigenpairs whose estimated error is at most tol·‖A‖_F, or `max_rank` of them.
 
     Args:
         a: A (m, m), whose entries are known.
+        times: x ↦ A x.
         key: PRNG key.
         tol: relative, in Frobenius norms.
         max_rank: at most m.
     """
-    m, times = a.shape[0], compiled(a).times
+    m, dtype, inexact = a.shape[0], working_dtype(a), entry_rounding(a)
     block_key, probe_key, *keys = jax.random.split(key, 2 + -(-m // WIDTH))
-    block = extend(None, random_block(block_key, m, min(WIDTH, m), a.dtype))
-    probes = random_block(probe_key, m, PROBES, a.dtype)
+    block = extend(None, random_block(block_key, m, min(WIDTH, m), dtype))
+    probes = random_block(probe_key, m, PROBES, dtype)
     images, e = normalized(times(jnp.concatenate([block, probes], axis=1)))
     image, probed = jnp.split(images, [block.shape[1]], axis=1)
     # A smaller tolerance than this may be out of reach of products and of eigenpairs.
-    least = 4 * rounding(m, a.dtype) + default_rcond(m, a.dtype)
+    least = 4 * rounding(m, dtype) + max(default_rcond(m, dtype), inexact)
 
     space, count, passes = None, 0, 1
     while True:
@@ -52,15 +62,15 @@ def of_tolerance(a: LinearMap, key: Key[Array, ""], tol: float, max_rank: int) -
             space = with_room(space, min(m, count + width))
         space = _with_block(space, block, image, count)
         count += width
-        error, whole = map(float, _measure(space, probes, probed, count))
-        enough = is_enough(error, whole, max(tol, least), m, a.dtype)
+        error, whole = map(float, _measure(space, probes, probed, count, inexact))
+        enough = is_enough(error, whole, max(tol, least), m, dtype)
         # The last directions of a Krylov space are not yet good ones: it gets more than the rank.
         if enough or count >= min(m, max_rank + 4 * WIDTH):
             break
         block = _next(space.left, image[:, : m - count], keys[count // WIDTH])
         image, passes = shift(times(block), -e), passes + 1
 
-    compression = compress(space.left[:, :count], space.right[:, :count])
+    compression = compress(space.left[:, :count], space.right[:, :count], inexact)
     nu = float(compression.ridge)
     errors = _errors(compression, error := math.hypot(error, nu))
     live = int(np.sum(np.asarray(compression.values) > 2 * nu))
@@ -103,20 +113,21 @@ def _next(
     return with_fresh(jnp.concatenate([basis, block], axis=1), block, key)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="inexact")
 @full_precision
 def _measure(
     space: Growing,
     probes: Inexact[Array, "m s"],
     probed: Inexact[Array, "m s"],
     count: Int[Array, ""] | int,
+    inexact: float,
 ) -> tuple[Scalar, Scalar]:
     """Estimates of ‖A − Â‖_F, which is unbiased in its square, and of ‖A‖_F, which is a bound.
 
     Â = FFᴴ − νQQᴴ, so that A − Â vanishes on range(Q), also where ν is not small beside A − Â.
     """
     basis, gram, image = space
-    nu = ridge(gram, len(basis))
+    nu = ridge(gram, len(basis), inexact)
     live = jnp.arange(len(gram)) < count
     gram = (gram + adjoint(gram)) / 2 + jnp.diag(jnp.where(live, nu, 1).astype(gram.dtype))
     factor = (image + nu * basis) @ inverse_cholesky(gram)

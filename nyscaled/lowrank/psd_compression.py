@@ -42,29 +42,33 @@ class Compression(NamedTuple):
     """The part of FFᴴ outside of range(Q), in these coordinates."""
 
 
-def ridge(gram: Inexact[Array, "k k"], m: int) -> Scalar:
+def ridge(gram: Inexact[Array, "k k"], m: int, rounding: float) -> Scalar:
     """Return ν for a matrix with m rows.
 
     Args:
         gram: QᴴAQ.
         m: the number of rows of A.
+        rounding: the relative rounding error of the entries of A, if it is more than that of sums.
     """
-    nu = default_rcond(m, gram.dtype) * norm(gram)
+    nu = max(default_rcond(m, gram.dtype), rounding) * norm(gram)
     return jnp.where(nu == 0, 1, nu)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="rounding")
 @full_precision
-def compress(basis: Inexact[Array, "m k"], image: Inexact[Array, "m k"]) -> Compression:
+def compress(
+    basis: Inexact[Array, "m k"], image: Inexact[Array, "m k"], rounding: float
+) -> Compression:
     """Return what an orthonormal basis gives.
 
     Args:
         basis: Q.
         image: AQ.
+        rounding: as for `ridge`.
     """
     gram = inner(basis, image)
     gram = (gram + adjoint(gram)) / 2
-    nu = ridge(gram, len(basis))
+    nu = ridge(gram, len(basis), rounding)
     gram = gram + nu * jnp.eye(len(gram), dtype=gram.dtype)
     root = inverse_cholesky(gram)
     factor = (image + nu * basis) @ root

@@ -76,6 +76,7 @@ class RowBlocks:
         self._rows = as_rows(source, shape, dtype, block_bytes)
         self.shape = self._rows.shape
         self.dtype = self._rows.dtype
+        self.stored = self._rows.stored
         self.passes = 0
         self._checksums: dict[int, int] = {}  # by the row at which a block begins
         self._progress = progress
