@@ -102,6 +102,9 @@ def test_runs_of_a_sweep_have_the_same_examples(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="train has 3 examples, not 2"):
         nys.finetune.sweep(settings(tmp_path, sweep="learning_rate=1,2"))
     assert len(made) == 2
+    # Each seed chooses its own.
+    with pytest.raises(ValueError, match="no run of the sweep has a finite loss"):
+        nys.finetune.sweep(settings(tmp_path, sweep="seed=1,2", out=tmp_path / "seeds"))
 
 
 def test_a_best_value_at_an_end_of_the_grid_is_said():

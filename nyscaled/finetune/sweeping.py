@@ -27,7 +27,7 @@ SWEPT = (
     *("learning_rate", "method", "rank", "alpha", "scale", "damping", "ratio", "schedule"),
     *("warmup_steps", "weight_decay", "clip", "dropout", "seed"),
 )
-"""Settings that leave the number of steps and the examples as they are."""
+"""Settings that leave the number of steps as it is, and the examples; a seed chooses some."""
 
 Value = int | float | str
 Settings = Config | dreambooth.Config
@@ -187,7 +187,8 @@ def require_possible(planned: Sequence[tuple[dict[str, Value], Settings]]) -> No
 def sweep(config: S) -> Sweep:
     """Make a run for each value of a setting, or for each pair of values of two, and compare them.
 
-    All have the same data and the same number of steps. The folder gets `sweep.json`, a picture
+    All have the same data and the same number of steps; those of one seed have the same examples,
+    in the same order. The folder gets `sweep.json`, a picture
     and a folder per run. A run whose loss is not finite is a row of the table like others. With
     `resume`, finished runs are kept, and the grid may have more values than before.
 
@@ -219,7 +220,8 @@ def sweep(config: S) -> Sweep:
     for number, (settings, own) in enumerate(planned, 1):
         say(f"run {number} of {len(planned)}: {_shown(settings)}")
         done = dataclasses.replace(done, runs=(*done.runs, _run(settings, own)))
-        _require_same_examples(planned[0][1].out, own.out)
+        first = next(other for _, other in planned if other.seed == own.seed)
+        _require_same_examples(first.out, own.out)
         _write(done)
     if done.best.loss is None:
         raise ValueError(f"no run of the sweep has a finite loss: {done.best.error}")
