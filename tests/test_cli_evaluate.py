@@ -235,6 +235,7 @@ def test_an_adapter_without_a_head_is_refused(files, tmp_path, capsys):
     [
         ("pytorch_lora_weights.safetensors", "an adapter of Stable Diffusion, pytorch_lora"),
         ("adapter/base.json", "has a run; expected its adapter, '"),
+        ("config.json", "has a whole model, as full and linear-probe write it; expected it as"),
     ],
 )
 def test_folders_of_other_things_are_refused(command, name, message, files, tmp_path, capsys):

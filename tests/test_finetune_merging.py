@@ -172,6 +172,9 @@ def test_what_is_refused(root, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="exists; expected a new folder"):
         nys.finetune.export(base, adapter, tmp_path)
+    (adapter / "prefix.safetensors").touch()
+    with pytest.raises(ValueError, match="has a prefix, which is added to no tensor of a base"):
+        nys.finetune.export(base, adapter, tmp_path / "out")
 
 
 @pytest.mark.long

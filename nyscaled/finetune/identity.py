@@ -94,8 +94,13 @@ def require_adapter(folder: Path) -> None:
         folder: folder of an adapter.
 
     Raises:
-        ValueError: on the folder of a run, and of an adapter of Stable Diffusion.
+        ValueError: on the folder of a run, of a whole model, and of an adapter of Stable Diffusion.
     """
+    if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} has a whole model, as full and linear-probe write it; expected it as the "
+            "model, without an adapter"
+        )
     if (folder / ADAPTER / FILE).exists():
         raise ValueError(f"{folder} has a run; expected its adapter, '{folder / ADAPTER}'")
     if (folder / diffusers_lora.FILE).exists():

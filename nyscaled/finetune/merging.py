@@ -17,6 +17,7 @@ from nyscaled.checkpoints import peft
 from nyscaled.checkpoints.peft import Saved, Update
 from nyscaled.checkpoints.source import WeightSource
 from nyscaled.finetune import described, identity, inputs
+from nyscaled.finetune.saving import PREFIX
 from nyscaled.lora.recipe import scaling_of
 from nyscaled.models import loading
 from nyscaled.models.family import LanguageModel
@@ -63,8 +64,9 @@ def export(
         out: the folder to write; new or empty.
 
     Raises:
-        ValueError: on an adapter of another base, one that changes single tokens or a head that is
-            the embedding, values that are too large for their dtype, and a folder with files in it.
+        ValueError: on an adapter of another base, a prefix, an adapter that changes single tokens
+            or a head that is the embedding, values that are too large for their dtype, and a folder
+            with files in it.
         OSError: if a file cannot be written.
 
     Examples:
@@ -84,6 +86,11 @@ def export(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists; expected a new folder, or an empty one")
     identity.require_adapter(adapter)
+    if (adapter / PREFIX).exists():
+        raise ValueError(
+            f"{adapter} has a prefix, which is added to no tensor of a base; expected an adapter "
+            "in PEFT's format"
+        )
     identity.require_base(adapter, model)
     saved = peft.read(adapter)
     source, outline, tokenizer, names = open_weights(model)
