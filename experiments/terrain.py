@@ -33,6 +33,8 @@ This was written down before the runs, and is what the script does.
   orthogonal matrix.
 - Expected: no difference between NoRA's start and a random one of its size, as in `table3.py`; if
   the directions of trained weights matter, NoRA is better than both controls here.
+- Added after the first rows: LoRA, NoRA and the controls at one learning rate. One run for each
+  point of the tuning had chosen a three times higher rate for NoRA than for LoRA.
 
 The record has the stable ranks of the adapted layers, beside those of Gaussian matrices of the same
 shapes.
@@ -41,6 +43,7 @@ shapes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,10 +68,15 @@ from experiments.lib.subject_runs import Job, Outcome
 from experiments.lib.terrain_runs import TARGETS, Plan, Terrain, jacksboro, train
 from experiments.lib.terrain_unet import Sizes, TerrainUNet, load
 
+HIGH_RATE = 3.16e-2
+"""The highest learning rate of the tuning, which some rows chose and others did not."""
+
 METHODS = {name: ALL[name] for name in (BASE, "NoRA", "NoRA+", "PiSSA", "OLoRA")}
 ROWS = METHODS | CONTROLS
 PAIRS = (("NoRA", SIZED), ("NoRA", ROTATED), ("NoRA+", "NoRA"))
 """Further pairs that are compared."""
+AT_ONE_RATE = {f"{name}, rate {HIGH_RATE}": (name, HIGH_RATE) for name in (BASE, "NoRA", *CONTROLS)}
+AT_ONE_BASE, NORA_AT_ONE, *CONTROLS_AT_ONE = AT_ONE_RATE
 ENDPOINTS = (
     Endpoint("instance", "trained half of the map", 0.02),
     Endpoint("held_out", "other half of the map", 0.02),
@@ -118,7 +126,7 @@ class Study(PairedStudy):
         setting = f"batch {config.batch_size}, side {config.side}, {config.levels} levels"
         setting += ", random U-Net" if config.quick else ""
         split = Split([], [config.pairs], list(range(config.pairs)))
-        super().__init__(config, split, rows, setting, "terrain", {})
+        super().__init__(config, split, rows, setting, "terrain", AT_ONE_RATE)
         self.config, self.unet, self.terrain = config, unet, terrain
 
     def train(self, label: str, jobs: Sequence[Job], final: bool) -> Outcome:
@@ -157,18 +165,25 @@ def summarize(study: Study) -> None:
     if BASE not in runs:
         print(f"the final runs of {BASE} are not in the record yet", file=sys.stderr)
         return
-    runs = {label: runs[label] for label in ROWS if label in runs}
+    runs = {label: runs[label] for label in (*ROWS, *AT_ONE_RATE) if label in runs}
     groups = [
         [(label, BASE) for label in METHODS if label != BASE],
         [(label, BASE) for label in CONTROLS],
         list(PAIRS),
+        [(label, AT_ONE_BASE) for label in AT_ONE_RATE if label != AT_ONE_BASE],
+        [(NORA_AT_ONE, label) for label in CONTROLS_AT_ONE],
     ]
     results: dict[str, dict[str, Any]] = {e.field: {} for e in ENDPOINTS}
     for endpoint in ENDPOINTS:
         for pairs in groups:
             results[endpoint.field] |= comparison.compare(runs, endpoint, pairs)
     chosen = {label: study.chosen[label] for label in runs}
-    text = comparison.table(runs, ENDPOINTS, results, chosen, BASE, pairs="pairs", digits=4)
+    rows = functools.partial(comparison.table, pairs="pairs", digits=4)
+    own = {label: lines for label, lines in runs.items() if label in ROWS}
+    text = rows(own, ENDPOINTS, results, chosen, BASE)
+    if AT_ONE_BASE in runs:
+        at_one = {label: lines for label, lines in runs.items() if label in AT_ONE_RATE}
+        text += "\n" + rows(at_one, ENDPOINTS, results, chosen, AT_ONE_BASE)
     out = study.config.out
     write_atomically(out / "terrain.md", text.encode())
     weights = kernels(study.unet, TARGETS)

@@ -15,7 +15,7 @@ import numpy as np
 from experiments.lib.config import BaseConfig
 from experiments.lib.journal import Journal, Line
 from experiments.lib.subject_images import Split
-from experiments.lib.subject_methods import PAPER_RATE, Row
+from experiments.lib.subject_methods import Row
 from experiments.lib.subject_runs import Job, Outcome
 from experiments.lib.tuning import Point
 
@@ -55,7 +55,7 @@ class PairedStudy(abc.ABC):
         rows: rows of the table.
         setting: what the runs depend on besides their keys.
         name: name of the record.
-        at_paper_rate: further rows, at the paper's learning rate, and which rows they are.
+        at_one_rate: further rows, of which each is a row at a learning rate that is not tuned.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class PairedStudy(abc.ABC):
         rows: dict[str, Row],
         setting: str,
         name: str,
-        at_paper_rate: Mapping[str, str],
+        at_one_rate: Mapping[str, tuple[str, float]],
     ) -> None:
         if not 0 <= config.seed <= TUNING_SEED - config.seeds:
             raise ValueError(
@@ -73,7 +73,7 @@ class PairedStudy(abc.ABC):
                 f"{TUNING_SEED}, which is for tuning"
             )
         self.options, self.split, self.rows, self.setting = config, split, rows, setting
-        self.at_paper_rate = at_paper_rate
+        self.at_one_rate = at_one_rate
         self.journal = Journal(config.out / f"{name}.jsonl", KEYS)
         self.ends = time.monotonic() + 60 * config.minutes
         self.chosen: dict[str, Point] = {}
@@ -168,10 +168,10 @@ class PairedStudy(abc.ABC):
                 self.lines(label, [self.tune(label)], test, seeds)
             except OutOfTimeError:
                 complete = False
-        for label in self.at_paper_rate.values():
+        for label, rate in self.at_one_rate.values():
             if label in labels:
                 try:
-                    point = Point(PAPER_RATE, self.rows[label].first)
+                    point = Point(rate, self.rows[label].first)
                     self.lines(label, [point], test, seeds)
                 except OutOfTimeError:
                     complete = False
@@ -180,14 +180,14 @@ class PairedStudy(abc.ABC):
     def finals(self) -> dict[str, dict[int, Line]]:
         """Return the means over the seeds by row and subject, of rows that are complete."""
         points = dict(self.chosen)
-        for label, name in self.at_paper_rate.items():
+        for label, (name, rate) in self.at_one_rate.items():
             if name in self.rows:
-                points[label] = Point(PAPER_RATE, self.rows[name].first)
+                points[label] = Point(rate, self.rows[name].first)
         test = self.split.test
         seeds = [self.options.seed + i for i in range(self.options.seeds)]
         runs: dict[str, dict[int, Line]] = {}
         for label, point in points.items():
-            name = self.at_paper_rate.get(label, label)
+            name, _ = self.at_one_rate.get(label, (label, point.rate))
             keys = {s: [self.identity(name, point, s, seed) for seed in seeds] for s in test}
             if all(self.journal.has(key) for own in keys.values() for key in own):
                 runs[label] = {

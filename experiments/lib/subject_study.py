@@ -11,7 +11,7 @@ import jax
 
 from experiments.lib.files import write_arrays
 from experiments.lib.paired_study import PairedStudy, RunsConfig
-from experiments.lib.subject_methods import AT_PAPER_RATE, BASE, Row
+from experiments.lib.subject_methods import AT_PAPER_RATE, BASE, PAPER_RATE, Row
 from experiments.lib.subject_runs import Job, Outcome, Subject, train
 from experiments.lib.subject_sources import Source
 from experiments.lib.tuning import Point
@@ -59,7 +59,8 @@ class Study(PairedStudy):
         setting = f"{name}, {config.count} images, {config.times} times, {config.dtype}"
         if config.model is None:
             setting += f", base of {config.base_steps} steps"
-        super().__init__(config, source.split, rows, setting, "table3", AT_PAPER_RATE)
+        at_one_rate = {label: (row, PAPER_RATE) for label, row in AT_PAPER_RATE.items()}
+        super().__init__(config, source.split, rows, setting, "table3", at_one_rate)
         self.config, self.source, self.name = config, source, name
 
     def train(self, label: str, jobs: Sequence[Job], final: bool) -> Outcome:
