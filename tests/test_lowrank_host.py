@@ -10,11 +10,13 @@ import pytest
 import scipy.sparse
 from host_cases import K, M, N, assert_products, both, matrix, operator, thin
 from jax.experimental import sparse
+from jax.tree_util import Partial
 from scipy.sparse.linalg import aslinearoperator
 
 import nyscaled as nys
 from nyscaled.lowrank import HostOperator, RowBlocks
 from nyscaled.lowrank.host import HostMatrix, SparseMatrix, as_input
+from nyscaled.lowrank.products import require_adjoint
 
 
 def lineax_operator(dense):
@@ -108,6 +110,82 @@ def test_factorize_refuses_products_that_disagree(make, options):
     a = make(lambda x: matrix() @ x, lambda y: -matrix().T @ y)
     with pytest.raises(ValueError, match="products disagree"):
         nys.factorize(a, **options)
+
+
+def _times(a, x):
+    return a @ x
+
+
+def _transpose_times(a, y):
+    return a.T @ y
+
+
+def _half_times(a, x):
+    return (a.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16)).astype(jnp.float32)
+
+
+def _half_transpose_times(a, y):
+    return _half_times(a.T, y)
+
+
+def _conjugate_times(a, y):
+    return a.T @ y.conj()
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (40, 3), (3, 400)])
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_sound_operators_are_not_refused(dtype, m, n):
+    """Of any size, also where products lose digits, overflow, or are made in half precision."""
+    rng = np.random.default_rng(0)
+    single = np.zeros((m, n))
+    single[-1, -1] = 1
+    small, large = (size * rng.standard_normal((m, n)) for size in (1e-37, 1e36))
+    for dense in (rng.random((m, n)), np.ones((m, n)), single, 0 * single, small, large):
+        phases = np.exp(2j * np.pi * rng.random((m, n)))
+        dense = jnp.asarray(dense * phases if dtype == np.complex64 else dense, dtype)
+        products = [(_times, _transpose_times)]
+        if dtype == np.float32:
+            products.append((_half_times, _half_transpose_times))
+        for pair in products:
+            require_adjoint("A", nys.linalg.Operator(*_with(dense, *pair), (m, n), dtype))
+
+
+def _with(dense, *functions):
+    return [Partial(function, dense) for function in functions]
+
+
+@pytest.mark.parametrize("size", [1e-28, 1, 1e30])
+def test_wrong_adjoints_of_a_complex_operator_are_refused(size):
+    dense = jnp.asarray(np.float32(size) * matrix(np.complex64))
+    wrong = {
+        "the adjoint in place of the transpose": (dense, dense.conj(), _transpose_times),
+        "antilinear": (dense, dense, _conjugate_times),
+        "larger": (dense, 1.2 * dense, _transpose_times),
+        "zero": (dense, 0 * dense, _transpose_times),
+        "times zero": (0 * dense, dense, _transpose_times),
+    }
+    for a, b, function in wrong.values():
+        products = Partial(_times, a), Partial(function, b)
+        with pytest.raises(ValueError, match="products disagree"):
+            require_adjoint("A", nys.linalg.Operator(*products, (M, N), np.complex64))
+
+
+@pytest.mark.long
+def test_operators_that_are_traced_are_not_compared():
+    dense = jnp.asarray(matrix())
+
+    def norm(dense):
+        a = nys.linalg.Operator(*_with(dense, _times, _transpose_times), (M, N))
+        return jnp.sum(nys.factorize(a, rank=2).singular_values)
+
+    expected = float(jnp.sum(nys.factorize(dense, rank=2).singular_values))
+    for value in (
+        jax.jit(norm)(dense),
+        jax.jit(lambda: norm(dense))(),
+        jax.vmap(norm)(dense[None])[0],
+        jax.value_and_grad(norm)(dense)[0],
+    ):
+        assert float(value) == pytest.approx(expected, rel=1e-4)
 
 
 def test_duplicate_entries_are_summed():

@@ -65,7 +65,7 @@ class HostOperator:
         self._name = name
         require_host(name, self.shape, self.dtype)
         self._products = times, adjoint_times
-        self._sample: tuple[int, _Sample] | None = None
+        self._sample: tuple[int, Sample] | None = None
         self._agree = False
 
     def times(self, x: Inexact[np.ndarray, "n k"], /) -> Inexact[np.ndarray, "m k"]:
@@ -93,49 +93,65 @@ class HostOperator:
         if not all_finite(image):
             raise ValueError(f"{label} has NaN or Inf entries; expected finite ones")
         if not self._agree:
-            self._compare(side, _Sample.of(x, image))
+            self._compare(side, Sample.of(x, image))
         return image
 
-    def _compare(self, side: int, sample: _Sample) -> None:
+    def _compare(self, side: int, sample: Sample) -> None:
         """Raise ValueError unless this product agrees with the last one from the other side."""
         other, self._sample = self._sample, (side, sample)
         if other is None or other[0] == side:
             return
         self._agree = True
         x, y = (sample, other[1]) if side == 0 else (other[1], sample)
-        size = max(x.gain, y.gain) or 1.0
-        forms = (
-            x.gain / size * (y.sums.conj().T @ x.images),
-            y.gain / size * (y.images.conj().T @ x.sums),
-        )
-        difference = np.abs(forms[0] - forms[1])
         eps = float(np.finfo(self.dtype).eps)
-        if np.linalg.norm(difference) > max(8 * max(self.shape) ** 0.5 * eps, 1e-8):
-            worst = np.unravel_index(np.argmax(difference), difference.shape)
-            first, second = (size * form[worst] for form in forms)
-            raise ValueError(
-                f"{self._name}'s products disagree: ⟨y, A x⟩ is {first:.6g} and ⟨Aᴴ y, x⟩ is "
-                f"{second:.6g} for some x and y; expected equal numbers (adjoint_times, or "
-                "rmatmat, must multiply by the conjugate transpose of A)"
-            )
+        require_agreement(self._name, x, y, max(8 * max(self.shape) ** 0.5 * eps, 1e-8))
+
+
+def require_agreement(name: str, x: Sample, y: Sample, limit: float) -> None:
+    """Raise ValueError if ⟨y, A x⟩ is not ⟨Aᴴ y, x⟩. So small numbers that digits are lost pass.
+
+    Args:
+        name: what the error calls A.
+        x: columns and their products with A.
+        y: columns and their products with Aᴴ.
+        limit: how much the two may differ, for x and y of norm 1, over the larger of ‖A x‖ and
+            ‖Aᴴ y‖.
+    """
+    size, info = max(x.gain, y.gain), np.finfo(x.dtype)
+    if size < min(len(x.sums), len(y.sums)) ** 0.5 * float(info.tiny) / float(info.eps):
+        return
+    forms = (
+        x.gain / size * (y.sums.conj().T @ x.images),
+        y.gain / size * (y.images.conj().T @ x.sums),
+    )
+    difference = np.abs(forms[0] - forms[1])
+    if np.linalg.norm(difference) > limit:
+        worst = np.unravel_index(np.argmax(difference), difference.shape)
+        first, second = (size * form[worst] for form in forms)
+        raise ValueError(
+            f"{name}'s products disagree: ⟨y, A x⟩ is {first:.6g} and ⟨Aᴴ y, x⟩ is "
+            f"{second:.6g} for some x and y; expected equal numbers (adjoint_times, or "
+            "rmatmat, must multiply by the conjugate transpose of A)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sample:
+class Sample:
     """Sums of columns and of their images, both over the norm of all, and the ratio of norms."""
 
     sums: np.ndarray
     images: np.ndarray
     gain: float
+    dtype: np.dtype
 
     @staticmethod
-    def of(x: HostArray, image: HostArray) -> _Sample:
+    def of(x: HostArray, image: HostArray) -> Sample:
         """Return sums with random signs."""
         k = x.shape[1]
         count = min(k, _SUMS)
         signs = np.random.default_rng(k).choice([-1.0, 1.0], (k, count)) / count**0.5
         (sums, length), (images, stretched) = _summed(x, signs), _summed(image, signs)
-        return _Sample(sums, images, stretched / length if length else 0.0)
+        return Sample(sums, images, stretched / length if length else 0.0, image.dtype)
 
 
 def _summed(columns: HostArray, signs: Float[np.ndarray, "k s"]) -> tuple[np.ndarray, float]:
