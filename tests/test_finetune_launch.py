@@ -283,6 +283,10 @@ def test_settings_may_be_texts_and_paths(monkeypatch):
     given = {"model": Path("m"), "data": "d", "out": "o", "task": "rte"}
     config = nys.finetune.Config(**given)
     assert (config.model, config.data, config.out) == ("m", Path("d"), Path("o"))
+    numbers = {"learning_rate": np.float64(1e-3), "dropout": np.float32(0.5), "rank": np.int64(4)}
+    config = nys.finetune.Config(**given, **numbers)
+    options = yaml.safe_load(yaml.safe_dump(launch.as_options(config)))
+    assert [options[name] for name in numbers] == [1e-3, 0.5, 4]
     with pytest.raises(ValueError, match="seed is -1"):
         nys.finetune.Config(**given, seed=-1)
 
@@ -305,6 +309,12 @@ def test_processes_with_other_settings_are_refused(monkeypatch):
             ({name: "no"}, f"{name} is 'no'; expected True or False")
             for name in ("remat", "resume", "dry_run")
         ),
+        ({"epochs": None}, "epochs is None; expected a number"),
+        ({"learning_rate": [1e-4, 1e-3]}, r"learning_rate is \[.*\]; expected a number or None"),
+        ({"alpha": True}, "alpha is True; expected a number or None"),
+        ({"scale": []}, r"scale is \[\]; expected a number or a text or None"),
+        ({"mesh": 3}, "mesh is 3; expected a text or None"),
+        ({"data": None}, "data is None; expected a path"),
     ],
 )
 def test_settings_that_are_refused(options, message, monkeypatch):

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal, Protocol, runtime_checkable
+from pathlib import Path
+from types import UnionType
+from typing import Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+
+import numpy as np
 
 from nyscaled.finetune.methods import method
 
 OWN = ("scale", "damping", "ratio", "clip", "weight_decay")
 """Numbers of methods that are settings themselves."""
+
+
+_NAMES: dict[type, str] = {
+    bool: "True or False",
+    float: "a number",
+    int: "an integer",
+    str: "a text",
+    Path: "a path",
+    Mapping: "a mapping of names to values",
+    type(None): "None",
+}
 
 
 @runtime_checkable
@@ -43,19 +57,38 @@ class Settings(Protocol):
         ...
 
 
-def require_booleans(config: Settings) -> None:
-    """Refuse other values in the place of True and False, of which most count as True.
+def require_types(config: Settings) -> None:
+    """Refuse values that are not of the types of their settings; NumPy's numbers become Python's.
 
     Args:
         config: the settings.
 
     Raises:
-        ValueError: on such a value.
+        ValueError: on such a value, which is seen otherwise when the settings are written.
     """
-    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
-        value = getattr(config, field.name)
-        if isinstance(field.default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{field.name} is {value!r:.80}; expected True or False")
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(config, name, value)
+        types = _types(hint)
+        allowed = types | {int} if float in types else types
+        # For Python, True is an int.
+        if not isinstance(value, tuple(allowed)) or isinstance(value, bool) > (bool in types):
+            expected = " or ".join(_NAMES[cls] for cls in _NAMES if cls in types)
+            raise ValueError(f"{name} is {value!r:.80}; expected {expected}")
+
+
+def _types(hint: object) -> set[type]:
+    """The classes of the values that a hint allows."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return {type(value) for value in get_args(hint)}
+    if origin in (Union, UnionType):
+        return {cls for part in get_args(hint) for cls in _types(part)}
+    cls = origin if isinstance(origin, type) else hint
+    assert isinstance(cls, type)
+    return {cls}
 
 
 def require_options(options: Mapping[str, int | float | str]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from nyscaled.finetune.chosen import require_booleans, require_options
+from nyscaled.finetune.chosen import require_options, require_types
 from nyscaled.finetune.meshes import sizes_of
 from nyscaled.finetune.processes import parsed
 from nyscaled.finetune.trackers import TRACKERS
@@ -129,10 +130,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, kind in (("model", str), ("data", Path), ("out", Path)):
-            if getattr(self, name) == "":  # a path would be the current folder
+            value = getattr(self, name)
+            if value == "":  # a path would be the current folder
                 raise ValueError(f"{name} is ''; expected a name ('.' is the current folder)")
-            object.__setattr__(self, name, kind(getattr(self, name)))
-        require_booleans(self)
+            if isinstance(value, str | os.PathLike):
+                object.__setattr__(self, name, kind(value))
+        require_types(self)
         for name, known in (("schedule", SCHEDULES), ("loss_on", LOSS_ON), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in known:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from nyscaled.finetune.chosen import require_booleans, require_method, require_options
+from nyscaled.finetune.chosen import require_method, require_options, require_types
 from nyscaled.finetune.config import SCHEDULES, Option
 from nyscaled.finetune.meshes import sizes_of
 from nyscaled.finetune.methods import METHODS, method
@@ -131,7 +131,7 @@ class Config:
         if self.class_images is not None:
             self._require_name("class_images")
             object.__setattr__(self, "class_images", Path(self.class_images))
-        require_booleans(self)
+        require_types(self)
         for name, known in (
             ("task", (TASK,)),
             ("schedule", SCHEDULES),
