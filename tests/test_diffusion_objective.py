@@ -118,6 +118,9 @@ def test_training_of_adapters_lowers_the_loss_and_leaves_the_base():
     [
         {"noise": jnp.ones((1, 4, 4, 4))},
         {"latents": jnp.ones((0, 4, 4, 4)), "noise": jnp.ones((0, 4, 4, 4)), "times": TIMES[:0]},
+        {"latents": jnp.ones((2, 4, 4, 4), int)},
+        {"noise": np.ones((2, 4, 4, 4), bool)},
+        {"noise": np.ones((2, 4, 4, 4), object)},
         {"times": jnp.array([3])},
         {"times": jnp.array([3, 5000])},
         {"predict": lambda x, times, context: x[..., :1]},

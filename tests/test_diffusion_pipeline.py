@@ -140,6 +140,22 @@ def test_images_are_those_of_diffusers(pipe):
     assert images.max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": 0}, "key is 0; expected one key"),
+        ({"guidance": np.ones(2)}, "guidance is array.*; expected one number"),
+        ({"noise": np.full((1, 4, 4, 4), np.nan, "f")}, "noise has NaN or Inf entries"),
+        ({"noise": np.zeros((1, 4, 4, 4), object)}, "noise is a ndarray of dtype object"),
+    ],
+)
+def test_options_of_images_are_refused(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(nys.diffusion.generate)(
+            pipe, ["dog"], **{"key": jax.random.key(0)} | options
+        )
+
+
 @pytest.mark.long
 def test_sizes_and_guidance(pipe):
     key = jax.random.key(2)
@@ -236,6 +252,10 @@ def test_images_of_another_shape_are_refused(pipe):
             pipe.autoencoder.encode(np.zeros(shape, np.float32))
     with pytest.raises(ValueError, match="expected floats"):
         pipe.autoencoder.encode(np.zeros((1, 6, 10, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"images have values of size 255; expected values from"):
+        pipe.autoencoder.encode(np.full((1, 6, 10, 3), 255, np.float32))
+    with pytest.raises(ValueError, match="images is a ndarray of dtype object; expected"):
+        pipe.autoencoder.encode(np.zeros((1, 6, 10, 3), object))
     with pytest.raises(ValueError, match="latents are"):
         pipe.autoencoder.decode(np.zeros((1, 4, 3, 5), np.float32))
 

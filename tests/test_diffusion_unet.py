@@ -178,9 +178,9 @@ def test_single_files_and_pickles_are_refused(tmp_path):
     [
         (((1, 4, 4, 4)[:3], (), (1, 2, 6)), "latents are float.* of shape"),
         (((1, 4, 4, 4), (2,), (1, 2, 6)), "timesteps have shape"),
-        (((1, 4, 4, 4), (), (2, 2, 6)), "context has shape"),
-        (((1, 4, 4, 4), (), (1, 2, 7)), "context has shape"),
-        (((1, 4, 4, 4), (), (1, 0, 6)), "context has shape"),
+        (((1, 4, 4, 4), (), (2, 2, 6)), "context is float.* of shape"),
+        (((1, 4, 4, 4), (), (1, 2, 7)), "context is float.* of shape"),
+        (((1, 4, 4, 4), (), (1, 0, 6)), "context is float.* of shape"),
         (((1, 4, 4, 3), (), (1, 2, 6)), "channels last"),
     ],
 )
@@ -188,6 +188,12 @@ def test_arrays_of_other_shapes_are_refused(shapes, message):
     latents, times, context = map(np.zeros, shapes)
     with pytest.raises(ValueError, match=message):
         unet_of("bk")(latents, times, context)
+
+
+@pytest.mark.parametrize("dtype", [int, object])
+def test_contexts_of_other_types_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"context is .*; expected"):
+        unet_of("bk")(np.zeros((1, 4, 4, 4)), 5, np.zeros((1, 2, 6), dtype))
 
 
 def test_pixels_are_not_latents():

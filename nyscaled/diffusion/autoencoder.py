@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
@@ -23,11 +22,14 @@ from nyscaled.diffusion.layers import (
 )
 from nyscaled.diffusion.settings import Settings
 from nyscaled.diffusion.transformer import GROUP_EPS, Attention
+from nyscaled.matrices import as_array
 from nyscaled.models.blocks import FLOAT32, Numerics
 from nyscaled.numerics import full_precision
+from nyscaled.validation import is_concrete
 
 AFTER = (0, 1), (0, 1)  # zeros below and to the right only, unlike the U-Net's
 LOG_VARIANCES = -30.0, 20.0
+_LARGEST = 2.0  # which a value between −1 and 1 is not beyond after an image was resized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,9 +266,14 @@ class Autoencoder(Component[AutoencoderConfig]):
                 width are multiples of 2 to the number of levels but one, 8 in Stable Diffusion.
 
         Raises:
-            ValueError: on an array of another shape.
+            ValueError: on an array of another shape, and on known values beyond −2 and 2.
         """
         x = self._checked("images", images, self.config.in_channels)
+        if is_concrete(x) and (largest := float(jnp.max(jnp.abs(x)))) > _LARGEST:
+            raise ValueError(
+                f"images have values of size {largest:g}; expected values from −1 to 1 (x / 127.5 "
+                "− 1 of pixels from 0 to 255)"
+            )
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(
@@ -307,7 +314,7 @@ class Autoencoder(Component[AutoencoderConfig]):
         return self.decoder(self.post_quant_conv(x / self.config.scaling_factor))
 
     def _checked(self, name: str, value: ArrayLike, channels: int) -> Array:
-        x = value if isinstance(value, jax.Array) else jnp.asarray(np.asarray(value))
+        x = as_array(name, value)
         floating = jnp.issubdtype(x.dtype, jnp.floating)
         if x.ndim != 4 or x.shape[-1] != channels or 0 in x.shape or not floating:
             raise ValueError(

@@ -16,7 +16,8 @@ from nyscaled.diffusion.pipeline import Pipeline
 from nyscaled.diffusion.samplers import sample
 from nyscaled.diffusion.schedule import Latents, Schedule
 from nyscaled.diffusion.unet import UNet
-from nyscaled.validation import require_at_least
+from nyscaled.matrices import as_array
+from nyscaled.validation import require_at_least, require_finite, require_key
 
 
 def generate(
@@ -52,8 +53,8 @@ def generate(
             of latents, in place of `size` and of what `key` draws.
 
     Raises:
-        ValueError: on a size that is not a multiple, or noise of another shape, and as `sample`
-            does.
+        ValueError: on a size that is not a multiple, on noise of another shape or that is not
+            finite, and as `sample` does.
 
     Examples:
         >>> pipe = load("stable-diffusion-v1-4")  # doctest: +SKIP
@@ -61,6 +62,9 @@ def generate(
         >>> images.shape  # doctest: +SKIP
         (1, 512, 512, 3)
     """
+    key = require_key("key", key)
+    if np.ndim(guidance) != 0:
+        raise ValueError(f"guidance is {guidance!r:.80}; expected one number")
     require_at_least("guidance", guidance, 0)
     context = pipe.encode_texts(prompts)
     if guidance != 1:
@@ -68,7 +72,8 @@ def generate(
     count, channels = len(prompts), pipe.unet.config.in_channels
     if noise is None:
         noise = jax.random.normal(key, (count, *_latent_size(pipe, size), channels))
-    noise = jnp.asarray(noise)
+    noise = as_array("noise", noise)
+    require_finite("noise", noise)
     if noise.ndim != 4 or noise.shape[::3] != (count, channels):
         raise ValueError(
             f"noise has shape {noise.shape}; expected ({count}, height, width, {channels})"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nyscaled.diffusion.schedule import EPSILON, Latents, Schedule, Steps
+from nyscaled.matrices import as_array
 from nyscaled.validation import require_count, require_nonnegative, require_positive
 
 Text = Float[Array, "batch length features"]
@@ -59,15 +60,18 @@ def denoising_loss(
     """
     require_count("prior_rows", prior_rows)
     require_nonnegative("prior_weight", prior_weight)
+    latents, noise = as_array("latents", latents), as_array("noise", noise)
     if prior_rows and prior_rows >= len(latents):
         raise ValueError(
             f"prior_rows is {prior_rows} of {len(latents)}; expected one image of the subject at "
             "least"
         )
-    if latents.ndim != 4 or 0 in latents.shape:
-        raise ValueError(
-            f"latents have shape {latents.shape}; expected (batch, height, width, channels)"
-        )
+    for name, x in (("latents", latents), ("noise", noise)):
+        if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {x.shape}; expected floats (batch, height, width, "
+                "channels)"
+            )
     times = jnp.asarray(times)
     if noise.shape != latents.shape or times.shape != latents.shape[:1]:
         raise ValueError(

@@ -22,6 +22,7 @@ from nyscaled.diffusion.layers import (
 )
 from nyscaled.diffusion.transformer import Text, Transformer2DModel
 from nyscaled.diffusion.unet_config import CROSS_DOWN, CROSS_UP, UNetConfig
+from nyscaled.matrices import as_array
 from nyscaled.models.blocks import FLOAT32, Numerics
 from nyscaled.models.sharding import split_batch
 from nyscaled.numerics import full_precision
@@ -220,19 +221,21 @@ class UNet(Component[UNetConfig]):
         Raises:
             ValueError: on arrays of other shapes.
         """
-        x, context = jnp.asarray(latents), jnp.asarray(context)
+        x, context = as_array("latents", latents), as_array("context", context)
         times = jnp.asarray(timesteps)
         batch, channels = x.shape[:1], self.config.in_channels
-        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        floating, is_text = (jnp.issubdtype(each.dtype, jnp.floating) for each in (x, context))
         if x.ndim != 4 or x.shape[-1] != channels or 0 in x.shape or not floating:
             raise ValueError(
                 f"latents are {x.dtype} of shape {x.shape}; expected floats (batch, height, width, "
                 f"{channels}), the channels last"
             )
         width = self.config.cross_attention_dim
-        if context.ndim != 3 or context.shape[::2] != (*batch, width) or 0 in context.shape:
+        fits = context.ndim == 3 and context.shape[::2] == (*batch, width)
+        if not (fits and is_text) or 0 in context.shape:
             raise ValueError(
-                f"context has shape {context.shape}; expected ({batch[0]}, length, {width})"
+                f"context is {context.dtype} of shape {context.shape}; expected floats "
+                f"({batch[0]}, length, {width}), as the text encoder returns them"
             )
         if times.shape not in ((), batch):
             raise ValueError(f"timesteps have shape {times.shape}; expected {batch}, or none")
