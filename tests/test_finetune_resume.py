@@ -21,7 +21,7 @@ from training_cases import lines, settings, tensors
 
 import nyscaled as nys
 from nyscaled.cli import main
-from nyscaled.finetune import launch, loop, progress
+from nyscaled.finetune import folders, launch, loop, progress
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,6 +93,18 @@ def test_a_run_whose_adapter_is_gone_writes_it_again(root, tmp_path):
     shutil.rmtree(tmp_path / "out" / "adapter")
     nys.finetune.run(settings(root, out=tmp_path / "out", resume=True))
     assert tensors(tmp_path / "out") == tensors(root / "out")
+
+
+def test_a_run_that_goes_on_elsewhere_is_refused(root, tmp_path):
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()
+    config = settings(root, out=tmp_path / "out", resume=True)
+    with (
+        folders.held(config.out),
+        pytest.raises(ValueError, match="out has a run that goes on in another process; expected"),
+    ):
+        nys.finetune.run(config)
+    assert nys.finetune.run(config).steps == 12
 
 
 def test_a_file_may_have_another_name(root, tmp_path):

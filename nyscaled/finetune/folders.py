@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,11 @@ import yaml
 import nyscaled
 from nyscaled._files import replacing
 from nyscaled.checkpoints.files import JsonObject, read_text
+
+try:
+    import fcntl
+except ImportError:  # of Windows
+    fcntl = None
 
 CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
 ADAPTER = "adapter"
@@ -133,6 +139,30 @@ def begin(out: Path, options: JsonObject, record: JsonObject, *packages: str) ->
     )
     with replacing(out / CONFIG) as file:
         file.write(yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Generator[None, None, None]:
+    """Keep a run to this process in the body of a `with`; the system ends it with the process.
+
+    Args:
+        out: the folder, with its settings.
+
+    Raises:
+        ValueError: if another process has the run.
+    """
+    with open(out / CONFIG, encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{out} has a run that goes on in another process; expected to wait for its "
+                    "end, or another --out"
+                ) from None
+            except OSError:  # of a file system without locks
+                pass
+        yield
 
 
 def write_json(path: Path, values: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -134,7 +135,14 @@ def _made(config: Config) -> dict[str, object]:
         processes.require_same("weights", identity.of_base(config.model))
     # After all that may be refused, so that the mended command has the folder.
     processes.from_first(lambda: claim(prepared))
-    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        processes.from_first(lambda: stack.enter_context(folders.held(config.out)))
+        return _trained(prepared)
+
+
+def _trained(prepared: Prepared) -> dict[str, object]:
+    """Train in a folder of this run, and return what `result.json` holds."""
+    config, began = prepared.config, time.perf_counter()
     trained = loop.train(prepared.plan, config.out)
     seconds = time.perf_counter() - began
     share = unchanged(prepared.plan.parts, trained.variables)
