@@ -105,6 +105,8 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
         raise ValueError(f"{name} is {value!r}; {expected}")
     if callable(value) or not is_concrete(value) or jnp.ndim(value) != 0:
         return
+    if isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_:  # would be 0 or 1
+        raise ValueError(f"{name} is {value!r}; {expected}")
     try:
         number = float(value)
     except TypeError:

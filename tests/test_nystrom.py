@@ -257,6 +257,23 @@ def test_bad_input_is_refused(case, form):
         nystrom(form(change(matrix("slow"))), **options)
 
 
+@pytest.mark.parametrize("options", [{"rank": 3}, {"tol": 1e-3}])
+def test_numbers_that_become_infinite_later_are_refused(options):
+    """The products of a matrix of the user's are not checked before."""
+
+    class Broken:
+        shape, dtype, count = (M, M), np.dtype("f"), 0
+
+        def times(self, x):
+            self.count += 1
+            return np.diag(1 / np.float32(INDEX)) @ x * (np.inf if self.count > 1 else 1)
+
+        adjoint_times = times
+
+    with pytest.raises(ValueError, match="A has NaN or Inf entries, or its products overflow"):
+        nys.nystrom(Broken(), **options)
+
+
 def test_under_jit_the_status_says_it():
     status = jax.jit(lambda a: nystrom(a).status)
     a = matrix("slow")

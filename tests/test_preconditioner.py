@@ -94,6 +94,17 @@ def test_it_is_a_symmetric_matrix_of_vectors_and_columns():
     chex.assert_trees_all_close(jax.tree.map(lambda x: x, inverse)(B), inverse(B))
 
 
+def test_a_hermitian_matrix_is_multiplied_by_adjoints():
+    phases = jnp.exp(1j * jnp.linspace(0, 6, SIZE))
+    psd = nys.nystrom(phases[:, None] * A * phases.conj(), 20)
+    inverse, real = nystrom_preconditioner(psd, MU), nystrom_preconditioner(nys.nystrom(A, 20), MU)
+    expected = phases[:, None] * (real @ jnp.eye(SIZE)) * phases.conj()
+    whole = inverse @ jnp.eye(SIZE)
+    chex.assert_trees_all_close(whole, whole.conj().T, atol=1e-5)
+    chex.assert_trees_all_close(whole, expected, atol=1e-2)
+    chex.assert_trees_all_close(inverse.T @ jnp.eye(SIZE), whole.T, atol=1e-5)
+
+
 def test_a_rank_that_the_matrix_does_not_have_is_no_fault():
     a, basis = nys.spectra.psd(KEY, SIZE, [2.0, 1.0])
     inverse = nystrom_preconditioner(nys.nystrom(a, 5), 0.5)
@@ -101,7 +112,7 @@ def test_a_rank_that_the_matrix_does_not_have_is_no_fault():
     chex.assert_trees_all_close(inverse @ jnp.eye(SIZE), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("mu", [0.0, -1.0])
+@pytest.mark.parametrize("mu", [0.0, -1.0, True])
 def test_a_shift_that_is_not_positive_is_refused(mu):
     with pytest.raises(ValueError, match="mu is"):
         nystrom_preconditioner(nys.nystrom(A, 5), mu)

@@ -26,8 +26,7 @@ def known_tolerance(a: LinearMap | HostMatrix, tol: Number | None, key: Key[Arra
             "A, tol or the key is traced; expected a rank under jit, vmap and grad, where the "
             "shapes of results must be known"
         )
-    truth = np.asarray(tol).dtype.kind == "b"  # True would be 1
-    if callable(tol) or truth or np.ndim(cast(ArrayLike, tol)) != 0:
+    if callable(tol) or np.ndim(cast(ArrayLike, tol)) != 0:
         raise ValueError(f"tol is {tol!r}; expected a number in (0, 1]")
     require_scalar("tol", tol, 0, 1, open_low=True)
     return float(cast(float, tol))

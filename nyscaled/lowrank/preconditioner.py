@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Inexact
 
 from nyscaled import validation
 from nyscaled._pytree import pytree_dataclass
 from nyscaled.lowrank.psd_result import PSDApproximation
+from nyscaled.matrices import as_array
 from nyscaled.numerics import full_precision
 from nyscaled.typing import Number, Scalar
 
 
 @pytree_dataclass
 class NystromPreconditioner:
-    """x ↦ P⁻¹x with P⁻¹ = (λ_r + μ) U(Λ + μI)⁻¹Uᵀ + I − UUᵀ, from `nystrom_preconditioner`.
+    """x ↦ P⁻¹x with P⁻¹ = (λ_r + μ) U(Λ + μI)⁻¹Uᴴ + I − UUᴴ, from `nystrom_preconditioner`.
 
-    It is a function, as `M` of `jax.scipy.sparse.linalg.cg`, and a symmetric matrix, by `@`.
+    It is a function, as `M` of `jax.scipy.sparse.linalg.cg`, and a Hermitian matrix, by `@`.
 
     Args:
         vectors: U (m, r).
         weights: 1 − (λ_r + μ)/(λ_i + μ), (r,).
     """
 
-    vectors: Float[Array, "m r"]
+    vectors: Inexact[Array, "m r"]
     weights: Float[Array, " r"]
 
     @property
@@ -38,20 +39,21 @@ class NystromPreconditioner:
 
     @property
     def T(self) -> NystromPreconditioner:
-        """The matrix itself."""
-        return self
+        """The transpose: the matrix itself, unless it is complex."""
+        real = not jnp.iscomplexobj(self.vectors)
+        return self if real else NystromPreconditioner(self.vectors.conj(), self.weights)
 
     @full_precision
-    def __call__(self, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    def __call__(self, x: Inexact[Array, "*n"]) -> Inexact[Array, "*n"]:
         """Return P⁻¹x of a vector (m,) or of columns (m, k)."""
-        m = len(self.vectors)
+        m, x = len(self.vectors), as_array("x", x)
         if jnp.ndim(x) not in (1, 2) or len(x) != m:
             raise ValueError(f"x has shape {jnp.shape(x)}; expected ({m},) or ({m}, k)")
-        coordinates = self.vectors.T @ x
+        coordinates = self.vectors.conj().T @ x
         weights = self.weights if coordinates.ndim == 1 else self.weights[:, None]
         return x - self.vectors @ (weights * coordinates)
 
-    def __matmul__(self, other: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    def __matmul__(self, other: Inexact[Array, "*n"]) -> Inexact[Array, "*n"]:
         return self(other)
 
 
@@ -63,7 +65,7 @@ def nystrom_preconditioner(approximation: PSDApproximation, mu: Number) -> Nystr
     and conjugate gradients take a few dozen steps for any condition number of A.
 
     Args:
-        approximation: Â = U diag(λ)Uᵀ, from `nystrom`.
+        approximation: Â = U diag(λ)Uᴴ, from `nystrom`.
         mu: μ > 0.
 
     Raises:
@@ -90,6 +92,8 @@ def nystrom_preconditioner(approximation: PSDApproximation, mu: Number) -> Nystr
             got = f"a batch {approximation.vectors.shape}"
         raise ValueError(f"the approximation is {got}; expected one result of nys.nystrom")
     validation.require_positive("mu", mu)
+    if jnp.ndim(mu) != 0:
+        raise ValueError(f"mu has shape {jnp.shape(mu)}; expected a number (jax.vmap takes more)")
     values = approximation.eigenvalues
     mu = jnp.asarray(mu, values.dtype)
     return NystromPreconditioner(approximation.vectors, _weights(values, mu))

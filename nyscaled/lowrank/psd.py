@@ -159,6 +159,8 @@ def nystrom(
             _require_sound(a)
             times = compiled(a).times
         result = of_tolerance(a, times, key, tolerance, limit)
+    if validation.is_concrete(result) and int(result.status) == int(Status.NON_FINITE):
+        raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
     if validation.is_concrete(result) and int(result.status) == int(Status.INDEFINITE):
         raise ValueError(
             "A is not positive semidefinite: its compression to a subspace has an eigenvalue that "
