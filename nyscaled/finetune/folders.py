@@ -18,7 +18,7 @@ import yaml
 
 import nyscaled
 from nyscaled._files import replacing
-from nyscaled.checkpoints.files import JsonObject, read_text
+from nyscaled.checkpoints.files import JsonObject, read_object, read_text
 
 try:
     import fcntl
@@ -93,7 +93,7 @@ def finished(
     result = out / RESULT
     # Without its adapter, it goes on from the last checkpoint and writes it again.
     whole = result.exists() and (out / ADAPTER).exists()
-    return json.loads(result.read_text(encoding="utf-8")) if whole else None
+    return read_object(result, "the result of a run") if whole else None
 
 
 def _same(before: object, now: object) -> bool:
