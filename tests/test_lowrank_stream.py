@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.sparse
-from stream_cases import BLOCK, M, N, matrix, thin
+from stream_cases import BLOCK, K, M, N, matrix, thin
 
 import nyscaled as nys
 from nyscaled.lowrank import RowBlocks
@@ -166,6 +166,36 @@ def test_blocks_are_read_once_and_ahead():
     a = RowBlocks(Counted(), block_bytes=BLOCK)
     a.times_both(thin(N))
     assert reads == list(range(0, M, 8))
+
+
+@pytest.mark.parametrize("form", ["function", "class"])
+def test_a_buffer_may_be_used_for_all_blocks(form):
+    """As readers do that allocate once; its address is one that needs no copy."""
+    a, address = matrix(), np.empty(8 * N * 4 + 64, np.uint8)
+    start = -address.ctypes.data % 64
+    buffer = address[start : start + 8 * N * 4].view(np.float32).reshape(8, N)
+
+    class Rows:
+        shape, dtype = a.shape, a.dtype
+
+        def __getitem__(self, rows):
+            part = buffer[: len(a[rows])]
+            part[...] = a[rows]
+            return part
+
+    def blocks():
+        return (Rows()[i : i + 8] for i in range(0, M, 8))
+
+    source = RowBlocks(Rows(), block_bytes=BLOCK)
+    if form == "function":
+        source = RowBlocks(blocks, shape=a.shape, dtype=a.dtype)
+        np.testing.assert_allclose(
+            nys.lowrank.one_pass(blocks(), K).singular_values,
+            nys.lowrank.one_pass(a, K).singular_values,
+            rtol=1e-5,
+        )
+    np.testing.assert_array_equal(source.times(np.eye(N, dtype="f")), a)
+    assert_close(source.adjoint_times(thin(M)), a.T @ thin(M))
 
 
 def test_a_bar_is_drawn(capsys):

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from nyscaled.lowrank.host_arrays import HOST_DTYPES, as_dtype, as_shape
+from nyscaled.lowrank.stored import file_of, require_bytes, store_of
 from nyscaled.matrices import is_scipy, require_floating
 from nyscaled.typing import MatrixLike
 
@@ -73,8 +74,8 @@ def as_rows(
     if is_scipy(source):
         source = cast(MatrixLike, source).tocsr()
     if isinstance(source, SlicedRows):
-        label, file = _label(source), _file(source)
-        path = _store(source) if file is None else file.path
+        label, file = _label(source), file_of(source)
+        path = store_of(source) if file is None else file.path
         size, stored = as_shape(label, source.shape), np.dtype(source.dtype)
         if shape is not None and as_shape("the source", shape) != size:
             raise ValueError(f"shape is {shape!r} for {label} {size}; expected None")
@@ -89,13 +90,15 @@ def as_rows(
             "(np.memmap, h5py, zarr), or a function that yields row blocks"
         )
     target = block_dtype(label, stored, dtype)
+    # What a user's function gives, it may write over while the next block is read ahead.
+    fresh = type(source).__module__.partition(".")[0] in ("numpy", "h5py", "zarr", "scipy")
     if not isinstance(source, SlicedRows):
         read = _made(cast(BlockFactory, source), label)
     else:
         per_row = max(size[1] * max(stored.itemsize, target.itemsize), 1)
         height = _height(source, max(block_bytes // per_row, 1))
         read = _from_file(source, height) or _sliced(source, height, label)
-    return Rows(label, path, size, target, stored, _checked(read, label, size, target))
+    return Rows(label, path, size, target, stored, _checked(read, label, size, target, fresh))
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -177,7 +180,9 @@ def _height(source: SlicedRows, rows: int) -> int:
     return min(rows, source.shape[0])
 
 
-def as_block(block: MatrixLike, name: str, width: int, dtype: np.dtype) -> np.ndarray:
+def as_block(
+    block: MatrixLike, name: str, width: int, dtype: np.dtype, *, fresh: bool
+) -> np.ndarray:
     """Return a row block as an array of this dtype, row after row in memory.
 
     Args:
@@ -185,6 +190,7 @@ def as_block(block: MatrixLike, name: str, width: int, dtype: np.dtype) -> np.nd
         name: what errors call it.
         width: how many columns it must have.
         dtype: of the result.
+        fresh: whether nobody will write into the block; others are copied.
 
     Raises:
         ValueError: if it is not a matrix of numbers with so many columns.
@@ -194,7 +200,8 @@ def as_block(block: MatrixLike, name: str, width: int, dtype: np.dtype) -> np.nd
     if rows.ndim != 2 or rows.shape[1] != width or not numbers:
         got = f"shape {rows.shape} and dtype {rows.dtype}"
         raise ValueError(f"{name} have {got}; expected numbers (rows, {width}) for {dtype}")
-    if rows.dtype == dtype and rows.flags.c_contiguous and rows.ctypes.data % _ALIGNMENT == 0:
+    aligned = rows.flags.c_contiguous and rows.ctypes.data % _ALIGNMENT == 0
+    if fresh and rows.dtype == dtype and aligned:
         return rows
     result = _aligned(rows.shape, dtype)
     with np.errstate(over="ignore"):  # Inf is found in the products
@@ -227,7 +234,11 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _checked(
-    read: Callable[[int], Iterator[np.ndarray]], label: str, shape: tuple[int, int], dtype: np.dtype
+    read: Callable[[int], Iterator[np.ndarray]],
+    label: str,
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    fresh: bool,
 ) -> Callable[[int], Iterator[np.ndarray]]:
     """Blocks of the right width and dtype, which end after m rows."""
     m, n = shape
@@ -235,7 +246,7 @@ def _checked(
     def blocks(start: int) -> Iterator[np.ndarray]:
         row = start
         for block in read(start):
-            block = as_block(block, f"rows {row} … of {label}", n, dtype)
+            block = as_block(block, f"rows {row} … of {label}", n, dtype, fresh=fresh)
             row += len(block)
             if row > m:
                 raise ValueError(f"{label} has more than {m} rows; expected shape {shape}")
@@ -261,12 +272,12 @@ def _made(factory: BlockFactory, label: str) -> Callable[[int], Iterator[np.ndar
 
 
 def _sliced(source: SlicedRows, height: int, label: str) -> Callable[[int], Iterator[np.ndarray]]:
-    m, file = source.shape[0], _file(source)
+    m, file = source.shape[0], file_of(source)
 
     def blocks(start: int) -> Iterator[np.ndarray]:
         for row in range(start, m, height):
             if file is not None:
-                _require_bytes(file.path, file.end)
+                require_bytes(file.path, file.end)
             stop = min(row + height, m)
             try:
                 block = source[row:stop]
@@ -282,45 +293,9 @@ def _sliced(source: SlicedRows, height: int, label: str) -> Callable[[int], Iter
     return blocks
 
 
-class _File(NamedTuple):
-    """A file, the byte at which it ends, and the byte at which the rows begin if it is mapped.
-
-    It must not be shorter: a map then ends the process, and HDF5 reads zeros.
-    """
-
-    path: str
-    end: int
-    begin: int | None
-
-
-def _file(source: SlicedRows) -> _File | None:
-    if not isinstance(source, np.memmap):
-        path = getattr(getattr(source, "file", None), "filename", None)  # of h5py
-        if not isinstance(path, str) or not os.path.isfile(path):
-            return None
-        return _File(path, os.stat(path).st_size, None)
-    root = source
-    while isinstance(root.base, np.ndarray):
-        root = root.base
-    if source.filename is None or not isinstance(root, np.memmap):
-        return None
-    begin = int(root.offset) + source.ctypes.data - root.ctypes.data
-    return _File(os.fspath(source.filename), int(root.offset) + root.nbytes, begin)
-
-
-def _store(source: SlicedRows) -> str | None:
-    """The folder or the archive of a zarr array that lies on this machine."""
-    store = getattr(source, "store", None)
-    root = getattr(store, "root", None) or getattr(store, "path", None)
-    if not isinstance(root, str | os.PathLike):
-        return None
-    inside = os.path.join(root, str(getattr(source, "path", "")))
-    return next((path for path in (inside, os.fspath(root)) if os.path.exists(path)), None)
-
-
 def _from_file(source: SlicedRows, height: int) -> Callable[[int], Iterator[np.ndarray]] | None:
     """Reading a mapped file as a file, so that its pages do not count as memory of the process."""
-    file = _file(source)
+    file = file_of(source)
     if file is None or file.begin is None or not isinstance(source, np.memmap):
         return None
     if not source.flags.c_contiguous or source.mode == "c":  # changes of such a map are in no file
@@ -329,7 +304,7 @@ def _from_file(source: SlicedRows, height: int) -> Callable[[int], Iterator[np.n
     (m, n), dtype = source.shape, source.dtype
 
     def blocks(start: int) -> Iterator[np.ndarray]:
-        _require_bytes(path, end)
+        require_bytes(path, end)
         with open(path, "rb", buffering=0) as file:
             file.seek(begin + start * n * dtype.itemsize)
             for row in range(start, m, height):
@@ -338,15 +313,9 @@ def _from_file(source: SlicedRows, height: int) -> Callable[[int], Iterator[np.n
                 while filled < len(view):
                     count = file.readinto(view[filled:])
                     if not count:
-                        _require_bytes(path, end)
+                        require_bytes(path, end)
                         raise ValueError(f"{path} cannot be read at row {row}")
                     filled += count
                 yield block
 
     return blocks
-
-
-def _require_bytes(path: str, expected: int) -> None:
-    size = os.stat(path).st_size
-    if size < expected:
-        raise ValueError(f"{path} is cut short: it has {size} bytes; expected {expected}")

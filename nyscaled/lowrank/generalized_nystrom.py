@@ -182,4 +182,4 @@ def _alike(blocks: Iterator[MatrixLike]) -> Iterator[HostArray]:
             if rows.ndim != 2 or not rows.shape[1]:
                 raise ValueError(f"block 0 has shape {rows.shape}; expected a matrix (rows, n)")
             width, dtype = rows.shape[1], block_dtype("block 0", rows.dtype, None)
-        yield as_block(rows, f"rows of block {i}", width, dtype)
+        yield as_block(rows, f"rows of block {i}", width, dtype, fresh=False)
