@@ -9,7 +9,7 @@ SECONDS := 120
 SEED := 0
 FAST := -m "not long and not everywhere"
 
-.PHONY: fuzz fig1 figures report weights test test-code test-claims test-all test-everywhere test-peers test-oldest test-newest lint docs package bench bench-peers clean
+.PHONY: fuzz fig1 figures report weights test test-all test-everywhere test-peers test-oldest test-newest lint docs package bench bench-peers clean
 
 fig1: $(VENV)/.experiments
 	$(BIN)/python experiments/fig1.py
@@ -36,12 +36,8 @@ report: $(VENV)/.experiments
 
 weights: $(WEIGHTS)
 
-test: test-code test-claims
-
-test-code: $(VENV)/.test
+test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST) --ignore=tests/peers tests nyscaled
-
-test-claims: $(VENV)/.test
 	$(BIN)/python -m pytest paper_checks
 
 # What a newcomer need not run: after `test`, all that is marked long.
