@@ -191,7 +191,9 @@ def probe_of(n: int, dtype: DTypeLike) -> Array:
     return jax.random.normal(jax.random.key(0), (n, 4), dtype)
 
 
-def require_sound_image(name: str, probe: Array, image: Array, *, symmetric: bool) -> None:
+def require_sound_image(
+    name: str, probe: Array, image: Array, *, symmetric: bool, rounding: float = 0.0
+) -> None:
     """Raise ValueError as `require_sound_matrix` does, from known products with random vectors.
 
     The antisymmetric part is seen through Uᴴ(A − Aᴴ)U, almost surely non-zero when it is.
@@ -201,6 +203,7 @@ def require_sound_image(name: str, probe: Array, image: Array, *, symmetric: boo
         probe: four Gaussian vectors U.
         image: A U.
         symmetric: whether A must be Hermitian.
+        rounding: relative rounding error of the products, if it is more than that of their dtype.
     """
     size, dtype = float(norm(image)), image.dtype
     if not math.isfinite(size):
@@ -222,7 +225,7 @@ def require_sound_image(name: str, probe: Array, image: Array, *, symmetric: boo
     require_digits(size / 2, dtype)  # ‖A U‖_F ≈ 2‖A‖_F for four Gaussian columns
     skew = float(jnp.max(jnp.abs(form - form.conj().T)))
     # Entries of UᵀEU have the size of ‖E‖_F.
-    if skew > 1e3 * float(jnp.finfo(dtype).eps) * size:
+    if skew > max(1e3 * float(jnp.finfo(dtype).eps), 8 * rounding) * size:
         if jnp.iscomplexobj(form):
             raise ValueError(
                 f"{name} is not Hermitian: A − Aᴴ is about {skew / size:.1e} of its norm; expected "

@@ -49,6 +49,13 @@ def test_eigenpairs_are_those_of_the_matrix(form):
     assert (int(psd.passes), int(psd.numerical_rank), int(psd.status)) == (3, 4, 0)
 
 
+def half_operator(a, _):
+    """An operator whose products are in half precision, for operands of any dtype."""
+    half = jnp.asarray(a, jnp.bfloat16)
+    product = lambda x: (half @ x).astype(half.dtype)
+    return nys.linalg.Operator(product, product, half.shape, half.dtype)
+
+
 def memory_map(a, folder):
     np.save(folder / "a.npy", a)
     return np.load(folder / "a.npy", mmap_mode="r")
@@ -60,6 +67,7 @@ HOST = {
     "a memory map": memory_map,
     "half precision in a file": lambda a, folder: memory_map(a.astype(np.float16), folder),
     "half precision": lambda a, _: jnp.asarray(a, jnp.bfloat16),
+    "an operator in half precision": half_operator,
     "a complex stream": lambda a, _: RowBlocks(a.astype(np.complex64), block_bytes=2**12),
     "double precision": lambda a, _: aslinearoperator(a.astype(np.float64)),
 }
@@ -76,6 +84,14 @@ def test_matrices_that_jax_does_not_hold(form, options, tmp_path):
     assert psd.vectors.dtype == (jnp.complex64 if "complex" in form else jnp.float32)
     assert np.sum(np.asarray(psd.eigenvalues) > 0) == int(psd.numerical_rank)
     assert 0.04 < psd.error_estimate < 0.3
+
+
+@pytest.mark.parametrize("function", [nys.factorize, nys.nystrom])
+def test_an_operator_without_arrays_of_its_own_is_traced(function):
+    a = matrix("squares")
+    operator = nys.linalg.Operator(lambda x: a @ x, lambda y: a.T @ y, a.shape)
+    estimate = jax.jit(lambda scale: scale * function(operator, rank=RANK).error_estimate)
+    np.testing.assert_allclose(estimate(2.0), 2 * function(operator, rank=RANK).error_estimate)
 
 
 def test_a_stream_is_read_once_per_pass():

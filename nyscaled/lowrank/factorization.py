@@ -99,7 +99,7 @@ def factorize(
     key = jax.random.key(0) if key is None else require_key("key", key)
     a = as_input("A", a, key)
     shape = as_shape("A", a.shape)
-    if isinstance(a, Operator) and is_concrete((a, key)):
+    if isinstance(a, Operator) and is_concrete((a, np.empty(1), key)):
         require_adjoint("A", a)
     if (rank is None) == (tol is None):
         raise ValueError(f"rank is {rank} and tol is {tol}; expected exactly one of them")

@@ -18,7 +18,7 @@ from nyscaled.lowrank.host_arrays import HOST_DTYPES, all_finite
 from nyscaled.lowrank.host_operator import Sample, require_agreement
 from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.matrices import Operator, transpose_times
-from nyscaled.numerics import full_precision
+from nyscaled.numerics import at_least_float32, full_precision
 from nyscaled.typing import LinearMap
 
 Product = Callable[[Inexact[Array, "n k"]], Inexact[Array, "m k"]]
@@ -64,10 +64,17 @@ def products_of(a: LinearMap | HostMatrix) -> Products:
         )
     dtype = working_dtype(a)
     wide = a.astype(dtype) if isinstance(a, jax.Array) else a
+
+    def times(x: Inexact[Array, "n k"]) -> Inexact[Array, "m k"]:
+        return at_least_float32(wide @ x)  # the products of an operator may be in half precision
+
+    def transposed(y: Inexact[Array, "m k"]) -> Inexact[Array, "n k"]:
+        return at_least_float32(transpose_times(wide, y))
+
     if jnp.issubdtype(dtype, jnp.complexfloating):
         # Without a conjugated copy of A.
-        return Products(lambda x: wide @ x, lambda y: transpose_times(wide, y.conj()).conj())
-    return Products(lambda x: wide @ x, lambda y: transpose_times(wide, y))
+        return Products(times, lambda y: transposed(y.conj()).conj())
+    return Products(times, transposed)
 
 
 def compiled(a: LinearMap) -> Products:
