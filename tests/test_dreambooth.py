@@ -18,7 +18,7 @@ from PIL import Image
 
 import nyscaled as nys
 from nyscaled.cli import main
-from nyscaled.finetune import loop, progress
+from nyscaled.finetune import folders, loop, progress
 from nyscaled.finetune.dreambooth.config import as_options
 from nyscaled.finetune.dreambooth.images import read
 from nyscaled.finetune.dreambooth.step import train_step
@@ -166,6 +166,17 @@ def test_a_run_that_was_killed_before_its_end_goes_on(root, tmp_path):
     (out / "result.json").unlink()  # after the last checkpoint
     result = nys.finetune.dreambooth.run(settings(root, out=out, resume=True, eval_every=2))
     assert result.loss == json.loads((root / "out" / "result.json").read_text())["loss"]
+
+
+def test_a_run_that_goes_on_elsewhere_is_refused(root, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(root / "out", out)
+    (out / "result.json").unlink()
+    with (
+        folders.held(out),
+        pytest.raises(ValueError, match="out has a run that goes on in another process; expected"),
+    ):
+        nys.finetune.dreambooth.run(settings(root, out=out, resume=True))
 
 
 def test_a_run_goes_on_only_as_it_began(root, tmp_path):

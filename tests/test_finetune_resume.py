@@ -104,6 +104,10 @@ def test_a_run_that_goes_on_elsewhere_is_refused(root, tmp_path):
         pytest.raises(ValueError, match="out has a run that goes on in another process; expected"),
     ):
         nys.finetune.run(config)
+    (config.out / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json is not JSON"):
+        nys.finetune.run(config)
+    shutil.copyfile(root / "out" / "run.json", config.out / "run.json")
     assert nys.finetune.run(config).steps == 12
 
 

@@ -52,7 +52,10 @@ def test_eigenpairs_are_those_of_the_matrix(form):
 def half_operator(a, _):
     """An operator whose products are in half precision, for operands of any dtype."""
     half = jnp.asarray(a, jnp.bfloat16)
-    product = lambda x: (half @ x).astype(half.dtype)
+
+    def product(x):
+        return (half @ x).astype(half.dtype)
+
     return nys.linalg.Operator(product, product, half.shape, half.dtype)
 
 

@@ -143,7 +143,10 @@ def begin(out: Path, options: JsonObject, record: JsonObject, *packages: str) ->
 
 @contextlib.contextmanager
 def held(out: Path) -> Generator[None, None, None]:
-    """Keep a run to this process in the body of a `with`; the system ends it with the process.
+    """Refuse a run to other processes in the body of a `with`.
+
+    The lock ends with this process, also if it is killed. On Windows, and on file systems without
+    locks, no process is refused.
 
     Args:
         out: the folder, with its settings.
@@ -151,7 +154,9 @@ def held(out: Path) -> Generator[None, None, None]:
     Raises:
         ValueError: if another process has the run.
     """
-    with open(out / CONFIG, encoding="utf-8") as file:
+    path = out / CONFIG
+    # NFS locks only files that are open for writing; nothing is written.
+    with open(path, "r+" if os.access(path, os.W_OK) else "r", encoding="utf-8") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

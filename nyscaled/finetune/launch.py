@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -71,7 +70,8 @@ def run(config: Config) -> Result:
 
     Raises:
         ValueError: on settings, data and models that do not go together, a folder that has a run
-            already, a run of other settings, and a loss that is not finite.
+            already, a run of other settings, one that goes on in another process, and a loss that
+            is not finite.
         OSError: if a file cannot be written.
         KeyboardInterrupt: after Ctrl-C, when the state is saved.
 
@@ -248,7 +248,7 @@ def claim(prepared: Prepared) -> None:
         identity.require_base(config.out, config.model)
         if not (config.out / identity.FILE).exists():
             identity.write_base(config.out, identity.of_base(config.model))
-        record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))
+        record = files.read_object(config.out / RECORD, "the record of a run, or another --out")
         identity.require_examples(config.out, record.get("examples", {}), prepared.digests)
         return
     config.out.mkdir(parents=True, exist_ok=True)

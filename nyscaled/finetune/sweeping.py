@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
 from nyscaled._files import replacing
+from nyscaled.checkpoints.files import read_object
 from nyscaled.finetune import dreambooth, identity
 from nyscaled.finetune.chosen import require_method
 from nyscaled.finetune.config import Config
@@ -243,7 +244,7 @@ def _run(settings: dict[str, Value], config: Settings) -> Run:
 
 def _require_same_examples(first: Path, other: Path) -> None:
     """Refuse runs of other examples: a finished one does not read the data again."""
-    one, two = (json.loads((out / RECORD).read_text(encoding="utf-8")) for out in (first, other))
+    one, two = (read_object(out / RECORD, "the record of a run") for out in (first, other))
     if "images" not in one:
         identity.require_examples(first, one["examples"], two["examples"])
     for name in ("images", "class_images") if "images" in one else ():

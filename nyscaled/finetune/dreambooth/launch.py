@@ -67,7 +67,8 @@ def run(config: Config) -> Result:
 
     Raises:
         ValueError: on settings, images and models that do not go together, a folder that has a run
-            already, a run of other settings, and a loss that is not finite.
+            already, a run of other settings, one that goes on in another process, and a loss that
+            is not finite.
         OSError: if a file cannot be written.
         KeyboardInterrupt: after Ctrl-C, when the state is saved.
 
@@ -120,33 +121,34 @@ def _made(config: Config) -> dict[str, object]:
     prepared = prepare(config, pipe)
     # After all that may be refused, so that the mended command has the folder.
     _claim(prepared, base)
-    plan, sampling = prepared.plan, sampler(prepared, pipe)
-    if config.class_prompt is not None:
-        plan = prepared.with_class(class_pictures(prepared, pipe))
-    del pipe  # and its text encoder, unless images are generated
-    grid = plan.data.grid(plan.objective)
-    began = time.perf_counter()
-    trained = train(plan, config.out, grid, sampling)
-    seconds = time.perf_counter() - began
-    training.update(prepared.model, trained.variables)
-    with timed("writing the adapter, and reading it again"):
-        difference = save(prepared.model, plan, grid, config.out / ADAPTER)
-    if importlib.util.find_spec("matplotlib") is not None:
-        from nyscaled.finetune import curves
+    with folders.held(config.out):
+        plan, sampling = prepared.plan, sampler(prepared, pipe)
+        if config.class_prompt is not None:
+            plan = prepared.with_class(class_pictures(prepared, pipe))
+        del pipe  # and its text encoder, unless images are generated
+        grid = plan.data.grid(plan.objective)
+        began = time.perf_counter()
+        trained = train(plan, config.out, grid, sampling)
+        seconds = time.perf_counter() - began
+        training.update(prepared.model, trained.variables)
+        with timed("writing the adapter, and reading it again"):
+            difference = save(prepared.model, plan, grid, config.out / ADAPTER)
+        if importlib.util.find_spec("matplotlib") is not None:
+            from nyscaled.finetune import curves
 
-        curves.write(config.out, LOSS)
-    result = Result(
-        config.out,
-        config.steps,
-        trained.base_loss,
-        trained.loss,
-        difference,
-        count(plan.parts.params),
-        round(seconds, 3),
-    )
-    values: dict[str, object] = {**dataclasses.asdict(result), "out": str(config.out)}
-    folders.write_json(config.out / folders.RESULT, values)
-    return values
+            curves.write(config.out, LOSS)
+        result = Result(
+            config.out,
+            config.steps,
+            trained.base_loss,
+            trained.loss,
+            difference,
+            count(plan.parts.params),
+            round(seconds, 3),
+        )
+        values: dict[str, object] = {**dataclasses.asdict(result), "out": str(config.out)}
+        folders.write_json(config.out / folders.RESULT, values)
+        return values
 
 
 def _claim(prepared: Prepared, base: identity.Base) -> None:
