@@ -260,14 +260,25 @@ def test_what_is_not_a_class_is_refused(label):
         by_name("classification").with_classes(rows)
 
 
-@pytest.mark.parametrize("encoder", [True, False])
 @pytest.mark.parametrize(
-    "fields", [{"premise": "", "hypothesis": "a"}, {"premise": "a", "sentence2": " "}]
+    ("fields", "encoder"),
+    [
+        ({"premise": "", "hypothesis": "a"}, False),
+        ({"premise": "a", "sentence2": " "}, False),
+        ({"premise": "", "hypothesis": " "}, True),
+    ],
 )
 def test_empty_sentences_are_refused(fields, encoder):
     rows = [row(**fields, label="entailment")]
     with pytest.raises(ValueError, match=r"data.jsonl:7: .* is ' ?'; expected a text"):
         by_name("rte").examples(rows, encoder=encoder)
+
+
+def test_an_encoder_reads_pairs_of_which_one_text_is_empty():
+    """QQP has two such pairs for training (issue 277 of huggingface/datasets)."""
+    rows = [row(sentence1="a", sentence2="", label=label) for label in (0, 1)]
+    task = by_name("classification").with_classes(rows)
+    assert [example.second for example in task.examples(rows, encoder=True)] == ["", ""]
 
 
 def test_a_header_of_unknown_names_is_not_a_class(tmp_path):

@@ -246,8 +246,10 @@ class Task:
     def _for_encoder(self, row: Row) -> Example:
         label = self.class_of(row)
         first, *others = self.sentences
-        texts = [_text(row, *first)]
-        texts += [_text(row, *names) for names in others if any(x in row.fields for x in names)]
+        texts = [row.text(*first)]
+        texts += [row.text(*names) for names in others if any(x in row.fields for x in names)]
+        if not any(text.strip() for text in texts):  # of some pairs of QQP one is empty
+            _text(row, *first)
         second = texts[1] if len(texts) > 1 else None
         return Example(texts[0], self.classes[label], label=label, second=second, source=row.source)
 
