@@ -29,7 +29,7 @@ from nyscaled.validation import is_concrete
 
 AFTER = (0, 1), (0, 1)  # zeros below and to the right only, unlike the U-Net's
 LOG_VARIANCES = -30.0, 20.0
-_LARGEST = 2.0  # which a value between −1 and 1 is not beyond after an image was resized
+_LARGEST = 2.0  # filters that resize an image go beyond −1 and 1, but less far than this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,8 +53,8 @@ def generate(
             of latents, in place of `size` and of what `key` draws.
 
     Raises:
-        ValueError: on a size that is not a multiple, on noise of another shape or that is not
-            finite, and as `sample` does.
+        ValueError: on a key or a guidance that is not one key or one number, a size that is not a
+            multiple, noise of another shape or that is not finite, and as `sample` does.
 
     Examples:
         >>> pipe = load("stable-diffusion-v1-4")  # doctest: +SKIP

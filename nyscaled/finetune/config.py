@@ -67,7 +67,7 @@ class Config:
     schedule: str = "linear"
     """Learning rate after the warm-up: constant, or falling to 0 (linear, cosine)."""
     warmup_steps: int | None = None
-    """Steps in which the learning rate rises; the default is 3 % of all."""
+    """Steps in which the learning rate rises, not more than all; the default is 3 % of them."""
     weight_decay: float = 0.0
     """Weight decay, apart from the gradient as in AdamW."""
     clip: float | None = 1.0

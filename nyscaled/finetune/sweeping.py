@@ -189,9 +189,9 @@ def sweep(config: S) -> Sweep:
     """Make a run for each value of a setting, or for each pair of values of two, and compare them.
 
     All have the same data and the same number of steps; those of one seed have the same examples,
-    in the same order. The folder gets `sweep.json`, a picture
-    and a folder per run. A run whose loss is not finite is a row of the table like others. With
-    `resume`, finished runs are kept, and the grid may have more values than before.
+    in the same order. The folder gets `sweep.json`, a picture and a folder per run. A run whose
+    loss is not finite is a row of the table like others. With `resume`, finished runs are kept, and
+    the grid may have more values than before.
 
     Args:
         config: the settings, those of `dreambooth` or others, with a `sweep` such as

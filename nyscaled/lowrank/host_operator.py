@@ -108,7 +108,9 @@ class HostOperator:
 
 
 def require_agreement(name: str, x: Sample, y: Sample, limit: float) -> None:
-    """Raise ValueError if ⟨y, A x⟩ is not ⟨Aᴴ y, x⟩. So small numbers that digits are lost pass.
+    """Raise ValueError if ⟨y, A x⟩ is not ⟨Aᴴ y, x⟩.
+
+    Products that are so small that their dtype loses digits are not compared.
 
     Args:
         name: what the error calls A.

@@ -24,8 +24,8 @@ from nyscaled.typing import LinearMap
 Product = Callable[[Inexact[Array, "n k"]], Inexact[Array, "m k"]]
 """x ↦ A x, for thin x."""
 
-
 _DISAGREEMENT = 0.05
+"""Largest difference of ⟨y, A x⟩ and ⟨Aᴴ y, x⟩, in parts of what random x and y make of both."""
 
 
 class Products(NamedTuple):

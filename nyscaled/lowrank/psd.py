@@ -80,8 +80,8 @@ def nystrom(
     Args:
         a: A (m, m), symmetric or Hermitian, positive semidefinite: a dense array of NumPy or JAX, a
             sparse matrix of JAX or SciPy, an operator (of which only A x is used), a file that is
-            read by rows, or a `lowrank.HostMatrix`; as for `factorize`. In half precision A is
-            rounded, and eigenvalues below eps·‖A‖_F count as zero.
+            read by rows, or a `lowrank.HostMatrix`; as for `factorize`. Entries in half
+            precision are rounded numbers, so eigenvalues below eps·‖A‖_F then count as zero.
         rank: how many eigenpairs, 1 ≤ r ≤ m; or give `tol`.
         tol: a bound of ‖A − U diag(λ) Uᴴ‖_F / ‖A‖_F, in Frobenius norms, in (0, 1].
         key: PRNG key of Ω; `jax.random.key(0)` by default.
@@ -97,7 +97,8 @@ def nystrom(
         ValueError: if not exactly one of `rank` and `tol` is given; if an option is out of range,
             or belongs to the other one; if A is not square, Hermitian, finite and non-zero; or if
             its compression to the Krylov space has an eigenvalue that is negative beyond rounding
-            (values are checked outside of jit).
+            (values are checked outside of jit). Under jit and vmap, also on a matrix of the host,
+            which a memory map is too.
 
     References:
         Tropp, Yurtsever, Udell and Cevher, Fixed-rank approximation of a positive-semidefinite
