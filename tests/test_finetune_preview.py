@@ -87,6 +87,7 @@ def test_a_flag_overrides_one_entry_of_a_mapping_in_a_file(tmp_path, capsys, mon
         assert message in said(file)
     assert "--out is ''; expected a path" in said("rank: 2", "--out", "")
     assert "--out is ''; expected a path" in said("rank: 2", "--out=")
+    assert "--config is ''; expected a path" in said("rank: 2", "--config=")
     assert "has no value" in said("rank: 2", "--method-options.virtual-tokens")
 
 

@@ -76,7 +76,7 @@ def word_of(name: str, words: Sequence[str]) -> str | None:
         ValueError: on a file of options that cannot be read.
     """
     path, flag = _flag("config", words), _flag(name, words)
-    value = flag if flag is not None or path is None else _read(Path(path)).get(name)
+    value = flag if flag is not None or not path else _read(Path(path)).get(name)
     return value if isinstance(value, str) else None
 
 

@@ -30,8 +30,9 @@ class RowBlocks:
     """A matrix that is read by blocks of rows, in place of being held in memory.
 
     A product reads every block once, the next one while the last one is multiplied. So memory
-    holds two blocks and thin matrices. Blocks are compared by checksums with those of the first
-    pass. Their products are compiled for each height, and summed in double precision.
+    holds two blocks, or up to four of a function, and thin matrices. Blocks are compared by
+    checksums with those of the first pass. Their products are compiled for each height, and summed
+    in double precision.
 
     Args:
         source: what gives rows as `source[i:j]`: `np.memmap`, an h5py dataset, a zarr array, a
