@@ -117,6 +117,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(root, tmp_path, monkey
     assert "has a run; expected --resume" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_text_encoder_is_trained_too(root, tmp_path, monkeypatch):
     """Its adapters are saved and read, generate samples, and go on after an interruption."""
     config = settings(
@@ -248,6 +249,7 @@ def test_changed_images_are_refused(root, tmp_path):
         nys.finetune.dreambooth.run(dataclasses.replace(config, resume=True))
 
 
+@pytest.mark.long
 def test_images_of_the_class_that_are_missing_are_generated(root, tmp_path, monkeypatch):
     own = write_images(tmp_path / "class", count=1, size=(8, 8))
     prior = {"class_prompt": "a photo of a dog", "class_images": own, "class_count": 3}
@@ -332,6 +334,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
     assert saved == [lines(config.out)[-1]["step"]]
 
 
+@pytest.mark.long
 def test_a_sweep(root, tmp_path, capsys):
     """Its runs are compared by the loss at fixed times, and one may diverge."""
     short = {"steps": 3, "clip": None}

@@ -284,8 +284,9 @@ def start(root, out, options, resume, limit=0):
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_a_run_that_is_killed_goes_on_to_the_same_end(root, tmp_path, kills):
+@pytest.mark.long
+def test_a_run_that_is_killed_goes_on_to_the_same_end(root, tmp_path):
+    kills = 20
     options = {"steps": 12 + 12 * kills, "log_every": 1, "checkpoint_every": 3, "dropout": 0.1}
     whole, out = tmp_path / "whole", tmp_path / "out"
     nys.finetune.run(settings(root, out=whole, **options))
