@@ -68,6 +68,7 @@ def test_scores_and_answers(files, tmp_path, capsys):
     assert (record["split"], record["examples"]) == ("train", 2)
 
 
+@pytest.mark.long
 def test_adapters(files, tmp_path):
     """The adapter of an encoder brings its head."""
     answers = {}
@@ -125,6 +126,7 @@ def test_the_split_is_dev_where_test_has_no_labels(files, tmp_path, name, hidden
     assert evaluate(files, "--split", "test", data=data) == 1
 
 
+@pytest.mark.long
 def test_a_run_says_its_classes(files, tmp_path, capsys):
     """They are beside what was trained, and `evaluate` reads them there."""
     data = tmp_path / "data"

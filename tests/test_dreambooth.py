@@ -70,6 +70,7 @@ def loss_of(pipe, config):
     )
 
 
+@pytest.mark.long
 def test_the_adapter_is_that_of_the_last_step(root):
     """It is loaded into a fresh U-Net, and gives the loss of the result, computed here."""
     pipe = nys.diffusion.load(root / "model")
@@ -92,6 +93,7 @@ def interrupted(monkeypatch, after):
     monkeypatch.setattr(progress.Progress, "steps", pressing)
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(root, tmp_path, monkeypatch, capsys):
     config = settings(root, out=tmp_path / "out")
     programs = train_step._cache_size()
@@ -154,6 +156,7 @@ def test_the_text_encoder_is_trained_too(root, tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_before_its_end_goes_on(root, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(root / "out", out)
@@ -293,6 +296,7 @@ def test_images_of_the_class_that_are_missing_are_generated(root, tmp_path, monk
         nys.finetune.dreambooth.run(again)
 
 
+@pytest.mark.long
 def test_the_loss_on_fixed_times_falls(root, tmp_path):
     options = {"learning_rate": 3e-2, "steps": 60, "eval_every": 30}
     result = nys.finetune.dreambooth.run(settings(root, out=tmp_path / "out", **options))
@@ -326,6 +330,7 @@ def test_a_narrow_base(root, tmp_path):
     assert {value.dtype.name for value in values.values()} == {"float32"}
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
     config = settings(root, out=tmp_path / "out", learning_rate=1e38, clip=None)
     with pytest.raises(ValueError, match=r"is (nan|not finite) at step \d, of the examples dog\d"):

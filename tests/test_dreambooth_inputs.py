@@ -55,6 +55,7 @@ def test_the_adapted_layers_are_those_of_the_paper():
     assert (len(shapes), sum(4 * sum(shape) for shape in shapes)) == (128, 797_184)
 
 
+@pytest.mark.long
 def test_a_step_lowers_for_accelerators(root):
     """With products in full float32, which an accelerator would round otherwise."""
     plan = prepare(settings(root), opened(settings(root))).plan
@@ -73,6 +74,7 @@ def test_a_step_lowers_for_accelerators(root):
         assert all(product.count("HIGHEST") == 2 for product in products)
 
 
+@pytest.mark.long
 def test_steps_read_all_images_before_one_comes_again(root):
     pipe = opened(settings(root))
     plan = prepare(settings(root, batch_size=2), pipe).plan
@@ -285,6 +287,7 @@ def test_the_folder_of_a_run_is_not_in_that_of_its_images(root):
         nys.finetune.dreambooth.run(settings(root, out=out))
 
 
+@pytest.mark.long
 def test_a_dry_run_says_what_will_be_done(root, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(root / "model", model)

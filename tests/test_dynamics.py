@@ -103,6 +103,7 @@ def test_root_of_the_spectrum_is_a_fixed_point(step):
     np.testing.assert_allclose(step(phi, SPECTRUM, 0.3), phi, atol=1e-6)
 
 
+@pytest.mark.long
 @given(seeds, st.sampled_from([0.1, 0.3, 0.5, 0.8]), st.sampled_from([R, R + 3]))
 def test_error_curve_is_predicted_from_the_start(seed, rate, rank):
     a, basis = psd()

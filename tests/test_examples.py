@@ -18,6 +18,7 @@ def run(name, capsys):
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.long
 def test_solve(capsys):
     solved, predicted, pair = run("solve", capsys)
     assert solved.startswith("CONVERGED")
@@ -60,6 +61,7 @@ def test_train(capsys):
     assert float(loss) < 1e-6
 
 
+@pytest.mark.long
 def test_adapt(capsys):
     losses, fast, same = run("adapt", capsys)
     first, *_, last = ast.literal_eval(losses)

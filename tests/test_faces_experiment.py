@@ -41,6 +41,7 @@ def test_committed_record_shows_the_claims():
     assert np.all(known > panels[SHOWN]["ScaledGD, repaired"][1])
 
 
+@pytest.mark.long
 def test_folder_without_images_is_refused(tmp_path):
     result = run("faces.py", "--images", tmp_path, "--out", tmp_path)
     assert result.returncode != 0

@@ -294,6 +294,7 @@ def test_a_power_of_two_goes_through(exponent):
         )
 
 
+@pytest.mark.long
 def test_under_vmap_and_jit(a):
     batch = jnp.stack([a, 2 * a, jnp.asarray(matrix(M, N, SPECTRA["fast"](N)))])
     f = jax.jit(jax.vmap(lambda a: nys.factorize(a, RANK)))(batch)
@@ -340,6 +341,7 @@ def reference(a, rank, weights):
     return jnp.sum((u[:, :rank] * s[:rank]) @ vt[:rank] * weights)
 
 
+@pytest.mark.long
 def test_derivatives_of_values_and_of_the_projected_matrix():
     a = jnp.asarray(matrix(30, 20, SPECTRA["harmonic"](20)))
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(a.shape), jnp.float32)

@@ -251,6 +251,7 @@ def test_generated_text_has_room_beside_the_prompt(monkeypatch):
         evaluate(causal(), characters(), examples, gsm8k)
 
 
+@pytest.mark.long
 def test_batches_have_no_positions_that_the_model_has_not():
     config = BertConfig(
         vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1,

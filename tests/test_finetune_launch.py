@@ -106,6 +106,7 @@ def test_a_batch_is_not_larger_than_the_data(root, micro, shape, capsys):
     assert "batch_size is 64 and there are 40 examples to train on" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_reflora_balances_in_a_short_run(root):
     """A share of the steps passes as in LoRA: one of twelve, ten of two thousand."""
     values = []
@@ -123,6 +124,7 @@ def test_reflora_balances_in_a_short_run(root):
     assert plan.initial().optimizer.hyperparams["warmup_steps"] == 10
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("method", ["full", "linear-probe", "nora+"])
 def test_a_narrow_base_is_trained_in_float32(root, method):
     """So that no small update is lost before the model is written, which is said then."""
@@ -206,6 +208,7 @@ def test_samples_and_metrics_for_other_programs(root, tmp_path, monkeypatch):
         nys.finetune.run(encoder)
 
 
+@pytest.mark.long
 def test_a_head_that_is_not_in_the_adapter_is_noticed(root, tmp_path, monkeypatch):
     def without_head(model, folder, **options):
         save(model, folder, **(options | {"modules_to_save": (), "task_type": None}))

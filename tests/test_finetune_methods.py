@@ -151,6 +151,7 @@ def test_options_of_the_start_reach_it():
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_starts_from_batches_are_made_without_dropout():
     for name in ("nora-grad",):
         plain, _ = prepared(name)

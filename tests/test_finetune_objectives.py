@@ -91,6 +91,7 @@ def test_a_head_sees_only_the_positions_of_answers(monkeypatch):
     assert seen == [(4, 3, 16)]
 
 
+@pytest.mark.long
 def test_classes():
     model = model_cases.load("bert")
     saved = model_cases.saved("bert")

@@ -17,6 +17,7 @@ def words(config):
     return ["finetune", *[word for pair in pairs for word in pair], "--dry-run"]
 
 
+@pytest.mark.long
 def test_a_dry_run_says_what_will_be_done(tmp_path, capsys, monkeypatch):
     config = settings(tmp_path)
     (config.data / "test.tsv").write_text("fine film\t1\n" * 20)

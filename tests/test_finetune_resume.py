@@ -46,6 +46,7 @@ def interrupted(monkeypatch, after):
     monkeypatch.setattr(progress.Progress, "steps", pressing)
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_says_how_to_go_on(root, tmp_path, monkeypatch, capsys):
     config = settings(root, out=tmp_path / "out")
     path = tmp_path / "run.yaml"
@@ -222,6 +223,7 @@ def test_a_run_does_not_go_on_with_other_data(unfinished, split, old, new, messa
         nys.finetune.run(unfinished)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
     config = settings(
         root, out=tmp_path / "out", learning_rate=1e38, schedule="constant", clip=None

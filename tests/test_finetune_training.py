@@ -32,6 +32,7 @@ def test_micro_batches_are_one_batch(objective, answers):
     assert int(split.tokens) == int(whole.tokens)
 
 
+@pytest.mark.long
 def test_a_step_is_adam_on_the_mean_of_the_losses():
     parts, _ = adapted()
     step, batch = program(parts), made("tokens", PHRASES).batch(ROWS)

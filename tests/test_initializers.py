@@ -42,6 +42,7 @@ def test_unknown_sketch_is_refused():
         initializers.nystrom(KEY, psd()[0], R, sketch="hadamard")
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("form", FORMS)
 def test_nystrom_takes_every_form_of_the_matrix(form):
     a, b = psd()[0], rectangular()[0]

@@ -73,6 +73,7 @@ def test_run_of_no_steps_returns_the_start():
     chex.assert_shape(solution.history, (1,))
 
 
+@pytest.mark.long
 def test_history_may_be_any_tree_or_nothing():
     a, _ = psd()
     problem = nys.problems.Symmetric(a)

@@ -89,6 +89,7 @@ def test_auto_scale_of_nora_gives_columns_as_long_as_those_of_lora(side):
         inits.nora(KEY, kernel(), R, 2.0, scale="rule")
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("niter", [None, 4])
 def test_pissa_is_the_best_approximation_balanced(niter):
     w = kernel()

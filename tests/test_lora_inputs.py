@@ -67,6 +67,7 @@ def assert_is_eva(model, projectors):
         assert first.start is None
 
 
+@pytest.mark.long
 def test_eva_has_the_leading_directions_of_the_inputs_of_every_layer():
     model = started()
     assert_is_eva(model, expected(net(), BATCHES))
@@ -79,6 +80,7 @@ def test_inputs_that_the_loss_does_not_read_are_left_out():
     assert_is_eva(model, expected(net(), [x[:, :2] for x in BATCHES]))
 
 
+@pytest.mark.long
 def test_subspace_iteration_finds_the_directions_in_a_wide_layer():
     width, spectrum = 64, jnp.geomspace(1, 1e-3, 64)
     model = nnx.Sequential(nnx.Linear(width, 4, rngs=nnx.Rngs(0)))

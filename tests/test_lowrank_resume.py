@@ -79,6 +79,7 @@ for i, moment in enumerate(moments):
 """
 
 
+@pytest.mark.long
 def test_a_killed_run_continues_to_the_last_bit(tmp_path):
     result = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", KILLED, str(tmp_path)],

@@ -59,6 +59,7 @@ def test_a_tolerance_is_met(tol):
     assert (len(few.singular_values), int(few.status)) == (3, Status.MAX_RANK)
 
 
+@pytest.mark.long
 def test_complex_and_the_same_key():
     s = SPECTRA["harmonic"](N)
     a = matrix(M, N, s, np.complex64)

@@ -236,6 +236,7 @@ def test_powers_of_two_change_nothing(scale):
     chex.assert_trees_all_close(other.error_estimate / scale, one.error_estimate, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_it_is_the_same_under_jit_and_vmap():
     stack = jnp.stack([matrix("slow"), matrix("squares")])
     batched = jax.jit(jax.vmap(lambda a: nystrom(a)))(stack)

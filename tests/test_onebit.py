@@ -72,6 +72,7 @@ def test_near_one_half_it_is_sensing():
     np.testing.assert_allclose(problem.gradient(point), exact.gradient(point), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("kind", CASES)
 def test_matrix_is_recovered_from_exact_frequencies(kind):
     problem, truth, _ = case(kind)

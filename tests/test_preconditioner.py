@@ -84,6 +84,7 @@ def test_it_solves_with_a_kernel_matrix():
     assert jnp.linalg.norm(a @ x + 1e-3 * x - B) < 1e-3 * jnp.linalg.norm(B)
 
 
+@pytest.mark.long
 def test_it_is_a_symmetric_matrix_of_vectors_and_columns():
     inverse = nystrom_preconditioner(nys.nystrom(A, 20), MU)
     whole = inverse @ jnp.eye(SIZE)
@@ -105,6 +106,7 @@ def test_a_hermitian_matrix_is_multiplied_by_adjoints():
     chex.assert_trees_all_close(inverse.T @ jnp.eye(SIZE), whole.T, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_rank_that_the_matrix_does_not_have_is_no_fault():
     a, basis = nys.spectra.psd(KEY, SIZE, [2.0, 1.0])
     inverse = nystrom_preconditioner(nys.nystrom(a, 5), 0.5)
@@ -125,6 +127,7 @@ def test_products_that_do_not_fit_are_refused(shape):
         inverse @ jnp.ones(shape)
 
 
+@pytest.mark.long
 def test_a_batch_of_approximations_is_refused():
     batch = jax.vmap(lambda a: nys.nystrom(a, 5))(jnp.stack([A, 2 * A]))
     with pytest.raises(

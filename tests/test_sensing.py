@@ -59,6 +59,7 @@ def test_unit_measurements_give_the_problems_of_the_paper():
         )
 
 
+@pytest.mark.long
 def test_target_is_the_matrix_on_average():
     problems = jax.vmap(lambda key: sensing.gaussian(key, 4, (1.0,), 3000))
     problem, truth = problems(jax.random.split(jax.random.key(0), 2))

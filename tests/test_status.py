@@ -117,6 +117,7 @@ def test_a_measure_within_the_tolerance_does_not_make_a_failed_run_converged():
     assert solution.status is Status.INDEFINITE
 
 
+@pytest.mark.long
 def test_a_matrix_that_is_a_little_indefinite_is_seen():
     with pytest.raises(ValueError, match="not positive semidefinite"):
         nys.initializers.nystrom(jax.random.key(0), psd()[0] - 3e-4 * jnp.eye(M), R + 1)
@@ -126,6 +127,7 @@ def test_a_matrix_that_is_a_little_indefinite_is_seen():
     assert step.status(step.init(normal(0, (M, R + 1)))) == Status.MAX_STEPS
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("size", [1.0, 1e-5])
 def test_a_semidefinite_matrix_is_not_called_indefinite_from_a_start_outside_its_range(size):
     a, basis = psd()

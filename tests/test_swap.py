@@ -232,6 +232,7 @@ print(*values, os.listdir(path) == [n for n in os.listdir(path) if n[0] != "."])
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills children that it forks")
 def test_processes_that_are_killed(tmp_path):
     save_model(tmp_path / "count", 1)

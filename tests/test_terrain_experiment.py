@@ -105,6 +105,7 @@ def small():
     return unet
 
 
+@pytest.mark.long
 def test_weights_are_read_by_name(small, tmp_path):
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(small, nnx.Param)):

@@ -77,6 +77,7 @@ def test_runs_of_other_settings_are_left_out(tmp_path):
     assert study.finals()["LoRA"].keys() == {0}
 
 
+@pytest.mark.long
 def test_quick_figure_2_has_its_nulls(tmp_path):
     fig2.main(fig2.Config(out=tmp_path, quick=True))
     panels = read_rows(tmp_path / "fig2.csv", ("index", "value"))

@@ -28,6 +28,7 @@ def settings(tmp_path_factory):
     return whole, Setting(model, data, examples=(24, 8, 8), lengths=(8, 16), upper=1)
 
 
+@pytest.mark.long
 def test_upper_layers_over_states_are_the_whole_model(settings):
     whole, upper = (adapter_data.read(setting, 0) for setting in settings)
     models = [

@@ -175,7 +175,7 @@ def require_possible(planned: Sequence[tuple[dict[str, Value], Settings]]) -> No
     for settings, own in planned:
         if isinstance(own, dreambooth.Config) or own.resume:
             continue
-        # A configuration alone sees what is wrong with other settings. Seeds draw other examples.
+        # The configuration itself refuses other wrong settings. Seeds draw other examples.
         point = own.method, own.rank, own.warmup_steps, own.seed
         if point not in checked:
             checked.add(point)
