@@ -195,12 +195,25 @@ def test_images_that_cannot_be_read_are_refused(root, tmp_path, monkeypatch):
         ({"train_text_encoder": "no"}, "train_text_encoder is 'no'; expected True or False"),
         ({"out": ""}, "out is ''; expected a name .'.' is the current folder"),
         ({"class_images": ""}, "class_images is ''; expected a name .'.' is the current folder"),
+        ({"model": None}, "model is None; expected a text"),
+        ({"images": 3}, "images is 3; expected a path"),
+        ({"class_images": 3}, "class_images is 3; expected a path or None"),
     ],
 )
 def test_settings_of_other_types_are_refused(root, options, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     with pytest.raises(ValueError, match=message):
         settings(root, **options)
+
+
+def test_settings_of_the_other_kind_of_runs_are_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    of_text = nys.finetune.Config(model="m", data="d", task="rte", out=tmp_path / "out")
+    for function in (nys.finetune.dreambooth.run, nys.finetune.dreambooth.preview):
+        with pytest.raises(ValueError, match=r"expected a nys.finetune.dreambooth.Config .nys.f"):
+            list(function(of_text))
+    with pytest.raises(ValueError, match=r"expected a nys.finetune.Config .nys.finetune.dream"):
+        nys.finetune.run(settings(root, out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("kind", ["the same", "relative", "symlink", "copy"])

@@ -287,9 +287,11 @@ def test_settings_may_be_texts_and_paths(monkeypatch):
     config = nys.finetune.Config(**given)
     assert (config.model, config.data, config.out) == ("m", Path("d"), Path("o"))
     numbers = {"learning_rate": np.float64(1e-3), "dropout": np.float32(0.5), "rank": np.int64(4)}
-    config = nys.finetune.Config(**given, **numbers)
+    own = types.MappingProxyType({"gamma": np.float32(0.5), "niter": np.int64(3), "side": "left"})
+    config = nys.finetune.Config(**given, **numbers, method_options=own)
     options = yaml.safe_load(yaml.safe_dump(launch.as_options(config)))
     assert [options[name] for name in numbers] == [1e-3, 0.5, 4]
+    assert options["method_options"] == {"gamma": 0.5, "niter": 3, "side": "left"}
     with pytest.raises(ValueError, match="seed is -1"):
         nys.finetune.Config(**given, seed=-1)
 
@@ -305,6 +307,8 @@ def test_processes_with_other_settings_are_refused(monkeypatch):
     ("options", "message"),
     [
         ({"method_options": {"gamma": math.nan}}, "method_options.gamma is nan; expected a number"),
+        ({"method_options": {"gamma": [1]}}, r"method_options.gamma is \[1\]; expected a number"),
+        ({"method_options": {"gamma": np.bool_(True)}}, "method_options.gamma is True; expected a"),
         ({"epochs": math.inf}, r"epochs is inf; expected a number in \(0, inf\)"),
         ({"weight_decay": math.inf}, r"weight_decay is inf; expected a number in \[0, inf\)"),
         ({"out": ""}, r"out is ''; expected a name \('.' is the current folder\)"),
@@ -318,6 +322,7 @@ def test_processes_with_other_settings_are_refused(monkeypatch):
         ({"scale": []}, r"scale is \[\]; expected a number or a text or None"),
         ({"mesh": 3}, "mesh is 3; expected a text or None"),
         ({"data": None}, "data is None; expected a path"),
+        ({"model": None}, "model is None; expected a text"),
     ],
 )
 def test_settings_that_are_refused(options, message, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -57,26 +57,66 @@ class Settings(Protocol):
         ...
 
 
+def require_kind(config: object, kind: type[object], expected: str) -> None:
+    """Refuse settings of the other kind of runs, and what is not settings.
+
+    Args:
+        config: the settings.
+        kind: their class.
+        expected: its public name, and who takes the other kind.
+
+    Raises:
+        ValueError: on another class.
+    """
+    if not isinstance(config, kind):
+        own = type(config)
+        raise ValueError(f"config is a {own.__module__}.{own.__name__}; expected a {expected}")
+
+
 def require_types(config: Settings) -> None:
-    """Refuse values that are not of the types of their settings; NumPy's numbers become Python's.
+    """Refuse values that are not of the types of their settings.
+
+    Names of files become paths, and NumPy's numbers become Python's.
 
     Args:
         config: the settings.
 
     Raises:
-        ValueError: on such a value, which is seen otherwise when the settings are written.
+        ValueError: on such a value, which is seen otherwise when the settings are written, and on
+            an empty name of a file.
     """
     for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if isinstance(value, np.generic):
-            value = value.item()
-            object.__setattr__(config, name, value)
-        types = _types(hint)
+        value, types = getattr(config, name), _types(hint)
+        if name == "model" or Path in types:
+            value = _as_name(name, value, Path if Path in types else str)
+        elif name == "method_options":
+            value = _as_options(value)
+        else:
+            value = _as_python(value)
+        object.__setattr__(config, name, value)
         allowed = types | {int} if float in types else types
         # For Python, True is an int.
         if not isinstance(value, tuple(allowed)) or isinstance(value, bool) > (bool in types):
             expected = " or ".join(_NAMES[cls] for cls in _NAMES if cls in types)
             raise ValueError(f"{name} is {value!r:.80}; expected {expected}")
+
+
+def _as_name(name: str, value: object, kind: type[Path | str]) -> object:
+    """The name of a file or of a model, as it is kept; other values as they are."""
+    if value == "":  # a path would be the current folder
+        raise ValueError(f"{name} is ''; expected a name ('.' is the current folder)")
+    return kind(value) if isinstance(value, str | os.PathLike) else value
+
+
+def _as_python(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _as_options(options: object) -> object:
+    """Options as a file of settings can hold them."""
+    if not isinstance(options, Mapping):
+        return options
+    return {name: _as_python(value) for name, value in options.items()}
 
 
 def _types(hint: object) -> set[type]:
@@ -100,11 +140,10 @@ def require_options(options: Mapping[str, int | float | str]) -> None:
     Raises:
         ValueError: on such options.
     """
-    if not isinstance(options, Mapping):
-        raise ValueError(f"method_options is {options!r}; expected a mapping of names to values")
     for name, value in options.items():
-        if isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
-            raise ValueError(f"method_options.{name} is {value}; expected a number or a word")
+        known = isinstance(value, int | float | str) and not isinstance(value, bool)
+        if not known or value != value:  # NaN
+            raise ValueError(f"method_options.{name} is {value!r:.80}; expected a number or a word")
     if twice := [name for name in options if name in OWN]:
         raise ValueError(
             f"method_options has {twice[0]!r}; expected the setting {twice[0]} in its place"

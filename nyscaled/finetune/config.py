@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -129,12 +128,6 @@ class Config:
     """YAML or TOML file of these options; flags override it."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("model", str), ("data", Path), ("out", Path)):
-            value = getattr(self, name)
-            if value == "":  # a path would be the current folder
-                raise ValueError(f"{name} is ''; expected a name ('.' is the current folder)")
-            if isinstance(value, str | os.PathLike):
-                object.__setattr__(self, name, kind(value))
         require_types(self)
         for name, known in (("schedule", SCHEDULES), ("loss_on", LOSS_ON), ("dtype", DTYPES)):
             value = getattr(self, name)

@@ -14,6 +14,7 @@ import jax
 
 from nyscaled.checkpoints import files
 from nyscaled.finetune import folders, identity, loop, meshes, processes, training
+from nyscaled.finetune.chosen import require_kind
 from nyscaled.finetune.config import NOT_THE_RUN, Config, as_options
 from nyscaled.finetune.evaluation import Evaluation, evaluate
 from nyscaled.finetune.examples import Example
@@ -84,11 +85,11 @@ def run(config: Config) -> Result:
         ...     print(str(error)[:38])
         data is 'absent', which does not exist
     """
-    if not isinstance(config, Config):
-        raise ValueError(
-            f"config is a {type(config).__module__}.{type(config).__name__}; expected a "
-            "nys.finetune.Config (nys.finetune.dreambooth.run takes settings of DreamBooth)"
-        )
+    require_kind(
+        config,
+        Config,
+        "nys.finetune.Config (nys.finetune.dreambooth.run takes settings of DreamBooth)",
+    )
     if config.dry_run:
         raise ValueError(
             "dry_run is True; expected False (nyscaled.finetune.preview.preview says what a run "

@@ -17,6 +17,8 @@ from nyscaled.models.sharding import FSDP
 from nyscaled.validation import require_count, require_nonnegative, require_positive
 
 TASK = "dreambooth"
+EXPECTED = "nys.finetune.dreambooth.Config (nys.finetune.run takes settings of other tasks)"
+"""What its functions take, for messages."""
 TARGETS = r".*\.transformer_blocks\..*\.(to_q|to_k|to_v|to_out\.0)"
 TEXT_TARGETS = r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 CROPS = ("random", "center")
@@ -125,12 +127,6 @@ class Config:
     """YAML or TOML file of these options; flags override it."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("model", str), ("images", Path), ("out", Path)):
-            self._require_name(name)
-            object.__setattr__(self, name, kind(getattr(self, name)))
-        if self.class_images is not None:
-            self._require_name("class_images")
-            object.__setattr__(self, "class_images", Path(self.class_images))
         require_types(self)
         for name, known in (
             ("task", (TASK,)),
@@ -173,10 +169,6 @@ class Config:
                 f"mesh is {self.mesh!r} and batch_size is {self.batch_size}; expected a multiple "
                 f"of {split}, so that each device has as many images"
             )
-
-    def _require_name(self, name: str) -> None:
-        if getattr(self, name) == "":  # a path would be the current folder
-            raise ValueError(f"{name} is ''; expected a name ('.' is the current folder)")
 
     def _require_method(self) -> None:
         if method(self.method).trains != "adapters":

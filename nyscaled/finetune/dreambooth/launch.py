@@ -14,9 +14,10 @@ from flax import nnx
 from nyscaled import lora
 from nyscaled._files import replacing
 from nyscaled.finetune import folders, identity, meshes, training
+from nyscaled.finetune.chosen import require_kind
 from nyscaled.finetune.dreambooth import images
 from nyscaled.finetune.dreambooth.base import of_pipeline
-from nyscaled.finetune.dreambooth.config import NOT_THE_RUN, Config, as_options
+from nyscaled.finetune.dreambooth.config import EXPECTED, NOT_THE_RUN, Config, as_options
 from nyscaled.finetune.dreambooth.denoiser import Denoiser
 from nyscaled.finetune.dreambooth.loop import train
 from nyscaled.finetune.dreambooth.plan import Plan
@@ -80,6 +81,7 @@ def run(config: Config) -> Result:
         ...     print(str(error)[:40])
         images is 'absent', which does not exist
     """
+    require_kind(config, Config, EXPECTED)
     if config.dry_run:
         raise ValueError(
             "dry_run is True; expected False (nys.finetune.dreambooth.preview says what a run will "

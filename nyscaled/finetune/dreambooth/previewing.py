@@ -11,7 +11,8 @@ import numpy as np
 from nyscaled import lora
 from nyscaled.diffusion import Pipeline
 from nyscaled.finetune import training
-from nyscaled.finetune.dreambooth.config import Config
+from nyscaled.finetune.chosen import require_kind
+from nyscaled.finetune.dreambooth.config import EXPECTED, Config
 from nyscaled.finetune.dreambooth.data import STEPS, key_of
 from nyscaled.finetune.dreambooth.latents import encode
 from nyscaled.finetune.dreambooth.plan import Plan
@@ -38,6 +39,7 @@ def preview(config: Config) -> Iterator[str]:
         Traceback (most recent call last):
         ValueError: absent is not a folder; expected one with model_index.json
     """
+    require_kind(config, Config, EXPECTED)
     pipe = opened(config, outline=True)
     prepared = prepare(config, pipe, outline=True)
     yield from _images(prepared)
