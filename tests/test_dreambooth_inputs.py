@@ -280,6 +280,8 @@ def test_what_is_refused_leaves_the_folder_to_a_mended_command(root, options, me
         ("rank=0,4", "rank is 0; expected an integer ≥ 1"),
         ("method=nora,prefix", "method is 'prefix'; expected one of lora"),
         ("scale=0.1,auto,x", "sweep has scale='x'; expected float values"),
+        ("rank=2,7", r"rank 7: .*rank is 7; expected 1 ≤ rank ≤ 6"),
+        ("warmup_steps=2,99", "warmup_steps 99: warmup_steps is 99 and the run has 6 steps"),
     ],
 )
 def test_sweeps_that_are_refused(root, sweep, message, tmp_path):

@@ -41,8 +41,6 @@ def test_a_run_for_each_value(tmp_path, monkeypatch, capsys):
         nys.finetune.sweep(config)
     with pytest.raises(ValueError, match=r"has sweep.json and no config.yaml; expected a folder"):
         nys.finetune.run(dataclasses.replace(config, sweep=None))
-    with pytest.raises(ValueError, match="alone has a run; expected another --out for a sweep"):
-        nys.finetune.sweep(dataclasses.replace(config, out=tmp_path / "alone"))
     made.clear()
     more = dataclasses.replace(config, sweep="learning_rate=1e-3,3e-3", resume=True)
     path = tmp_path / "sweep.yaml"
@@ -63,6 +61,16 @@ def test_runs_are_in_folders_of_their_own_and_go_on_where_they_began(tmp_path):
     assert (first.learning_rate, first.rank, first.resume, first.sweep) == (1e-3, 4, False, None)
     assert (second.out, second.resume) == (begun, True)
     assert swept == {"learning_rate": 2e-3, "rank": 4}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_sweep_is_not_made_in_the_folder_of_a_run(tmp_path, resume):
+    config = settings(tmp_path, sweep="rank=1,2", resume=resume)
+    config.out.mkdir()
+    (config.out / launch.CONFIG).touch()
+    message = "out has a run; expected another --out for a sweep, also with --resume"
+    with pytest.raises(ValueError, match=message):
+        nys.finetune.sweep(config)
 
 
 def test_settings_that_a_method_does_not_have_stop_a_sweep_before_its_first_run(tmp_path):

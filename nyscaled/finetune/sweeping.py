@@ -16,7 +16,7 @@ from nyscaled.checkpoints.files import read_object
 from nyscaled.finetune import dreambooth, identity
 from nyscaled.finetune.chosen import require_method
 from nyscaled.finetune.config import Config
-from nyscaled.finetune.dreambooth import images
+from nyscaled.finetune.dreambooth import images, preparation
 from nyscaled.finetune.dreambooth.step import LOSS
 from nyscaled.finetune.folders import CONFIG, RECORD, SWEEP
 from nyscaled.finetune.launch import run
@@ -173,16 +173,19 @@ def require_possible(planned: Sequence[tuple[dict[str, Value], Settings]]) -> No
     """
     checked: set[tuple[object, ...]] = set()
     for settings, own in planned:
-        if isinstance(own, dreambooth.Config) or own.resume:
-            continue
         # The configuration itself refuses other wrong settings. Seeds draw other examples.
         point = own.method, own.rank, own.warmup_steps, own.seed
-        if point not in checked:
-            checked.add(point)
-            try:
+        if own.resume or point in checked:
+            continue
+        checked.add(point)
+        try:
+            if isinstance(own, dreambooth.Config):
+                pipe = preparation.opened(own, outline=True)
+                preparation.prepare(own, pipe, outline=True)
+            else:
                 prepare(own, outline=True)
-            except ValueError as error:
-                raise ValueError(f"{_shown(settings)}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{_shown(settings)}: {error}") from error
 
 
 def sweep(config: S) -> Sweep:
@@ -198,8 +201,8 @@ def sweep(config: S) -> Sweep:
             "learning_rate=1e-4,3e-4,1e-3".
 
     Raises:
-        ValueError: as `run` does, on another form of the sweep, if the data have changed between
-            two runs, and if no run has a finite loss.
+        ValueError: as `run` does, on another form of the sweep, on a folder that has a run, if the
+            data have changed between two runs, and if no run has a finite loss.
 
     Examples:
         >>> config = Config(model="m", data=Path("d"), task="rte", out=Path("o"), sweep="steps=3")
@@ -213,7 +216,10 @@ def sweep(config: S) -> Sweep:
         raise ValueError("sweep is None; expected a setting with values (or nys.finetune.run)")
     planned = list(configs(config))
     if (config.out / CONFIG).exists():
-        raise ValueError(f"{config.out} has a run; expected another --out for a sweep")
+        raise ValueError(
+            f"{config.out} has a run; expected another --out for a sweep, also with --resume (a "
+            "run is not a part of a sweep)"
+        )
     if (config.out / SWEEP).exists() and not config.resume:
         raise ValueError(f"{config.out} has a sweep; expected --resume, or another --out")
     require_possible(planned)
