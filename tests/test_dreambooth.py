@@ -237,6 +237,9 @@ def test_a_damaged_record_is_refused(root, record, message, tmp_path):
     (out / "result.json").write_text('{"steps":')
     with pytest.raises(ValueError, match=r"result.json is not JSON"):
         nys.finetune.dreambooth.run(settings(root, out=out, resume=True))
+    (out / "result.json").write_text('{"steps": 6}')
+    with pytest.raises(ValueError, match=r"result.json has no out, base_loss, loss, difference"):
+        nys.finetune.dreambooth.run(settings(root, out=out, resume=True))
 
 
 def test_changed_images_are_refused(root, tmp_path):

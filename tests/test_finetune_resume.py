@@ -132,6 +132,19 @@ def test_a_checkpoint_that_cannot_be_read_is_named(root, tmp_path, name):
         nys.finetune.run(settings(root, out=tmp_path / "out", resume=True))
 
 
+def test_a_result_that_is_not_whole_is_refused(root, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(root / "out", out)
+    result = json.loads((out / "result.json").read_text())
+    config = settings(root, out=out, resume=True)
+    (out / "result.json").write_text(json.dumps(result | {"of a later version": 1}))
+    assert nys.finetune.run(config).validation_loss == result["validation_loss"]
+    del result["steps"], result["scores"]
+    (out / "result.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"out/result.json has no steps, scores; expected the res"):
+        nys.finetune.run(config)
+
+
 def test_a_run_does_not_begin_with_parts_of_another(root, tmp_path):
     """It would go on from their checkpoints, by other settings."""
     shutil.copytree(root / "out", tmp_path / "out")

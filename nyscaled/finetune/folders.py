@@ -15,17 +15,14 @@ from pathlib import Path
 
 import jax
 import yaml
+from filelock import FileLock, Timeout
 
 import nyscaled
 from nyscaled._files import replacing
 from nyscaled.checkpoints.files import JsonObject, read_object, read_text
 
-try:
-    import fcntl
-except ImportError:  # of Windows
-    fcntl = None
-
 CONFIG, RECORD, RESULT = "config.yaml", "run.json", "result.json"
+LOCK = "run.lock"
 ADAPTER = "adapter"
 LATER = "metrics.jsonl", "checkpoints", "best", ADAPTER, RESULT
 """What a run writes when its settings are written."""
@@ -71,7 +68,12 @@ def begun(out: Path, *, resume: bool) -> JsonObject | None:
 
 
 def finished(
-    out: Path, saved: JsonObject, options: JsonObject, besides: Sequence[str], kind: type[object]
+    out: Path,
+    saved: JsonObject,
+    options: JsonObject,
+    besides: Sequence[str],
+    kind: type[object],
+    made: type[object],
 ) -> JsonObject | None:
     """Return what `result.json` of the run in a folder holds, None for one that is to go on.
 
@@ -81,19 +83,28 @@ def finished(
         options: the settings now.
         besides: names of those that may differ.
         kind: dataclass of the settings. One that an earlier version did not save had its default.
+        made: dataclass of the result.
 
     Raises:
-        ValueError: if others differ.
+        ValueError: if others differ, or the result of a finished run is not whole.
     """
     saved = _defaults(kind) | saved
     names = [name for name in options if name in saved and name not in besides]
     if changed := [name for name in names if not _same(saved[name], options[name])]:
         shown = ", ".join(f"{k} was {saved[k]} and is {options[k]}" for k in changed)
         raise ValueError(f"{out} has a run of other settings: {shown}")
-    result = out / RESULT
+    path = out / RESULT
     # Without its adapter, it goes on from the last checkpoint and writes it again.
-    whole = result.exists() and (out / ADAPTER).exists()
-    return read_object(result, "the result of a run") if whole else None
+    if not (path.exists() and (out / ADAPTER).exists()):
+        return None
+    result = read_object(path, "the result of a run")
+    names = [field.name for field in dataclasses.fields(made)]  # pyright: ignore[reportArgumentType]
+    if missing := [name for name in names if name not in result]:
+        raise ValueError(
+            f"{path} has no {', '.join(missing)}; expected the result of a run (without the file, "
+            "--resume writes it again)"
+        )
+    return {name: result[name] for name in names}
 
 
 def _same(before: object, now: object) -> bool:
@@ -145,28 +156,25 @@ def begin(out: Path, options: JsonObject, record: JsonObject, *packages: str) ->
 def held(out: Path) -> Generator[None, None, None]:
     """Refuse a run to other processes in the body of a `with`.
 
-    The lock ends with this process, also if it is killed. On Windows, and on file systems without
-    locks, no process is refused.
+    The lock ends with this process, also if it is killed; its file may stay. No process is refused
+    on file systems without locks.
 
     Args:
-        out: the folder, with its settings.
+        out: the folder.
 
     Raises:
         ValueError: if another process has the run.
     """
-    path = out / CONFIG
-    # NFS locks only files that are open for writing; nothing is written.
-    with open(path, "r+" if os.access(path, os.W_OK) else "r", encoding="utf-8") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{out} has a run that goes on in another process; expected to wait for its "
-                    "end, or another --out"
-                ) from None
-            except OSError:  # of a file system without locks
-                pass
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(out / LOCK, timeout=0))
+        except Timeout:
+            raise ValueError(
+                f"{out} has a run that goes on in another process; expected to wait for its "
+                "end, or another --out"
+            ) from None
+        except (NotImplementedError, OSError):  # of a file system without locks
+            pass
         yield
 
 

@@ -232,7 +232,7 @@ def _read_finished(config: Config) -> dict[str, object] | None:
     options = folders.begun(config.out, resume=config.resume)
     if options is None:
         return None
-    return folders.finished(config.out, options, as_options(config), NOT_THE_RUN, Config)
+    return folders.finished(config.out, options, as_options(config), NOT_THE_RUN, Config, Result)
 
 
 def claim(prepared: Prepared) -> None:

@@ -252,10 +252,12 @@ def _require_same_examples(first: Path, other: Path) -> None:
     """Refuse runs of other examples: a finished one does not read the data again."""
     one, two = (read_object(out / RECORD, "the record of a run") for out in (first, other))
     if "images" not in one:
-        identity.require_examples(first, one["examples"], two["examples"])
-    for name in ("images", "class_images") if "images" in one else ():
-        before, now = one["images"][name], two["images"][name]
-        images.require_same(f"the files in {name}", first, before, now, "the same files")
+        identity.require_examples(first, one.get("examples", {}), two.get("examples", {}))
+        return
+    before, now = (images.read_record(out)["images"] for out in (first, other))
+    for name in ("images", "class_images"):
+        what = f"the files in {name}"
+        images.require_same(what, first, before[name], now[name], "the same files")
 
 
 def _write(done: Sweep) -> None:

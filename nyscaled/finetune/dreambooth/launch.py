@@ -93,7 +93,8 @@ def run(config: Config) -> Result:
     options = folders.begun(config.out, resume=config.resume)
     result = None
     if options is not None:
-        result = folders.finished(config.out, options, as_options(config), NOT_THE_RUN, Config)
+        now = as_options(config)
+        result = folders.finished(config.out, options, now, NOT_THE_RUN, Config, Result)
     if result is None:
         with meshes.using(config.mesh):
             result = _made(config)
