@@ -3,8 +3,9 @@
 import re
 
 import pytest
-from finetune_cases import DATA, characters, row, without_data
+from finetune_cases import DATA, characters, row, without_data, words
 
+import nyscaled as nys
 from nyscaled.finetune.records import read_rows, read_split
 from nyscaled.finetune.tasks import TASKS, by_name
 
@@ -256,29 +257,31 @@ def test_classes_of_own_data():
 def test_what_is_not_a_class_is_refused(label):
     rows = [row(sentence="a", label="5.000"), row(sentence="b", label=label)]
     shown = re.escape(repr(label))
-    with pytest.raises(ValueError, match=rf"data.jsonl:7: label is {shown}; expected the name or"):
+    message = rf"data.jsonl:7: label is {shown}; expected the name or .* write words, as '0.5 stars"
+    with pytest.raises(ValueError, match=message):
         by_name("classification").with_classes(rows)
 
 
-@pytest.mark.parametrize(
-    ("fields", "encoder"),
-    [
-        ({"premise": "", "hypothesis": "a"}, False),
-        ({"premise": "a", "sentence2": " "}, False),
-        ({"premise": "", "hypothesis": " "}, True),
-    ],
-)
-def test_empty_sentences_are_refused(fields, encoder):
-    rows = [row(**fields, label="entailment")]
-    with pytest.raises(ValueError, match=r"data.jsonl:7: .* is ' ?'; expected a text"):
-        by_name("rte").examples(rows, encoder=encoder)
-
-
-def test_an_encoder_reads_pairs_of_which_one_text_is_empty():
-    """QQP has two such pairs for training (issue 277 of huggingface/datasets)."""
-    rows = [row(sentence1="a", sentence2="", label=label) for label in (0, 1)]
-    task = by_name("classification").with_classes(rows)
-    assert [example.second for example in task.examples(rows, encoder=True)] == ["", ""]
+def test_texts_may_be_empty(tmp_path):
+    """QQP has two pairs for training of which one is (issue 277 of huggingface/datasets)."""
+    rows = [row(sentence1=first, sentence2="", label=0) for first in ("a", "", " ")]
+    task = by_name("rte")
+    assert [(e.prompt, e.second) for e in task.examples(rows, encoder=True)] == [
+        ("a", ""),
+        ("", ""),
+        (" ", ""),
+    ]
+    assert task.examples(rows)[0].prompt.startswith('a\nDoes this mean that "" is true?')
+    path = tmp_path / "train.tsv"
+    path.write_text("sentence\tlabel\n\t0\n")
+    review = read_rows(path, by_name("sst2").layouts)
+    (example,) = by_name("sst2").examples(review)
+    assert example.prompt == "It was"
+    assert nys.finetune.encode([example], characters(begins=False))[0][0].prompt
+    encoded, _ = nys.finetune.encode_sentences(
+        by_name("sst2").examples(review, encoder=True), words()
+    )
+    assert encoded[0].prompt == (1, 2)  # the special tokens
 
 
 def test_a_header_of_unknown_names_is_not_a_class(tmp_path):

@@ -218,7 +218,7 @@ class Task:
         encoder: bool = False,
         tokenizer: Tokenizer | None = None,
     ) -> list[Example]:
-        """Return the examples of rows.
+        """Return the examples of rows, whose texts may be empty.
 
         Args:
             rows: rows of a data file.
@@ -248,23 +248,15 @@ class Task:
         first, *others = self.sentences
         texts = [row.text(*first)]
         texts += [row.text(*names) for names in others if any(x in row.fields for x in names)]
-        if not any(text.strip() for text in texts):  # of some pairs of QQP one is empty
-            _text(row, *first)
         second = texts[1] if len(texts) > 1 else None
         return Example(texts[0], self.classes[label], label=label, second=second, source=row.source)
-
-
-def _text(row: Row, *names: str) -> str:
-    """The text of a field that must not be empty."""
-    if not (text := row.text(*names)).strip():
-        raise ValueError(f"{row.source}: {' or '.join(names)} is {text!r:.80}; expected a text")
-    return text
 
 
 def _label(row: Row, *names: str) -> str:
     """The label of a row, which must be the name or the number of a class."""
     value = row.value(*names)
     label = str(value).strip().lower()
+    # Files of measures such as STS-B have them as texts too, and a few lines of one as few.
     try:
         measure = not float(label).is_integer()
     except (OverflowError, ValueError):
@@ -272,8 +264,8 @@ def _label(row: Row, *names: str) -> str:
     if measure or not isinstance(value, str | int | float):
         raise ValueError(
             f"{row.source}: {' or '.join(names)} is {value!r:.80}; expected the name or the whole "
-            "number of a class (several classes of an example, and a regression on measures, are "
-            "not among the tasks)"
+            "number of a class (for classes that are other numbers write words, as '0.5 stars'; "
+            "several classes of an example, and a regression on measures, are not among the tasks)"
         )
     return label
 
@@ -287,8 +279,7 @@ def by_label(task: Task, template: str | None, row: Row, _: Tokenizer | None) ->
         row: a row of the data.
     """
     label = task.class_of(row)
-    values = {name: _text(row, *names) for name, names in task.fields.items()}
-    prompt = stripped(task.template(template).fill(values))
+    prompt = stripped(task.template(template).fill(task.values(row)))
     return Example(prompt, task.words[label], task.words, label, source=row.source)
 
 
