@@ -214,7 +214,7 @@ class TextEncoder(Component[TextEncoderConfig]):
         """Return a row for each token, which the tokens before it are part of.
 
         Args:
-            tokens: ids, (batch, length).
+            tokens: ids below `vocab_size`, (batch, length). Other ids give NaN.
 
         Raises:
             ValueError: unless they are integers of this shape, and not too many.
