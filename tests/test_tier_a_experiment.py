@@ -10,7 +10,7 @@ from experiments import fig2, tier_a
 from experiments.lib import comparison, paired
 from experiments.lib.adapter_data import Setting
 from experiments.lib.journal import Journal
-from experiments.lib.tier_methods import AT_ONE_RATE, BASE, ENDPOINTS, METHODS
+from experiments.lib.tier_methods import AT_ONE_RATE, BASE, CONTROLS_AT_ONE_RATE, ENDPOINTS, METHODS
 from experiments.lib.tier_study import KEYS, TUNING_SEED, Study
 from experiments.lib.tuning import Point
 
@@ -55,7 +55,9 @@ def test_quick_form_compares_paired_seeds(quick):
     accuracy = {name: y.mean() for name, (_, y) in panels["test accuracy"].items()}
     assert accuracy.pop("LoRA, shuffled labels") < min(accuracy.values())
     tuned = [x for x in lines_of(quick).values() if x["seed"] == 100]
-    untuned = {"LoRA again", "LoRA, shuffled labels"} | AT_ONE_RATE.keys()
+    untuned = (
+        {"LoRA again", "LoRA, shuffled labels"} | AT_ONE_RATE.keys() | CONTROLS_AT_ONE_RATE.keys()
+    )
     for method in how["chosen"].keys() - untuned:
         assert 9 <= sum(x["method"] == method for x in tuned) <= 11
 

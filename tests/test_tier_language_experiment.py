@@ -132,10 +132,12 @@ def test_what_the_pages_say_of_parts_of_the_runs():
         return np.mean([x["losses"][part] for x in lines])
 
     last = slice(200, 250)
-    for method in ("PiSSA", "NoRA+"):
+    for method in ("PiSSA", "NoRA+", "LoRA-One"):
         first = slice(0, 125)
         assert of("tier_b_sst2", method, last) < of("tier_b_sst2", "LoRA", last)
         assert of("tier_b_sst2", method, first) > of("tier_b_sst2", "LoRA", first)
+    assert f"{of('tier_b_sst2', 'LoRA-One', slice(10)):.1f}" == "2.7"
+    assert f"{of('tier_b_sst2', 'LoRA', slice(10)):.2f}" == "0.73"
     epoch = slice(0, 125)
     assert of("tier_c", "NoRA", epoch) >= of("tier_c", "LoRA", epoch)
     tuned = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
 
 from experiments.lib import comparison
 from experiments.lib.comparison import Runs
@@ -79,7 +80,13 @@ def draw(runs: Runs, results: Any, screening: dict[str, Curve]) -> Any:
     for index, (label, curve) in enumerate(screening.items()):
         axes[2].plot(*curve, label=label, **look_of(index))
     axes[2].set(
-        xscale="log", xlabel="learning rate", title="(c) validation loss\nafter a short run"
+        xscale="log",
+        yscale="log",
+        xlabel="learning rate",
+        title="(c) validation loss\nafter a short run",
     )
+    axes[2].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+    axes[2].yaxis.set_major_formatter("{x:g}")
+    axes[2].yaxis.set_minor_locator(ticker.NullLocator())
     axes[2].legend(handlelength=4)
     return figure

@@ -37,11 +37,14 @@ REFERENCES: Methods = {
 }
 AT_ONE_RATE = {f"{name}, LoRA's rate": name for name in METHODS if name != BASE}
 """Rows at LoRA's learning rate and their methods: papers compare so."""
+CONTROLS_AT_ONE_RATE = {f"{name}, NoRA's rate": name for name in CONTROLS}
+"""Rows at NoRA's learning rate and their controls."""
 VARIANTS = (
     {name: variant for name, (variant, _) in (METHODS | REFERENCES).items()}
     | CONTROLS
     | {AGAIN: METHODS[BASE][0], SHUFFLED: METHODS[BASE][0]}
     | {label: METHODS[name][0] for label, name in AT_ONE_RATE.items()}
+    | {label: CONTROLS[name] for label, name in CONTROLS_AT_ONE_RATE.items()}
 )
 """What each row of the table runs."""
 FIRST = 3

@@ -23,6 +23,7 @@ from experiments.lib.tier_methods import (
     AT_ONE_RATE,
     BASE,
     CONTROLS,
+    CONTROLS_AT_ONE_RATE,
     FIRST,
     METHODS,
     REFERENCES,
@@ -186,12 +187,8 @@ class Study:
     def controls(self) -> None:
         """Run the controls, at the second number of NoRA and at LoRA's point."""
         labels = self.asked_for(CONTROLS)
-        if labels:
-            variant, grid = self.methods["NoRA"]
-            number = self.tune("NoRA", variant, grid).number
-            assert number is not None
-            for label in labels:
-                self.tune(label, CONTROLS[label], Grid(grid.rates, (number,)))
+        for label in labels:
+            self.tune_control(label)
         self.final(labels)
         labels = self.asked_for((AGAIN, SHUFFLED))
         for label in labels:
@@ -199,10 +196,17 @@ class Study:
         for label in labels:
             self.final([label], **({"shuffled": True} if label == SHUFFLED else {}))
 
-    def at_one_rate(self) -> None:
-        """Run methods at LoRA's learning rate, with their own second numbers.
+    def tune_control(self, label: str) -> Point:
+        """Return the chosen point of a control, which has NoRA's second number."""
+        variant, grid = self.methods["NoRA"]
+        number = self.tune("NoRA", variant, grid).number
+        assert number is not None
+        return self.tune(label, CONTROLS[label], Grid(grid.rates, (number,)))
 
-        A method whose own rate is LoRA's was run there already, and gets no second row.
+    def at_one_rate(self) -> None:
+        """Run methods at LoRA's learning rate, and controls at NoRA's, with their second numbers.
+
+        What was tuned to that rate was run there already, and gets no second row.
         """
         labels = self.asked_for(
             label for label, name in AT_ONE_RATE.items() if name in self.methods
@@ -213,6 +217,13 @@ class Study:
             own = self.tune(name, *self.methods[name])
             if own.rate != rate:
                 self.chosen[label] = Point(rate, own.number)
+        controls = self.asked_for(CONTROLS_AT_ONE_RATE)
+        for label in controls:
+            own = self.tune_control(CONTROLS_AT_ONE_RATE[label])
+            point = self.chosen["NoRA"]
+            if own != point:
+                self.chosen[label] = point
+        labels += controls
         self.final(label for label in labels if label in self.chosen)
 
     @property

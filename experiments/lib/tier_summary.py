@@ -17,6 +17,7 @@ from experiments.lib.tier_methods import (
     AT_ONE_RATE,
     BASE,
     CONTROLS,
+    CONTROLS_AT_ONE_RATE,
     ENDPOINTS,
     METHODS,
     PAIRS,
@@ -25,7 +26,7 @@ from experiments.lib.tier_methods import (
 )
 from experiments.lib.tier_study import Study, TierConfig
 
-ROWS = (*METHODS, *CONTROLS, AGAIN, SHUFFLED, *REFERENCES, *AT_ONE_RATE)
+ROWS = (*METHODS, *CONTROLS, AGAIN, SHUFFLED, *REFERENCES, *AT_ONE_RATE, *CONTROLS_AT_ONE_RATE)
 """All rows of a table, in their order."""
 
 
@@ -81,12 +82,14 @@ def summarize(study: Study) -> None:
     others = [(label, BASE) for label in (*CONTROLS, SHUFFLED, *references)]
     rows = {*study.methods, *CONTROLS, AGAIN}
     pairs = [pair for pair in PAIRS if rows.issuperset(pair)]
+    controls = [pair for x in CONTROLS_AT_ONE_RATE for pair in (("NoRA", x), (x, BASE))]
     at_one_rate = [(x, BASE) for x, name in AT_ONE_RATE.items() if name in study.methods]
     results = {
         e.field: comparison.compare(runs, e, against)
         | comparison.compare(runs, e, others)
         | comparison.compare(runs, e, pairs)
         | comparison.compare(runs, e, at_one_rate)
+        | comparison.compare(runs, e, controls)
         for e in ENDPOINTS
     }
     right = {
