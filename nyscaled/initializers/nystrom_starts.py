@@ -41,10 +41,11 @@ def random_sketch(
         (50, 4)
     """
     validation.require_positive("scale", scale)
+    size = jnp.asarray(scale, dtype)  # a scalar of NumPy would make float32 float64
     if sketch == "gaussian":
-        return scale * jax.random.normal(key, (n, rank), dtype)
+        return size * jax.random.normal(key, (n, rank), dtype)
     if sketch == "stiefel":
-        return scale * orthogonal(key, n, rank, dtype)
+        return size * orthogonal(key, n, rank, dtype)
     raise ValueError(f"sketch is {sketch!r}; expected 'gaussian' or 'stiefel'")
 
 
@@ -241,7 +242,8 @@ def perturbed(
     """
     validation.require_nonnegative("noise", noise)
     x0 = nystrom(key, a, rank, scale)
-    return x0 + noise * jax.random.normal(jax.random.fold_in(key, 1), x0.shape, x0.dtype)
+    draw = jax.random.normal(jax.random.fold_in(key, 1), x0.shape, x0.dtype)
+    return x0 + jnp.asarray(noise, x0.dtype) * draw
 
 
 @full_precision

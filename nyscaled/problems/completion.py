@@ -183,7 +183,8 @@ def project_incoherent(
         (unit_x, e_x), (unit_y, e_y) = normalized(x), normalized(y)
         squares = jnp.sum((unit_x @ (unit_y.T @ unit_y)) * unit_x, axis=1)
         lengths = shift(root(len(x) * clipped(squares, 0, jnp.inf)), e_x + e_y)
-        return x * clipped(bound / jnp.where(lengths > 0, lengths, bound), 0, 1)[:, None]
+        limit = jnp.asarray(bound, x.dtype)
+        return x * clipped(limit / jnp.where(lengths > 0, lengths, limit), 0, 1)[:, None]
 
     left, right = both(factors)
     if isinstance(factors, Factors):

@@ -53,7 +53,7 @@ class ScaledStep:
         eta = eta(state.step) if callable(eta) else eta
         eta = jnp.asarray(eta, self.problem.dtype)
         advance: Any = _symmetric if self.problem.symmetric else _asymmetric
-        damping = 0.0 if self.damping is None else self.damping
+        damping = 0.0 if self.damping is None else jnp.asarray(self.damping, eta.dtype)
         factors = advance(self.problem.target(), state.factors, eta, damping)
         return state._replace(step=state.step + 1, factors=factors)
 

@@ -222,3 +222,20 @@ def test_gradient_descent_is_the_same_by_hand():
     for _ in range(3):
         x = x - 0.01 * (x @ x.T - problem.a) @ x
     chex.assert_trees_all_close(nys.solvers.run(step, x0, 3).params, x, rtol=1e-12)
+
+
+# --- float32 stays float32 beside scalars of NumPy, which are float64 ----------------------------
+
+
+def test_scalars_of_numpy_do_not_widen_starts_and_steps():
+    a, half, key = jnp.eye(M, dtype=jnp.float32), np.float64(0.5), jax.random.key(0)
+    x = nys.initializers.nystrom(key, a, R, half)
+    starts = x, nys.initializers.perturbed(key, a, R, noise=half)
+    project = Partial(nys.problems.completion.project_incoherent, bound=half)
+    problem = nys.problems.Symmetric(a)
+    steps = (
+        nys.solvers.scaled_step(problem, half, damping=half),
+        nys.solvers.gradient_step(problem, optax.sgd(half), project),
+    )
+    ends = [nys.solvers.run(step, x, 2).params for step in steps]
+    assert {z.dtype for z in (*starts, *ends)} == {jnp.dtype("float32")}
