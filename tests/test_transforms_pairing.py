@@ -190,3 +190,9 @@ def test_boxes_and_frozen_dicts_of_linen_are_looked_into():
         actual, _ = tx.update(tree, tx.init(tree), tree)
         assert jax.tree.structure(actual) == jax.tree.structure(tree)
         chex.assert_trees_all_equal(jax.tree.leaves(actual), jax.tree.leaves(expected))
+
+
+@pytest.mark.parametrize("spec", [FactorSpec(rank_axis=2), FactorSpec(batch_axes=(1,))])
+def test_axes_that_a_leaf_does_not_have_are_named(spec):
+    with pytest.raises(ValueError, match=r"leaf params has 2 axes, .* expected different axes"):
+        nys.scale_by_gram(spec=spec).init(jnp.ones((6, 2)))

@@ -164,3 +164,18 @@ def test_decays_outside_their_range_are_refused():
         nys.lora_rite(b1=-0.1)
     with pytest.raises(ValueError, match=r"b2 is 1\.5; expected a number in \[0, 1\]"):
         nys.scale_by_rite(b2=1.5)
+    with pytest.raises(ValueError, match=r"b1 is 1, .* expected it in \[0, 1\)"):
+        nys.lora_rite(b1=1.0)
+
+
+def test_a_rank_above_a_side_gives_the_steps_of_the_factors_without_zeros():
+    x, y = normal(1, (M, 4)), normal(2, (2, 4))  # as of a start that is subtracted
+    q = jnp.linalg.qr(y.T)[0]  # (X, Y) has the product of (XQ, YQ), of rank 2
+    wide, thin = nys.Factors(x, y), nys.Factors(x @ q, y @ q)
+    tx = nys.lora_rite(RATE)
+    for grad in (normal(3, (M, 2)), normal(4, (M, 2))):
+        updates, narrow = (
+            tx.update(nys.Factors(grad @ p.right, grad.T @ p.left), tx.init(p), p)[0]
+            for p in (wide, thin)
+        )
+        np.testing.assert_allclose(updates.left @ q, narrow.left, rtol=1e-4, atol=1e-5)

@@ -109,6 +109,13 @@ def groups(spec: Spec, params: optax.Params) -> list[Group]:
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"leaf {show(path)} has dtype {leaf.dtype}; expected a floating one")
+        axes = (s.rank_axis, *s.batch_axes)
+        known = all(-leaf.ndim <= axis < leaf.ndim for axis in axes)
+        if not known or len({axis % leaf.ndim for axis in axes}) < len(axes):
+            raise ValueError(
+                f"leaf {show(path)} has {leaf.ndim} axes, and its spec has the rank axis "
+                f"{s.rank_axis} and batch axes {s.batch_axes}; expected different axes of the leaf"
+            )
         key = ("single", index) if s.pair is None else ("pair", s.pair)
         by_key.setdefault(key, []).append(Member(index, path, s))
     arrays = [leaf for _, leaf in leaves]

@@ -79,7 +79,7 @@ def scale_by_rite(
         spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
 
     Raises:
-        ValueError: as `scale_by_gram`, and on decays outside [0, 1].
+        ValueError: as `scale_by_gram`, and on decays outside [0, 1).
 
     Examples:
         >>> params = {"lora_a": jnp.ones((4, 1)), "lora_b": jnp.ones((1, 9))}
@@ -90,6 +90,8 @@ def scale_by_rite(
     """
     for name, decay in (("b1", b1), ("b2", b2)):
         validation.require_scalar(name, decay, 0, 1, open_low=False)
+        if validation.is_concrete(decay) and float(decay) == 1:
+            raise ValueError(f"{name} is 1, with which nothing is averaged; expected it in [0, 1)")
     spec = pair_spec if spec is None else spec
 
     def init(params: optax.Params) -> ScaleByRiteState:
@@ -171,7 +173,9 @@ def _step(
     escaped: Scalar,
 ) -> tuple[Array, ...]:
     """Return the update of a factor and its new moment, basis, second moment and escaped mass."""
-    u, sigma, vt = svd(partner)
+    n, r = partner.shape
+    u, sigma, vt = svd(jnp.pad(partner, ((0, max(0, r - n)), (0, 0))))  # r triples, if n < r too
+    u = u[:n]
     live = sigma > linalg.default_rcond(len(partner), partner.dtype) * sigma[0]
     basis = jnp.where(live, u, 0)
     inverse = jnp.where(live, 1 / jnp.where(live, sigma, 1), 0)
