@@ -347,6 +347,13 @@ def test_names_of_gemma_and_of_plain_trees():
     assert not jnp.any(new["lora_b"])
 
 
+def test_what_narrow_factors_subtract_is_their_own_product():
+    w, (a, b) = kernel(), (jnp.ones(s, jnp.bfloat16) for s in ((M, R), (R, N)))
+    new = nys.lora.initialize_params({"kernel": w, "lora_a": a, "lora_b": b}, "pissa", key=KEY)
+    a, b = (np.asarray(new[name], np.float64) for name in ("lora_a", "lora_b"))
+    np.testing.assert_allclose(new["kernel"] + a @ b, w, atol=1e-5)
+
+
 A, B = jnp.ones((M, R)), jnp.ones((R, N))
 BAD_TREES = {
     "none": ({"kernel": kernel()}, "has no adapters"),
@@ -376,3 +383,12 @@ def test_bad_trees_are_named(case):
 def test_a_model_without_adapters():
     with pytest.raises(ValueError, match="no adapter named 'default', nor any of flax or qwix"):
         nys.lora.initialize(net(), key=KEY)
+
+
+def test_sums_of_a_sound_start_need_not_fit_float16():
+    model = nnx.Sequential(nnx.Linear(200, N, rngs=nnx.Rngs(0)))
+    model.layers[0].kernel[...] = jnp.ones((200, N))
+    nys.lora.apply(model, 1, targets=".*", key=KEY, scale=500.0, dtype=jnp.float16)
+    a = np.asarray(model.layers[0].adapters["default"].lora_a[...], np.float64)
+    assert np.isfinite(a).all()
+    assert np.abs(a.sum()) > 65504

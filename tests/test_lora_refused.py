@@ -40,6 +40,7 @@ BAD = {
     ),
     "no expression": (lambda m: apply(m, targets="("), r"'\(' is not a regular expression"),
     "name": (lambda m: apply(m, name="a.b"), r"name is 'a\.b'; expected letters"),
+    "name of a method": (lambda m: apply(m, name="values"), "name is 'values', which nnx.Dict has"),
     "scale": (lambda m: apply(m, scale=0.0), "scale is 0; expected"),
     "distribution": (
         lambda m: apply(m, "lora", distribution="cauchy"),

@@ -27,6 +27,7 @@ from nyscaled.lora.recipe import (
     require_finite,
 )
 from nyscaled.lora.view import is_quantized, values_of
+from nyscaled.numerics import at_least_float32
 from nyscaled.transforms.leaf_names import Path, names_of
 from nyscaled.validation import is_concrete
 
@@ -155,7 +156,8 @@ def _fill_pair(
             f"the kernel of {pair.layer} is quantized, and this init must subtract its product "
             "from it; expected a floating kernel (dequantize it) or an init with a zero factor"
         )
-    product = view.from_matrices(own.scaling * (new.a @ new.b))
+    with jax.default_matmul_precision("highest"):
+        product = view.from_matrices(own.scaling * (at_least_float32(new.a) @ new.b))
     return values | {pair.kernel: (old - product).astype(old.dtype)}
 
 

@@ -218,6 +218,8 @@ def require_new_name(name: str) -> None:
     """Raise ValueError unless `name` can be the name of a set of adapters."""
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
         raise ValueError(f"name is {name!r}; expected letters, digits and underscores")
+    if hasattr(nnx.Dict, name):  # its entries are attributes, beside its methods
+        raise ValueError(f"name is {name!r}, which nnx.Dict has already; expected another")
 
 
 def floating(dtype: Any) -> Any:

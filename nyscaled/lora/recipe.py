@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key
 from nyscaled import validation
 from nyscaled.lora.inits import KERNEL_INITS, Init
 from nyscaled.lora.view import KernelView, Layer, kernel_of, sharding_of, values_of, view_of
+from nyscaled.numerics import at_least_float32
 
 Options = tuple[tuple[str, Any], ...]
 """The options of an init, sorted by name."""
@@ -208,7 +209,7 @@ def require_finite(weights: Mapping[str, Weights]) -> None:
     """Raise ValueError if known factors have NaN or Inf entries; it names their layers."""
     if not validation.is_concrete(weights):
         return
-    sums = {path: jnp.sum(w.a) + jnp.sum(w.b) for path, w in weights.items()}
+    sums = {path: sum(jnp.sum(at_least_float32(x)) for x in w[:2]) for path, w in weights.items()}
     bad = [path for path, value in jax.device_get(sums).items() if not math.isfinite(value)]
     if bad:
         raise ValueError(
