@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from nyscaled.lapack import orthogonal
 from nyscaled.numerics import full_precision
 from nyscaled.typing import Values
-from nyscaled.validation import is_concrete
+from nyscaled.validation import is_concrete, require_floating
 
 __all__ = [
     "paper",
@@ -27,6 +27,7 @@ _PAPER = {"fig1ab": _EXACT, "fig1c": _UNDER, "fig4a": _EXACT, "fig4b": _EXACT}
 
 def _spectrum(values: Values, limit: int, dtype: DTypeLike | None) -> Float[Array, " k"]:
     spectrum = jnp.asarray(values, dtype or jnp.result_type(float))
+    require_floating("spectrum", spectrum)
     if spectrum.ndim != 1 or not 1 <= spectrum.size <= limit:
         raise ValueError(
             f"spectrum has shape {spectrum.shape}; expected 1 to {limit} singular values, (k,)"

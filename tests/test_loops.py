@@ -110,6 +110,11 @@ def test_staircase_lowers_the_step_size_level_by_level():
     )
 
 
+def test_levels_of_no_steps_are_refused():  # optax makes them a constant step size
+    with pytest.raises(ValueError, match=r"every is 0; expected a number in \[1, inf\)"):
+        nys.solvers.staircase(every=0)
+
+
 @pytest.mark.long
 def test_a_small_constant_step_size_comes_closer_to_weak_optimality():
     spectrum = jnp.array([1.0, 0.8, 0.6, 0.4, 0.2, 0.1])

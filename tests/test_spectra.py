@@ -52,3 +52,8 @@ def test_under_parametrized_matrix_of_the_paper():
     np.testing.assert_allclose(spectrum[37:], [0.05, 0.025, 0.01])
     a, basis = nys.spectra.paper("fig1c", KEY, m=100)
     np.testing.assert_allclose(jnp.diag(basis.T @ a @ basis), spectrum, atol=2e-6)
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(ValueError, match="spectrum has dtype bfloat16; expected float32"):
+        nys.spectra.psd(jax.random.key(0), 5, [1.0], jnp.bfloat16)

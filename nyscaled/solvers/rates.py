@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float
 
+from nyscaled import validation
 from nyscaled.lapack import svd
 from nyscaled.linalg import default_rcond
 from nyscaled.matrices import as_dense, reads
@@ -24,12 +25,18 @@ def staircase(initial: float = 0.1, every: int = 100, factor: float = 0.1) -> op
     Args:
         initial: the step size of the first level.
         every: the number of steps per level, ≥ 1.
-        factor: what the step size is multiplied by from level to level.
+        factor: what the step size is multiplied by from level to level, positive.
+
+    Raises:
+        ValueError: on an initial step size or a factor that is not positive, and on every < 1.
 
     Examples:
         >>> [round(float(staircase(0.1, every=10)(t)), 4) for t in (0, 9, 10, 20)]
         [0.1, 0.1, 0.01, 0.001]
     """
+    validation.require_positive("initial", initial)
+    validation.require_positive("factor", factor)
+    validation.require_at_least("every", every, 1)  # 0 would be a constant step size to optax
     return optax.exponential_decay(initial, every, factor, staircase=True)
 
 
