@@ -84,3 +84,10 @@ def test_the_gradient_in_b_transposes_the_small_operand():
 
     assert transposed(c.up) == hidden.shape
     assert transposed(jnp.matmul) == (16, 64)  # what JAX's own rule gives
+
+
+def test_complex_inputs_are_refused():
+    layer = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    nys.lora.apply(layer, 2, targets=".*", key=jax.random.key(0))
+    with pytest.raises(ValueError, match="input is complex64; expected a real one"):
+        layer(jnp.ones((2, 4), complex))

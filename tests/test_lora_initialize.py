@@ -199,6 +199,14 @@ def test_inits_from_gradients_say_what_they_require():
         nys.lora.initialize(model, "nora_grad", key=KEY, loss=square, batches=BATCHES)
 
 
+@pytest.mark.parametrize(("init", "options"), [("lora_one", {"gamma": -1}), ("eva", {"niter": -1})])
+def test_options_that_would_start_from_noise_are_refused(init, options):
+    model = nnx.Sequential(nnx.Linear(M, N, rngs=nnx.Rngs(0)))
+    nys.lora.apply(model, R, targets=".*", key=KEY)
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is -1; expected"):
+        nys.lora.initialize(model, init, key=KEY, loss=square, batches=[X], **options)
+
+
 def test_initialize_starts_our_own_adapters_as_apply_does():
     model, other = net(), net()
     apply(model, "lora")

@@ -1,6 +1,7 @@
 """What `nys.lora.apply` refuses."""
 
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 from flax import nnx
 from lora_cases import KEY, apply, net
@@ -10,6 +11,7 @@ import nyscaled as nys
 BAD = {
     "nothing matches": (lambda m: apply(m, targets=r".*v_proj"), r"'.\*v_proj' matches no module"),
     "not a layer": (lambda m: apply(m, targets=r"blocks\.0"), r"matches only blocks.0, a Block"),
+    "rounds": (lambda m: apply(m, "pissa", niter=-1), "niter is -1; expected an integer ≥ 0"),
     "one of two matches nothing": (
         lambda m: nys.lora.apply(m, targets={r".*\.up": 2, "down": 2}, key=KEY),
         "'down' matches no module",
@@ -86,3 +88,9 @@ def test_layers_with_adapters_of_flax_are_refused():
     model = nnx.Sequential(nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"has adapters of flax or qwix; expected a plain layer"):
         apply(model, targets=r"layers\.0")
+
+
+def test_a_list_of_targets_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    with pytest.raises(ValueError, match=r"targets is \['up'\]; expected a regular expression"):
+        nys.lora.apply(net(), targets=["up"], key=KEY)

@@ -160,3 +160,5 @@ def test_merging_twice_and_unmerging_what_is_not_merged():
     nys.lora.merge(model)
     with pytest.raises(ValueError, match="'default' is merged"):
         nys.lora.merge(model)
+    with pytest.raises(ValueError, match="'default' is merged into the kernel; expected it unm"):
+        nys.lora.initialize(model, key=KEY)

@@ -48,6 +48,8 @@ class Contraction(NamedTuple):
         a = a.reshape((*self.batch, *self.inputs, a.shape[-1]))
         if not self.equations.down:
             return jnp.take(a, x, axis=0)
+        if jnp.iscomplexobj(x):
+            raise ValueError(f"the layer's input is {x.dtype}; expected a real one, as factors are")
         x = x.astype(a.dtype)
         return jnp.einsum(self.equations.down, x, a, precision=self.precision)
 

@@ -64,10 +64,10 @@ def initialize(
         The paths of the layers.
 
     Raises:
-        ValueError: if there is no adapter, on a factor without its partner, on a kernel that cannot
-            be read, on an init that must subtract from a kernel that qwix quantized, without
-            `loss` and `batches` if the init requires them, and on an init from inputs for adapters
-            of flax or qwix. Nothing has been changed then.
+        ValueError: if there is no adapter or it is merged, on a factor without its partner, on a
+            kernel that cannot be read, on an init that must subtract from a kernel that qwix
+            quantized, without `loss` and `batches` if the init requires them, and on an init from
+            inputs for adapters of flax or qwix. Nothing has been changed then.
 
     Examples:
         >>> model = nnx.LoRALinear(6, 4, lora_rank=2, rngs=nnx.Rngs(0))
@@ -75,6 +75,9 @@ def initialize(
         ['model']
     """
     layers = {p: m for p, m in adapted_layers(model).items() if name in m.adapters}
+    for path, layer in layers.items():
+        if layer.adapters[name].merged:  # `unmerge` would take the new product out of the kernel
+            raise ValueError(f"{path}: {name!r} is merged into the kernel; expected it unmerged")
     nodes = foreign.nodes(model)
     pairs = [p for p in find(nodes) if p.library != "nyscaled" or p.set_name == name]
     if not pairs:

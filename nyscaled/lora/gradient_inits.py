@@ -128,13 +128,15 @@ def lora_one(
         gradient: from factors to the gradient of the loss in them.
         starts: factors of the right shapes; their values are not used.
         key: PRNG key of the subspace iteration.
-        gamma: γ, the inverse of the squared length of the step.
-        niter: number of rounds of subspace iteration.
+        gamma: γ > 0, the inverse of the squared length of the step.
+        niter: number of rounds of subspace iteration, ≥ 0.
 
     References:
         Zhang, Liu, Chen, LoRA-One: one-step full gradient could suffice for fine-tuning large
         language models, ICML 2025.
     """
+    validation.require_positive("gamma", gamma)
+    niter = validation.require_count("niter", niter)
     b = _sketches(key, starts, "gaussian")
     rows: dict[str, Array] = {}
     bases: dict[str, Array] = {}

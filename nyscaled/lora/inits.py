@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from nyscaled import lapack
+from nyscaled import lapack, validation
 from nyscaled.initializers import random_sketch
 from nyscaled.linalg import orthonormalize
 from nyscaled.linalg.subspace import OVERSAMPLING, range_basis
@@ -159,6 +159,7 @@ def pissa(
         u, s, vt = lapack.svd(kernel.astype(_dtype(kernel)))
         u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     else:
+        niter = validation.require_count("niter", niter)
         columns = min(rank + OVERSAMPLING, *kernel.shape)
         omega = jax.random.normal(key, (kernel.shape[1], columns), _dtype(kernel))
 

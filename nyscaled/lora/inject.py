@@ -159,6 +159,11 @@ def apply(
         >>> model.layers[0].adapters["default"].lora_b.shape
         (2, 8)
     """
+    if not isinstance(targets, str | Mapping):
+        raise ValueError(
+            f"targets is {targets!r}; expected a regular expression for whole paths, such as "
+            "'.*(q_proj|v_proj)', or a mapping from such expressions to ranks"
+        )
     ranks = {targets: rank} if isinstance(targets, str) else dict(targets)
     validation.require_scalar("dropout", dropout, 0, 1, open_low=False)
     if dropout == 1:

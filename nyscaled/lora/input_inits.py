@@ -43,12 +43,13 @@ def eva(
         products: from V to XᵀX·V, for each layer.
         starts: first factors of the right shapes; their values are not used.
         key: PRNG key of the subspace iteration.
-        niter: number of rounds of subspace iteration; each reads all batches, and one more does.
+        niter: number ≥ 0 of rounds of subspace iteration; each reads all batches, one more does.
 
     References:
         Paischer et al., One initialization to rule them all: fine-tuning via explained variance
         adaptation, 2024.
     """
+    niter = validation.require_count("niter", niter)
     bases: ByLayer = {}
     for path, a in starts.items():
         count, m, rank = a.shape

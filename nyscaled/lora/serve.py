@@ -18,6 +18,8 @@ def activate(
 ) -> None:
     """Select the active adapters. Only arrays change, so nothing is compiled again.
 
+    What `merge` put into the kernels stays there, whichever sets are active.
+
     Args:
         model: a model with adapters of `apply` or `load_peft`.
         names: the sets that are active for every input. By default none are: the base is left.
@@ -56,10 +58,10 @@ def activate(
 def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = None) -> None:
     """Add an adapter's update to the kernels: W_0 + s·a·b. The adapter is then skipped in calls.
 
-    The sum is computed in float32 and rounded to the kernel's dtype, which in bfloat16 may lose
-    much of a small update. `remove` afterwards leaves plain layers with the merged kernels.
-    Adapters that flax or qwix have put in are merged too: their b becomes zero, and `unmerge` does
-    not restore it.
+    An adapter that is not active is merged too. The sum is computed in float32 and rounded to the
+    kernel's dtype, which in bfloat16 may lose much of a small update. `remove` afterwards leaves
+    plain layers with the merged kernels. Adapters that flax or qwix have put in are merged as well:
+    their b becomes zero, and `unmerge` does not restore it.
 
     Args:
         model: a model with adapters.
