@@ -326,6 +326,7 @@ def test_large_arrays_are_read_by_blocks(tmp_path, a, monkeypatch):
         np.testing.assert_allclose(product(np.load(out)), a, atol=1e-4 * np.abs(a).max())
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell with pipes")
 @pytest.mark.parametrize("words", [["--help"], ["factorize", "--help"], ["--version"]])
 def test_output_that_nobody_reads_ends_quietly(words):

@@ -13,6 +13,7 @@ def a():
     return matrix()
 
 
+@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("out", ["o.csv", "o.npz"])
 def test_the_zero_matrix(tmp_path, out, capsys):
     path = saved(tmp_path / "a.npy", np.zeros((5, 4), np.float32))

@@ -334,6 +334,7 @@ def test_bad_matrix_files_are_refused_with_a_reason(tmp_path, name, rank, messag
     assert not list(tmp_path.glob("fig1*"))
 
 
+@pytest.mark.long
 def test_a_script_runs_from_another_folder_by_path_and_by_module(tmp_path):
     """With the editable install, which puts the root of the repository on the path."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

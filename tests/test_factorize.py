@@ -162,6 +162,7 @@ def test_numbers_that_lose_digits_are_refused(a, size):
         nys.factorize((a.astype(np.float64) * size).astype(np.float32), 3)
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("options", [{"rank": 3}, {"tol": 0.1}])
 @pytest.mark.parametrize(
     "form",

@@ -31,6 +31,7 @@ def test_stiefel_sketch_has_orthogonal_columns_of_the_length_asked_for():
     np.testing.assert_allclose(omega.T @ omega, 0.09 * np.eye(R), atol=1e-6)
 
 
+@pytest.mark.long
 def test_gaussian_sketch_has_the_standard_deviation_asked_for():
     omega = initializers.nystrom(KEY, jnp.eye(400), 50, 0.3)
     np.testing.assert_allclose(jnp.std(omega), 0.3, rtol=0.02)

@@ -250,6 +250,7 @@ def test_adapters_of_flax(init):
         np.testing.assert_allclose(q @ (q.T @ a), a, atol=1e-5)
 
 
+@pytest.mark.long
 def test_gradient_starts_of_flax_adapters():
     model = flax_model()
     expected = model(X)

@@ -75,6 +75,7 @@ def test_eva_has_the_leading_directions_of_the_inputs_of_every_layer():
     assert model.layers.up.adapters["default"].init == ("eva", ())
 
 
+@pytest.mark.long
 def test_inputs_that_the_loss_does_not_read_are_left_out():
     model = started(loss=lambda model, x: jnp.mean((model(x)[:, :2] - 1) ** 2))
     assert_is_eva(model, expected(net(), [x[:, :2] for x in BATCHES]))

@@ -150,6 +150,7 @@ def temporary(fn, *inputs):
     return jax.jit(fn).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.long
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="others compute with bfloat16")
 @pytest.mark.parametrize("compute_dtype", [jnp.bfloat16, jnp.float32])
 def test_a_narrow_base_is_widened_a_layer_at_a_time(compute_dtype):

@@ -76,6 +76,7 @@ HOST = {
 }
 
 
+@pytest.mark.long_beyond(2)
 @pytest.mark.parametrize("form", HOST)
 @pytest.mark.parametrize("options", [{"rank": RANK}, {"tol": 0.1}])
 def test_matrices_that_jax_does_not_hold(form, options, tmp_path):

@@ -137,6 +137,7 @@ def test_a_second_run_on_another_matrix_does_not_compile():
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.long
 def test_directions_without_weight_in_the_matrix_are_cut_for_the_whole_run():
     a, _ = psd()
     x0 = nys.initializers.nystrom(jax.random.key(1), a, R + 3)

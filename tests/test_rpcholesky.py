@@ -48,6 +48,7 @@ def test_the_trace_of_the_error_is_known_and_near_the_best(seed):
     chex.assert_trees_all_close(error[pivots], np.zeros((RANK, SIZE)), atol=1e-5)
 
 
+@pytest.mark.long
 def test_pivots_are_drawn_by_the_diagonal_of_what_is_left():
     """Of four points all orders of two pivots have the probabilities of one draw after another."""
     points = jnp.array([[0.0], [0.2], [1.0], [3.0]])
