@@ -196,3 +196,12 @@ def test_boxes_and_frozen_dicts_of_linen_are_looked_into():
 def test_axes_that_a_leaf_does_not_have_are_named(spec):
     with pytest.raises(ValueError, match=r"leaf params has 2 axes, .* expected different axes"):
         nys.scale_by_gram(spec=spec).init(jnp.ones((6, 2)))
+
+
+@pytest.mark.parametrize(
+    "make", [nys.nora_plus, nys.lora_p, nys.reflora, lambda tx: nys.lora_rite()]
+)
+def test_a_tree_without_pairs_is_refused(make):  # the names are those of torch
+    params = {"q": {"lora_A": jnp.ones((2, 6)), "lora_B": jnp.ones((5, 2))}}
+    with pytest.raises(ValueError, match=r"no leaf is a factor among \['q'\]\['lora_A'\]"):
+        make(optax.sgd(1.0)).init(params)

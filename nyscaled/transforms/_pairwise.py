@@ -38,7 +38,7 @@ def pairwise(
     """
 
     def init(params: optax.Params) -> Any:
-        groups(spec, params)
+        require_groups(spec, params)
         return init_state(params)
 
     def update(
@@ -122,6 +122,17 @@ def groups(spec: Spec, params: optax.Params) -> list[Group]:
     for members in by_key.values():
         _require_fit(members, arrays)
     return [tuple(members) for members in by_key.values()]
+
+
+def require_groups(spec: Spec, params: optax.Params) -> list[Group]:
+    """Return `groups`; ValueError if there are none, as the transform would then do nothing."""
+    result = groups(spec, params)
+    if not result and (leaves := jax.tree_util.tree_leaves_with_path(params)):
+        raise ValueError(
+            f"no leaf is a factor among {', '.join(show(path) for path, _ in leaves[:4])}; "
+            "expected names that `default_spec` reads, such as lora_a and lora_b, or a spec"
+        )
+    return result
 
 
 def _require_fit(members: Sequence[Member], arrays: Sequence[Array]) -> None:

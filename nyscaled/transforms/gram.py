@@ -44,7 +44,8 @@ def scale_by_gram(
 
     Raises:
         ValueError: by `init`, on a leaf without its partner or one that cannot be a factor
-            (named in the message); by `update`, without params; on a negative damping.
+            (named in the message), and if no leaf is a factor; by `update`, without params; on a
+            negative damping.
 
     Examples:
         >>> tx = optax.chain(scale_by_gram(), optax.scale_by_learning_rate(0.5))

@@ -36,6 +36,7 @@ from nyscaled.transforms._pairwise import (
     canonical,
     canonical_shape,
     groups,
+    require_groups,
     require_params,
     restore,
     stack,
@@ -96,7 +97,7 @@ def scale_by_rite(
 
     def init(params: optax.Params) -> ScaleByRiteState:
         zeros = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
-        shapes = _batch_and_rank(groups(spec, params), jax.tree.leaves(params))
+        shapes = _batch_and_rank(require_groups(spec, params), jax.tree.leaves(params))
         return ScaleByRiteState(
             jnp.zeros((), jnp.int32),
             zeros,
