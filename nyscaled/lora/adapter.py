@@ -246,6 +246,13 @@ class Adapted(nnx.Module):
         base: Any = super()
         y = base.__call__(inputs, *args, **kwargs)
         layer = cast(Layer, self)  # its class is a subclass of that of a layer too
+        if isinstance(layer, nnx.Einsum):
+            equation = args[0] if args else kwargs.get("einsum_str")
+            if equation not in (None, layer.einsum_str):
+                raise ValueError(
+                    f"the layer is called with the equation {equation!r}; expected "
+                    f"{layer.einsum_str!r}, for which its adapters were made"
+                )
         view = unstacked_view(layer)
         contraction = Contraction(
             equations(layer, inputs.ndim),
