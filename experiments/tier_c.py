@@ -16,6 +16,9 @@ This was written down before the runs, and is what the script does.
 - Tuning, final runs, endpoints, what counts as a difference and as "equal", and controls are those
   of `tier_a.py`, with learning rates from 1e-4 to 1e-2 in the place of its grid.
 - Expected: no difference between starts with b = 0, as in `tier_a.py`.
+
+Added when the runs at tuned rates had been seen: a control that was tuned to another rate than NoRA
+runs at NoRA's rate too, and is compared with NoRA in a group of its own.
 """
 
 from __future__ import annotations
