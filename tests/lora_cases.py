@@ -12,6 +12,8 @@ import nyscaled as nys
 
 KEY = jax.random.key(0)
 WIDTH, HEADS, LAYERS, ROWS = 8, 2, 3, 4
+M, N, R = 24, 16, 4
+"""Sides and rank of a single kernel."""
 KERNEL_INITS = {
     "lora": {},
     "lora_gaussian": {"distribution": "gaussian"},
@@ -24,6 +26,11 @@ KERNEL_INITS = {
     "olora": {},
     "orthogonal": {},
 }
+
+
+def kernel(dtype=jnp.float32, m=M, n=N):
+    """Of decaying singular values, so that leading subspaces are distinct."""
+    return nys.spectra.rectangular(KEY, m, n, jnp.geomspace(1, 1e-3, min(m, n)))[0].astype(dtype)
 
 
 class Block(nnx.Module):

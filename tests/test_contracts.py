@@ -258,8 +258,8 @@ def test_groups_do_not_see_each_other(name, tx):
     grads = gradients(params)
     together = one_update(tx, params, grads)
     names = params if "single" in KINDS[name] else ("one", "two")  # a tree must have a factor
-    alone = {k: one_update(tx, params[k], grads[k]) for k in names}
-    assert_close({k: together[k] for k in names}, alone)
+    apart = {k: one_update(tx, params[k], grads[k]) for k in names}
+    assert_close({k: together[k] for k in names}, apart)
 
 
 @every_case
