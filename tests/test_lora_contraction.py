@@ -97,6 +97,6 @@ def test_another_equation_than_that_of_the_adapters_is_refused():
     model = nnx.Dict(e=nnx.Einsum("btd,dnh->btnh", (4, 3, 2), rngs=nnx.Rngs(0)))
     nys.lora.apply(model, 2, targets=".*", key=jax.random.key(0))
     x = jnp.ones((2, 5, 4))
-    assert jnp.array_equal(model.e(x), model.e(x, "btd,dnh->btnh"))
+    assert jnp.array_equal(model.e(x), model.e(x, "btd, dnh -> btnh"))
     with pytest.raises(ValueError, match="equation 'btd,dnh->bnth'; expected 'btd,dnh->btnh'"):
         model.e(x, einsum_str="btd,dnh->bnth")

@@ -248,7 +248,7 @@ class Adapted(nnx.Module):
         layer = cast(Layer, self)  # its class is a subclass of that of a layer too
         if isinstance(layer, nnx.Einsum):
             equation = args[0] if args else kwargs.get("einsum_str")
-            if equation not in (None, layer.einsum_str):
+            if equation and equation.replace(" ", "") != layer.einsum_str:
                 raise ValueError(
                     f"the layer is called with the equation {equation!r}; expected "
                     f"{layer.einsum_str!r}, for which its adapters were made"
