@@ -11,6 +11,7 @@ Matrices are divided by a power of two first, so that results do not depend on t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -228,6 +229,7 @@ def _inverse_upper(upper: Inexact[Array, "r r"]) -> Inexact[Array, "r r"]:
     return jnp.block([[first, corner], [jnp.zeros((r - half, half), upper.dtype), second]])
 
 
+@functools.partial(jax.jit, static_argnames=("n", "m", "dtype"), inline=True)
 def orthogonal(key: Key[Array, ""], n: int, m: int, dtype: DTypeLike) -> Float[Array, "n m"]:
     """Return a uniform draw of n × m orthonormal columns (rows if n < m), that of jax.random.
 

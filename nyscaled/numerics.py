@@ -61,6 +61,7 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "keepdims"), inline=True)
 def exponent(
     x: Inexact[Array, "*n"], axis: int | tuple[int, ...] | None = None, keepdims: bool = False
 ) -> Int[Array, "*k"]:
@@ -89,6 +90,7 @@ def exponent(
     return jnp.where(biased == 0, _OF_ZERO, known).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, inline=True)
 def shift(x: Inexact[Array, "*n"], n: Int[Array, "*k"] | int) -> Inexact[Array, "*n"]:
     """Return x · 2^n, without rounding unless the result leaves the range of normal numbers.
 
@@ -116,6 +118,7 @@ def _power(n: Array, dtype: jnp.dtype) -> Array:
     return lax.bitcast_convert_type(biased << info.nmant, dtype)
 
 
+@functools.partial(jax.jit, static_argnames="axis", inline=True)
 def normalized(
     x: Inexact[Array, "*n"], axis: int | tuple[int, ...] | None = None
 ) -> tuple[Inexact[Array, "*n"], Int[Array, "*k"]]:
@@ -161,6 +164,7 @@ def clipped(x: Float[Array, "*n"], low: ArrayLike, high: ArrayLike) -> Float[Arr
     return jnp.where(x < low, low, jnp.where(x > high, high, x)).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="axis", inline=True)
 def norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> Float[Array, "*n"]:
     """Return the Euclidean (Frobenius) norm, finite and not 0 wherever its value can be so.
 

@@ -32,10 +32,10 @@ def _spectrum(values: Values, limit: int, dtype: DTypeLike | None) -> Float[Arra
         raise ValueError(
             f"spectrum has shape {spectrum.shape}; expected 1 to {limit} singular values, (k,)"
         )
-    if is_concrete(spectrum) and not bool(jnp.all((spectrum > 0) & jnp.isfinite(spectrum))):
-        raise ValueError(
-            f"spectrum is {np.asarray(spectrum)}; expected positive finite singular values"
-        )
+    if is_concrete(spectrum):
+        known = np.asarray(spectrum, np.float64)
+        if not np.all((known > 0) & np.isfinite(known)):
+            raise ValueError(f"spectrum is {known}; expected positive finite singular values")
     return spectrum
 
 

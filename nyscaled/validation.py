@@ -267,11 +267,16 @@ def require_semidefinite(form: Any, m: int) -> None:
         )
 
 
+@jax.jit
+def _all_finite(x: Array) -> Array:
+    return jnp.all(jnp.isfinite(x))
+
+
 def require_finite(name: str, tree: Any) -> None:
     """Raise ValueError if a known array of `tree` has NaN or Inf entries."""
     if not is_concrete(tree):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = name + jax.tree_util.keystr(path)
-        if not bool(jnp.all(jnp.isfinite(as_array(where, leaf)))):
+        if not bool(_all_finite(as_array(where, leaf))):
             raise ValueError(f"{where} has NaN or Inf entries; expected finite ones")

@@ -205,11 +205,16 @@ def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
 
 
+@jax.jit
+def _sum(b: Array, a: Array) -> Array:
+    return jnp.sum(at_least_float32(b)) + jnp.sum(at_least_float32(a))
+
+
 def require_finite(weights: Mapping[str, Weights]) -> None:
     """Raise ValueError if known factors have NaN or Inf entries; it names their layers."""
     if not validation.is_concrete(weights):
         return
-    sums = {path: sum(jnp.sum(at_least_float32(x)) for x in w[:2]) for path, w in weights.items()}
+    sums = {path: _sum(*w[:2]) for path, w in weights.items()}
     bad = [path for path, value in jax.device_get(sums).items() if not math.isfinite(value)]
     if bad:
         raise ValueError(

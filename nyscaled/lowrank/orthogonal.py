@@ -13,7 +13,7 @@ from nyscaled.lapack import inverse_cholesky
 from nyscaled.matrices import transpose_times
 from nyscaled.numerics import abs_squared, full_precision, normalized
 
-_MOST_PASSES = 6
+_MOST_PASSES = 7
 _MOST_GROWTH = 4  # of rounding along the basis, which adds up over blocks, without a second pass
 
 
@@ -89,21 +89,24 @@ def extend(
             good &= jnp.max(kept @ jnp.abs(root)) < _MOST_GROWTH
         return _Remainder(block, gram, inverse[:, None] * root, good)
 
-    def unfinished(state: tuple[_Remainder, Array, Array]) -> Array:
-        return ~state[0].good & (state[1] < _MOST_PASSES)
+    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
+        return ~state[1] & (state[2] < _MOST_PASSES)
 
-    def again(state: tuple[_Remainder, Array, Array]) -> tuple[_Remainder, Array, Array]:
-        (block, gram, _, _), i, least = state
-        root, shift = _inverse_root(gram, least, ridge)
+    def one_pass(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        block, _, i, least = state
+        block, gram, root, good = outside(block)
+        root, shift = lax.cond(
+            good, lambda: (root, nothing + 1), lambda: _inverse_root(gram, least, ridge)
+        )
         # The columns of the first two passes may be rounding; later on they are unit vectors, and
-        # one of which only 16·eps is left has this norm after the pass.
-        least = jnp.where(i < 1, 0, 16 * eps / jnp.sqrt(shift))
-        return outside(block @ root), i + 1, least
+        # one of which only 16·eps is left has this norm after the pass. What the last pass has is
+        # kept.
+        least = jnp.where((i < 1) | (i + 2 >= _MOST_PASSES), 0, 16 * eps / jnp.sqrt(shift))
+        return block @ root, good, i + 1, least
 
-    start = (outside(normalized(block, axis=0)[0]), jnp.asarray(0), nothing)
-    (block, gram, root, good), _, _ = lax.while_loop(unfinished, again, start)
-    root = lax.cond(good, lambda: root, lambda: _inverse_root(gram, 0, ridge)[0])
-    return block @ root
+    # One loop, of which the body is compiled once: blocks that need one pass leave it after one.
+    start = (normalized(block, axis=0)[0], jnp.asarray(False), jnp.asarray(0), nothing)
+    return lax.while_loop(unfinished, one_pass, start)[0]
 
 
 class _Remainder(NamedTuple):
@@ -145,14 +148,16 @@ def _inverse_root(
         diagonal = jnp.where(inverse == 0, 1, 1 + shift).astype(gram.dtype)
         return inverse_cholesky(off_diagonal + jnp.diag(diagonal))
 
-    def failed(state: tuple[Array, Array]) -> Array:
-        found, shift = state
+    def failed(state: tuple[Array, Array, Array]) -> Array:
+        found, shift, _ = state
         return ~jnp.all(jnp.isfinite(found)) & jnp.all(jnp.isfinite(scaled)) & (shift < 1)
 
-    def larger(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        shift = jnp.maximum(16 * state[1], float(jnp.finfo(gram.dtype).eps))
-        return root(shift), shift
+    def attempt(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        shift = state[2]
+        larger = jnp.maximum(16 * shift, float(jnp.finfo(gram.dtype).eps))
+        return root(shift), shift, larger
 
-    shift = jnp.asarray(ridge, gram.real.dtype)
-    found, shift = lax.while_loop(failed, larger, (root(shift), shift))
+    first = jnp.asarray(ridge, gram.real.dtype)
+    start = (jnp.full_like(gram, jnp.nan), jnp.zeros_like(first), first)
+    found, shift, _ = lax.while_loop(failed, attempt, start)
     return inverse[:, None] * found, shift

@@ -119,6 +119,7 @@ def require_adjoint(name: str, a: Operator) -> None:
     require_agreement(name, samples[0], samples[1], _DISAGREEMENT / max(a.shape) ** 0.5)
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "columns", "dtype"), inline=True)
 def random_block(
     key: Key[Array, ""], rows: int, columns: int, dtype: DTypeLike
 ) -> Inexact[Array, "rows columns"]:

@@ -63,7 +63,7 @@ def _read_small(source: WeightSource, place: Place, axes: int, dtype: DTypeLike)
     _require_held(f"{source.path} has {place.names[0]}", tensor, dtype)
     tensor = tensor.reshape(tensor.shape[:axes])
     tensor = np.moveaxis(tensor, (0, 1), (-1, -2)) if place.transposed else tensor
-    return jnp.array(tensor.astype(dtype))
+    return jax.device_put(tensor.astype(dtype))  # `jnp.array` of an array compiles a copy of it
 
 
 def _require_held(what: str, piece: np.ndarray, dtype: DTypeLike) -> None:
