@@ -261,6 +261,22 @@ def test_alternating_gradient_descent_converges_from_its_own_start():
     assert errors[-1] < 0.02 * errors[0]
 
 
+@pytest.mark.parametrize("pairs", [True, False])
+def test_lbfgs_searches_along_its_direction(pairs):
+    a, _ = psd()
+    if pairs:
+        problem, start = (
+            nys.problems.Asymmetric(a),
+            nys.Factors(normal(1, (M, R)), normal(2, (M, R))),
+        )
+    else:
+        problem, start = nys.problems.Symmetric(a), normal(1, (M, R))
+    step = nys.solvers.gradient_step(problem, optax.lbfgs())
+    losses = np.asarray(nys.solvers.run(step, start, 60, problem.loss).history)
+    assert losses[-1] < 1e-3 * losses[0]
+    assert np.all(losses[1:] <= losses[:-1] * (1 + 1e-5))
+
+
 # --- Forms of A ----------------------------------------------------------------------------------
 
 

@@ -46,6 +46,9 @@ def altgd_learning_rate(norm: ArrayLike) -> Any:
     Args:
         norm: ‖A‖, the largest singular value.
 
+    Raises:
+        ValueError: on a norm that is not positive.
+
     References:
         Ward and Kolda, Convergence of alternating gradient descent for matrix factorization,
         NeurIPS 2023.
@@ -54,6 +57,7 @@ def altgd_learning_rate(norm: ArrayLike) -> Any:
         >>> altgd_learning_rate(1.0)
         0.5625
     """
+    validation.require_positive("norm", norm)
     return 9 / (16 * norm)
 
 
@@ -75,6 +79,9 @@ def nesterov_parameters(x0: Float[Array, "m r"]) -> tuple[Scalar, Scalar]:
     Returns:
         η and the momentum, in the dtype of X_0.
 
+    Raises:
+        ValueError: if X_0 is zero (outside of jit).
+
     References:
         Xu, Wang, Zhao, Ward, Tao, Provable acceleration of Nesterov's accelerated gradient for
         rectangular matrix factorization and linear neural networks, NeurIPS 2024.
@@ -85,6 +92,8 @@ def nesterov_parameters(x0: Float[Array, "m r"]) -> tuple[Scalar, Scalar]:
         (0.25, 0.3333)
     """
     _, singular, _ = svd(x0)
+    if validation.is_concrete(singular) and not bool(singular[0] != 0):
+        raise ValueError("x0 is zero, which is a saddle point; expected X_0 = AΩ of any rank but 0")
     live = singular > default_rcond(x0.shape[0], x0.dtype) * singular[0]
     ratio = jnp.min(jnp.where(live, singular, singular[0])) / singular[0]  # √(μ/L)
     return 1 / singular[0] / singular[0], (1 - ratio) / (1 + ratio)

@@ -187,11 +187,20 @@ class GradientStep:
     def _descend(self, params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
         """The transformation's step from the gradient at `params`."""
         # Under jit the losses cost nothing where the transformation does not read them.
-        losses = {"value": self.problem.loss(params)}
+        known = {"value": self.problem.loss(params)}
         if hasattr(self.problem, "root_loss"):
-            losses["root_value"] = self.problem.root_loss(params)
+            known["root_value"] = self.problem.root_loss(params)
+        gradient = self.problem.gradient(params)
         tx = optax.with_extra_args_support(self.tx)
-        updates, opt_state = tx.update(self.problem.gradient(params), opt_state, params, **losses)
+        # Line searches call the loss, and refuse an argument that neither it nor they take.
+        updates, opt_state = tx.update(
+            gradient,
+            opt_state,
+            params,
+            grad=gradient,
+            value_fn=lambda params, root_value=None: self.problem.loss(params),
+            **known,
+        )
         return optax.apply_updates(params, updates), opt_state
 
     def params(self, state: GradientState) -> Params:
@@ -220,8 +229,9 @@ def gradient_step(
     Args:
         problem: one of `nyscaled.problems`, or anything that has the methods of
             `nyscaled.typing.Objective`.
-        tx: its `update` is also given `value=`, the loss, and if the problem has `root_loss`, which
-            neither overflows nor underflows, `root_value=`, its root.
+        tx: its `update` is also given `value=`, `grad=` and `value_fn=`, which `optax.lbfgs` and the
+            line searches of optax take, and if the problem has `root_loss`, which neither
+            overflows nor underflows, `root_value=`, its root.
         project: a pure function of the factors, applied after each step. For completion,
             `Partial(nys.problems.completion.project_incoherent, bound=…)` with jax's Partial.
 
