@@ -105,6 +105,18 @@ def test_other_test_examples_than_those_of_the_run_are_named(files, tmp_path, ca
         ) == said
 
 
+@pytest.mark.parametrize("written", [[], {"test": 4}, {"test": {"examples": 4}}])
+def test_a_record_of_another_form_is_refused(files, tmp_path, written, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(files / "a", adapter)
+    (tmp_path / "run.json").write_text(json.dumps({"examples": written}))
+    (data := tmp_path / "data").mkdir()
+    (data / "test.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in ROWS))
+    assert evaluate(files, "--adapter", adapter, data=data) == 1
+    said = capsys.readouterr().err
+    assert f"run.json: examples are {written!r}; expected examples and sha256 by name" in said
+
+
 @pytest.mark.parametrize(
     ("name", "hidden"),
     [

@@ -148,7 +148,7 @@ def test_nesterov_parameters_are_those_of_the_singular_values_that_are_not_zero(
 
 
 def test_rates_of_a_matrix_without_entries_are_refused():
-    with pytest.raises(ValueError, match="x0 is zero.*; expected X_0 = AΩ"):
+    with pytest.raises(ValueError, match=r"x0 is zero.*; expected X_0 = AΩ"):
         nys.solvers.nesterov_parameters(jnp.zeros((5, 2)))
     with pytest.raises(ValueError, match=r"norm is 0; expected a number in \(0, inf\)"):
         nys.solvers.altgd_learning_rate(0.0)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -191,6 +191,28 @@ def of_texts(examples: Sequence[Example]) -> Digest:
     hashes = sorted(hashlib.sha256(repr(value).encode()).hexdigest() for value in values)
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
     return {"examples": len(examples), "sha256": digest}
+
+
+def recorded(path: Path, record: Mapping[str, Any]) -> dict[str, Digest]:
+    """Return what a run's record says of its examples; nothing for a record without examples.
+
+    Args:
+        path: file of the record, for errors.
+        record: what it says.
+
+    Raises:
+        ValueError: if it is not of the form that runs write.
+    """
+    digests = record.get("examples", {})
+    names = set(Digest.__annotations__)
+    if not isinstance(digests, dict) or not all(
+        isinstance(digest, dict) and set(digest) == names for digest in digests.values()
+    ):
+        raise ValueError(
+            f"{path}: examples are {digests!r}; expected {' and '.join(sorted(names))} by name, as "
+            "a run writes them"
+        )
+    return digests
 
 
 def require_examples(folder: Path, saved: Mapping[str, Digest], own: Mapping[str, Digest]) -> None:

@@ -250,7 +250,8 @@ def claim(prepared: Prepared) -> None:
         if not (config.out / identity.FILE).exists():
             identity.write_base(config.out, identity.of_base(config.model))
         record = files.read_object(config.out / RECORD, "the record of a run, or another --out")
-        identity.require_examples(config.out, record.get("examples", {}), prepared.digests)
+        saved = identity.recorded(config.out / RECORD, record)
+        identity.require_examples(config.out, saved, prepared.digests)
         return
     config.out.mkdir(parents=True, exist_ok=True)
     identity.write_base(config.out, identity.of_base(config.model))
@@ -269,7 +270,7 @@ def digest_of_test(adapter: Path) -> identity.Digest | None:
     path = adapter.resolve().parent / RECORD
     if not path.exists():
         return None
-    return files.read_object(path, "the record of a run").get("examples", {}).get("test")
+    return identity.recorded(path, files.read_object(path, "the record of a run")).get("test")
 
 
 def count(params: training.Tree) -> int:

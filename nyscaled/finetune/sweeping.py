@@ -252,7 +252,8 @@ def _require_same_examples(first: Path, other: Path) -> None:
     """Refuse runs of other examples: a finished one does not read the data again."""
     one, two = (read_object(out / RECORD, "the record of a run") for out in (first, other))
     if "images" not in one:
-        identity.require_examples(first, one.get("examples", {}), two.get("examples", {}))
+        one, two = (identity.recorded(out / RECORD, x) for out, x in ((first, one), (other, two)))
+        identity.require_examples(first, one, two)
         return
     before, now = (images.read_record(out)["images"] for out in (first, other))
     for name in ("images", "class_images"):

@@ -229,9 +229,9 @@ def gradient_step(
     Args:
         problem: one of `nyscaled.problems`, or anything that has the methods of
             `nyscaled.typing.Objective`.
-        tx: its `update` is also given `value=`, `grad=` and `value_fn=`, which `optax.lbfgs` and the
-            line searches of optax take, and if the problem has `root_loss`, which neither
-            overflows nor underflows, `root_value=`, its root.
+        tx: its `update` is also given `value=`, `grad=` and `value_fn=`, as `optax.lbfgs` and other
+            line searches take them, and if the problem has `root_loss`, which neither overflows
+            nor underflows, `root_value=`, its root.
         project: a pure function of the factors, applied after each step. For completion,
             `Partial(nys.problems.completion.project_incoherent, bound=…)` with jax's Partial.
 
