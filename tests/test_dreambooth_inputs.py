@@ -132,6 +132,7 @@ def test_starts_are_made_from_the_first_steps(root):
             )
 
 
+@pytest.mark.long
 def test_images_of_the_class_have_its_text(root):
     config = settings(root, class_prompt="a photo of a dog", batch_size=2)
     pipe = opened(config)

@@ -116,7 +116,7 @@ def few_values(kind, m, n):
 @pytest.mark.parametrize("shape", [(1000, 8), (8, 1000), (4000, 60)], ids=str)
 @pytest.mark.parametrize("kind", ["ones", "blocks", "one-hot", "steps"])
 @pytest.mark.parametrize("options", [{"rank": 6}, {"rank": 6, "passes": 2}, {"tol": 1e-4}], ids=str)
-@pytest.mark.long_beyond(4)
+@pytest.mark.long_beyond(2)
 def test_sums_of_numbers_of_one_sign(kind, shape, options):
     """Their Gram matrices have errors that grow with the number of rows."""
     a = few_values(kind, *shape)
@@ -244,7 +244,7 @@ def test_half_precision_is_summed_in_float32(a, dtype):
 
 
 @pytest.mark.parametrize("form", ["bcoo", "bcsr", "scipy", "operator"])
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 def test_other_forms_of_a_matrix(form):
     entries = scipy.sparse.random(
         M, N, 0.1, dtype=np.float32, random_state=np.random.default_rng(0)

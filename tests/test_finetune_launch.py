@@ -124,7 +124,7 @@ def test_reflora_balances_in_a_short_run(root):
     assert plan.initial().optimizer.hyperparams["warmup_steps"] == 10
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["full", "linear-probe", "nora+"])
 def test_a_narrow_base_is_trained_in_float32(root, method):
     """So that no small update is lost before the model is written, which is said then."""

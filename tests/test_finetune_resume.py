@@ -207,6 +207,7 @@ def test_another_base_is_refused(root, unfinished, capsys):
     assert "they differ in rope_theta (7.0, not 10000.0)" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_run_goes_on_without_what_identifies_its_base(unfinished):
     (unfinished.out / "base.json").unlink()
     nys.finetune.run(unfinished)

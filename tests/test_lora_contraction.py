@@ -55,6 +55,7 @@ def test_derivatives_are_those_of_the_einsum(case):
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("equation", ["bij,jk->bk", "...A,AB->...B", "...B,BA->...A"])
 def test_einsums_with_strange_letters_and_sums_have_gradients(equation):
     layer = nnx.Einsum(equation, (4, 6), rngs=nnx.Rngs(0))

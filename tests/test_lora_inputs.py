@@ -93,6 +93,7 @@ def test_subspace_iteration_finds_the_directions_in_a_wide_layer():
     np.testing.assert_allclose(a @ a.T, leading.T @ leading, atol=2e-3)
 
 
+@pytest.mark.long
 def test_fewer_inputs_than_columns_give_a_finite_orthonormal_start():
     model = nnx.Sequential(nnx.Linear(32, 4, rngs=nnx.Rngs(0)))
     nys.lora.apply(model, 4, targets=".*", key=KEY)

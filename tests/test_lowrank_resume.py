@@ -128,7 +128,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("reads", [2, 5, 10, 18])
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 def test_a_factorization_that_broke_off_ends_with_the_same_factors(reads, tmp_path):
     a = np.random.default_rng(0).standard_normal((M, 40)).astype(np.float32)
     settings = {"rank": 2, "passes": 3}

@@ -17,7 +17,7 @@ def blocks(a, rows=64):
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 def test_three_passes_come_as_close_as_six_products(spectrum):
     s = SPECTRA[spectrum](N)
     source = blocks(matrix(M, N, s))

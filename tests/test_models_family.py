@@ -77,6 +77,7 @@ def test_sharding_of_a_state_requires_the_family():
         nys.models.shardings(nnx.state(model), mesh)
 
 
+@pytest.mark.long
 def test_a_new_family_is_a_config_and_a_class(tmp_path, monkeypatch):
     """The recipe of CONTRIBUTING.md: its folders, GGUF names and adapters need nothing more."""
     monkeypatch.setitem(family.MODELS, "toy", [])

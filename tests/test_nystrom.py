@@ -90,6 +90,7 @@ def test_matrices_that_jax_does_not_hold(form, options, tmp_path):
     assert 0.04 < psd.error_estimate < 0.3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("function", [nys.factorize, nys.nystrom])
 def test_an_operator_without_arrays_of_its_own_is_traced(function):
     a = matrix("squares")

@@ -68,6 +68,7 @@ def test_other_forms_of_a_matrix(form):
     assert error(psd, a) < 1e-2 * jnp.linalg.norm(a)
 
 
+@pytest.mark.long
 def test_a_hermitian_matrix():
     a, _ = hermitian()
     psd = nys.nystrom(a, tol=0.1)

@@ -69,7 +69,7 @@ def squared_bound(name, width):
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 def test_the_error_is_within_the_bound_of_theory(name):
     a, width = matrix(name), RANK + EXTRA
     rounding = 1e-5 * np.linalg.norm(a)

@@ -95,6 +95,7 @@ def test_it_is_a_symmetric_matrix_of_vectors_and_columns():
     chex.assert_trees_all_close(jax.tree.map(lambda x: x, inverse)(B), inverse(B))
 
 
+@pytest.mark.long
 def test_a_hermitian_matrix_is_multiplied_by_adjoints():
     phases = jnp.exp(1j * jnp.linspace(0, 6, SIZE))
     psd = nys.nystrom(phases[:, None] * A * phases.conj(), 20)

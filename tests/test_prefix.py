@@ -85,7 +85,7 @@ def test_a_decoder_reads_one_token_at_a_time_as_it_reads_the_text(name):
     np.testing.assert_allclose(jnp.concatenate(steps, 1)[mask], whole[mask], atol=2e-4)
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_padding_moves_no_text_away_from_the_prefix(name):
     model, count = prefixed(name), 5

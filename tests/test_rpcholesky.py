@@ -78,7 +78,7 @@ def test_uniform_pivots_are_worse():
     assert mean["random"] < mean["uniform"] / 20
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("block", [1, 8, 64])
 def test_blocks_change_the_pivots_but_not_the_error(block, monkeypatch):
     monkeypatch.setattr(pivoted, "_BLOCK", block)

@@ -127,7 +127,7 @@ def test_a_matrix_that_is_a_little_indefinite_is_seen():
     assert step.status(step.init(normal(0, (M, R + 1)))) == Status.MAX_STEPS
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1.0, 1e-5])
 def test_a_semidefinite_matrix_is_not_called_indefinite_from_a_start_outside_its_range(size):
     a, basis = psd()
