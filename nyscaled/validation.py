@@ -6,6 +6,7 @@ not under `jit`, `vmap` or `grad`, where an array is a tracer.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from typing import Any, SupportsIndex, cast
@@ -86,7 +87,9 @@ def require_key(name: str, key: object) -> Key[Array, ""]:
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             return key
     elif isinstance(key, jax.Array | np.ndarray) and key.ndim == 1 and key.dtype == jnp.uint32:
-        return jnp.asarray(key)
+        with contextlib.suppress(TypeError):  # of a length that is not a key's
+            jax.random.wrap_key_data(jnp.asarray(key))
+            return jnp.asarray(key)
     raise ValueError(f"{name} is {key!r:.80}; expected one key, as from jax.random.key(0)")
 
 
@@ -101,11 +104,14 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
         open_low: whether the lower end is excluded.
     """
     expected = "expected a number in " + _interval(low, high, open_low)
-    if value is None or isinstance(value, str):  # float() would read a string
+    if value is None or isinstance(value, str | bytes):  # float() would read a string
         raise ValueError(f"{name} is {value!r}; {expected}")
     if callable(value) or not is_concrete(value) or jnp.ndim(value) != 0:
         return
-    if isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_:  # would be 0 or 1
+    # float() would read texts in arrays too, take a boolean as 0 or 1, and drop imaginary parts.
+    real = (np.dtype(object), jnp.floating, jnp.integer)
+    dtype = getattr(value, "dtype", real[0])
+    if isinstance(value, bool) or not any(jnp.issubdtype(dtype, kind) for kind in real):
         raise ValueError(f"{name} is {value!r}; {expected}")
     try:
         number = float(value)

@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import scipy.sparse
 from lowrank_cases import SPECTRA, matrix
 
 import nyscaled as nys
@@ -54,7 +55,8 @@ import jax, numpy as np, nyscaled as nys
 two_keys = jax.random.split(jax.random.key(0))
 for options in (
     {"tol": np.array([0.1, 0.2])}, {"tol": abs}, {"tol": "0.1"}, {"rank": 2, "key": 0},
-    {"tol": np.True_}, {"tol": jax.numpy.asarray(True)},
+    {"tol": np.True_}, {"tol": jax.numpy.asarray(True)}, {"tol": b"1"}, {"tol": np.array("0.1")},
+    {"tol": np.complex64(0.1)}, {"rank": 2, "key": np.zeros(3, np.uint32)},
     {"rank": 2, "key": "a"}, {"rank": 2, "key": two_keys}, {"rank": np.array([1, 2])},
     {"rank": 2.5}, {"rank": "2"}, {"tol": 0.1, "max_rank": 2.5},
 ):
@@ -81,6 +83,12 @@ def test_bad_matrices(a, options):
         nys.factorize(np.ones(4, np.float32), **options)
     with pytest.raises(ValueError, match=r"A has shape \(0, 3\); expected a matrix"):
         nys.factorize(np.ones((0, 3), np.float32), **options)
+
+
+@pytest.mark.parametrize("form", [np.asarray, scipy.sparse.csr_array, scipy.sparse.dok_array])
+def test_doubles_that_single_precision_takes_as_zero_are_not_zeros(form):
+    with pytest.raises(ValueError, match="where float32 loses digits"):
+        nys.factorize(form(1e-60 * np.eye(9)), 3)
 
 
 def test_a_tolerance_is_refused_under_jit(a):

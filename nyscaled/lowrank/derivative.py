@@ -32,6 +32,7 @@ def triples(
     by conjugate gradients for X, whose speed depends on the gap σ_{r+1}/σ_r. Singular values that
     are equal leave U and V free to rotate together. There dU and dV take the part of K that moves
     UΣVᴴ, so that its derivative is right, and those of single vectors, which do not exist, finite.
+    Derivatives of higher order differentiate these formulas, and so require values that differ.
 
     Args:
         a: A (m, n), in a form whose products JAX can trace.
@@ -47,7 +48,8 @@ def triples(
 def _triples_jvp(
     primals: tuple[LinearMap, Array, Array, Array], tangents: tuple[LinearMap, Array, Array, Array]
 ) -> tuple[_Triples, _Triples]:
-    a, u, s, v = primals
+    a = primals[0]
+    u, s, v = triples(*primals)  # not constants: second derivatives are through them too
     sigma, e = normalized(s)
 
     def change(product: Callable[[LinearMap], Array]) -> Array:

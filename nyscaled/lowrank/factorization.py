@@ -24,7 +24,7 @@ from nyscaled.lowrank.products import require_adjoint
 from nyscaled.lowrank.result import LowRank
 from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.lowrank.streamed import StreamedMatrix
-from nyscaled.matrices import Operator
+from nyscaled.matrices import Operator, is_scipy
 from nyscaled.typing import LinearMap, MatrixLike, Number
 from nyscaled.validation import (
     is_concrete,
@@ -53,7 +53,8 @@ def factorize(
     with rank + oversampling columns each, or two if the first shows that A has this rank to
     rounding. Two passes are ScaledGD at η = 1 from a Nyström start (Theorem 3), the
     randomized SVD; more passes come closer to the best error. This form works under jit, vmap
-    and grad, for matrices that JAX traces.
+    and grad, for matrices that JAX traces. Second derivatives are right only where the singular
+    values of the result differ.
 
     With `tol`, blocks are added until the estimated error is at most tol·‖A‖_F; then the smallest
     rank that meets it is kept.
@@ -97,7 +98,7 @@ def factorize(
         (4, 3)
     """
     key = jax.random.key(0) if key is None else require_key("key", key)
-    a = as_input("A", a, key)
+    source, a = a, as_input("A", a, key)
     shape = as_shape("A", a.shape)
     if isinstance(a, Operator) and is_concrete((a, np.empty(1), key)):
         require_adjoint("A", a)
@@ -133,17 +134,23 @@ def factorize(
             result = adaptive(a, key, tolerance, limit)
     if is_concrete(result.status):
         require_sound(result)
-        if float(result.norm_estimate) == 0 and _has_entries(a):
+        if float(result.norm_estimate) == 0 and _has_entries(source, a):
             require_digits(0.0, result.norm_estimate.dtype)
     return result
 
 
-def _has_entries(a: LinearMap | HostMatrix) -> bool:
-    """Whether NumPy, which keeps numbers that XLA takes as zero, sees an entry of A, or of A x."""
+def _has_entries(source: MatrixLike, a: LinearMap | HostMatrix) -> bool:
+    """Whether NumPy, which keeps numbers that XLA takes as zero, sees an entry of A, or of A x.
+
+    Of an array that was given in double precision also those that single precision takes as zero.
+    """
+    if isinstance(source, np.ndarray) or is_scipy(source):
+        return bool(np.any(source if isinstance(source, np.ndarray) else source.tocsr().data))
     if isinstance(a, RowBlocks):
         return any(np.any(block) for block in a.blocks())
     if isinstance(a, HostMatrix):
         x = 8 * np.random.default_rng(0).standard_normal((a.shape[1], 2))
         return bool(np.any(a.times(x.astype(a.dtype))))
     entries = a.data if isinstance(a, sparse.BCOO) else a
-    return isinstance(entries, jax.Array) and bool(np.any(np.asarray(entries)))
+    known = isinstance(entries, jax.Array) and is_concrete(entries)
+    return known and bool(np.any(np.asarray(entries)))

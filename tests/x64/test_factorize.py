@@ -53,6 +53,28 @@ def test_derivatives_are_central_differences(name):
         np.testing.assert_allclose(jnp.sum(gradient * DIRECTION), tangent, rtol=1e-8)
 
 
+def test_the_derivative_at_zero_is_finite():
+    zero = jnp.zeros((M, N))
+    gradient = jax.grad(lambda a: nys.factorize(a, 4).singular_values.sum())(zero)
+    assert jnp.all(jnp.isfinite(gradient))
+
+
+def test_second_derivatives_are_differences_of_derivatives():
+    a = (LEFT * SPECTRA["apart"]) @ RIGHT.T
+
+    @jax.jit
+    def slope(t):
+        def quantity(a):
+            f = nys.factorize(a, 4, passes=4, oversampling=8)
+            return jnp.sum((f.left * f.singular_values**2) @ f.right.T * WEIGHTS)
+
+        return jnp.sum(jax.grad(quantity)(a + t * DIRECTION) * DIRECTION)
+
+    h = 1e-5
+    expected = (slope(h) - slope(-h)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(slope)(0.0), expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"rank": 4}, {"rank": 4, "passes": 2}, {"tol": 0.3}])
 def test_single_precision_stays_single(options):
     """All of it: a product in double precision would take twice the time."""
