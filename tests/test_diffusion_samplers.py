@@ -175,6 +175,7 @@ def test_missing_settings_are_those_of_diffusers():
         ({"trained_betas": [0.1]}, "trained_betas is"),
         ({"steps_offset": -1}, "steps_offset is -1"),
         ({"timestep_spacing": "log"}, "timestep_spacing is 'log'"),
+        ({"interpolation_type": "log_linear"}, "interpolation_type is 'log_linear'"),
     ],
 )
 def test_other_noise_is_refused(changes, message):

@@ -67,6 +67,7 @@ class Schedule(Settings):
         "use_beta_sigmas": (False, None),
         "use_flow_sigmas": (False, None),
         "timestep_type": ("discrete", None),
+        "interpolation_type": ("linear", None),
         "final_sigmas_type": ("zero", None),
         "variance_type": ("fixed_small", None),
     }
