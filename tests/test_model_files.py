@@ -60,6 +60,8 @@ def test_configurations_made_by_hand():
     assert dataclasses.replace(config, eos_token_id=[2, 3]).eos_token_id == (2, 3)
     with pytest.raises(ValueError, match="num_key_value_heads is 0; expected a positive integer"):
         dataclasses.replace(config, num_key_value_heads=0)
+    with pytest.raises(ValueError, match=r"rope_scaling is \{.*; expected None or a scaling"):
+        dataclasses.replace(config, rope_scaling={"rope_type": "linear", "factor": 2.0})
 
 
 @pytest.mark.parametrize(

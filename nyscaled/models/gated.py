@@ -86,6 +86,11 @@ class GatedConfig(Config):
                 f"{self.num_key_value_heads}, head_dim {self.head_dim}; expected a multiple of the "
                 "second, and even heads"
             )
+        if not isinstance(self.rope_scaling, rope.Scaling | None):
+            raise ValueError(
+                f"rope_scaling is {self.rope_scaling!r:.80}; expected None or a scaling, such as "
+                "LinearScaling (from_json makes one of what a file has)"
+            )
         if isinstance(self.rope_scaling, rope.DynamicScaling) and self.head_dim < 4:
             raise ValueError(
                 f"head_dim is {self.head_dim}; expected at least 4 for dynamic scaling"
