@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -156,13 +157,16 @@ def test_other_heads_are_refused(head, tmp_path):
         nys.models.load(folder)
 
 
-def test_what_the_encoder_cannot_do():
+def test_what_the_encoder_cannot_do(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     model = load("bert_encoder")
     with pytest.raises(ValueError, match="have length 65; expected at most 64"):
         model(jnp.zeros((1, 65), int))
+    with pytest.raises(ValueError, match=r"types have shape \(1, 3\); expected \(2, 3\)"):
+        model(jnp.zeros((2, 3), int), types=jnp.zeros((1, 3), int))
     with pytest.raises(ValueError, match="the model has no pooler"):
         model.pool(jnp.zeros((1, 2, 16)))
-    for labels in ([], "neg", ["a", "a"]):
+    for labels in ([], "neg", ["a", "a"], {"a", "b"}, None):
         with pytest.raises(ValueError, match=r"labels is .*; expected a list of distinct names"):
             BertClassifier(model, labels, rngs=nnx.Rngs(0))
 

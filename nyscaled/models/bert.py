@@ -337,7 +337,7 @@ class Bert(LanguageModel):
 
         Raises:
             ValueError: unless tokens are integers (batch, length), no longer than the table of
-                positions, and the mask has their shape.
+                positions, and mask and types have their shape.
         """
         config = self.config
         tokens, mask = blocks.prepare(
@@ -345,6 +345,8 @@ class Bert(LanguageModel):
         )
         types = jnp.zeros_like(tokens) if types is None else types
         types, _ = blocks.prepare(types, mask, config.type_vocab_size)
+        if types.shape != tokens.shape:
+            raise ValueError(f"types have shape {types.shape}; expected {tokens.shape}, as tokens")
         x = self.embeddings(tokens, types, mask)
         return blocks.run(self.encoder.layer, x, mask, remat=self.numerics.remat)
 

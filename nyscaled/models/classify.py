@@ -91,7 +91,8 @@ class BertClassifier(LanguageModel):
                 f"encoder is a {type(encoder).__name__}; expected a Bert (for a classifier, its "
                 ".bert)"
             )
-        names = [] if isinstance(labels, str) else [x for x in labels if isinstance(x, str)]
+        several = isinstance(labels, Sequence) and not isinstance(labels, str)
+        names = [x for x in labels if isinstance(x, str)] if several else []
         if not names or len(set(names)) < len(labels):
             raise ValueError(
                 f"labels is {labels!r}; expected a list of distinct names, one per class"
