@@ -203,6 +203,12 @@ def test_saved_over_another(folder):
     assert set(nys.lora.load_peft(Model(), folder, names=NAMES)) == {"items.0", "items.1"}
 
 
+def test_the_base_may_be_a_path(tmp_path):
+    nys.lora.save_peft(adapted(), tmp_path, base_model=tmp_path / "base", names=NAMES)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+
+
 def test_names_by_a_function(tmp_path):
     model = Model()
     nys.lora.apply(model, 2, targets="layers.*", key=KEY)

@@ -85,7 +85,7 @@ def write(
     folder: str | os.PathLike[str],
     updates: Mapping[str, Update],
     *,
-    base_model: str,
+    base_model: str | os.PathLike[str],
     others: Collection[str] = (),
     whole: Mapping[str, np.ndarray] | None = None,
     rank_stabilized: bool = False,
@@ -135,7 +135,9 @@ def write(
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": (
+            os.fspath(base_model) if isinstance(base_model, os.PathLike) else base_model
+        ),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,

@@ -26,7 +26,7 @@ def save_peft(
     model: nnx.Module,
     folder: str | os.PathLike[str],
     *,
-    base_model: str,
+    base_model: str | os.PathLike[str],
     name: str = "default",
     names: Names = None,
     modules_to_save: Sequence[str] = (),
