@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -325,9 +326,12 @@ class Operator:
     dtype: Any = field(static=True, default=None)
 
     def __post_init__(self) -> None:
-        shape = tuple(map(int, self.shape))
+        try:
+            shape = tuple(map(operator.index, self.shape))
+        except TypeError:  # of a number, and of sides that are no integers
+            shape = ()
         if len(shape) != 2 or min(shape) < 1:
-            raise ValueError(f"the operator's shape is {shape}; expected (m, n)")
+            raise ValueError(f"the operator's shape is {self.shape!r}; expected (m, n)")
         products = {"matmat": shape, "rmatmat": shape[::-1]}
         for name in products:
             fn = getattr(self, name)
@@ -345,7 +349,12 @@ class Operator:
         dtype = self.dtype
         if dtype is None:
             dtype = jnp.promote_types(*(image(name, jnp.float32) for name in products))
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
+        try:
+            dtype = jax.dtypes.canonicalize_dtype(dtype)
+        except TypeError:
+            raise ValueError(
+                f"the operator's dtype is {dtype!r}; expected a dtype, such as jnp.float32"
+            ) from None
         for name in products:
             image(name, dtype, dtype)
         object.__setattr__(self, "shape", shape)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from jax.experimental import sparse
 
 import nyscaled as nys
@@ -60,6 +61,13 @@ REFUSED = [
     (lambda: stream(lambda: iter([a]), shape=(12, 5.0)), "has shape .12, 5.0.; expected a matrix"),
     (lambda: stream(lambda: iter([a]), dtype=3), "dtype is 3; expected a dtype"),
     (lambda: RowBlocks(a, dtype="foo"), "dtype is 'foo'; expected a dtype"),
+    (lambda: RowBlocks(torch.ones(3, 2)), "dtype of a Tensor is torch.float32; expected a dtype"),
+    *(
+        (lambda shape=shape: nys.linalg.Operator(jnp.copy, jnp.copy, shape), "operator's shape is")
+        for shape in ("ab", None, 3, (3, 3.5), ((1, 2), 3))
+    ),
+    (lambda: nys.linalg.Operator(jnp.copy, jnp.copy, (3, 3), "foo"), "operator's dtype is 'foo'"),
+    (lambda: RowBlocks(a, resume="x" * 300), "x cannot be made: .* expected a folder"),
     (lambda: RowBlocks(sparse.BCOO.fromdense(jnp.asarray(a))).times(x), "rows 0 … .* a BCOO"),
     *(
         (lambda folder=folder: RowBlocks(a, resume=folder), "resume is .*; expected the path")

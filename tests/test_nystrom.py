@@ -227,6 +227,9 @@ def test_a_small_matrix_is_decomposed_completely():
     psd = nystrom(a, rank=6)
     chex.assert_trees_all_close(psd.factor @ psd.factor.T, a, atol=2e-5)
     assert int(psd.passes) == 1
+    for rank in (6, 3):
+        psd = nystrom(a, rank=rank)
+        assert abs(psd.error_estimate - error(psd, a)) < 2e-5
 
 
 @pytest.mark.parametrize("scale", [2.0**-98, 2.0**90])

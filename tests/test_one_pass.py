@@ -215,6 +215,13 @@ def test_few_rows_and_few_columns(rows):
         assert error(f, b) <= 1.05 * np.linalg.svd(b)[1][1:].sum() + 1e-5
 
 
+def test_errors_near_the_largest_number_are_finite():
+    """The norm of the products that measure the error is beyond it."""
+    a = np.linalg.qr(np.random.default_rng(0).standard_normal((12, 12)))[0]
+    small, large = (one_pass([(x * a).astype("f")], 3) for x in (1.0, 2.0**125))
+    np.testing.assert_allclose(large.error_estimate * 2.0**-125, small.error_estimate, rtol=1e-5)
+
+
 def test_the_zero_matrix():
     f = one_pass([np.zeros((9, 8), np.float32)], 2)
     assert error(f, 0) == 0

@@ -287,6 +287,15 @@ def test_nystroem_explains_a_smooth_kernel_to_rounding(points):
         assert ours.relative_error_ < least
 
 
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+@pytest.mark.parametrize("gamma", [0, 1e-320])
+def test_nystroem_with_a_constant_kernel(points, kernel, gamma):
+    for dtype in (np.float32, np.float64):
+        x = points[:9, :2].astype(dtype)
+        features = Nystroem(kernel, gamma=gamma, n_components=3).fit_transform(x)
+        np.testing.assert_allclose(features, np.ones((9, 1)), rtol=1e-6)
+
+
 @pytest.mark.long
 def test_nystroem_is_pickled_and_named(points):
     ours = Nystroem("laplacian", n_components=5, random_state=0).fit(points)
@@ -307,6 +316,7 @@ def test_nystroem_is_pickled_and_named(points):
         ({"tol": -1.0}, "tol is -1"),
         ({"tol": 1.0}, r"tol is 1.0; expected a number in \[0, 1\)"),
         ({"gamma": np.inf}, r"gamma is inf; expected a number in \[0, inf\)"),
+        ({"kernel_params": {"gamma": 0.1}}, "kernel_params is .* and kernel is 'rbf'; expected a"),
         ({"kernel": lambda x, y: 1e200 * x @ (1e200 * y)}, "A has a diagonal entry of inf"),
         ({"kernel": lambda x, y: np.exp(x @ y)}, "the kernel of two points fails"),
         (

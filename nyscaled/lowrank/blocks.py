@@ -76,7 +76,8 @@ def as_rows(
     if isinstance(source, SlicedRows):
         label, file = _label(source), file_of(source)
         path = store_of(source) if file is None else file.path
-        size, stored = as_shape(label, source.shape), np.dtype(source.dtype)
+        size = as_shape(label, source.shape)
+        stored = as_dtype(f"the dtype of {label}", source.dtype)
         if shape is not None and as_shape("the source", shape) != size:
             raise ValueError(f"shape is {shape!r} for {label} {size}; expected None")
     elif callable(source):

@@ -18,7 +18,7 @@ from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.host_arrays import HostArray, all_finite, require_outside_of_jit
 from nyscaled.lowrank.orthogonal import adjoint, extend
 from nyscaled.lowrank.products import random_block, random_scale
-from nyscaled.lowrank.result import LowRank
+from nyscaled.lowrank.result import LowRank, Status
 from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.lowrank.truncate import truncate
 from nyscaled.numerics import full_precision, norm
@@ -106,7 +106,7 @@ def one_pass(
     left = extend(None, jnp.asarray(image[:, : min(width, row)]))
     sketched = psi.adjoint_times(0, np.asarray(left)).astype(sums.dtype)
     core = jnp.asarray(np.linalg.lstsq(sketched, sums)[0].astype(dtype))
-    scale = random_scale(n)
+    scale = random_scale(n) * PROBES**0.5  # so that norms of images are those of errors
     with np.errstate(over="ignore"):  # Inf is found in the result
         images_of_probes = jnp.asarray(image[:, width:] / scale)
     result = _cut(left, core, jnp.asarray(probes / scale), images_of_probes, rank)
@@ -125,16 +125,18 @@ def _cut(
     images: Inexact[Array, "m s"],
     rank: int,
 ) -> LowRank:
-    """Q X as factors of this rank, with the error that images of standard Gaussian probes show."""
+    """Q X as factors of this rank, with the error that images of Gaussian probes show."""
     right = extend(None, adjoint(core))
     core = core @ right
 
     def error(left: Array, core: Array, right: Array) -> Scalar:
-        return norm(images - left @ (core @ (adjoint(right) @ probes))) / PROBES**0.5
+        return norm(images - left @ (core @ (adjoint(right) @ probes)))
 
     result = truncate(left, core_svd(core), right, error(left, core, right), rank, 1)
     values = jnp.diag(result.singular_values).astype(core.dtype)
-    return dataclasses.replace(result, error_estimate=error(result.left, values, result.right))
+    estimate = error(result.left, values, result.right)
+    status = jnp.where(jnp.isfinite(estimate), result.status, int(Status.NON_FINITE))
+    return dataclasses.replace(result, error_estimate=estimate, status=status)
 
 
 class _RandomRows:

@@ -91,9 +91,11 @@ class Journal:
         if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
             raise ValueError(f"resume is {folder!r}; expected the path of a folder")
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file; expected a folder for a run to resume from")
         try:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise ValueError(
+                    f"{self.folder} is a file; expected a folder for a run to resume from"
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{self.folder} cannot be made: {error}; expected a folder") from error

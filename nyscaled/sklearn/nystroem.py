@@ -126,7 +126,7 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     ) -> tuple[Int[np.ndarray, " k"], float]:
         """The rows of the points, and the share of the trace that they leave."""
         with keeping(x.dtype):
-            matrix = KernelMatrix(self._as_kernel(x.shape[1]), x)
+            matrix = KernelMatrix(self._as_kernel(x), x)
             key = as_key(self.random_state)
             result = pivoted_cholesky(matrix, count, key=key, tol=self.tol)
             rank = int(result.numerical_rank)
@@ -141,10 +141,10 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     def _values(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
         with keeping(x.dtype):
             points = jnp.asarray(self.components_, x.dtype)
-            return np.asarray(evaluate(self._as_kernel(x.shape[1]), jnp.asarray(x), points))
+            return np.asarray(evaluate(self._as_kernel(x), jnp.asarray(x), points))
 
-    def _as_kernel(self, dimension: int) -> Kernel:
-        """The kernel as a function of JAX, of which the numbers are arguments."""
+    def _as_kernel(self, x: Float[np.ndarray, "n d"]) -> Kernel:
+        """The kernel of points as a function of JAX, of which the numbers are arguments."""
         parameters = {"gamma": self.gamma, "coef0": self.coef0, "degree": self.degree}
         if callable(self.kernel):
             given = [name for name, value in parameters.items() if value is not None]
@@ -154,12 +154,12 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             if not isinstance(options, Mapping):
                 raise ValueError(f"kernel_params is {options!r}; expected values by name")
             return Partial(self.kernel, **options)
-        gamma = 1 / dimension if self.gamma is None else _number("gamma", self.gamma)
+        gamma = 1 / x.shape[1] if self.gamma is None else _number("gamma", self.gamma)
         coef0 = 1.0 if self.coef0 is None else _number("coef0", self.coef0)
         degree = require_count("degree", 3 if self.degree is None else self.degree, low=1)
         kernels = {
-            "rbf": lambda: gaussian(_over(1, (2 * gamma) ** 0.5)),
-            "laplacian": lambda: laplace(_over(1, gamma)),
+            "rbf": lambda: gaussian(_inverse((2 * gamma) ** 0.5, x.dtype)),
+            "laplacian": lambda: laplace(_inverse(gamma, x.dtype)),
             "polynomial": lambda: Partial(_polynomial, gamma, coef0, degree),
             "poly": lambda: Partial(_polynomial, gamma, coef0, degree),
             "linear": lambda: Partial(_linear),
@@ -167,6 +167,11 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         if not isinstance(self.kernel, str) or self.kernel not in kernels:
             names = ", ".join(kernels)
             raise ValueError(f"kernel is {self.kernel!r}; expected one of {names}, or a function")
+        if self.kernel_params:
+            raise ValueError(
+                f"kernel_params is {self.kernel_params!r} and kernel is {self.kernel!r}; expected "
+                "a function (gamma, coef0 and degree are parameters of their own)"
+            )
         return kernels[self.kernel]()
 
     def __sklearn_tags__(self) -> Tags:
@@ -199,8 +204,10 @@ def _number(name: str, value: object) -> float:
     return number
 
 
-def _over(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else float("inf")
+def _inverse(x: float, dtype: np.dtype) -> float:
+    """1/x, or the largest number of the dtype if that is less: length scales are finite."""
+    largest = float(np.finfo(dtype).max)
+    return min(1 / x, largest) if x else largest
 
 
 def _inverse_root(gram: Float[np.ndarray, "k k"]) -> Float[np.ndarray, "k k"]:
