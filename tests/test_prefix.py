@@ -149,6 +149,9 @@ def test_what_cannot_have_a_prefix_is_refused(tmp_path):
         nys.models.add_prefix(model, key=KEY)
     with pytest.raises(ValueError, match="virtual_tokens is 0; expected an integer ≥ 1"):
         nys.models.add_prefix(load("llama"), 0, key=KEY)
+    for name in ("opt", "bert"):  # tables of 64 positions
+        with pytest.raises(ValueError, match="virtual_tokens is 65; expected at most 64, the pos"):
+            nys.models.add_prefix(load(name), 65, key=KEY)
     with pytest.raises(ValueError, match="model is a Linear; expected a causal language model"):
         nys.models.add_prefix(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), key=KEY)
     with pytest.raises(ValueError, match=r"prefix"):

@@ -13,7 +13,7 @@ from nyscaled.models.causal import CausalLM
 from nyscaled.models.classify import BertClassifier
 from nyscaled.models.prefix import Prefix, PrefixedAttention
 from nyscaled.numerics import full_precision
-from nyscaled.validation import require_count
+from nyscaled.validation import require_count, require_key
 
 KeysValues = tuple[
     Float[Array, "*layers 1 virtual kv_heads head_dim"],
@@ -34,7 +34,8 @@ def add_prefix(model: nnx.Module, virtual_tokens: int = 5, *, key: Key[Array, ""
         key: PRNG key, which draws the random tokens.
 
     Raises:
-        ValueError: on a model of another package, one that has a prefix, or no virtual tokens.
+        ValueError: on a model of another package, one that has a prefix, no virtual tokens or more
+            than the model has positions for, and on a key that is not one key.
 
     References:
         Li, Liang, Prefix-tuning: Optimizing continuous prompts for generation, ACL 2021. The start
@@ -55,11 +56,19 @@ def add_prefix(model: nnx.Module, virtual_tokens: int = 5, *, key: Key[Array, ""
             f"the model is a {type(model).__name__}; expected a causal language model or an "
             "encoder of nys.models"
         )
+    causal = isinstance(model, CausalLM)
+    longest = model.max_length if causal else model.config.max_position_embeddings
+    if longest is not None and virtual_tokens > longest:
+        raise ValueError(
+            f"virtual_tokens is {virtual_tokens}; expected at most {longest}, the positions that "
+            "the model knows"
+        )
+    key = require_key("key", key)
     (attention,) = (m for _, m in nnx.iter_modules(model) if isinstance(m, PrefixedAttention))
     if attention.prefix is not None:
         raise ValueError("the model has a prefix; expected one without")
     tokens = jax.random.randint(key, (1, virtual_tokens), 0, model.config.vocab_size)
-    if isinstance(model, CausalLM):
+    if causal:
         keys, values = _of_decoder(model, tokens)
     else:
         keys, values = _of_encoder(model, tokens)
