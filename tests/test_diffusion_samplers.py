@@ -129,9 +129,10 @@ def test_targets_invert_the_noise():
     np.testing.assert_allclose(ratio, (alpha / (1 - alpha)).ravel(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("times", [[3, 1000], [-1, 3], [0.5, 3.0], 3])
-def test_times_that_are_not_in_the_schedule_are_refused(times):
-    own, times = schedule(prediction_type="v_prediction"), np.asarray(times)
+def test_times_that_are_not_in_the_schedule_are_refused(times, prediction):
+    own, times = schedule(prediction_type=prediction), np.asarray(times)
     clean = jnp.asarray(GOLDEN["noise"])
     for use in (
         lambda: inspect.unwrap(nys.diffusion.Schedule.noisy)(own, clean, clean, times),

@@ -181,6 +181,7 @@ class Schedule(Settings):
         Raises:
             ValueError: on times that the schedule does not have.
         """
+        self._index(times)
         if self.prediction_type == EPSILON:
             return noise
         signal, scale = self._parts(times)
