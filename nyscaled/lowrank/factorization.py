@@ -144,10 +144,10 @@ def _has_entries(source: MatrixLike, a: LinearMap | HostMatrix) -> bool:
 
     Of an array that was given in double precision also those that single precision takes as zero.
     """
+    if isinstance(a, RowBlocks):  # a memory map too, which is not read as a whole
+        return any(np.any(block) for block in a.blocks())
     if isinstance(source, np.ndarray) or is_scipy(source):
         return bool(np.any(source if isinstance(source, np.ndarray) else source.tocsr().data))
-    if isinstance(a, RowBlocks):
-        return any(np.any(block) for block in a.blocks())
     if isinstance(a, HostMatrix):
         x = 8 * np.random.default_rng(0).standard_normal((a.shape[1], 2))
         return bool(np.any(a.times(x.astype(a.dtype))))
