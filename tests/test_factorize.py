@@ -116,7 +116,7 @@ def few_values(kind, m, n):
 @pytest.mark.parametrize("shape", [(1000, 8), (8, 1000), (4000, 60)], ids=str)
 @pytest.mark.parametrize("kind", ["ones", "blocks", "one-hot", "steps"])
 @pytest.mark.parametrize("options", [{"rank": 6}, {"rank": 6, "passes": 2}, {"tol": 1e-4}], ids=str)
-@pytest.mark.long_beyond(2)
+@pytest.mark.long_beyond(1)
 def test_sums_of_numbers_of_one_sign(kind, shape, options):
     """Their Gram matrices have errors that grow with the number of rows."""
     a = few_values(kind, *shape)

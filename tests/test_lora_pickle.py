@@ -38,7 +38,7 @@ def adapted():
     return model
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("by", ["pickle", "cloudpickle"])
 def test_a_fresh_process_reads_what_was_pickled(by, tmp_path):
     dumps = pickle.dumps if by == "pickle" else pytest.importorskip(by).dumps

@@ -70,7 +70,7 @@ def test_symmetric_gradient_gives_the_sketch_of_the_target(name):
     assert relative(literal, (b + b.T) / 2 @ omega) > 0.5
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", RECTANGULAR)
 def test_gradient_at_zero_and_a_sketch_gives_its_image(name):
     problem = RECTANGULAR[name]()
