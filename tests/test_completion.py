@@ -80,14 +80,14 @@ def test_precgd_fills_in_with_too_many_columns_all_but_unseen_submatrices():
 def test_narrow_integers_are_indices_of_a_large_matrix():
     x = normal(0, (300, 2))
     found = []
-    for dtype in (np.uint8, np.int8, np.int32):
+    for dtype in (np.uint8, np.int8, np.uint32, np.int32):
         rows, columns = np.arange(100, dtype=dtype), np.arange(100, dtype=dtype)[::-1]
         problem = nys.problems.completion.observed(
             rows, columns, np.ones(100, "float32"), (300, 300)
         )
         found.append(problem.gradient(x))
-    for gradient in found[:2]:
-        np.testing.assert_array_equal(gradient, found[2])
+    for gradient in found[:-1]:
+        np.testing.assert_array_equal(gradient, found[-1])
 
 
 def test_masks_of_equal_size_in_a_batch():

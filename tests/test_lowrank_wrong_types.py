@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
-import torch
 from jax.experimental import sparse
 
 import nyscaled as nys
@@ -28,6 +27,13 @@ kernel = nys.linalg.KernelMatrix(nys.linalg.kernels.gaussian(), jnp.asarray(a))
 
 def operator():
     return HostOperator(lambda x: a @ x, lambda y: a.T @ y, a.shape, a.dtype)
+
+
+class Foreign:  # a matrix whose dtype NumPy does not know, as those of torch
+    shape, dtype = a.shape, "torch.float32"
+
+    def __getitem__(self, rows):
+        return a[rows]
 
 
 def stream(factory, shape=a.shape, dtype=a.dtype):
@@ -61,7 +67,7 @@ REFUSED = [
     (lambda: stream(lambda: iter([a]), shape=(12, 5.0)), "has shape .12, 5.0.; expected a matrix"),
     (lambda: stream(lambda: iter([a]), dtype=3), "dtype is 3; expected a dtype"),
     (lambda: RowBlocks(a, dtype="foo"), "dtype is 'foo'; expected a dtype"),
-    (lambda: RowBlocks(torch.ones(3, 2)), "dtype of a Tensor is torch.float32; expected a dtype"),
+    (lambda: RowBlocks(Foreign()), "dtype of a Foreign is 'torch.float32'; expected a dtype"),
     *(
         (lambda shape=shape: nys.linalg.Operator(jnp.copy, jnp.copy, shape), "operator's shape is")
         for shape in ("ab", None, 3, (3, 3.5), ((1, 2), 3))

@@ -77,9 +77,8 @@ class Entries:
                 low, high = int(jnp.min(indices)), int(jnp.max(indices))
                 if low < 0 or high >= side:
                     raise ValueError(f"{name} are {low} … {high}; expected 0 … {side - 1}")
-            # Narrow integers hold each index, and not the numbers of entries that JAX makes of two.
-            wide = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
-            object.__setattr__(self, name, wide)
+            if indices.dtype.itemsize < 4:  # these hold the indices, and may not hold m and n
+                object.__setattr__(self, name, indices.astype(jnp.int32))
 
     @property
     def count(self) -> int:
