@@ -1,6 +1,6 @@
 """Adapt a Flax NNX model with NoRA and NoRA+, save it for PEFT, serve two adapters, and merge."""
 
-# --8<-- [start:adapt]
+# region adapt
 import tempfile
 
 import jax
@@ -32,9 +32,9 @@ def adapt_step(model, optimizer, x, y):
 
 
 print([round(float(adapt_step(model, optimizer, x, y)), 3) for _ in range(3)])
-# --8<-- [end:adapt]
+# endregion adapt
 
-# --8<-- [start:fast]
+# region fast
 graphdef, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
 state = tx.init(adapters)
 
@@ -53,9 +53,9 @@ for _ in range(3):
     adapters, state, value = fast_step(adapters, state, base, x, y)
 nnx.update(model, adapters)
 print(float(value))
-# --8<-- [end:fast]
+# endregion fast
 
-# --8<-- [start:serve]
+# region serve
 folder = tempfile.mkdtemp()
 nys.lora.save_peft(model, folder, base_model="my-model")
 nys.lora.load_peft(model, folder, name="reloaded")
@@ -65,4 +65,4 @@ nys.lora.remove(model, "reloaded")
 nys.lora.activate(model, "default")
 nys.lora.merge(model)  # into the kernels; unmerge takes it out, remove makes it final
 print(float(jnp.abs(four[0] - model(x[:4])[0]).max()) < 1e-4)
-# --8<-- [end:serve]
+# endregion serve

@@ -1,6 +1,6 @@
 """Start qwix's adapters of a Flax Linen model, over an int8 base, from NoRA."""
 
-# --8<-- [start:linen]
+# region linen
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,4 +35,4 @@ def linen_step(adapters, state, leaves, x, y):
 for _ in range(3):
     adapters, state, value = linen_step(adapters, state, leaves, x, y)
     print(float(value))
-# --8<-- [end:linen]
+# endregion linen

@@ -1,6 +1,6 @@
 """Adapt a plain tree of arrays: pairs are found by their names."""
 
-# --8<-- [start:tree]
+# region tree
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,4 +29,4 @@ for _ in range(3):
     updates, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)
     print(float(value))
-# --8<-- [end:tree]
+# endregion tree

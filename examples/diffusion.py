@@ -1,24 +1,19 @@
 """Make images of a text, and adapt a U-Net to a subject, on a tiny pipeline with random weights."""
 
-# --8<-- [start:generate]
-import sys
-from pathlib import Path
-
+# region generate
 import jax
 import optax
 from flax import nnx
 
 import nyscaled as nys
 
-TINY = Path(__file__).parent.parent / "tests" / "fixtures" / "diffusion" / "sd1"
-folder = sys.argv[1] if sys.argv[1:] else TINY  # or "stable-diffusion-v1-4", or owner/name
 key = jax.random.key(0)
-pipe = nys.diffusion.load(folder)
+pipe = nys.diffusion.load("tests/fixtures/diffusion/sd1")  # or any folder, or owner/name
 images = nys.diffusion.generate(pipe, ["a photo of a dog"], key=key, steps=4, guidance=7.5)
 print(images.shape)
-# --8<-- [end:generate]
+# endregion generate
 
-# --8<-- [start:adapt]
+# region adapt
 attention = r".*\.(to_q|to_k|to_v|to_out\.0)"
 layers = nys.lora.apply(pipe.unet, rank=4, targets=attention, init="nora", key=key)
 optimizer = nnx.Optimizer(pipe.unet, nys.nora_plus(optax.adamw(1e-4)), wrt=nnx.LoRAParam)
@@ -48,4 +43,4 @@ for i in range(3):
     )
 print(len(layers), f"{value:.2f}")
 nys.lora.save_diffusers(pipe.unet, "build/adapter")  # for load_lora_weights of diffusers
-# --8<-- [end:adapt]
+# endregion adapt

@@ -1,6 +1,6 @@
 """Factorize a matrix by rank and by tolerance, and know the error without the matrix."""
 
-# --8<-- [start:rank]
+# region rank
 import jax
 import jax.numpy as jnp
 
@@ -12,20 +12,20 @@ a, *_ = nys.spectra.rectangular(key, 600, 400, 1 / jnp.arange(1, 401))  # σ_i =
 f = nys.factorize(a, rank=20, key=key)
 print(f.left.shape, f.singular_values.shape, f.right.shape)
 print(float(f.error_estimate), float(jnp.linalg.norm(a - f.left * f.singular_values @ f.right.T)))
-# --8<-- [end:rank]
+# endregion rank
 
-# --8<-- [start:tol]
+# region tol
 g = nys.factorize(a, tol=0.1, key=key)  # ‖A − Â‖_F ≤ 0.1 ‖A‖_F
 print(len(g.singular_values), float(g.relative_error), nys.lowrank.Status(int(g.status)).name)
-# --8<-- [end:tol]
+# endregion tol
 
-# --8<-- [start:gradient]
+# region gradient
 nuclear = jax.grad(lambda a: nys.factorize(a, rank=5).singular_values.sum())(a)
 print(float(jnp.linalg.norm(nuclear)))  # of U Vᵀ: √5
-# --8<-- [end:gradient]
+# endregion gradient
 
 
-# --8<-- [start:stream]
+# region stream
 def rows():
     """The same matrix, 100 rows at a time, from anywhere."""
     for start in range(0, 600, 100):
@@ -35,4 +35,4 @@ def rows():
 stream = nys.lowrank.RowBlocks(rows, shape=(600, 400), dtype="float32")
 h = nys.factorize(stream, rank=20, passes=3)  # reads all rows three times
 print(float(h.error_estimate))
-# --8<-- [end:stream]
+# endregion stream

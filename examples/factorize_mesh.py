@@ -1,6 +1,6 @@
 """Factorize a matrix that is split over the devices of a mesh, here eight of one CPU."""
 
-# --8<-- [start:mesh]
+# region mesh
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -24,4 +24,4 @@ f = nys.factorize(a, tol=1e-2)
 print(len(f.singular_values), float(f.relative_error))
 for x in (a, f.left, f.right):
     print(x.shape, x.addressable_shards[0].data.shape)  # of all, and on one device
-# --8<-- [end:mesh]
+# endregion mesh

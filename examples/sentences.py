@@ -3,7 +3,7 @@
 `make weights` fetches the folder of weights.
 """
 
-# --8<-- [start:vectors]
+# region vectors
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,10 +15,10 @@ key = jax.random.key(0)
 encoder, tokenizer = nys.models.load("build/weights/all-MiniLM-L6-v2")
 tokens, mask = tokenizer(["A cat sat.", "A cat was sitting.", "Stocks fell."])
 vectors = nys.models.sentence_vectors(encoder(tokens, mask), mask)
-print((vectors @ vectors.T).round(2))
-# --8<-- [end:vectors]
+print(jax.device_get(vectors @ vectors.T).round(2))
+# endregion vectors
 
-# --8<-- [start:classify]
+# region classify
 model = nys.models.BertClassifier(encoder, ["negative", "positive"], rngs=nnx.Rngs(0))
 nys.lora.apply(model, rank=8, targets=r".*(query|value)", init="nora", key=key)
 tokens, mask = tokenizer(["a joy from start to end", "dull and far too long"])
@@ -37,7 +37,14 @@ def label_step(model, optimizer, tokens, mask, labels):
     return value
 
 
-print([float(label_step(model, optimizer, tokens, mask, jnp.array([1, 0]))) for _ in range(8)])
-options = {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
-nys.lora.save_peft(model, "reviews", base_model="all-MiniLM-L6-v2", **options)
-# --8<-- [end:classify]
+labels = jnp.array([1, 0])
+for _ in range(8):
+    print(float(label_step(model, optimizer, tokens, mask, labels)))
+nys.lora.save_peft(
+    model,
+    "reviews",
+    base_model="sentence-transformers/all-MiniLM-L6-v2",
+    modules_to_save=["classifier"],
+    task_type="SEQ_CLS",
+)
+# endregion classify

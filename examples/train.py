@@ -1,6 +1,6 @@
 """Use ScaledGD as an optax transform, where only gradients are known."""
 
-# --8<-- [start:train]
+# region train
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,4 +30,4 @@ def train_step(params, state):
 for _ in range(8):
     params, state, value = train_step(params, state)
 print(float(value))
-# --8<-- [end:train]
+# endregion train

@@ -49,16 +49,19 @@ def test_each_claim_is_on_the_page_of_mathematics():
     assert sorted(named) == sorted(registry())
 
 
-def test_pages_include_all_sections_of_the_examples():
-    included = set()
-    for page in PAGES.rglob("*.md"):
-        included |= set(re.findall(r'^--8<-- "([^":]+:\w+)"$', page.read_text(), re.MULTILINE))
-    marked = set()
-    for script in (ROOT / "examples").glob("*.py"):
-        for section in re.findall(r"--8<-- \[start:(\w+)\]", script.read_text()):
-            assert f"[end:{section}]" in script.read_text()
-            marked.add(f"examples/{script.name}:{section}")
-    assert included == marked
+def test_code_of_the_pages_is_that_of_the_examples():
+    """A comment before a block names its part of a script; each part is on some page."""
+    block = re.compile(r"<!-- (examples/\w+\.py: \w+) -->\n```python\n(.*?)\n```", re.DOTALL)
+    region = re.compile(r"^# region (\w+)\n(.*?)\n+# endregion \1$", re.DOTALL | re.MULTILINE)
+    parts = {
+        f"examples/{script.name}: {name}": code
+        for script in (ROOT / "examples").glob("*.py")
+        for name, code in region.findall(script.read_text())
+    }
+    shown = [pair for page in PAGES.glob("*.md") for pair in block.findall(page.read_text())]
+    for name, code in shown:
+        assert code == parts[name].strip("\n"), name
+    assert {name for name, _ in shown} == parts.keys()
 
 
 def test_make_targets_of_the_pages_exist():
