@@ -137,7 +137,12 @@ def test_a_share_of_long_examples_is_refused():
     ("example", "message"),
     [
         (Example("a", "", source="t.json:3"), "t.json:3 has no token in its answer"),
-        (Example("a", "</s>", source="t.json:3"), "t.json:3: the answer holds the token that ends"),
+        (Example("a", "</s>", source="t.json:3"), "t.json:3: an answer holds the token that ends"),
+        (Example("a", "b </s> c", source="t.json:3"), "t.json:3: an answer holds the token that"),
+        (
+            Example("ab </s> cd", "e", turns=((1, 9),), source="t.json:3"),
+            "t.json:3: an answer holds the token that ends",
+        ),
         (Example("", "b", source="t.json:3"), "t.json:3 has no token in its prompt"),
         (Example("", "b"), "the example '' has no token in its prompt"),
     ],
@@ -153,6 +158,9 @@ def test_calls_that_are_refused():
         encode([Example("a", "b")], tokenizer, ends=True)
     with pytest.raises(ValueError, match="has no token in its answer"):
         encode([Example("a", "b")], tokenizer, answers="candidates")
+    ended = Example("a", "b</s>", ("b</s>", "c"), 0)
+    with pytest.raises(ValueError, match="an answer holds the token that ends a text"):
+        encode([ended], characters(), answers="candidates")
     with pytest.raises(ValueError, match=r"allow_cut is 2; expected a number in \[0, 1\]"):
         encode([], tokenizer, allow_cut=2)
     with pytest.raises(ValueError, match="max_length is 1"):

@@ -96,6 +96,39 @@ def test_a_template_that_the_rows_do_not_use_is_refused():
         example("plain", tokenizer=characters(), messages=TURNS)
 
 
+TOOLS = (
+    "{% for t in tools or [] %}{{ t.name }};{% endfor %}"
+    "{% for m in messages %}{{ m.role }}:"
+    "{% for call in m.tool_calls or [] %}{{ call.name }}{% endfor %}"
+    "{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content or [] %}{{ part.text }}{% endfor %}{% endif %};"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_tools_and_parts_of_a_content_are_those_of_the_template():
+    parts = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    messages = [parts, call, {"role": "tool", "content": "5"}, TURNS[2]]
+    chat = example(tokenizer=characters(chat=TOOLS), messages=messages, tools=[{"name": "look"}])
+    assert chat.prompt == "look;user:Hi;assistant:look;tool:5;assistant:"
+    assert [chat.prompt[a:b] for a, b in chat.turns] == ["look;"]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"content": [{"type": "text", "text": "Hi"}]}, r"content is \[\{'type': 'text', 'text'"),
+        ({"content": 5}, "content is 5; expected a text"),
+        ({}, "content is None; expected a text"),
+        ({"content": "a\ud83d"}, "content has half of a character"),
+    ],
+)
+def test_contents_that_a_template_would_write_as_python_are_refused(message, reason):
+    with pytest.raises(ValueError, match=f"data.jsonl:7: {reason}"):
+        example(tokenizer=characters(), messages=[{"role": "user", **message}, TURNS[2]])
+
+
 def test_conversations_that_are_refused():
     with pytest.raises(ValueError, match="is a conversation; expected a model with a tokenizer"):
         example(messages=TURNS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -154,8 +155,9 @@ def encode(
     ids = _encode_answers(tokenizer, list(dict.fromkeys(later)))
     encoded, counts = [], []
     for example, prompt, own, several in zip(examples, prompts, pieces, texts, strict=True):
-        prompt, counted = _with_turns(prompt, [ids[text] for text in own[1:]], marks.eos)
-        rows = tuple(_ended(ids[text], eos, marks, example.source) for text in several)
+        end = functools.partial(_end, eos=marks.eos, tokenizer=tokenizer, source=example.source)
+        prompt, counted = _with_turns(prompt, [ids[text] for text in own[1:]], end)
+        rows = tuple(_ended(ids[text], eos, end) for text in several)
         label = (example.label or 0) if answers == "candidates" else 0
         if marks.bos is not None and prompt[:1] != (marks.bos,):
             prompt, counted = (marks.bos, *prompt), (False, *counted) if counted else ()
@@ -234,13 +236,14 @@ def _pieces(example: Example) -> list[str]:
 
 
 def _with_turns(
-    first: tuple[int, ...], others: Sequence[tuple[int, ...]], eos: int | None
+    first: tuple[int, ...],
+    others: Sequence[tuple[int, ...]],
+    end: Callable[[tuple[int, ...]], int | None],
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """The ids of a prompt, and which are earlier answers with the token that ends a text."""
     prompt, counted = first, (False,) * len(first)
     for number, piece in enumerate(others):
-        size = piece.index(eos) + 1 if eos in piece else len(piece)
-        size = size if number % 2 == 0 else 0
+        size = 0 if number % 2 else end(piece) or len(piece)
         prompt, counted = prompt + piece, counted + (True,) * size + (False,) * (len(piece) - size)
     return prompt, counted if any(counted) else ()
 
@@ -268,15 +271,32 @@ def _encode_answers(tokenizer: Tokenizer, texts: list[str]) -> dict[str, tuple[i
     }
 
 
-def _ended(answer: tuple[int, ...], eos: int | None, marks: Ends, source: str) -> tuple[int, ...]:
+def _end(
+    answer: tuple[int, ...],
+    eos: int | None,
+    tokenizer: Tokenizer,
+    source: str,
+    *,
+    allowed: bool = True,
+) -> int | None:
+    """Return how many tokens an answer has with the one that ends a text, None without that one."""
+    if eos is None or eos not in answer:
+        return None
+    end = answer.index(eos) + 1
+    # A chat template may write a line break after it.
+    if not allowed or end == 1 or tokenizer.decode(list(answer[end:])).strip():
+        raise ValueError(
+            f"{source}: an answer holds the token that ends a text; expected a text without it"
+        )
+    return end
+
+
+def _ended(
+    answer: tuple[int, ...], eos: int | None, end: Callable[..., int | None]
+) -> tuple[int, ...]:
     """Return an answer with one token that ends it, without what a chat template writes after."""
-    if marks.eos is not None and marks.eos in answer:
-        if eos is None or answer.index(marks.eos) == 0:
-            raise ValueError(
-                f"{source}: the answer holds the token that ends a text; expected a text without it"
-            )
-        return answer[: answer.index(marks.eos) + 1]
-    return answer if eos is None or not answer else (*answer, eos)
+    size = end(answer, allowed=eos is not None)
+    return answer[:size] if size or eos is None or not answer else (*answer, eos)
 
 
 def _without_middle(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 from nyscaled.finetune.examples import Example
@@ -106,10 +107,12 @@ def _chat(row: Row, messages: Messages, tokenizer: Tokenizer | None) -> Example:
     content = row.as_text("content", last.get("content"))
     if not content.strip():
         raise ValueError(f"{row.source} has an empty answer; expected a text")
+    tools = cast("Sequence[object] | None", row.fields.get("tools") or None)
+    chat = functools.partial(tokenizer.chat, tools=tools)
     try:
-        prompt = tokenizer.chat(earlier, add_generation_prompt=True)
-        whole = tokenizer.chat(messages)
-        turns = tuple(_earlier_answers(earlier, prompt, tokenizer))
+        prompt = chat(earlier, add_generation_prompt=True)
+        whole = chat(messages)
+        turns = tuple(_earlier_answers(earlier, prompt, chat))
     except ValueError as error:
         raise ValueError(f"{row.source}: {error}") from error
     if not whole.startswith(prompt):
@@ -118,19 +121,33 @@ def _chat(row: Row, messages: Messages, tokenizer: Tokenizer | None) -> Example:
             "without; expected a template that only appends (prompt and completion fields take "
             "texts that you made yourself)"
         )
+    for message in earlier:
+        _require_text(row, message, prompt)
     answer = whole.removeprefix(prompt)
     return Example(prompt, answer, golds=(content.strip(),), turns=turns, source=row.source)
 
 
+def _require_text(row: Row, message: Mapping[str, object], prompt: str) -> None:
+    """Refuse content that is missing, and content that a chat template writes as Python does.
+
+    A template may take parts of a content, and calls of tools in its place.
+    """
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return
+    if content is None or isinstance(content, str) or str(content) in prompt:
+        row.as_text("content", content)
+
+
 def _earlier_answers(
-    messages: Messages, prompt: str, tokenizer: Tokenizer
+    messages: Messages, prompt: str, chat: Callable[..., str]
 ) -> Iterator[tuple[int, int]]:
     """The first and last character of each answer of the assistant in a prompt."""
     for i, message in enumerate(messages):
         if i and message["role"] == "assistant":
             try:
-                before = tokenizer.chat(messages[:i], add_generation_prompt=True)
-                after = tokenizer.chat(messages[: i + 1])
+                before = chat(messages[:i], add_generation_prompt=True)
+                after = chat(messages[: i + 1])
             except ValueError:  # some templates refuse such a beginning of a conversation
                 continue
             if prompt.startswith(after) and after.startswith(before):
