@@ -211,6 +211,7 @@ def test_a_run_says_its_template(files, tmp_path):
         ({"task": "copa", "model": "encoder"}, "the task copa needs a causal language model"),
         ({"model": "encoder"}, "the model has no head with the classes negative, positive; exp"),
         ({"options": ["--split", "test"]}, "has train, dev; expected a test split"),
+        ({"options": ["--split", "validation"]}, "split is 'validation'; expected train, dev or"),
         ({"options": ["--template", "x"]}, "template is 'x'; expected one of mezo"),
         ({"options": ["--examples", "0"]}, "examples is 0"),
         ({"options": ["--out", "x.txt"]}, "out is 'x.txt'; expected a name that ends in .json"),

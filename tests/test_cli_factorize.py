@@ -157,7 +157,8 @@ def test_flags_override_the_file_of_options(tmp_path, a, suffix):
     options = tmp_path / f"options.{suffix}"
     pairs = {"file": json.dumps(str(path)), "tol": "1e-2", "rank": "1", "overwrite": "true"}
     equals = " = " if suffix == "toml" else ": "
-    options.write_text("\n".join(key + equals + value for key, value in pairs.items()))
+    mark = "\ufeff"  # with which some editors begin a file
+    options.write_text(mark + "\n".join(key + equals + value for key, value in pairs.items()))
     out.touch()  # overwrite is read from the file
     assert factorize("--config", options, "--rank", 3, "--out", out) == 0
     assert np.load(out)["left"].shape[1] <= 3
@@ -335,3 +336,11 @@ def test_output_that_nobody_reads_ends_quietly(words):
         process.stdout.close()  # before anything is written
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_double_complex_factors_have_no_safetensors(tmp_path, capsys, monkeypatch):
+    np.save(tmp_path / "a.npy", matrix().astype(complex))
+    words = (tmp_path / "a.npy", "--rank", RANK, "--out")
+    monkeypatch.setattr("nyscaled.cli.factorize.factorize", None)  # refused before it
+    error = refused(capsys, *words, tmp_path / "a.safetensors")
+    assert "it is complex128, which no .safetensors holds; expected --out in .npz" in error

@@ -99,6 +99,11 @@ def run(config: Config) -> int:
                 f"{name} is {getattr(config, name)!r}; expected none with --harness, whose tasks "
                 "have their own"
             )
+    if config.split not in (None, "train", "dev", "test"):
+        raise ValueError(
+            f"split is {config.split!r}; expected train, dev or test (a file named validation is "
+            "of dev)"
+        )
     out = config.out
     if out is not None:
         if out.suffix != ".json":

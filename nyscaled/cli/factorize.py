@@ -32,7 +32,8 @@ from nyscaled.lowrank import LowRank, Status, factorize
 from nyscaled.numerics import keeping
 from nyscaled.validation import require_count, require_scalar
 
-FACTORS = (".npz", ".safetensors")
+SAFE = ".safetensors"
+FACTORS = (".npz", SAFE)
 TABLE = ".csv"
 WHOLE = 1024
 """Of a matrix whose smaller side is at most this, a table has all singular values."""
@@ -177,6 +178,8 @@ def _factorized(entry: inputs.Entry, config: Config, rank: int | None) -> LowRan
     rank, max_rank = (rank, None) if config.tol is None else (None, rank)
     key = jax.random.key(config.seed)
     try:
+        if config.out is not None and config.out.suffix == SAFE and a.dtype == np.complex128:
+            raise ValueError(f"it is complex128, which no {SAFE} holds; expected --out in .npz")
         with keeping(a.dtype):
             low_rank = factorize(
                 a, rank, tol=config.tol, key=key, passes=config.passes, max_rank=max_rank

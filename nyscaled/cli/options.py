@@ -113,7 +113,7 @@ def _read(path: Path) -> Mapping[str, object]:
     text = read_text(path)
     try:
         if path.suffix == ".toml":
-            options: object = tomllib.loads(text)
+            options: object = tomllib.loads(text.removeprefix("\ufeff"))  # a mark of some editors
         elif path.suffix in (".yaml", ".yml"):
             options = _from_yaml(text)
         else:
