@@ -145,6 +145,20 @@ def test_squared_residual_counts_every_entry_once(form, m, n):
     np.testing.assert_allclose(found, exact_residual(left, a, right) ** 2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_residuals_refuse_factors_of_another_matrix(form):
+    # Rows beyond those of A would not be read.
+    a = FORMS[form](normal(2, (M, N)))
+    with pytest.raises(ValueError, match=r"expected .*, r.* for A"):
+        linalg.residual(a, normal(0, (M + 1, R)), normal(1, (N, R)))
+
+
+@pytest.mark.parametrize("rank", [0, N + 1])
+def test_leading_factors_refuse_a_rank_out_of_range(rank):
+    with pytest.raises(ValueError, match="rank is"):
+        linalg.leading_factors(KEY, normal(2, (M, N)), rank)
+
+
 def test_squared_residual_does_not_cancel():
     x = normal(0, (M, R))
     a = (np.asarray(x, np.float64) @ np.asarray(x, np.float64).T).astype(np.float32)

@@ -26,6 +26,9 @@ def residual(a: MatrixLike, left: Float[Array, "m r"], right: Float[Array, "n r"
         left: L (m, r).
         right: R (n, r).
 
+    Raises:
+        ValueError: if the shapes do not fit.
+
     Examples:
         >>> residual(4 * jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.ones((1, 1)))
         Array(3., dtype=float32)
@@ -48,6 +51,9 @@ def squared_residual(
         left: L (m, r).
         right: R (n, r).
 
+    Raises:
+        ValueError: if the shapes do not fit.
+
     Examples:
         >>> x = jnp.ones((2, 1))
         >>> squared_residual(jnp.ones((2, 2)), x, x)
@@ -64,6 +70,12 @@ def _residual(
 ) -> tuple[Scalar, Int[Array, ""]]:
     """s and e of ‖LRᵀ − A‖_F² = s · 4^e, whose square of a block is scaled by its largest entry."""
     m, n = a.shape
+    expected = (m, left.shape[-1]), (n, left.shape[-1])
+    if (left.shape, right.shape) != expected:
+        raise ValueError(
+            f"left and right have shapes {left.shape} and {right.shape}; "
+            f"expected ({m}, r) and ({n}, r) for A {(m, n)}"
+        )
     dense = isinstance(a, jax.Array)
     size = m if dense else n
     block = min(_BLOCK, size)

@@ -71,6 +71,9 @@ def leading_factors(
     Returns:
         Factors (m, r) and (n, r), columns by falling values.
 
+    Raises:
+        ValueError: if the rank is out of range.
+
     References:
         Halko, Martinsson and Tropp, Finding structure with randomness, SIAM Review 53, 2011,
         Algorithms 4.4 and 5.1.
@@ -81,6 +84,8 @@ def leading_factors(
         True
     """
     m, n = a.shape
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f"rank is {rank}; expected 1 ≤ rank ≤ {min(m, n)} for a matrix {m, n}")
     constant = lax.stop_gradient(a)
     omega = jax.random.normal(key, (n, min(2 * rank + OVERSAMPLING, m, n)), a.dtype)
     q = range_basis(

@@ -16,7 +16,7 @@ from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import Scalar
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "passes", "tol"))
+@functools.partial(jax.jit, static_argnames=("rank", "passes"))
 @full_precision
 def truncate(
     left: Inexact[Array, "m k"],
@@ -25,7 +25,7 @@ def truncate(
     error: Scalar | float,
     rank: int,
     passes: int,
-    tol: float | None = None,
+    tol: Scalar | float | None = None,
     deviations: Deviations | None = None,
 ) -> LowRank:
     """Return the best factorization of this rank of a projection QQᴴA = Q U diag(s) Vᴴ Pᴴ.
