@@ -74,6 +74,7 @@ def test_a_run_of_other_settings_does_not_go_on(root):
         nys.finetune.run(settings(root, rank=4, seed=1, resume=True))
     with pytest.raises(ValueError, match="has no run"):
         nys.finetune.run(settings(root, out=root / "absent", resume=True))
+    assert nys.finetune.run(settings(root, checkpoint_every=5, resume=True)).steps == 12
 
 
 def test_settings_of_an_earlier_version_had_their_defaults(root, tmp_path):
@@ -110,6 +111,19 @@ def test_a_run_that_goes_on_elsewhere_is_refused(root, tmp_path):
         nys.finetune.run(config)
     shutil.copyfile(root / "out" / "run.json", config.out / "run.json")
     assert nys.finetune.run(config).steps == 12
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_refused(root, tmp_path, monkeypatch):
+    """Its checkpoints are of other settings."""
+    prepare = launch.prepare
+
+    def slow(config):
+        shutil.copytree(root / "out", config.out)
+        return prepare(config)
+
+    monkeypatch.setattr(launch, "prepare", slow)
+    with pytest.raises(ValueError, match="out has a run; expected --resume, or another --out"):
+        nys.finetune.run(settings(root, out=tmp_path / "out", learning_rate=1e-3))
 
 
 def test_a_file_may_have_another_name(root, tmp_path):

@@ -185,7 +185,10 @@ _COUNTS = (
 )
 _POSITIVE = ("alpha", "scale", "damping", "ratio", "learning_rate", "clip", "epochs")
 
-NOT_THE_RUN = "out", "resume", "dry_run", "log_every", "sample_every", "log", "processes"
+NOT_THE_RUN = (
+    *("out", "resume", "dry_run", "checkpoint_every", "log_every", "sample_every", "log"),
+    "processes",
+)
 """Settings in which a run that goes on may differ from the one that began."""
 
 

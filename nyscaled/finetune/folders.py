@@ -154,7 +154,7 @@ def begin(out: Path, options: JsonObject, record: JsonObject, *packages: str) ->
 
 @contextlib.contextmanager
 def held(out: Path) -> Generator[None, None, None]:
-    """Refuse a run to other processes in the body of a `with`.
+    """Make the folder of a run, and refuse it to other processes in the body of a `with`.
 
     The lock ends with this process, also if it is killed; its file may stay. No process is refused
     on file systems without locks.
@@ -165,6 +165,7 @@ def held(out: Path) -> Generator[None, None, None]:
     Raises:
         ValueError: if another process has the run.
     """
+    out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(out / LOCK, timeout=0))

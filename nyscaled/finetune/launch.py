@@ -18,7 +18,7 @@ from nyscaled.finetune.chosen import require_kind
 from nyscaled.finetune.config import NOT_THE_RUN, Config, as_options
 from nyscaled.finetune.evaluation import Evaluation, evaluate
 from nyscaled.finetune.examples import Example
-from nyscaled.finetune.folders import CONFIG, RECORD, RESULT, write_json
+from nyscaled.finetune.folders import RECORD, RESULT, write_json
 from nyscaled.finetune.methods import method
 from nyscaled.finetune.preparation import Prepared, prepare
 from nyscaled.finetune.progress import say, timed
@@ -134,10 +134,14 @@ def _made(config: Config) -> dict[str, object]:
     processes.require_same("examples", prepared.digests)
     if processes.are_several():
         processes.require_same("weights", identity.of_base(config.model))
-    # After all that may be refused, so that the mended command has the folder.
-    processes.from_first(lambda: claim(prepared))
     with contextlib.ExitStack() as stack:
-        processes.from_first(lambda: stack.enter_context(folders.held(config.out)))
+
+        def take() -> None:
+            stack.enter_context(folders.held(config.out))
+            claim(prepared)
+
+        # After all that may be refused, so that the mended command has the folder.
+        processes.from_first(take)
         return _trained(prepared)
 
 
@@ -236,16 +240,17 @@ def _read_finished(config: Config) -> dict[str, object] | None:
 
 
 def claim(prepared: Prepared) -> None:
-    """Make the folder of a run that begins, with its settings; compare that of one that goes on.
+    """Write the settings of a run that begins into its folder; compare those of one that goes on.
 
     Args:
-        prepared: the run.
+        prepared: the run, to which the folder is held.
 
     Raises:
-        ValueError: if the run in the folder began with another base or other examples.
+        ValueError: if the run in the folder began with another base or other examples, or while
+            this one was prepared.
     """
-    config, path = prepared.config, prepared.config.out / CONFIG
-    if path.exists():
+    config = prepared.config
+    if folders.begun(config.out, resume=config.resume) is not None:
         identity.require_base(config.out, config.model)
         if not (config.out / identity.FILE).exists():
             identity.write_base(config.out, identity.of_base(config.model))
@@ -253,7 +258,6 @@ def claim(prepared: Prepared) -> None:
         saved = identity.recorded(config.out / RECORD, record)
         identity.require_examples(config.out, saved, prepared.digests)
         return
-    config.out.mkdir(parents=True, exist_ok=True)
     identity.write_base(config.out, identity.of_base(config.model))
     folders.begin(config.out, as_options(config), {"examples": prepared.digests})
 

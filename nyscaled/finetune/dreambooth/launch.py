@@ -122,9 +122,9 @@ def _made(config: Config) -> dict[str, object]:
     pipe = opened(config)
     base = of_pipeline(config.model, pipe)
     prepared = prepare(config, pipe)
-    # After all that may be refused, so that the mended command has the folder.
-    _claim(prepared, base)
     with folders.held(config.out):
+        # After all that may be refused, so that the mended command has the folder.
+        _claim(prepared, base)
         plan, sampling = prepared.plan, sampler(prepared, pipe)
         if config.class_prompt is not None:
             plan = prepared.with_class(class_pictures(prepared, pipe))
@@ -155,10 +155,9 @@ def _made(config: Config) -> dict[str, object]:
 
 
 def _claim(prepared: Prepared, base: identity.Base) -> None:
-    """Make the folder of a run that begins, with its settings; compare that of one that goes on."""
+    """Write the settings of a run that begins; compare those of one that goes on."""
     out, digests = prepared.config.out, prepared.digests
-    if not (out / folders.CONFIG).exists():
-        out.mkdir(parents=True, exist_ok=True)
+    if folders.begun(out, resume=prepared.config.resume) is None:
         identity.write_base(out, base)
         folders.begin(out, as_options(prepared.config), {"images": digests}, "pillow")
         return
