@@ -1,5 +1,6 @@
 """What `nys.lora.apply` refuses."""
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
@@ -21,6 +22,7 @@ BAD = {
         r"blocks.0.out: rank is 9; expected 1 ≤ rank ≤ 8",
     ),
     "rank 0": (lambda m: apply(m, rank=0), "rank is 0"),
+    "no targets": (lambda m: apply(m, targets={}), r"targets is \{\}; expected a regular"),
     "odd rank": (lambda m: apply(m, "orthogonal", rank=3), "expected an even one"),
     "unknown init": (
         lambda m: nys.lora.apply(m, targets=".*", key=KEY, init="eva"),
@@ -75,6 +77,9 @@ def test_kernels_that_cannot_be_read_are_named():
     model.layers[0].kernel = nnx.Param(jnp.ones((4, 3, 4)))
     with pytest.raises(ValueError, match=r"shape \(4, 3, 4\), the layer declares \(4, 4\)"):
         apply(model)
+    shapes = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"kernel of layers.0 has a shape and no values; expected"):
+        apply(shapes)
     lazy = nnx.Sequential(nnx.Einsum("ab,bc->ac", (4, 4), rngs=nnx.Rngs(0)))
     lazy.layers[0].einsum_str = None
     with pytest.raises(ValueError, match="without einsum_str"):
@@ -90,7 +95,13 @@ def test_layers_with_adapters_of_flax_are_refused():
         apply(model, targets=r"layers\.0")
 
 
-def test_a_list_of_targets_is_refused(monkeypatch):
+def test_values_of_other_types_are_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     with pytest.raises(ValueError, match=r"targets is \['up'\]; expected a regular expression"):
         nys.lora.apply(net(), targets=["up"], key=KEY)
+    for key in (0, jax.random.split(KEY)):
+        with pytest.raises(ValueError, match="; expected one key, as from"):
+            nys.lora.apply(net(), targets=".*", key=key)
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    nys.lora.apply(model, jnp.int32(2), targets=".*", key=KEY)
+    assert model.layers[0].adapters["default"].rank == 2

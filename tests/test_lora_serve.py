@@ -1,5 +1,7 @@
 """Adapters that serve from one base: activated, merged, taken out."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -131,6 +133,33 @@ def test_switching_adapters_compiles_nothing():
         nys.lora.activate(model, rows=rows)
         run(model, inputs())
     assert len(traces) == 2
+
+
+def test_a_function_that_holds_the_model_sees_which_adapters_are_active():
+    model, outputs = served()
+    run = nnx.cached_partial(nnx.jit(lambda model, x: model(x)), model)
+    for name in ("english", "french"):
+        nys.lora.activate(model, name)
+        np.testing.assert_allclose(run(inputs()), outputs[name], atol=1e-6)
+
+
+class Shared(nnx.Module):
+    """Two layers with one kernel."""
+
+    def __init__(self, layer):
+        self.first, self.second = (layer(8, 8, rngs=nnx.Rngs(0)) for _ in range(2))
+        self.second.kernel = self.first.kernel
+
+
+@pytest.mark.parametrize("layer", [nnx.Linear, functools.partial(nnx.LoRALinear, lora_rank=2)])
+def test_a_kernel_of_two_layers_is_not_merged_into(layer):
+    model = Shared(layer)
+    if layer is nnx.Linear:
+        nys.lora.apply(model, 2, targets="first", key=KEY)
+    before = model.first.kernel[...]
+    with pytest.raises(ValueError, match=r"the kernel of first.* is another layer's too"):
+        nys.lora.merge(model)
+    assert jnp.array_equal(model.second.kernel[...], before)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from nyscaled.lora.recipe import (
 from nyscaled.lora.view import is_quantized, values_of
 from nyscaled.numerics import at_least_float32
 from nyscaled.transforms.leaf_names import Path, names_of
-from nyscaled.validation import is_concrete
+from nyscaled.validation import is_concrete, require_key
 
 
 def initialize(
@@ -83,6 +83,7 @@ def initialize(
     if not pairs:
         raise ValueError(f"the model has no adapter named {name!r}, nor any of flax or qwix")
     others = [p for p in pairs if p.library != "nyscaled"]
+    key = require_key("key", key)
     origin = origin_of(init, options, key)
     if init in gradient_inits.GRADIENT_INITS or init in input_inits.INPUT_INITS:
         if loss is None or not (batches := list(batches)):
@@ -260,7 +261,7 @@ def initialize_params(
     pairs = find(leaves)
     if not pairs:
         raise ValueError("the tree has no adapters; expected leaves lora_a, *_lora_a or lora/a")
-    new = dict(leaves)
+    key, new = require_key("key", key), dict(leaves)
     if init in gradient_inits.GRADIENT_INITS:
         if gradient is None:
             raise ValueError(

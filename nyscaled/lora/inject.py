@@ -149,7 +149,7 @@ def apply(
     Raises:
         ValueError: on a pattern that is not an expression or matches nothing, a rank above a
             layer's sides, a name in use, an unknown init, a dtype that is not floating, and a
-            kernel that is not floating (quantized, say) or not finite.
+            kernel that is not floating (quantized, say), not finite, or only a shape.
 
     Examples:
         >>> from flax import nnx
@@ -159,7 +159,7 @@ def apply(
         >>> model.layers[0].adapters["default"].lora_b.shape
         (2, 8)
     """
-    if not isinstance(targets, str | Mapping):
+    if not isinstance(targets, str | Mapping) or not targets:
         raise ValueError(
             f"targets is {targets!r}; expected a regular expression for whole paths, such as "
             "'.*(q_proj|v_proj)', or a mapping from such expressions to ranks"
@@ -171,11 +171,12 @@ def apply(
     if alpha is not None:
         validation.require_positive("alpha", alpha)
     require_new_name(name)
-    dtype = floating(dtype)
-    layers = _matching(model, ranks, embeddings)
+    key, dtype = validation.require_key("key", key), floating(dtype)
+    layers = {
+        path: (layer, require_room(path, layer, r, name))
+        for path, (layer, r) in _matching(model, ranks, embeddings).items()
+    }
     draw, origin = kernel_init(init), origin_of(init, options, key)
-    for path, (layer, r) in layers.items():
-        require_room(path, layer, r, name)
     recipes = {
         path: Recipe(draw, origin.init[1], r, float(alpha or r), rank_stabilized, dtype)
         for path, (_, r) in layers.items()
@@ -245,8 +246,8 @@ def floating(dtype: Any) -> Any:
     return known
 
 
-def require_room(path: str, layer: Layer, rank: int, name: str) -> None:
-    """Raise ValueError unless the layer can have an adapter of this rank and name.
+def require_room(path: str, layer: Layer, rank: int, name: str) -> int:
+    """Return the rank; ValueError unless the layer can have an adapter of this rank and name.
 
     Args:
         path: path of the layer, for messages.
@@ -273,7 +274,7 @@ def require_room(path: str, layer: Layer, rank: int, name: str) -> None:
         )
     view_of(layer)
     try:
-        validation.require_rank(rank, unstacked_view(layer).sides)
+        return validation.require_rank(rank, unstacked_view(layer).sides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from nyscaled.lora import foreign
-from nyscaled.lora.adapter import Adapter, AdapterState
+from nyscaled.lora.adapter import Adapter
 from nyscaled.lora.inject import adapted_layers, is_tied, require_name
 from nyscaled.lora.view import Layer, kernel_of, roles_of, view_of
 
@@ -52,7 +54,8 @@ def activate(
         for name, adapter in layer.adapters.items():
             value = float(name in active) if rows is None else [float(name == r) for r in rows]
             gate = jnp.asarray(value, adapter.gate.dtype)
-            adapter.gate = AdapterState(jnp.broadcast_to(gate, (*adapter.stack, *gate.shape)))
+            # In place, for functions that hold the model, as those of nnx.cached_partial do.
+            adapter.gate.set_value(jnp.broadcast_to(gate, (*adapter.stack, *gate.shape)))
 
 
 def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = None) -> None:
@@ -71,14 +74,15 @@ def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = Non
 
     Raises:
         ValueError: on an unknown name or one that is merged already, an adapter of an embedding
-            that is also the head, kernels that qwix quantized, and adapters of qwix without
-            `alpha`. Nothing has been changed then.
+            that is also the head, kernels that layers share or qwix quantized, and adapters of qwix
+            without `alpha`. Nothing has been changed then.
 
     Examples:
         >>> model = nnx.Sequential(nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)))
         >>> merge(model)
     """
     others = [(other, other.merged()) for other in foreign.find(model, alpha)]
+    _require_own(model, {other.path: other.kernel for other, _ in others})
     if not others or adapted_layers(model):
         _fold(model, name, merged=True)
     for other, kernel in others:
@@ -118,10 +122,22 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
                 f"{path} is the model's head too, which the adapter does not change; expected a "
                 "head of its own before merging: model.untie()"
             )
+    _require_own(model, {path: kernel_of(layer) for path, layer in layers.items()})
     for layer in layers.values():
         adapter = layer.adapters[name]
         _add(layer, adapter, 1 if merged else -1)
         adapter.merged = merged
+
+
+def _require_own(model: nnx.Module, kernels: Mapping[str, Any]) -> None:
+    """Raise ValueError if a kernel is another layer's too, which its adapter does not change."""
+    variables = (v for _, module in nnx.iter_modules(model) for v in vars(module).values())
+    owners = Counter(id(v) for v in variables if isinstance(v, nnx.Variable))
+    if shared := [path for path, kernel in kernels.items() if owners[id(kernel)] > 1]:
+        raise ValueError(
+            f"the kernel of {', '.join(shared[:4])} is another layer's too, which the adapter does "
+            "not change; expected a kernel of its own before merging"
+        )
 
 
 def _add(layer: Layer, adapter: Adapter, sign: int) -> None:

@@ -12,6 +12,7 @@ import math
 import string
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -239,13 +240,18 @@ def values_of(kernel: Any, path: str) -> Array:
         path: path of the layer, for messages.
 
     Raises:
-        ValueError: on a kernel of another type, or of integers.
+        ValueError: on a kernel of another type, of integers, or without values.
     """
     if is_quantized(kernel):
         import qwix
 
         return qwix.dequantize(nnx.as_pure(kernel.array))
-    value = kernel[...] if isinstance(kernel, nnx.Variable) else kernel
+    value = _content(kernel)
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"the kernel of {path} has a shape and no values; expected values (a model of shapes "
+            "gets its adapters in the function that nnx.eval_shape calls)"
+        )
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
         dtype = getattr(value, "dtype", type(value).__name__)
         raise ValueError(
@@ -257,6 +263,10 @@ def values_of(kernel: Any, path: str) -> Array:
 
 def sharding_of(kernel: Any) -> NamedSharding | None:
     """Return the sharding of a kernel's values if it has axes of a mesh."""
-    value = kernel[...] if isinstance(kernel, nnx.Variable) else kernel
-    sharding = getattr(value, "sharding", None)
+    sharding = getattr(_content(kernel), "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _content(kernel: Any) -> Any:
+    """What a variable holds, which may be only a shape."""
+    return kernel.get_value() if isinstance(kernel, nnx.Variable) else kernel
