@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -53,6 +54,12 @@ def test_settings_of_other_families_that_are_refused(name, settings, message, tm
     change(folder, **settings)
     with pytest.raises(ValueError, match=message):
         nys.models.load(folder)
+
+
+def test_numbers_of_numpy_become_pythons(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    config = dataclasses.replace(load("llama").config, vocab_size=np.int64(32))
+    assert type(config.vocab_size) is int
 
 
 def test_configurations_made_by_hand():

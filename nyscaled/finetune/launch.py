@@ -45,7 +45,7 @@ class Result:
         scores: means on the test examples, or of generated answers, by name.
         difference: largest difference between scores of the trained model and of the saved one.
         parameters: number of trained numbers.
-        seconds: time of the training.
+        seconds: time of the training, since it last went on.
     """
 
     out: Path

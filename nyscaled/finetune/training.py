@@ -224,7 +224,10 @@ def train_step(
     count = jnp.maximum(count, 1)
     loss, gradient = total / count, jax.tree.map(lambda g: g / count, gradient)
     new, norm = updating.updated(state, loss, gradient, learning_rate, program.optimizer())
-    return new, Measured(loss, norm, jnp.sum(jnp.asarray(batch.mask)), new.finite)
+    valid = jnp.asarray(batch.valid)
+    of_examples = jnp.asarray(batch.mask).reshape(*valid.shape, -1)
+    tokens = jnp.sum(of_examples, where=valid[..., None])
+    return new, Measured(loss, norm, tokens, new.finite)
 
 
 def _sums(

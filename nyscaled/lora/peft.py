@@ -163,10 +163,11 @@ def load_peft(
     """Put the adapter of a PEFT folder into the layers of a model, in place.
 
     Modules that were saved whole, and what PEFT saves of the base (embeddings, rows of tokens,
-    heads, biases), replace those of the model, for all its adapters. A head that is the embedding
-    gets its own weights where PEFT would separate the two. PEFT only warns of a tensor without a
-    layer and of a targeted layer without tensors. Here these are errors, as is a configuration of
-    more than plain LoRA, and then nothing has been changed.
+    heads, biases), replace those of the model, for all its adapters. `save_peft` then writes of
+    them only what its `modules_to_save` names. A head that is the embedding gets its own weights
+    where PEFT would separate the two. PEFT only warns of a tensor without a layer and of a targeted
+    layer without tensors. Here these are errors, as is a configuration of more than plain LoRA, and
+    then nothing has been changed.
 
     The layers of a stack share one rank and one scaling. Layers that the file leaves out get zero
     factors, smaller ranks get zero columns, and other scalings go into b. Zero factors and columns

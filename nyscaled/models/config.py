@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from nyscaled.checkpoints.files import JsonObject
 
 TokenId = int | tuple[int, ...] | None
@@ -107,6 +109,7 @@ def sound(field: dataclasses.Field[Any], value: Any) -> Any:
         ValueError: on another value, or a number that is not positive or out of its range, where
             it has a meaning and float32 holds it.
     """
+    value = value.item() if isinstance(value, np.generic) else value
     if field.type == "TokenId":
         several = isinstance(value, list | tuple)
         ids = value if several else [] if value is None else [value]
