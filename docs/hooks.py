@@ -18,6 +18,8 @@ OUTSIDE = {
     "](../../CONTRIBUTING.md": "](extending.md",
 }
 """Beginnings of links, as readers of the repository follow them, and those of the site."""
+FORMULAS = {r"\$`(.*?)`\$": r"\\(\1\\)", r"^```math\n(.*?)\n```$": r"\\[\n\1\n\\]"}
+"""Formulas as GitHub reads them, and as the extension arithmatex does."""
 ENTRY = re.compile(r"^### (\S+)\n\n\*\*", re.MULTILINE)
 
 
@@ -82,6 +84,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         used.update(names)
         return ", ".join(f"[{name}](report.md#{name.lower()})" for name in names)
 
+    for of_github, of_site in FORMULAS.items():
+        markdown = re.sub(of_github, of_site, markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = re.sub(r"\{claims: ([^}]*)\}", linked, markdown)
     for link, of_site in OUTSIDE.items():
         markdown = markdown.replace(link, of_site)

@@ -21,7 +21,7 @@ print(len(g.singular_values), float(g.relative_error), nys.lowrank.Status(int(g.
 
 # region gradient
 nuclear = jax.grad(lambda a: nys.factorize(a, rank=5).singular_values.sum())(a)
-print(float(jnp.linalg.norm(nuclear)))  # of U Vᵀ: √5
+print(float(jnp.linalg.norm(nuclear)))  # √5
 # endregion gradient
 
 
