@@ -20,6 +20,8 @@ OUTSIDE = {
 """Beginnings of links, as readers of the repository follow them, and those of the site."""
 FORMULAS = {r"\$`(.*?)`\$": r"\\(\1\\)", r"^```math\n(.*?)\n```$": r"\\[\n\1\n\\]"}
 """Formulas as GitHub reads them, and as the extension arithmatex does."""
+REFERENCE = re.compile(r"^\[nyscaled\.[\w.]+\]: \S+\n?", re.MULTILINE)
+"""Where readers of the repository find a name; in the site it is a link to the reference."""
 ENTRY = re.compile(r"^### (\S+)\n\n\*\*", re.MULTILINE)
 
 
@@ -84,6 +86,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         used.update(names)
         return ", ".join(f"[{name}](report.md#{name.lower()})" for name in names)
 
+    markdown = REFERENCE.sub("", markdown)
     for of_github, of_site in FORMULAS.items():
         markdown = re.sub(of_github, of_site, markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = re.sub(r"\{claims: ([^}]*)\}", linked, markdown)

@@ -34,13 +34,34 @@ def test_snippets_run(capsys, monkeypatch, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def anchors(page):
+    """What links may name behind `#` on GitHub: ids, and headings without punctuation."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", re.sub(r"<[^>]*>", "", text), re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
 @pytest.mark.parametrize("page", ON_GITHUB, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
+def test_links_lead_to_files_and_anchors(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     for link in links:
         if not link.startswith("http"):
-            assert (page.parent / link.split("#")[0]).exists(), link
+            path, _, anchor = link.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), link
+            assert not anchor or anchor in anchors(file), link
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.name)
+def test_references_lead_to_the_definitions(page):
+    text = page.read_text()
+    places = dict(re.findall(r"^\[(nyscaled\.[\w.]+)\]: (\S+)$", text, re.MULTILINE))
+    assert set(re.findall(r"\]\[(nyscaled[^]]*)\]", text)) == places.keys()
+    for name, place in places.items():
+        definition = rf"^ *(def|class) {name.split('.')[-1]}\b"
+        assert re.search(definition, (page.parent / place).read_text(), re.MULTILINE), name
 
 
 def test_each_claim_is_on_the_page_of_mathematics():
