@@ -2,7 +2,7 @@
 
 Write A = QΣQᵀ. From a Nyström start X_t = QΦ_t for all t (Lemmas 2, 4, 12), so that the iteration
 on m × r factors is one on r_A × r matrices. In all functions `spectrum` is diag(Σ), a vector
-(r_A,), and `learning_rate` is η.
+(r_A,), and `learning_rate` is η. A spectrum of another shape is a ValueError.
 
 The paper writes B_t for two things; here `core` is ΦΦᵀ (r_A, r_A), of the exactly and
 over-parametrized problems, and `weak_gram` is ΦᵀΣ⁻¹Φ (r, r), of the under-parametrized one.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from nyscaled import lapack, linalg
+from nyscaled import lapack, linalg, validation
 from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import Factors, Number
 
@@ -52,6 +52,7 @@ def phi_step(
         >>> phi_step(jnp.array([[1.0]]), jnp.array([1.0]), 0.5)
         Array([[1.]], dtype=float32)
     """
+    validation.require_spectrum(spectrum, len(phi))
     f = linalg.factor(phi)
     return (1 - learning_rate) * phi + learning_rate * f.dual_of(spectrum[:, None] * f.z)
 
@@ -71,6 +72,7 @@ def phi_step_over(
         >>> phi_step_over(jnp.array([[2.0, 0.0]]), jnp.array([4.0]), 0.5)
         Array([[2., 0.]], dtype=float32)
     """
+    validation.require_spectrum(spectrum, len(phi))
     pseudo = linalg.dual(phi.T).T  # (Φ†)ᵀ = (ΦΦᵀ)⁻¹Φ, and Φᵀ is the thin factor
     return (1 - learning_rate) * phi + learning_rate * (spectrum[:, None] * pseudo)
 
@@ -90,6 +92,7 @@ def core_step(
         >>> core_step(jnp.array([[2.0]]), jnp.array([4.0]), 0.5)
         Array([[4.5]], dtype=float32)
     """
+    validation.require_spectrum(spectrum, len(core))
     eta = learning_rate
     sigma = jnp.diag(spectrum)
     new = (1 - eta) ** 2 * core + 2 * eta * (1 - eta) * sigma
@@ -125,6 +128,7 @@ def weak_gram(phi: Float[Array, "k r"], spectrum: Float[Array, " k"]) -> Float[A
         >>> weak_gram(jnp.array([[2.0], [0.0]]), jnp.array([4.0, 1.0]))
         Array([[1.]], dtype=float32)
     """
+    validation.require_spectrum(spectrum, len(phi))
     scaled = phi / jnp.sqrt(spectrum)[:, None]
     return scaled.T @ scaled
 
@@ -149,6 +153,7 @@ def weak_gram_step(
         >>> weak_gram_step(weak_gram(phi, spectrum), phi, spectrum, 0.5)
         Array([[1.]], dtype=float32)
     """
+    validation.require_spectrum(spectrum, len(phi))
     eta = learning_rate
     theta = linalg.dual(phi)
     eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
@@ -173,6 +178,7 @@ def pair_step(factors: Factors, spectrum: Float[Array, " k"], learning_rate: Num
         Factors(left=Array([[2.]], dtype=float32), right=Array([[2.]], dtype=float32))
     """
     phi, psi = factors
+    validation.require_spectrum(spectrum, len(phi))
     eta = learning_rate
     return Factors(
         (1 - eta) * phi + eta * spectrum[:, None] * linalg.dual(psi),
@@ -222,11 +228,18 @@ def symmetric_errors(
     Returns:
         (num_steps + 1,) errors, in units of A.
 
+    Raises:
+        ValueError: on r < r_A, and on a spectrum of another length than r_A.
+
     Examples:
         >>> errors = symmetric_errors(jnp.array([[3.0]]), jnp.array([1.0]), 0.5, 3)
         >>> [f"{float(e):.3g}" for e in errors]
         ['8', '1.78', '0.284', '0.0157']
     """
+    k, r = phi0.shape
+    validation.require_spectrum(spectrum, k)
+    if r < k:
+        raise ValueError(f"phi0 has shape {phi0.shape}; expected (r_A, r) with r ≥ r_A")
     root = jnp.sqrt(spectrum)[:, None]
     v, d0, _ = lapack.svd(phi0 / root)
 

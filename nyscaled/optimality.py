@@ -3,6 +3,8 @@
 `problems.Symmetric.residual` computes ‖XXᵀ − A‖_F directly in O(m² r). Where an eigenbasis Q of A
 is known, `residual_in_basis` is O(m r r_A) and exact down to the rounding of X. The expansion ‖A‖²
 − 2 tr(XᵀAX) + ‖XᵀX‖² is used nowhere, because it loses everything below √eps.
+
+A spectrum is a vector (k,) that goes with the k columns of a basis; other shapes are a ValueError.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nyscaled import validation
 from nyscaled.lapack import svd
 from nyscaled.linalg import orthonormalize
 from nyscaled.matrices import as_array, as_dense, as_factors, reads
@@ -47,6 +50,7 @@ def residual_in_basis(
         >>> residual_in_basis(basis * jnp.sqrt(spectrum), basis, spectrum)
         Array(0., dtype=float32)
     """
+    validation.require_spectrum(spectrum, basis.shape[1])
     # In units of 2^e for X and 4^e for A, so that no square leaves the range.
     e = jnp.maximum(exponent(x), (exponent(spectrum) + 1) // 2)
     x, spectrum = shift(x, -e), shift(spectrum, -2 * e)
@@ -75,6 +79,7 @@ def weak_gram(
         >>> weak_gram(basis[:, :1] * 2.0, basis, spectrum)
         Array([[1.]], dtype=float32)
     """
+    validation.require_spectrum(spectrum, basis.shape[1])
     scaled = (basis.T @ x) / jnp.sqrt(spectrum)[:, None]
     return scaled.T @ scaled
 
@@ -125,6 +130,7 @@ def generalized_weak_optimality(
         >>> generalized_weak_optimality(Factors(x, y), u, v, jnp.array([4.0]))
         Array(0., dtype=float32)
     """
+    validation.require_spectrum(spectrum, left.shape[1])
     x, y = as_factors(factors)
     gram = (right.T @ y).T @ ((left.T @ x) / spectrum[:, None])
     return norm(gram - jnp.eye(x.shape[1], dtype=gram.dtype))
@@ -166,6 +172,8 @@ def principal_angles(x: Float[Array, "m r"], y: Float[Array, "m k"]) -> Float[Ar
         >>> f"{float(angles[0]):.3g}"
         '0.0001'
     """
+    for name, z in (("X", x), ("Y", y)):
+        validation.require_rank(z.shape[1], z.shape, f"the number of columns of {name}")
     if x.shape[1] > y.shape[1]:
         x, y = y, x
     qx, qy = orthonormalize(x), orthonormalize(y)

@@ -16,7 +16,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Key
+from jaxtyping import Array, ArrayLike, Key
 
 from nyscaled.lapack import eigh
 from nyscaled.linalg import default_rcond
@@ -171,6 +171,19 @@ def require_factors(factors: object, shape: tuple[int, ...]) -> Factors:
         got = f"{left.shape} and {right.shape}"
         raise ValueError(f"left and right have shapes {got}; expected as many columns in both")
     return Factors(left, right)
+
+
+def require_spectrum(spectrum: ArrayLike, count: int) -> None:
+    """Raise ValueError unless the spectrum is a vector of this many values, the diagonal of Σ.
+
+    Args:
+        spectrum: eigenvalues or singular values; a matrix, or one value, would broadcast.
+        count: how many there must be.
+    """
+    if jnp.shape(spectrum) != (count,):
+        raise ValueError(
+            f"spectrum has shape {jnp.shape(spectrum)}; expected ({count},), the diagonal of Σ"
+        )
 
 
 def require_sound_matrix(name: str, a: Any, *, symmetric: bool) -> None:

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from cases import M, R, conditioned, normal, psd, rectangular
@@ -173,3 +174,18 @@ def test_nystrom_iterates_never_leave_the_range():
     assert float(jnp.max(history)) < 1e-5
     generic = nys.solvers.run(step, normal(1000, (M, R)), 1).params
     assert nys.optimality.residual_space(generic, basis) > 1.0
+
+
+def test_spectra_that_would_broadcast_and_starts_with_too_few_columns_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    phi = jnp.eye(R)
+    for step in (dynamics.phi_step, dynamics.phi_step_over, dynamics.core_step):
+        for spectrum in (SIGMA, SPECTRUM[:1]):
+            with pytest.raises(ValueError, match=r"spectrum has shape .*; expected \(4,\)"):
+                step(phi, spectrum, 0.5)
+    with pytest.raises(ValueError, match=r"expected \(4,\)"):
+        dynamics.weak_gram_step(phi, phi, SIGMA, 0.5)
+    with pytest.raises(ValueError, match=r"expected \(4,\)"):
+        dynamics.pair_step(nys.Factors(phi, phi), SIGMA, 0.5)
+    with pytest.raises(ValueError, match=r"phi0 has shape \(4, 3\); expected .* r ≥ r_A"):
+        dynamics.symmetric_errors(phi[:, :3], SPECTRUM, 0.5, 2)

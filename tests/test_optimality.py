@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from cases import M, N, R, exact_residual, normal, psd, rectangular
@@ -124,3 +125,22 @@ def test_gradients_of_angles_are_finite_where_spaces_are_equal():
         jax.grad(lambda x: jnp.sum(optimality.principal_angles(x, normal(0, (M, R)))))
     )
     assert bool(jnp.all(jnp.isfinite(gradient(x))))
+
+
+@pytest.mark.parametrize("spectrum", [jnp.diag(SPECTRUM), SPECTRUM[:, None], SPECTRUM[:1], 1.0])
+def test_a_spectrum_that_is_no_vector_of_one_value_per_column_is_refused(monkeypatch, spectrum):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    basis = jnp.eye(M)[:, :R]
+    pair = nys.Factors(basis, basis)
+    for measure in (
+        lambda: optimality.residual_in_basis(basis, basis, spectrum),
+        lambda: optimality.weak_optimality(basis, basis, spectrum),
+        lambda: optimality.generalized_weak_optimality(pair, basis, basis, spectrum),
+    ):
+        with pytest.raises(ValueError, match=r"spectrum has shape .*; expected \(4,\)"):
+            measure()
+
+
+def test_angles_between_more_columns_than_rows_are_refused():
+    with pytest.raises(ValueError, match="the number of columns of Y is 3; expected"):
+        optimality.principal_angles(jnp.eye(2), jnp.ones((2, 3)))
