@@ -266,3 +266,33 @@ def test_a_norm_is_meant_by_the_end_of_its_name(tmp_path):
     tokens, mask, _ = expected("llama")
     loaded = again(tmp_path, "llama")
     np.testing.assert_array_equal(call(loaded, tokens, mask), call(model, tokens, mask))
+
+
+class Headed(nnx.Module):
+    """Two layers of which the name of one ends with that of the other, and one inside a third."""
+
+    def __init__(self):
+        self.head, self.pre_head, self.fc = (nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(3))
+        self.decoder = nnx.Dict(head=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+
+
+def test_layers_that_peft_takes_for_a_saved_one_are_saved_too(tmp_path):
+    model = Headed()
+    nys.lora.apply(model, 2, targets="fc", key=KEY)
+    tensors = save(model, tmp_path, modules_to_save=["head"])
+    assert "base_model.model.pre_head.weight" in tensors
+    assert "base_model.model.decoder.head.bias" in tensors
+    nys.lora.load_peft(Headed(), tmp_path)
+    model = Headed()
+    nys.lora.apply(model, 2, targets="decoder.head", key=KEY)
+    with pytest.raises(ValueError, match=r"decoder\.head of modules_to_save is a LoRALinear"):
+        save(model, tmp_path, modules_to_save=["head"])
+
+
+def test_an_update_that_peft_leaves_out_is_not_written(tmp_path):
+    update = peft.Update(np.ones((2, 4), "f"), np.ones((4, 2), "f"), 2.0)
+    whole = {"head.weight": np.ones((4, 4), "f")}
+    with pytest.raises(
+        ValueError, match=r"decoder\.head\.fc of modules_to_save has an adapter, or"
+    ):
+        peft.write(tmp_path, {"decoder.head.fc": update}, base_model="mine", whole=whole)

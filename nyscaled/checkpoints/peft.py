@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nyscaled.checkpoints import files, swap
-from nyscaled.checkpoints.peft_config import CONFIG, Rules, ends
+from nyscaled.checkpoints.peft_config import CONFIG, Rules, ends, is_inside
 
 TENSORS = "adapter_model.safetensors"
 MAX_KEY = 500  # characters of a tensor's name, which messages repeat
@@ -111,7 +111,8 @@ def write(
         metadata: further strings for the safetensors file.
 
     Raises:
-        ValueError: on unsound tensors, an unknown task, or a task whose head is missing.
+        ValueError: on unsound tensors, an unknown task, a task whose head is missing, or an update
+            of a module that is saved whole.
 
     Examples:
         >>> import numpy as np, tempfile
@@ -130,6 +131,12 @@ def write(
         )
     whole = dict(whole or {})
     require_sound(updates, whole)
+    modules_to_save = {name.rpartition(".")[0] for name in whole}
+    if lost := sorted(module for module in updates if is_inside(module, modules_to_save)):
+        raise ValueError(
+            f"{lost[0]} of modules_to_save has an adapter, or is inside of what has the name of a "
+            "module there, and PEFT leaves its update out; expected one of the two"
+        )
     rank, rank_pattern = _commonest({m: u.down.shape[0] for m, u in updates.items()})
     alpha, alpha_pattern = _commonest({m: _number(u.alpha) for m, u in updates.items()})
     config = {
@@ -146,7 +153,7 @@ def write(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": sorted(updates),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+        "modules_to_save": sorted(modules_to_save) or None,
         "init_lora_weights": True,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from nyscaled.checkpoints.expressions import Budget, Expression
@@ -83,7 +83,7 @@ class Rules:
         """Return whether PEFT would adapt the module; None if that depends on its class."""
         if self._exclusion is not None and self._exclusion.fullmatch(module):
             return False
-        if not self._excluded.isdisjoint(ends(module)) or self._is_part(module):
+        if not self._excluded.isdisjoint(ends(module)) or is_inside(module, self._whole):
             return False
         if not self._knows_targets:
             return None
@@ -94,14 +94,8 @@ class Rules:
         return not self._targets.isdisjoint(ends(module)) and self._is_in_layers(module)
 
     def is_whole(self, module: str) -> bool:
-        """Return whether PEFT saves the module whole: modules_to_save has an end of its name.
-
-        The end may be that of a module around it.
-        """
-        # PEFT asks for the end of the text, so that "norm" is also "input_layernorm".
-        around = list(itertools.accumulate(module.split("."), "{}.{}".format))
-        ends = (name[i:] for name in around for i in range(len(name)))
-        return bool(self._whole) and not self._whole.isdisjoint(ends)
+        """Return whether PEFT saves the module whole."""
+        return is_whole(module, self._whole)
 
     def tokens(self, module: str) -> list[int] | None:
         """Return the tokens whose rows of an embedding PEFT trains, or None if it trains none."""
@@ -109,12 +103,6 @@ class Rules:
         if isinstance(indices, dict):
             return next((i for m, i in indices.items() if m in ends(module)), None)
         return indices or None
-
-    def _is_part(self, module: str) -> bool:
-        """Whether a run of the module's name is a name in modules_to_save."""
-        parts = module.split(".")
-        runs = itertools.combinations(range(len(parts) + 1), 2)
-        return bool(self._whole) and any(".".join(parts[i:j]) in self._whole for i, j in runs)
 
     def _is_in_layers(self, module: str) -> bool:
         if self._layers is None:
@@ -140,6 +128,38 @@ def ends(module: str) -> list[str]:
     """
     parts = module.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def is_whole(module: str, names: Collection[str]) -> bool:
+    """Return whether modules_to_save has an end of a module's name, or of one around it.
+
+    Args:
+        module: name of the module.
+        names: what modules_to_save has.
+
+    Examples:
+        >>> is_whole("layers.0.input_layernorm", {"norm"}), is_whole("norm.0", {"norm"})
+        (True, True)
+    """
+    # PEFT asks for the end of the text.
+    around = list(itertools.accumulate(module.split("."), "{}.{}".format))
+    return bool(names) and any(name[i:] in names for name in around for i in range(len(name)))
+
+
+def is_inside(module: str, names: Collection[str]) -> bool:
+    """Return whether PEFT leaves out the update of a module, as modules_to_save has a part of it.
+
+    Args:
+        module: name of the module.
+        names: what modules_to_save has.
+
+    Examples:
+        >>> is_inside("decoder.head.fc", {"head"}), is_inside("decoder.pre_head", {"head"})
+        (True, False)
+    """
+    parts = module.split(".")
+    runs = itertools.combinations(range(len(parts) + 1), 2)
+    return bool(names) and any(".".join(parts[i:j]) in names for i, j in runs)
 
 
 def _expression(value: Any, budget: Budget) -> Expression | None:

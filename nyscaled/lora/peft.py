@@ -53,7 +53,8 @@ def save_peft(
             does not know, such as `nys.models.Llama.family.layer_name`. `index` is `()` outside
             of stacks.
         modules_to_save: paths of layers that were trained themselves (a new head, an embedding,
-            norms), or of modules that hold such layers, to be saved whole.
+            norms), or of modules that hold such layers, to be saved whole. PEFT takes an end of a
+            name for the name (`head` for `pre_head`): such layers are saved too.
         task_type: PEFT's name of the task, such as "CAUSAL_LM", or None. For "SEQ_CLS", "TOKEN_CLS"
             and "QUESTION_ANS" PEFT requires the head in the folder, trained or not.
         alpha: α, for s = α/r, of adapters that flax or qwix have put in, which are saved too. None
@@ -91,15 +92,12 @@ def save_peft(
     saved, owners = own_updates(layers, adapters, to_name, stabilized)
     for other in others:
         _add_foreign(saved, other, to_name)
-    tensors = whole_modules.tensors(model, modules_to_save, to_name)
-    if both := sorted({name.rpartition(".")[0] for name in tensors} & saved.keys()):
-        raise ValueError(f"{both[0]} of modules_to_save has an adapter; expected one of the two")
     peft.write(
         folder,
         saved,
         base_model=base_model,
         others=_other_names(model, to_name, saved),
-        whole=tensors,
+        whole=whole_modules.tensors(model, modules_to_save, to_name),
         rank_stabilized=stabilized,
         # One field for all layers, which matters in training only.
         dropout=max((a.dropout.rate for a in adapters.values() if a.dropout), default=0.0),

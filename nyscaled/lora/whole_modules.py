@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from nyscaled.checkpoints.peft import Saved
+from nyscaled.checkpoints.peft_config import is_whole
 from nyscaled.lora import inject
 from nyscaled.lora.adapter import Adapted
 from nyscaled.lora.names import Namer
@@ -116,7 +117,8 @@ def places(model: nnx.Module, to_name: Namer, head: Mapping[str, Any]) -> dict[s
 def tensors(model: nnx.Module, paths: Sequence[str], to_name: Namer) -> dict[str, np.ndarray]:
     """Return the tensors of the layers at these paths, or in the modules there, by name.
 
-    A head that is the embedding is written beside it, as PEFT would separate the two.
+    A head that is the embedding is written beside it, as PEFT would separate the two. So are layers
+    whose names end with those of the others, which PEFT takes for these.
 
     Args:
         model: the model.
@@ -127,7 +129,7 @@ def tensors(model: nnx.Module, paths: Sequence[str], to_name: Namer) -> dict[str
         ValueError: on a path without parameters to save, and on layers with adapters.
     """
     known = places(model, to_name, {}) if paths else {}
-    saved: dict[str, np.ndarray] = {}
+    chosen: dict[str, Place] = {}
     for path in paths:
         inside = {n: p for n, p in known.items() if f"{p.path}.".startswith(f"{path}.")}
         if not inside:
@@ -135,9 +137,12 @@ def tensors(model: nnx.Module, paths: Sequence[str], to_name: Namer) -> dict[str
                 f"modules_to_save has {path!r}; expected the path of a layer with weights and a "
                 f"name, or of a module with such layers{_hint(model, path)}"
             )
-        for name, place in inside.items():
-            _require_plain(place)
-            saved[name] = place.read()
+        chosen |= inside
+    modules = {name.rpartition(".")[0] for name in chosen}
+    chosen |= {n: p for n, p in known.items() if is_whole(n.rpartition(".")[0], modules)}
+    for place in chosen.values():
+        _require_plain(place)
+    saved = {name: place.read() for name, place in chosen.items()}
     if tied := _tied_names(model, to_name):
         embedding, head = tied
         if embedding in saved:
