@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -129,7 +128,7 @@ def _fold(model: nnx.Module, name: str, *, merged: bool) -> None:
         adapter.merged = merged
 
 
-def _require_own(model: nnx.Module, kernels: Mapping[str, Any]) -> None:
+def _require_own(model: nnx.Module, kernels: Mapping[str, object]) -> None:
     """Raise ValueError if a kernel is another layer's too, which its adapter does not change."""
     variables = (v for _, module in nnx.iter_modules(model) for v in vars(module).values())
     owners = Counter(id(v) for v in variables if isinstance(v, nnx.Variable))

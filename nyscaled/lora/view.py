@@ -267,6 +267,6 @@ def sharding_of(kernel: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def _content(kernel: Any) -> Any:
+def _content(kernel: object) -> Any:
     """What a variable holds, which may be only a shape."""
     return kernel.get_value() if isinstance(kernel, nnx.Variable) else kernel
