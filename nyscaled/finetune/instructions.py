@@ -55,8 +55,7 @@ def _build(task: Task, template: str | None, row: Row, tokenizer: Tokenizer | No
             return dataclasses.replace(_free(row, question, answer), own_prompt=True)
         return _chat(row, _turns(question, answer), tokenizer)
     if row.fields.get("instruction") is None:
-        known = ", ".join(row.fields)
-        raise ValueError(f"{row.source} has the fields {known:.200}; expected {_FORMS}")
+        raise ValueError(f"{row.source} has the fields {row.names:.200}; expected {_FORMS}")
     question, answer = row.text("instruction"), row.text("output")
     extra = row.text("input") if row.fields.get("input") else ""
     if template is None:

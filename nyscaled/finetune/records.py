@@ -40,6 +40,14 @@ class Row:
     fields: Mapping[str, object]
     source: str
 
+    @property
+    def names(self) -> str:
+        """The names of the fields, for messages."""
+        shown = (
+            name if value is not None else f"{name} (null)" for name, value in self.fields.items()
+        )
+        return ", ".join(shown) or "no fields"
+
     def value(self, *names: str) -> object:
         """Return the value of the first of these fields that the row has.
 
@@ -52,8 +60,8 @@ class Row:
         for name in names:
             if self.fields.get(name) is not None:
                 return self.fields[name]
-        known = ", ".join(self.fields) or "no fields"
-        raise ValueError(f"{self.source} has {known:.200}; expected a field {' or '.join(names)}")
+        expected = " or ".join(names)
+        raise ValueError(f"{self.source} has {self.names:.200}; expected a field {expected}")
 
     def text(self, *names: str) -> str:
         """Return the text of the first of these fields that the row has.
