@@ -98,7 +98,7 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
 
     Args:
         name: what errors call the value.
-        value: a number; schedules, tracers and arrays with axes are not checked.
+        value: a number; the values of schedules and tracers are not checked.
         low: the lower end of the interval.
         high: the upper end, which belongs to the interval unless it is infinite.
         open_low: whether the lower end is excluded.
@@ -106,7 +106,9 @@ def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: 
     expected = "expected a number in " + _interval(low, high, open_low)
     if value is None or isinstance(value, str | bytes):  # float() would read a string
         raise ValueError(f"{name} is {value!r}; {expected}")
-    if callable(value) or not is_concrete(value) or jnp.ndim(value) != 0:
+    if getattr(value, "ndim", 0):
+        raise ValueError(f"{name} is an array of shape {value.shape}; {expected}")
+    if callable(value) or not is_concrete(value):
         return
     # float() would read texts in arrays too, take a boolean as 0 or 1, and drop imaginary parts.
     real = (np.dtype(object), jnp.floating, jnp.integer)
