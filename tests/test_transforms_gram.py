@@ -191,3 +191,17 @@ def test_default_dampings_are_those_of_the_papers():
     actual = updates(nys.lora_p(optax.sgd(1.0)), grads, nys.Factors(30 * x, 30 * y))
     expected = nys.Factors(-gx @ inverse_gram(30 * y, 1e-2), -gy @ inverse_gram(30 * x, 1e-2))
     chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_factor_with_fewer_rows_than_its_rank_has_a_pseudo_inverse_and_is_else_refused():
+    """As an adapter of rank 6 on a layer of 4 outputs has."""
+    x, y = normal(1, (M, 6)), normal(2, (4, 6))
+    grads = nys.Factors(normal(3, (M, 6)), normal(4, (4, 6)))
+    actual = updates(nys.scale_by_gram_pinv(), grads, nys.Factors(x, y))
+    wide = np.asarray(y, np.float64)
+    expected = grads.left @ np.linalg.pinv(wide.T @ wide, rcond=1e-8)
+    np.testing.assert_allclose(actual.left, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(actual.right, grads.right @ inverse_gram(x), rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match=r"leaf .right .*4 rows for a rank of 6"):
+        nys.scaled_gd(0.5).init(nys.Factors(x, y))
+    nys.scaled_gd(0.5, damping=0.1).init(nys.Factors(x, y))

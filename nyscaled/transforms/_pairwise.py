@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -150,6 +151,24 @@ def _require_fit(members: Sequence[Member], arrays: Sequence[Array]) -> None:
         raise ValueError(
             f"{names} do not go together; expected the same batch axes and the same rank ≥ 1"
         )
+
+
+def require_tall(spec: Spec, params: optax.Params) -> None:
+    """Raise ValueError on a factor with fewer rows than columns: its Gram matrix is singular.
+
+    Args:
+        spec: which leaves are factors.
+        params: the tree of parameters.
+    """
+    leaves = jax.tree.leaves(params)
+    for member in itertools.chain.from_iterable(groups(spec, params)):
+        leaf = leaves[member.leaf]
+        *_, rows, rank = canonical_shape(leaf, member.spec)
+        if rows < rank:
+            raise ValueError(
+                f"leaf {show(member.path)} {leaf.shape} has {rows} rows for a rank of {rank}, so "
+                "that its Gram matrix is singular; expected damping > 0, or the pseudo-inverse"
+            )
 
 
 # --- Leaves as matrices --------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array
 
 from nyscaled import linalg, validation
-from nyscaled.transforms._pairwise import before, pairwise
+from nyscaled.transforms._pairwise import before, pairwise, require_tall
 from nyscaled.transforms.pairing import Spec, pair_spec
 from nyscaled.transforms.pinv import scale_by_gram_pinv
 from nyscaled.typing import Scalar
@@ -44,8 +44,8 @@ def scale_by_gram(
 
     Raises:
         ValueError: by `init`, on a leaf without its partner or one that cannot be a factor
-            (named in the message), and if no leaf is a factor; by `update`, without params; on a
-            negative damping.
+            (named in the message), if no leaf is a factor, and without damping on a factor with
+            fewer rows than columns; by `update`, without params; on a negative damping.
 
     Examples:
         >>> tx = optax.chain(scale_by_gram(), optax.scale_by_learning_rate(0.5))
@@ -60,7 +60,12 @@ def scale_by_gram(
     def rule(_: int, g: Array, factor: Array, partner: Array) -> Array:
         return linalg.gram_solve(partner, g, damping)
 
-    return pairwise(lambda state, **extra_args: rule, spec)
+    def init_state(params: optax.Params) -> optax.EmptyState:
+        if validation.is_concrete(damping) and float(damping) == 0:
+            require_tall(spec, params)
+        return optax.EmptyState()
+
+    return pairwise(lambda state, **extra_args: rule, spec, init_state)
 
 
 def require_step_size(learning_rate: Any) -> None:

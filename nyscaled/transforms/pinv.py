@@ -83,7 +83,11 @@ def scale_by_gram_pinv(*, spec: Spec = None) -> optax.GradientTransformationExtr
         return treedef.unflatten(spaces)
 
     def rule(_: int, g: Array, factor: Array, partner: Array, space: Array) -> Array:
-        return linalg.gram_solve(partner @ space, g @ space) @ space.T
+        partner, g = partner @ space, g @ space
+        if len(partner) < partner.shape[1]:  # YᵀY is singular; (YᵀY)† = DDᵀ with D = Y†
+            d = linalg.dual(partner.T)
+            return (g @ d) @ d.T @ space.T
+        return linalg.gram_solve(partner, g) @ space.T
 
     return pairwise(lambda state, **extra_args: rule, spec, init_state, per_factor=spaces_of)
 
