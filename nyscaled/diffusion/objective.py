@@ -47,7 +47,7 @@ def denoising_loss(
         prior_weight: factor of the mean over the images of the class.
 
     Raises:
-        ValueError: on latents or noise that are no floats, shapes that do not go together, times
+        ValueError: on latents or noise that are not floats, shapes that do not go together, times
             that the schedule does not have, a `min_snr` that is not positive, and on more images of
             the class than there are images but one.
 

@@ -219,7 +219,7 @@ class UNet(Component[UNetConfig]):
                 them.
 
         Raises:
-            ValueError: on arrays of other shapes, and latents or context that are no floats.
+            ValueError: on arrays of other shapes, and latents or context that are not floats.
         """
         x, context = as_array("latents", latents), as_array("context", context)
         times = jnp.asarray(timesteps)

@@ -1,4 +1,4 @@
-"""Leading singular triples and eigenpairs of a matrix that is known by its products alone."""
+"""Leading singular triples and eigenpairs of a matrix that is known only by its products."""
 
 from __future__ import annotations
 

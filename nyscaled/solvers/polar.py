@@ -240,7 +240,7 @@ def qdwh_step(problem: Symmetric) -> QDWHStep:
     ℓ⁺ = ℓ(a + bℓ²)/(1 + cℓ²): at most 6 steps for κ(S) ≤ 1e16, the last ones cubic. The start gives
     ℓ, rounded down where rounding hides it; a smaller ℓ only costs a step.
 
-    Written with X alone the step never leaves range(X_0) and multiplies what rounding left outside
+    Written only with X, the step never leaves range(X_0) and multiplies what rounding left outside
     range(A) by up to 1/ℓ. Here A dual(X) replaces it: the final error is that of `scaled_step`, for
     each κ, and what a start has outside range(A) shrinks by b/c in each step, in the end 1/3.
 

@@ -28,7 +28,7 @@ from nyscaled.typing import Scalar
 
 
 class ScaleByBalanceState(NamedTuple):
-    """How far the transform is.
+    """State of `scale_by_balance`.
 
     Attributes:
         count: the number of updates that were made.

@@ -16,7 +16,7 @@ from nyscaled.typing import Scalar
 
 
 class ScaleByNormalizedGramState(NamedTuple):
-    """How far the transform is.
+    """State of `scale_by_normalized_gram`.
 
     Attributes:
         count: the number of updates that were made.
