@@ -140,6 +140,17 @@ def as_dense(name: str, x: Any) -> Array:
     return x
 
 
+def as_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """Return a shape (m, n) as a tuple of Python integers; ValueError on what is none."""
+    try:
+        sides = tuple(map(operator.index, shape))
+    except TypeError:  # of a number, and of sides that are no integers
+        sides = ()
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"{name} is {shape!r}; expected (m, n)")
+    return sides
+
+
 def reads(**readers: Callable[[str, Any], Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Return a decorator that reads arguments by `as_matrix`, `as_dense` or `as_array` first.
 
@@ -326,12 +337,7 @@ class Operator:
     dtype: Any = field(static=True, default=None)
 
     def __post_init__(self) -> None:
-        try:
-            shape = tuple(map(operator.index, self.shape))
-        except TypeError:  # of a number, and of sides that are no integers
-            shape = ()
-        if len(shape) != 2 or min(shape) < 1:
-            raise ValueError(f"the operator's shape is {self.shape!r}; expected (m, n)")
+        shape = as_shape("the operator's shape", self.shape)
         products = {"matmat": shape, "rmatmat": shape[::-1]}
         for name in products:
             fn = getattr(self, name)

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from cases import exact_residual, normal
@@ -152,3 +153,10 @@ ONES = jnp.ones(2)
 def test_bad_input_is_refused_with_a_reason(make, expected):
     with pytest.raises(ValueError, match=expected):
         make()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2.0, 2), 4, (2, 0)])
+def test_a_shape_that_is_no_pair_of_sides_is_refused(monkeypatch, shape):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    with pytest.raises(ValueError, match=r"shape is .*; expected \(m, n\)"):
+        completion.observed([0, 1], [0, 1], ONES, shape)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
 from nyscaled._pytree import field, pytree_dataclass
-from nyscaled.matrices import as_array
+from nyscaled.matrices import as_array, as_shape
 from nyscaled.numerics import clipped, full_precision, normalized, root, shift
 from nyscaled.problems._points import both
 from nyscaled.problems.sensing import Sensing
@@ -61,7 +61,7 @@ class Entries:
     dtype: Any = field(static=True, converter=jnp.dtype, default=jnp.dtype("float32"))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "shape", as_shape("shape", self.shape))
         rows, columns = self.rows, self.columns
         if rows.ndim != 1 or rows.shape != columns.shape or rows.size == 0:
             raise ValueError(
