@@ -20,6 +20,8 @@ OUTSIDE = {
 """Beginnings of links, as readers of the repository follow them, and those of the site."""
 FORMULAS = {r"\$`(.*?)`\$": r"\\(\1\\)", r"^```math\n(.*?)\n```$": r"\\[\n\1\n\\]"}
 """Formulas as GitHub reads them, and as the extension arithmatex does."""
+TABLE = re.compile(r"^\[The table\]\(\.\./\.\./(figures/\w+\.md)\)$", re.MULTILINE)
+"""A link that is replaced by the table to which it leads."""
 REFERENCE = re.compile(r"^\[nyscaled\.[\w.]+\]: \S+\n?", re.MULTILINE)
 """Where readers of the repository find a name; in the site it is a link to the reference."""
 ENTRY = re.compile(r"^### (\S+)\n\n\*\*", re.MULTILINE)
@@ -86,6 +88,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         used.update(names)
         return ", ".join(f"[{name}](report.md#{name.lower()})" for name in names)
 
+    markdown = TABLE.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), markdown)
     markdown = REFERENCE.sub("", markdown)
     for of_github, of_site in FORMULAS.items():
         markdown = re.sub(of_github, of_site, markdown, flags=re.DOTALL | re.MULTILINE)
