@@ -137,7 +137,10 @@ def test_a_share_of_long_examples_is_refused():
     ("example", "message"),
     [
         (Example("a", "", source="t.json:3"), "t.json:3 has no token in its answer"),
-        (Example("a", "</s>", source="t.json:3"), "t.json:3: an answer holds the token that ends"),
+        (
+            Example("a", "</s>", source="t.json:3"),
+            "t.json:3: an answer is only the token that ends",
+        ),
         (Example("a", "b </s> c", source="t.json:3"), "t.json:3: an answer holds the token that"),
         (
             Example("ab </s> cd", "e", turns=((1, 9),), source="t.json:3"),

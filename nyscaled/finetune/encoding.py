@@ -283,8 +283,10 @@ def _end(
     if eos is None or eos not in answer:
         return None
     end = answer.index(eos) + 1
+    if end == 1:
+        raise ValueError(f"{source}: an answer is only the token that ends a text; expected a text")
     # A chat template may write a line break after it.
-    if not allowed or end == 1 or tokenizer.decode(list(answer[end:])).strip():
+    if not allowed or tokenizer.decode(list(answer[end:])).strip():
         raise ValueError(
             f"{source}: an answer holds the token that ends a text; expected a text without it"
         )
