@@ -120,7 +120,7 @@ def main(config: Config) -> None:
         ax.plot(*logarithms(exact), color="0.1", lw=1, ls=(0, (4, 3)), label=label, zorder=5)
         ax.axhline(np.log10(2.0**-52), color="0.5", lw=0.8, ls=":")
         ax.set(xlabel="iteration", ylabel=r"$\log_{10}\,\|XX^\top - A\|_F$")
-    axes[0].text(0, np.log10(2.0**-52) - 4, "double precision ends here", fontsize=7.5, va="top")
+    axes[0].text(18, np.log10(2.0**-52) - 4, "double precision ends here", fontsize=7.5, va="top")
     axes[0].set_title(f"η = 1/2, r = {rank}, κ = 100, {mp.mp.dps} digits")
     axes[0].legend(loc="lower left")
     # The slope of halving, for comparison.
