@@ -305,6 +305,9 @@ def test_missing_packages_are_named(tmp_path, a, capsys, monkeypatch):
     path = saved(tmp_path / "a.h5", a)
     monkeypatch.setitem(sys.modules, "h5py", None)
     assert "nyscaled[cli]" in refused(capsys, path, "--rank", 2)
+    monkeypatch.setitem(sys.modules, "nyscaled.cli.evaluate", None)
+    assert main(["evaluate", "--help"]) == 1
+    assert "nyscaled[finetune]" in capsys.readouterr().err
 
 
 def test_help_and_unknown_commands(capsys):

@@ -19,8 +19,6 @@ COMMANDS = {
 TASKS = ("dreambooth",)
 """Tasks of `finetune` with options of their own, each in the module of its name."""
 
-EXTRA = "pip install 'nyscaled[cli]'"
-
 USAGE = 2  # the status of a command line that cannot be read, as in other programs
 INTERRUPTED = 130
 UNREAD = 141  # of a program whose output nobody reads on, as the shell has it
@@ -78,7 +76,9 @@ def _run(name: str, options: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except ModuleNotFoundError as error:
-        return _fail(program, f"{error.name} is missing; expected it to be installed ({EXTRA})")
+        extra = "cli" if name == "factorize" else "finetune"
+        install = f"pip install 'nyscaled[{extra}]'"
+        return _fail(program, f"{error.name} is missing; expected it to be installed ({install})")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # of JAX
             raise
@@ -96,7 +96,7 @@ def _overview() -> str:
     lines = [
         "usage: nyscaled COMMAND [options]",
         "",
-        "Low-rank factorization in JAX.",
+        "Low-rank factorization, and fine-tuning by adapters, in JAX.",
         "",
         "commands:",
         *(f"  {name:<12}{summary}" for name, summary in COMMANDS.items()),
@@ -104,5 +104,6 @@ def _overview() -> str:
         "`nyscaled COMMAND --help` has the options and examples.",
     ]
     if importlib.util.find_spec("tyro") is None:
-        lines.append(f"Commands need packages that are missing here: {EXTRA}")
+        lines.append("Packages are missing here: pip install 'nyscaled[cli]' for factorize,")
+        lines.append("pip install 'nyscaled[finetune]' for the others.")
     return "\n".join(lines) + "\n"
