@@ -69,7 +69,7 @@ def read_examples(config: Config, *, encoder: bool, tokenizer: Tokenizer) -> Exa
     if not shuffled or not rows["dev"]:
         raise ValueError(
             f"{config.data} has {len(rows['train'])} examples; expected some to train on and some "
-            f"for validation (a dev split, or more than {HELD_OUT} examples)"
+            f"for validation (a dev split, or {HELD_OUT} examples at least)"
         )
 
     def examples(part: Sequence[Row]) -> list[Example]:
