@@ -70,6 +70,13 @@ def test_kernels_that_cannot_be_read_are_named():
     model.blocks[0].up.kernel[...] = model.blocks[0].up.kernel[...].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match=r"start of blocks.0.up has NaN or Inf"):
         apply(model)
+    model = net()
+    model.layers.up.kernel[...] = model.layers.up.kernel[...].at[1].set(0)
+    with pytest.raises(ValueError, match=r"start of layers.up has two zero factors, which no grad"):
+        apply(model)
+    apply(model, "lora")
+    with pytest.raises(ValueError, match=r"start of layers.up has two zero factors, which no grad"):
+        nys.lora.initialize(model, key=KEY)
     model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
     model.layers[0].kernel = nnx.Param(jnp.ones((4, 4), jnp.int8))
     with pytest.raises(ValueError, match=r"kernel of layers.0 is int8; expected a floating"):

@@ -24,7 +24,7 @@ from nyscaled.lora.recipe import (
     options_of,
     origin_of,
     path_key,
-    require_finite,
+    require_trainable,
 )
 from nyscaled.lora.view import is_quantized, values_of
 from nyscaled.numerics import at_least_float32
@@ -118,7 +118,7 @@ def initialize(
             a = layer.adapters[name]
             own = recipe(a.rank, a.alpha, a.rank_stabilized, a.lora_a.dtype)
             weights[path] = own.draw_for(layer, path, key)
-        require_finite(weights)
+        require_trainable(weights)
         for pair in others:
             values |= _fill_pair(pair, nodes, recipe, alpha, key)
     for path, value in weights.items():
@@ -151,7 +151,7 @@ def _fill_pair(
     view, rank = view_over(old.shape, a.shape, b.shape, pair.layer), a.shape[-1]
     own = recipe(rank, float(rank if alpha is None else alpha), False, a.dtype)
     new = own.draw(path_key(key, pair.layer), old, view)
-    require_finite({pair.layer: new})
+    require_trainable({pair.layer: new})
     values = {pair.a: new.a.reshape(a.shape), pair.b: new.b.reshape(b.shape)}
     if new.start is None:
         return values

@@ -18,7 +18,7 @@ from nyscaled.lora.recipe import (
     Recipe,
     kernel_init,
     origin_of,
-    require_finite,
+    require_trainable,
 )
 from nyscaled.lora.view import (
     ADAPTABLE,
@@ -149,7 +149,8 @@ def apply(
     Raises:
         ValueError: on a pattern that is not an expression or matches nothing, a rank above a
             layer's sides, a name in use, an unknown init, a dtype that is not floating, and a
-            kernel that is not floating (quantized, say), not finite, or only a shape.
+            kernel that is not floating (quantized, say), not finite, only a shape, or, for starts
+            from the kernel, zero.
 
     Examples:
         >>> from flax import nnx
@@ -184,7 +185,6 @@ def apply(
     weights = {
         path: recipes[path].draw_for(layer, path, key) for path, (layer, _) in layers.items()
     }
-    require_finite(weights)
     adapters = {
         path: make_adapter(
             path,
@@ -197,6 +197,7 @@ def apply(
         )
         for path, (layer, _) in layers.items()
     }
+    require_trainable(weights)
     return attach({path: layer for path, (layer, _) in layers.items()}, adapters, name)
 
 

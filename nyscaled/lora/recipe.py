@@ -206,20 +206,26 @@ def path_key(key: Key[Array, ""], path: str) -> Key[Array, ""]:
 
 
 @jax.jit
-def _sum(b: Array, a: Array) -> Array:
-    return jnp.sum(at_least_float32(b)) + jnp.sum(at_least_float32(a))
+def _looked_at(a: Array, b: Array) -> tuple[Array, Array]:
+    """A sum that is finite if all entries are, and whether each pair has others than 0."""
+    total = jnp.sum(at_least_float32(a)) + jnp.sum(at_least_float32(b))
+    return total, jnp.all(jnp.any(a != 0, axis=(-2, -1)) | jnp.any(b != 0, axis=(-2, -1)))
 
 
-def require_finite(weights: Mapping[str, Weights]) -> None:
-    """Raise ValueError if known factors have NaN or Inf entries; it names their layers."""
+def require_trainable(weights: Mapping[str, Weights]) -> None:
+    """Raise ValueError if known factors are not finite, or both are zero; it names their layers."""
     if not validation.is_concrete(weights):
         return
-    sums = {path: _sum(*w[:2]) for path, w in weights.items()}
-    bad = [path for path, value in jax.device_get(sums).items() if not math.isfinite(value)]
-    if bad:
+    known = jax.device_get({path: _looked_at(w.a, w.b) for path, w in weights.items()})
+    if bad := [path for path, (total, _) in known.items() if not math.isfinite(total)]:
         raise ValueError(
             f"the start of {', '.join(bad)} has NaN or Inf entries; expected kernels that are "
             "finite"
+        )
+    if dead := [path for path, (_, alive) in known.items() if not alive]:
+        raise ValueError(
+            f"the start of {', '.join(dead)} has two zero factors, which no gradient changes; "
+            "expected kernels that are not zero (init 'lora' starts from any kernel)"
         )
 
 
