@@ -26,6 +26,15 @@ def test_solve(capsys):
     assert float(pair) < 1e-5
 
 
+def test_dates(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run("dates", capsys)
+    parts = [(tmp_path / "dates" / f"{n}.jsonl").read_text() for n in ("train", "dev", "test")]
+    assert [part.count("completion") for part in parts] == [300, 20, 50]
+    assert parts[0].startswith('{"prompt": "1990-01-01 is", "completion": " 1 January 1990"}')
+    assert len(set("\n".join(parts).splitlines())) == 370
+
+
 @pytest.mark.long
 def test_factorize(capsys):
     shapes, errors, tolerance, gradient, stream = run("factorize", capsys)
@@ -94,7 +103,7 @@ def test_estimators(capsys):
 
 def test_every_example_is_tested():
     tested = {"solve", "factorize", "factorize_mesh", "train", "kernel_ridge", "estimators"}
-    tested |= {"adapt", "adapt_linen", "adapt_tree", "diffusion"}
+    tested |= {"adapt", "adapt_linen", "adapt_tree", "diffusion", "dates"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | WEIGHTS
 
 

@@ -35,3 +35,20 @@ def test_sentences(capsys, folder):
     assert (folder / "reviews" / "adapter_model.safetensors").is_file()
     similar = names["vectors"] @ names["vectors"].T
     assert similar[0, 1] > 0.8 > 0.3 > similar[0, 2]
+
+
+def test_dates(folder):
+    """The first run of the guide of fine-tuning."""
+    runpy.run_path(str(ROOT / "examples" / "dates.py"))
+    result = nys.finetune.run(
+        nys.finetune.Config(
+            model=str(WEIGHTS / "SmolLM2-135M-Instruct.Q4_1.gguf"),
+            data=folder / "dates",
+            task="instructions",
+            method="nora+",
+            steps=20,
+            batch_size=8,
+            out=folder / "runs",
+        )
+    )
+    assert result.scores["exact match"] > 0.8
