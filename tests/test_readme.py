@@ -26,11 +26,13 @@ def test_is_short():
 def test_snippets_run(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     names = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
-    assert capsys.readouterr().out.startswith("CONVERGED")
+    solved, factorized = capsys.readouterr().out.splitlines()
+    assert solved.startswith("CONVERGED")
+    assert factorized.startswith("19 0.0025")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
