@@ -140,15 +140,15 @@ def as_dense(name: str, x: Any) -> Array:
     return x
 
 
-def as_shape(name: str, shape: Any) -> tuple[int, ...]:
-    """Return a shape (m, n) as a tuple of Python integers; ValueError on what is none."""
+def as_shape(name: str, shape: Any) -> tuple[int, int]:
+    """Return the shape of a matrix as two integers; ValueError unless both are at least 1."""
     try:
-        sides = tuple(map(operator.index, shape))
-    except TypeError:  # of a number, and of sides that are no integers
-        sides = ()
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"{name} is {shape!r}; expected (m, n)")
-    return sides
+        m, n = map(operator.index, shape)
+    except (TypeError, ValueError):  # of other counts too
+        m = n = 0
+    if min(m, n) < 1:
+        raise ValueError(f"{name} has shape {shape!r}; expected a matrix, (m, n)")
+    return m, n
 
 
 def reads(**readers: Callable[[str, Any], Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -337,7 +337,7 @@ class Operator:
     dtype: Any = field(static=True, default=None)
 
     def __post_init__(self) -> None:
-        shape = as_shape("the operator's shape", self.shape)
+        shape = as_shape("the operator", self.shape)
         products = {"matmat": shape, "rmatmat": shape[::-1]}
         for name in products:
             fn = getattr(self, name)

@@ -69,7 +69,7 @@ REFUSED = [
     (lambda: RowBlocks(a, dtype="foo"), "dtype is 'foo'; expected a dtype"),
     (lambda: RowBlocks(Foreign()), "dtype of a Foreign is 'torch.float32'; expected a dtype"),
     *(
-        (lambda shape=shape: nys.linalg.Operator(jnp.copy, jnp.copy, shape), "operator's shape is")
+        (lambda shape=shape: nys.linalg.Operator(jnp.copy, jnp.copy, shape), "operator has shape")
         for shape in ("ab", None, 3, (3, 3.5), ((1, 2), 3))
     ),
     (lambda: nys.linalg.Operator(jnp.copy, jnp.copy, (3, 3), "foo"), "operator's dtype is 'foo'"),

@@ -246,8 +246,8 @@ BAD = {
     "vectors": (lambda x: jnp.dot(x, A), lambda y: A.T @ y, (M, N), "matmat .* cannot be compiled"),
     "pair": (lambda x: (A @ x, x), lambda y: A.T @ y, (M, N), "matmat .* is a tuple; expected"),
     "array": (A, A.T, (M, N), "matmat is a ndarray; expected a function of JAX"),
-    "sides": (lambda x: x, lambda y: y, (M,), r"shape is \(12,\); expected \(m, n\)"),
-    "empty": (lambda x: x, lambda y: y, (0, 0), r"shape is \(0, 0\); expected \(m, n\)"),
+    "sides": (lambda x: x, lambda y: y, (M,), r"has shape \(12,\); expected a matrix"),
+    "empty": (lambda x: x, lambda y: y, (0, 0), r"has shape \(0, 0\); expected a matrix"),
 }
 
 

@@ -19,12 +19,11 @@ from nyscaled.lowrank.arguments import (
 )
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host import HostMatrix, as_input
-from nyscaled.lowrank.host_arrays import as_shape
 from nyscaled.lowrank.products import require_adjoint
 from nyscaled.lowrank.result import LowRank
 from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.lowrank.streamed import StreamedMatrix
-from nyscaled.matrices import Operator, is_scipy
+from nyscaled.matrices import Operator, as_shape, is_scipy
 from nyscaled.typing import LinearMap, MatrixLike, Number
 from nyscaled.validation import (
     is_concrete,

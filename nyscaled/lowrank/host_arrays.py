@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Inexact
 
-from nyscaled.matrices import require_floating
+from nyscaled.matrices import as_shape, require_floating
 from nyscaled.typing import MatrixLike
 from nyscaled.validation import is_concrete
 
@@ -33,22 +32,6 @@ def as_dtype(name: str, dtype: DTypeLike | None) -> np.dtype:
         return np.dtype(dtype).newbyteorder("=")
     except Exception:  # of many classes
         raise ValueError(f"{name} is {dtype!r}; expected a dtype, such as np.float32") from None
-
-
-def as_shape(name: str, shape: Sequence[int] | None) -> tuple[int, int]:
-    """Return `shape` as two integers; ValueError unless both are at least 1.
-
-    Args:
-        name: what errors call the matrix.
-        shape: what a user passed.
-    """
-    try:
-        m, n = (operator.index(side) for side in (() if shape is None else shape))
-    except (TypeError, ValueError):
-        m = n = 0
-    if min(m, n) < 1:
-        raise ValueError(f"{name} has shape {shape!r}; expected a matrix, (m, n)")
-    return m, n
 
 
 def as_argument(product: str, x: MatrixLike, rows: int, dtype: np.dtype) -> HostArray:

@@ -14,9 +14,9 @@ from nyscaled.lowrank.host_arrays import (
     all_finite,
     as_argument,
     as_dtype,
-    as_shape,
     require_host,
 )
+from nyscaled.matrices import as_shape
 
 Product = Callable[[HostArray], HostArray]
 

@@ -21,7 +21,6 @@ from nyscaled.lowrank.arguments import (
 )
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host import HostMatrix, as_input
-from nyscaled.lowrank.host_arrays import as_shape
 from nyscaled.lowrank.jacobi import eigh_of_positive
 from nyscaled.lowrank.orthogonal import extend, inner
 from nyscaled.lowrank.pivoted import PivotedCholesky, pivoted_cholesky
@@ -36,7 +35,7 @@ from nyscaled.lowrank.psd_adaptive import of_tolerance
 from nyscaled.lowrank.psd_compression import compress, truncate
 from nyscaled.lowrank.psd_result import PSDApproximation
 from nyscaled.lowrank.result import Status, with_fixed_signs
-from nyscaled.matrices import Operator
+from nyscaled.matrices import Operator, as_shape
 from nyscaled.numerics import full_precision, normalized, shift
 from nyscaled.typing import LinearMap, MatrixLike, Number
 

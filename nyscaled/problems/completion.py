@@ -61,7 +61,7 @@ class Entries:
     dtype: Any = field(static=True, converter=jnp.dtype, default=jnp.dtype("float32"))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", as_shape("shape", self.shape))
+        object.__setattr__(self, "shape", as_shape("the matrix", self.shape))
         rows, columns = self.rows, self.columns
         if rows.ndim != 1 or rows.shape != columns.shape or rows.size == 0:
             raise ValueError(
