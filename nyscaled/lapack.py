@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact, Key
 
@@ -26,50 +28,86 @@ from nyscaled.numerics import full_precision, normalized, shift
 _ONE_THREAD = 16  # side of a triangular solve; real ones wake threads from 32 on, complex from 24
 
 
-def _one_at_a_time(fn: Callable[[Array], Any]) -> Any:
-    """`fn` of a matrix; of a batch, a loop on CPUs and the batched kernel elsewhere.
+class _OneAtATime:
+    """A primitive for a function of a matrix; of a batch, a loop on CPUs, else the batched kernel.
 
-    It asks for a derivative, by `defjvp`.
+    It asks for a derivative, by `defjvp`. Being a primitive, it has derivatives of every order and
+    in every mode, also inside loops, which a rule of `custom_vmap` under `custom_jvp` has not.
     """
-    alone = jax.custom_batching.custom_vmap(fn)
 
-    @jax.custom_jvp
-    def single(x: Array) -> Any:
-        return alone(x)
+    def __init__(self, fn: Callable[[Array], Any]) -> None:
+        self._fn = fn
+        self._trace = jax.make_jaxpr(self._of_batch, return_shape=True)
+        self._primitive = Primitive(fn.__name__)
+        self._primitive.multiple_results = True
+        self._primitive.def_impl(_evaluate)
+        self._primitive.def_abstract_eval(lambda x, program: program.out_avals)
+        lowering = mlir.lower_fun(_evaluate, multiple_results=True)
+        mlir.register_lowering(self._primitive, lowering)
+        batching.primitive_batchers[self._primitive] = self._batch
 
-    @jax.jit
-    def of_batch(x: Array) -> Any:
-        return lax.platform_dependent(
-            x, cpu=lambda x: lax.map(single, x), default=lambda x: jax.vmap(fn)(x)
+    def __call__(self, x: Array) -> Any:
+        program, shape = self._trace(x)
+        return jax.tree.unflatten(
+            jax.tree.structure(shape), self._primitive.bind(x, program=program)
         )
 
-    @alone.def_vmap
-    def rule(axis_size: int, in_batched: Any, x: Array) -> Any:
-        (batched,) = in_batched  # not so where tangents of reverse mode alone are in a batch
-        result = of_batch(x) if batched else single(x)
-        return result, jax.tree.map(lambda _: batched, result)
+    def _of_batch(self, x: Array) -> Any:
+        """The function of a matrix (m, n), or of matrices (…, m, n)."""
+        *batch, m, n = x.shape
+        if not batch:
+            return self._fn(x)
 
-    return single
+        def loop(x: Array) -> Any:
+            results = lax.map(self._fn, x.reshape(-1, m, n))
+            return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), results)
+
+        return lax.platform_dependent(x, cpu=loop, default=_over_batch(self._fn, x))
+
+    def _batch(self, args: Any, axes: Any, program: Any) -> Any:
+        results = jax.tree.leaves(self(jnp.moveaxis(args[0], axes[0], 0)))
+        return results, [0] * len(results)
+
+    def defjvp(self, rule: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Take `(primals, tangents) ↦ (results, their derivatives)` of one matrix as the rule."""
+
+        def of_batch(primals: Any, tangents: Any, program: Any) -> Any:
+            results, changes = _over_batch(rule, primals[0])(primals, tangents)
+            return jax.tree.leaves(results), jax.tree.leaves(changes)
+
+        ad.primitive_jvps[self._primitive] = of_batch
+        return rule
 
 
-@_one_at_a_time
+def _evaluate(x: Array, program: Any) -> list[Array]:
+    return jaxpr_as_fun(program)(x)
+
+
+def _over_batch(fn: Callable[..., Any], x: Array) -> Callable[..., Any]:
+    """A function of matrices as one of batches with as many axes as `x`."""
+    for _ in range(x.ndim - 2):
+        fn = jax.vmap(fn)
+    return fn
+
+
+@_OneAtATime
 def _svd(x: Array) -> tuple[Array, Array, Array]:
     return tuple(jnp.linalg.svd(x, full_matrices=False))
 
 
-@_one_at_a_time
+@_OneAtATime
 def _eigh(a: Array) -> tuple[Array, Array]:
     values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
     return values, vectors
 
 
-@_one_at_a_time
+@_OneAtATime
 def _qr(x: Array) -> tuple[Array, Array]:
     q, r = jnp.linalg.qr(x)
     return q, r
 
 
-_inverse = _one_at_a_time(jnp.linalg.inv)
+_inverse = _OneAtATime(jnp.linalg.inv)
 
 
 def reciprocal(x: Array) -> Array:
@@ -175,7 +213,7 @@ def qr(x: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, "n n"]
     return q, shift(r, e)
 
 
-@_one_at_a_time
+@_OneAtATime
 def _inverse_triangle(upper: Array) -> Array:
     return _inverse_upper(upper)
 
@@ -193,7 +231,7 @@ def inverse_upper(upper: Inexact[Array, "r r"]) -> Inexact[Array, "r r"]:
     return _inverse_triangle(upper)
 
 
-@_one_at_a_time
+@_OneAtATime
 def _inverse_cholesky(gram: Array) -> Array:
     return _inverse_upper(lax.linalg.cholesky(gram, symmetrize_input=False).conj().T)
 

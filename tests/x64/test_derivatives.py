@@ -88,3 +88,21 @@ def test_both_modes_agree_through_newton_from_any_start(name):
             omega, d = (jnp.asarray(rng.standard_normal((side, rank))) for _ in range(2))
             reverse = jnp.sum(gradient(LEFT, omega, 0.4) * d)
             np.testing.assert_allclose(reverse, forward(LEFT, omega, d), rtol=1e-9)
+
+
+def test_gradients_of_gradients_are_those_of_forward_mode():
+    final, side = CASES["scaled"]
+    b, omega = LEFT, jnp.asarray(RNG.standard_normal((side, RANK)))
+
+    def along(t, derivative):
+        return derivative(lambda b: final(b, omega, 0.5), b + t * WEIGHTS[:side, :RANK])
+
+    def forward(f, x):
+        return jax.jvp(f, (x,), (WEIGHTS[:side, :RANK],))[1]
+
+    def reverse(f, x):
+        return jnp.vdot(jax.grad(f)(x), WEIGHTS[:side, :RANK])
+
+    second = jax.jit(jax.grad(lambda t: along(t, reverse)))(0.0)
+    expected = jax.jvp(lambda t: along(t, forward), (0.0,), (1.0,))[1]
+    np.testing.assert_allclose(second, expected, rtol=1e-8)
