@@ -221,7 +221,6 @@ class Compressed(NamedTuple):
 def moving_frame(
     x: Float[Array, "m r"],
     rotation: Float[Array, "r r"],
-    inverse: Float[Array, "r m"],
     live: Bool[Array, " r"],
 ) -> Float[Array, "r r"]:
     """Return `rotation`, with the derivative that keeps X · rotation zero on the dead columns.
@@ -233,7 +232,6 @@ def moving_frame(
     Args:
         x: X, of which X · rotation is zero on dead columns but for rounding.
         rotation: V, orthogonal, a constant.
-        inverse: (XV)⁺ of the live columns, zero rows elsewhere.
         live: which columns of XV are not taken as zero.
     """
     return rotation
@@ -242,9 +240,11 @@ def moving_frame(
 @moving_frame.defjvp
 @full_precision
 def _moving_frame_jvp(primals: Any, tangents: Any) -> Any:
-    _, rotation, inverse, live = primals
+    x, _, live = primals
+    rotation = moving_frame(*primals)  # not the constant, for second derivatives
+    inverse = dual(jnp.where(live, x @ rotation, 0)).T
     turn = jnp.where(live[:, None] & ~live, inverse @ (tangents[0] @ rotation), 0)
-    return moving_frame(*primals), rotation @ (turn.T - turn)
+    return rotation, rotation @ (turn.T - turn)
 
 
 @reads(x=as_dense)
@@ -264,11 +264,10 @@ def compress(x: Float[Array, "m r"], rcond: float | None = None) -> Compressed:
         >>> int(compress(x).rank)
         1
     """
-    u, s, vt = svd(lax.stop_gradient(x))
+    _, s, vt = svd(lax.stop_gradient(x))
     cut = default_rcond(x.shape[0], x.dtype) if rcond is None else rcond
     live = s > cut * s[0]
-    inverse = jnp.where(live, u / jnp.where(live, s, 1), 0).T
-    rotation = moving_frame(x, vt.T, inverse, live)
+    rotation = moving_frame(x, vt.T, live)
     return Compressed(jnp.where(live, x @ rotation, 0), rotation, jnp.sum(live))
 
 

@@ -185,7 +185,8 @@ def run(
 
     Returns:
         A `Solution`; `history` has num_steps + 1 rows. Derivatives in both modes are those of the
-        iteration; of an over-parametrized start, those along starts of the same rank.
+        iteration; of an over-parametrized start, those along starts of the same rank. Second
+        derivatives are too, except those of the polar steps, whose weights have only first ones.
 
     Raises:
         ValueError: on a start that does not fit, is not finite or is zero, and on failed runs.

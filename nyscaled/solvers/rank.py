@@ -73,8 +73,7 @@ def cut_rank(problem: Problem, params: Params, enabled: bool | Array = True) -> 
         indefinite = values[0] < -lax.stop_gradient(threshold)
     noise &= jnp.asarray(enabled)
     cut = jnp.any(noise)
-    inverse = jnp.where(noise, 0, u / jnp.where(noise | (singular == 0), 1, singular)).T
-    v = linalg.moving_frame(stacked, v, inverse, ~noise)
+    v = linalg.moving_frame(stacked, v, ~noise)
     rotation = jnp.where(cut, v, jnp.eye(r, dtype=dtype))
     rotated = [jnp.where(cut, jnp.where(noise, 0, f @ v), f) for f in factors]
     return Cut(structure.unflatten(rotated), rotation, indefinite)
