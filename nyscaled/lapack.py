@@ -12,13 +12,13 @@ Matrices are divided by a power of two first, so that results do not depend on t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact, Key
@@ -28,6 +28,9 @@ from nyscaled.numerics import full_precision, normalized, shift
 _ONE_THREAD = 16  # side of a triangular solve; real ones wake threads from 32 on, complex from 24
 
 
+_One = tuple[Array]
+
+
 class _OneAtATime:
     """A primitive for a function of a matrix; of a batch, a loop on CPUs, else the batched kernel.
 
@@ -35,7 +38,7 @@ class _OneAtATime:
     in every mode, also inside loops, which a rule of `custom_vmap` under `custom_jvp` has not.
     """
 
-    def __init__(self, fn: Callable[[Array], Any]) -> None:
+    def __init__(self, fn: Callable[[Array], object]) -> None:
         self._fn = fn
         self._trace = jax.make_jaxpr(self._of_batch, return_shape=True)
         self._primitive = Primitive(fn.__name__)
@@ -52,34 +55,38 @@ class _OneAtATime:
             jax.tree.structure(shape), self._primitive.bind(x, program=program)
         )
 
-    def _of_batch(self, x: Array) -> Any:
+    def _of_batch(self, x: Array) -> object:
         """The function of a matrix (m, n), or of matrices (…, m, n)."""
         *batch, m, n = x.shape
         if not batch:
             return self._fn(x)
 
-        def loop(x: Array) -> Any:
+        def loop(x: Array) -> object:
             results = lax.map(self._fn, x.reshape(-1, m, n))
             return jax.tree.map(lambda y: y.reshape(*batch, *y.shape[1:]), results)
 
         return lax.platform_dependent(x, cpu=loop, default=_over_batch(self._fn, x))
 
-    def _batch(self, args: Any, axes: Any, program: Any) -> Any:
+    def _batch(
+        self, args: Sequence[Array], axes: Sequence[int], program: object
+    ) -> tuple[list[Array], list[int]]:
         results = jax.tree.leaves(self(jnp.moveaxis(args[0], axes[0], 0)))
         return results, [0] * len(results)
 
-    def defjvp(self, rule: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def defjvp(self, rule: Callable[[_One, _One], object]) -> Callable[[_One, _One], object]:
         """Take `(primals, tangents) ↦ (results, their derivatives)` of one matrix as the rule."""
 
-        def of_batch(primals: Any, tangents: Any, program: Any) -> Any:
-            results, changes = _over_batch(rule, primals[0])(primals, tangents)
+        def of_batch(
+            primals: Sequence[Array], tangents: Sequence[Array], program: object
+        ) -> object:
+            results, changes = _over_batch(rule, primals[0])(tuple(primals), tuple(tangents))
             return jax.tree.leaves(results), jax.tree.leaves(changes)
 
         ad.primitive_jvps[self._primitive] = of_batch
         return rule
 
 
-def _evaluate(x: Array, program: Any) -> list[Array]:
+def _evaluate(x: Array, program: ClosedJaxpr) -> list[Array]:
     return jaxpr_as_fun(program)(x)
 
 
@@ -118,7 +125,7 @@ def reciprocal(x: Array) -> Array:
 
 @_svd.defjvp
 @full_precision
-def _svd_jvp(primals: Any, tangents: Any) -> Any:
+def _svd_jvp(primals: _One, tangents: _One) -> object:
     (x,), (dx,) = primals, tangents
     u, s, vt = _svd(x)
     core = u.T @ dx @ vt.T
@@ -149,7 +156,7 @@ def svd(
 
 @_eigh.defjvp
 @full_precision
-def _eigh_jvp(primals: Any, tangents: Any) -> Any:
+def _eigh_jvp(primals: _One, tangents: _One) -> object:
     (a,), (da,) = primals, tangents
     values, vectors = _eigh(a)
     core = vectors.conj().T @ da @ vectors
@@ -169,7 +176,7 @@ def eigh(x: Inexact[Array, "n n"]) -> tuple[Float[Array, " n"], Inexact[Array, "
 
 @_inverse.defjvp
 @full_precision
-def _inverse_jvp(primals: Any, tangents: Any) -> Any:
+def _inverse_jvp(primals: _One, tangents: _One) -> object:
     (a,), (da,) = primals, tangents
     inverse = _inverse(a)
     return inverse, -(inverse @ da @ inverse)
@@ -196,7 +203,7 @@ def solve(x: Float[Array, "n n"], b: Float[Array, "n k"]) -> Float[Array, "n k"]
 
 @_qr.defjvp
 @full_precision
-def _qr_jvp(primals: Any, tangents: Any) -> Any:
+def _qr_jvp(primals: _One, tangents: _One) -> object:
     (x,), (dx,) = primals, tangents
     q, r = _qr(x)
     image = dx @ inverse(r)
@@ -238,7 +245,7 @@ def _inverse_cholesky(gram: Array) -> Array:
 
 @_inverse_cholesky.defjvp
 @full_precision
-def _inverse_cholesky_jvp(primals: Any, tangents: Any) -> Any:
+def _inverse_cholesky_jvp(primals: _One, tangents: _One) -> object:
     (gram,), (change,) = primals, tangents
     t = _inverse_cholesky(gram)
     core = t.T @ change @ t
