@@ -10,7 +10,7 @@ from training_cases import settings
 
 import nyscaled as nys
 from nyscaled.cli import main
-from nyscaled.finetune import launch, sweeping
+from nyscaled.finetune import folders, launch, sweeping
 from nyscaled.finetune.progress import NotFiniteError
 from nyscaled.finetune.sweep_picture import draw
 from nyscaled.finetune.sweeping import Run, Sweep, grid_of
@@ -56,7 +56,7 @@ def test_runs_are_in_folders_of_their_own_and_go_on_where_they_began(tmp_path):
     config = settings(tmp_path, sweep="learning_rate=1e-3,2e-3;rank=4", resume=True)
     begun = config.out / "learning_rate=0.002,rank=4"
     begun.mkdir(parents=True)
-    (begun / launch.CONFIG).touch()
+    (begun / folders.CONFIG).touch()
     (_, first), (swept, second) = sweeping.configs(config)
     assert (first.learning_rate, first.rank, first.resume, first.sweep) == (1e-3, 4, False, None)
     assert (second.out, second.resume) == (begun, True)
@@ -67,7 +67,7 @@ def test_runs_are_in_folders_of_their_own_and_go_on_where_they_began(tmp_path):
 def test_a_sweep_is_not_made_in_the_folder_of_a_run(tmp_path, resume):
     config = settings(tmp_path, sweep="rank=1,2", resume=resume)
     config.out.mkdir()
-    (config.out / launch.CONFIG).touch()
+    (config.out / folders.CONFIG).touch()
     message = "out has a run; expected another --out for a sweep, also with --resume"
     with pytest.raises(ValueError, match=message):
         nys.finetune.sweep(config)
@@ -101,7 +101,7 @@ def test_runs_of_a_sweep_have_the_same_examples(tmp_path, monkeypatch):
     def run(config):
         config.out.mkdir(parents=True)
         digest = {"examples": 2 + len(made), "sha256": ""}
-        (config.out / launch.RECORD).write_text(json.dumps({"examples": {"train": digest}}))
+        (config.out / folders.RECORD).write_text(json.dumps({"examples": {"train": digest}}))
         made.append(config)
         raise NotFiniteError("diverged")
 
