@@ -205,3 +205,36 @@ def test_a_tree_without_pairs_is_refused(make):  # the names are those of torch
     params = {"q": {"lora_A": jnp.ones((2, 6)), "lora_B": jnp.ones((5, 2))}}
     with pytest.raises(ValueError, match=r"no leaf is a factor among \['q'\]\['lora_A'\]"):
         make(optax.sgd(1.0)).init(params)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        (
+            {"bias": jnp.ones(3), "w": jnp.ones((4, 2))},
+            r"leaf \['bias'\] has shape \(3,\).*expected a factor",
+        ),
+        (
+            {"w": jnp.ones((4, 2), jnp.int32)},
+            r"leaf \['w'\] has dtype int32.*expected a floating one",
+        ),
+        (
+            {"lora_a": jnp.ones((9, 2)), "lora_b": jnp.ones((3, 7))},
+            "lora_a.* and .*lora_b.* do not go together.*same rank",
+        ),
+        (
+            {"lora_a": jnp.ones((3, 9, 2)), "lora_b": jnp.ones((2, 2, 7))},
+            "lora_a.* and .*lora_b.* do not go together.*same batch axes",
+        ),
+    ],
+)
+def test_leaves_that_are_no_factors_or_no_pair_are_named(leaves, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        nys.scale_by_gram().init(leaves)
+
+
+def test_three_leaves_of_one_pair_are_named():
+    spec = {k: FactorSpec(pair="p") for k in "abc"}
+    named = r"(?s)\['a'\], \['b'\], \['c'\].*3 member\(s\); expected exactly two"
+    with pytest.raises(ValueError, match=named):
+        nys.scale_by_gram(spec=spec).init({k: jnp.ones((4, 2)) for k in "abc"})

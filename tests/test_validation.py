@@ -371,32 +371,3 @@ def test_optimum_requires_a_dense_matrix(form):
     ):
         with raises("A is a (BCOO|Operator); expected a dense matrix"):
             problem.optimum(R)
-
-
-# --- Transforms ----------------------------------------------------------------------------------
-
-
-def test_leaf_of_one_axis_is_named():
-    with raises(r"leaf \['bias'\] has shape \(3,\)", "expected a factor"):
-        nys.scale_by_gram().init({"bias": jnp.ones(3), "w": jnp.ones((4, 2))})
-
-
-def test_integer_leaf_is_named():
-    with raises(r"leaf \['w'\] has dtype int32", "expected a floating one"):
-        nys.scale_by_gram().init({"w": jnp.ones((4, 2), jnp.int32)})
-
-
-def test_pair_of_different_ranks_is_named():
-    with raises(r"lora_a.* and .*lora_b.* do not go together", "same rank"):
-        nys.scale_by_gram().init({"lora_a": jnp.ones((9, 2)), "lora_b": jnp.ones((3, 7))})
-
-
-def test_pair_of_different_batches_is_named():
-    with raises(r"lora_a.* and .*lora_b.* do not go together", "same batch axes"):
-        nys.scale_by_gram().init({"lora_a": jnp.ones((3, 9, 2)), "lora_b": jnp.ones((2, 2, 7))})
-
-
-def test_three_leaves_of_one_pair_are_named():
-    spec = {k: nys.FactorSpec(pair="p") for k in "abc"}
-    with raises(r"\['a'\], \['b'\], \['c'\]", r"3 member\(s\); expected exactly two"):
-        nys.scale_by_gram(spec=spec).init({k: jnp.ones((4, 2)) for k in "abc"})

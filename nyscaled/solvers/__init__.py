@@ -3,8 +3,8 @@
 A step has `init(factors) -> state`, `update(state) -> state`, `params(state) -> factors` and
 `status(state)`, which reports a failure. It is a pytree: the matrix and the step size are arguments
 of the compiled loop, so equal shapes do not compile twice, and steps can be built inside `jit` and
-`vmap`. A function is a part of the program: a schedule, an optax transformation, a record or a
-measure that is made anew compiles anew, so make each once. `update` is compiled in the same way
+`vmap`. A function is a part of the program, so make each schedule, optax transformation, record
+and measure once: a second one of the same kind compiles again. `update` is compiled in the same way
 when it is called by itself.
 """
 
