@@ -205,3 +205,25 @@ def test_a_factor_with_fewer_rows_than_its_rank_has_a_pseudo_inverse_and_is_else
     with pytest.raises(ValueError, match=r"leaf .right .*4 rows for a rank of 6"):
         nys.scaled_gd(0.5).init(nys.Factors(x, y))
     nys.scaled_gd(0.5, damping=0.1).init(nys.Factors(x, y))
+
+
+@pytest.mark.parametrize(("m", "n", "r", "rank"), [(2, 5, 3, 1), (3, 5, 4, 2), (2, 2, 5, 2)])
+def test_pseudo_inverses_of_factors_of_fewer_rows_and_of_less_rank(m, n, r, rank):
+    common = normal(0, (rank, r))
+    pair = nys.Factors(normal(1, (m, rank)) @ common, normal(2, (n, rank)) @ common)
+    grads = nys.Factors(normal(3, (m, r)), normal(4, (n, r)))
+    tx = nys.scale_by_gram_pinv()
+    updates, _ = tx.update(grads, tx.init(pair), pair)
+    for found, g, partner in zip(updates, grads, (pair.right, pair.left), strict=True):
+        y = np.asarray(partner, np.float64)
+        exact = np.asarray(g, np.float64) @ np.linalg.pinv(y.T @ y, rcond=1e-8)
+        np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3 * np.abs(exact).max())
+
+
+def test_the_pseudo_inverse_of_one_factor_of_fewer_rows():
+    x, g = normal(0, (2, 4)), normal(1, (2, 4))
+    tx = nys.scale_by_gram_pinv()
+    found, _ = tx.update(g, tx.init(x), x)
+    y = np.asarray(x, np.float64)
+    exact = np.asarray(g, np.float64) @ np.linalg.pinv(y.T @ y, rcond=1e-8)
+    np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3 * np.abs(exact).max())

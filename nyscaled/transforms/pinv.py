@@ -85,7 +85,7 @@ def scale_by_gram_pinv(*, spec: Spec = None) -> optax.GradientTransformationExtr
     def rule(_: int, g: Array, factor: Array, partner: Array, space: Array) -> Array:
         partner, g = partner @ space, g @ space
         if len(partner) < partner.shape[1]:  # YᵀY is singular; (YᵀY)† = DDᵀ with D = Y†
-            d = linalg.dual(partner.T)
+            d = linalg.pinv(partner.T).T
             return (g @ d) @ d.T @ space.T
         return linalg.gram_solve(partner, g) @ space.T
 
@@ -98,5 +98,7 @@ def _row_space(*factors: Array) -> Array:
     stacked = jnp.concatenate(
         [f / jnp.where(s > 0, s, 1) for f, s in zip(factors, sizes, strict=True)]
     )
+    rows, r = stacked.shape
+    stacked = jnp.pad(stacked, ((0, max(r - rows, 0)), (0, 0)))  # for a rotation (r, r)
     cut = linalg.compress(stacked, linalg.default_rcond(factors[0].shape[0], stacked.dtype))
-    return jnp.where(jnp.arange(stacked.shape[1]) < cut.rank, cut.rotation, 0)
+    return jnp.where(jnp.arange(r) < cut.rank, cut.rotation, 0)
