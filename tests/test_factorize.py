@@ -151,9 +151,13 @@ def test_two_passes_over_a_complete_space_leave_nothing_out():
 def test_the_estimate_of_an_exact_rank_is_not_that_of_probes_in_the_basis():
     """What is beyond rank 10 has the size of rounding, but is more than that of its basis."""
     s = np.where(np.arange(N) < RANK, 1.0, 1e-7)
-    f = nys.factorize(matrix(M, N, s), RANK)
-    assert (int(f.status), int(f.passes)) == (Status.EXACT, 2)
-    assert float(f.error_estimate) > 0.5 * best(s, RANK)
+    a, passes = matrix(M, N, s), []
+    for seed in range(8):  # of some keys the first block does not show the rank
+        f = nys.factorize(a, RANK, key=jax.random.key(seed))
+        assert int(f.status) == Status.EXACT
+        assert float(f.error_estimate) > 0.5 * best(s, RANK)
+        passes.append(int(f.passes))
+    assert 2 in passes
 
 
 @pytest.mark.parametrize("size", [1e-40, 1e-35])

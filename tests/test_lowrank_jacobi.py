@@ -1,5 +1,6 @@
 """The small factorizations of `nys.factorize`: right to rounding, with LAPACK on small pieces."""
 
+import functools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from test_lapack import CALL
 
+import nyscaled as nys
 from nyscaled.lapack import eigh
 from nyscaled.lowrank.core_svd import core_svd
 from nyscaled.lowrank.jacobi import eigh_of_positive, jacobi
@@ -99,9 +101,9 @@ def test_the_svd_of_a_core_keeps_small_singular_values():
         assert np.linalg.norm(live.T @ live - np.eye(live.shape[1]), 2) < 10 * N * eps, name
 
 
-def lapack_sides(fn, platform):
+def lapack_sides(fn, platform, side=96):
     """Names of LAPACK's and other libraries' calls, and the largest sides of their matrices."""
-    x = jax.ShapeDtypeStruct((96, 96), jnp.float32)
+    x = jax.ShapeDtypeStruct((side, side), jnp.float32)
     text = jax.jit(fn).trace(x).lower(lowering_platforms=(platform,)).as_text()
     return {
         name: max(
@@ -113,5 +115,9 @@ def lapack_sides(fn, platform):
 
 def test_lapack_sees_small_matrices_on_cpus_and_other_platforms_have_their_own():
     assert lapack_sides(core_svd, "cpu") == {"lapack_ssyevd_ffi": 48}
+    # 64 columns wake threads on some processors.
+    assert max(lapack_sides(core_svd, "cpu", n)["lapack_ssyevd_ffi"] for n in (64, 126, 192)) < 64
+    factorize = functools.partial(nys.factorize, rank=20, key=jax.random.key(0))
+    assert lapack_sides(factorize, "cpu", 300)["lapack_ssyevd_ffi"] < 64
     tpu = jax.jit(eigh_of_positive).trace(jax.ShapeDtypeStruct((96, 96), jnp.float32))
     assert "lapack" not in tpu.lower(lowering_platforms=("tpu",)).as_text()

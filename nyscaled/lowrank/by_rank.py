@@ -128,7 +128,9 @@ def _end(a: LinearMap | HostMatrix, first: Sketch, plan: _Plan, exact: bool) -> 
         start = inner(first.basis, first.images)
         deviations = estimate.jackknife(core, triples, start, plan.rank)
     passes = 2 * -(-left.shape[1] // first.basis.shape[1])
-    result = truncate(left, triples, right, error, plan.rank, passes, deviations=deviations)
+    result = truncate(
+        *(left, triples, right, error, plan.rank, passes), deviations=deviations, whole_range=exact
+    )
     return result.adjoint if plan.transposed else result
 
 

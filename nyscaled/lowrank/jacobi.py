@@ -1,8 +1,8 @@
 """The block Jacobi eigenvalue method, whose eigendecompositions are small.
 
-LAPACK's eigendecomposition of more than 64 columns wakes the threads of its BLAS on CPUs. They go
-on spinning for tens of milliseconds beside XLA's products. Here LAPACK sees two blocks of columns
-at a time, and the rest is products. A sweep diagonalizes all pairs of blocks. In the end what is
+LAPACK's eigendecomposition of 64 columns or more wakes the threads of its BLAS on CPUs (of more
+than 64 on those with AVX-512). They go on spinning for tens of milliseconds beside XLA's products.
+Here LAPACK sees two blocks of columns at a time, and the rest is products. A sweep diagonalizes all pairs of blocks. In the end what is
 off the diagonal falls quadratically: three to seven sweeps are enough.
 
 References:
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Inexact
 from nyscaled.lapack import eigh, reciprocal
 from nyscaled.numerics import full_precision, norm
 
-QUIET = 64  # columns of a real matrix up to which LAPACK's eigendecomposition wakes no threads
+QUIET = 62  # columns of a real matrix that wake no threads; even, as a pair of blocks is
 _QUIET_COMPLEX = 48  # the same of a complex one
 _MOST = 192  # columns up to which sweeps cost less than what the threads would take from products
 _MOST_SWEEPS = 12

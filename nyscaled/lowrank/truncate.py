@@ -16,7 +16,7 @@ from nyscaled.numerics import full_precision, norm
 from nyscaled.typing import Scalar
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "passes"))
+@functools.partial(jax.jit, static_argnames=("rank", "passes", "whole_range"))
 @full_precision
 def truncate(
     left: Inexact[Array, "m k"],
@@ -27,6 +27,7 @@ def truncate(
     passes: int,
     tol: Scalar | float | None = None,
     deviations: Deviations | None = None,
+    whole_range: bool = False,
 ) -> LowRank:
     """Return the best factorization of this rank of a projection QQᴴA = Q U diag(s) Vᴴ Pᴴ.
 
@@ -42,14 +43,18 @@ def truncate(
         passes: how many products were made.
         tol: the relative error that was asked for; None if it was the rank.
         deviations: the jackknife estimates, if they were asked for.
+        whole_range: whether the range of Q is known to be that of A to rounding. Then the error is
+            rounding too, and does not decide on the status.
     """
     u, s, vh = triples
     cut = rounding(max(left.shape[0], right.shape[0]), s.dtype)
     live = ~(s[:rank] <= cut * s[0])  # NaN shows
     whole = norm(jnp.append(s, error))
-    left_out = norm(jnp.concatenate([jnp.where(live, 0, s[:rank]), s[rank:], jnp.ravel(error)]))
+    cut_values = jnp.concatenate([jnp.where(live, 0, s[:rank]), s[rank:]])
+    left_out = norm(jnp.append(cut_values, error))
     otherwise = Status.RANK_REACHED if tol is None else Status.MAX_RANK
-    status = jnp.where(left_out <= cut * whole, Status.EXACT, otherwise)
+    rest = norm(cut_values) if whole_range else left_out
+    status = jnp.where(rest <= cut * whole, Status.EXACT, otherwise)
     if tol is not None:
         status = jnp.where(left_out <= tol * whole, Status.CONVERGED, status)
     left, right = with_fixed_signs(
