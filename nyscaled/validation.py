@@ -93,21 +93,26 @@ def require_key(name: str, key: object) -> Key[Array, ""]:
     raise ValueError(f"{name} is {key!r:.80}; expected one key, as from jax.random.key(0)")
 
 
-def require_scalar(name: str, value: Any, low: float, high: float, *, open_low: bool) -> None:
+def require_scalar(
+    name: str, value: Any, low: float, high: float, *, open_low: bool, schedule: bool = False
+) -> None:
     """Raise ValueError if the value of `value` is known and lies outside the interval.
 
     Args:
         name: what errors call the value.
-        value: a number; the values of schedules and tracers are not checked.
+        value: a number; the values of tracers and schedules are not checked.
         low: the lower end of the interval.
         high: the upper end, which belongs to the interval unless it is infinite.
         open_low: whether the lower end is excluded.
+        schedule: whether `value` may be an optax schedule.
     """
     expected = "expected a number in " + _interval(low, high, open_low)
     if value is None or isinstance(value, str | bytes):  # float() would read a string
         raise ValueError(f"{name} is {value!r}; {expected}")
     if getattr(value, "ndim", 0):
         raise ValueError(f"{name} is an array of shape {value.shape}; {expected}")
+    if callable(value) and not schedule:
+        raise ValueError(f"{name} is a function; {expected}")
     if callable(value) or not is_concrete(value):
         return
     # float() would read texts in arrays too, take a boolean as 0 or 1, and drop imaginary parts.
@@ -140,6 +145,15 @@ def require_positive(name: str, value: Any) -> None:
 def require_nonnegative(name: str, value: Any) -> None:
     """Raise ValueError if the value of `value` is known and is negative."""
     require_scalar(name, value, 0, math.inf, open_low=False)
+
+
+def require_transformation(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is an optax transformation."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}; expected an optax transformation, such as "
+            "optax.sgd(0.1)"
+        )
 
 
 def require_at_least(name: str, value: Any, low: float) -> None:

@@ -251,7 +251,7 @@ def gradient_step(
             f"problem is a {type(problem).__name__}; expected one of nyscaled.problems, or a "
             "pytree with the methods loss, gradient and check"
         )
-    _require_transformation(tx)
+    validation.require_transformation("tx", tx)
     return GradientStep(problem, tx, None if project is None else as_partial(project))
 
 
@@ -275,15 +275,8 @@ def alternating_step(problem: Problem, tx: optax.GradientTransformation) -> Grad
         (2, 1)
     """
     require_pairs(problem)
-    _require_transformation(tx)
+    validation.require_transformation("tx", tx)
     return GradientStep(problem, tx, alternating=True)
-
-
-def _require_transformation(tx: object) -> None:
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise ValueError(
-            f"tx is a {type(tx).__name__}; expected an optax transformation, such as optax.sgd(0.1)"
-        )
 
 
 def require_pairs(problem: object) -> None:

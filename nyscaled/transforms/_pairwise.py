@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from nyscaled import validation
 from nyscaled.numerics import at_least_float32, full_precision
 from nyscaled.transforms.pairing import FactorSpec, KeyPath, Spec, default_spec, show
 
@@ -73,7 +74,11 @@ def before(
     Args:
         transform: the transform of gradients.
         inner: the optimizer.
+
+    Raises:
+        ValueError: if `inner` is not a transformation, but its learning rate, say.
     """
+    validation.require_transformation("inner", inner)
     return optax.with_extra_args_support(optax.chain(transform, inner))
 
 

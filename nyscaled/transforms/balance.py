@@ -112,6 +112,9 @@ def reflora(
         warmup_steps: how many first updates are not balanced. At Y_0 = 0 nothing can be.
         spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
 
+    Raises:
+        ValueError: as `scale_by_balance`, and if `inner` is not a transformation.
+
     Examples:
         >>> tx = reflora(optax.adamw(1e-4))
         >>> params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}
@@ -131,6 +134,9 @@ def reflora_s(
         inner: the optimizer, `optax.adamw(1e-4)` say.
         warmup_steps: how many first updates are not balanced.
         spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
+
+    Raises:
+        ValueError: as `scale_by_balance`, and if `inner` is not a transformation.
 
     Examples:
         >>> tx = reflora_s(optax.sgd(1.0), warmup_steps=0)

@@ -70,7 +70,7 @@ def scale_by_gram(
 
 def require_step_size(learning_rate: Any) -> None:
     """Raise ValueError if a known learning rate is outside (0, 1], where ScaledGD is defined."""
-    validation.require_scalar("learning_rate", learning_rate, 0, 1, open_low=True)
+    validation.require_scalar("learning_rate", learning_rate, 0, 1, open_low=True, schedule=True)
 
 
 def scaled_gd(
@@ -130,7 +130,7 @@ def lora_p(
         spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
 
     Raises:
-        ValueError: as `scale_by_gram`.
+        ValueError: as `scale_by_gram`, and if `inner` is not a transformation.
 
     References:
         Zhang, Pilanci, Riemannian preconditioned LoRA for fine-tuning foundation models, ICML 2024.

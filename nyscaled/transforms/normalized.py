@@ -85,7 +85,7 @@ def nora_plus(
         spec: which leaves are pairs; all other leaves pass through. `pair_spec` if None.
 
     Raises:
-        ValueError: as `scale_by_normalized_gram`.
+        ValueError: as `scale_by_normalized_gram`, and if `inner` is not a transformation.
 
     Examples:
         >>> tx = nora_plus(optax.adamw(1e-4))

@@ -32,7 +32,7 @@ def lora_plus(
         spec: which leaves are pairs. `pair_spec` if None.
 
     Raises:
-        ValueError: as `scale_by_gram`, and on ratio ≤ 0.
+        ValueError: as `scale_by_gram`, on ratio ≤ 0, and if `optimizer` cannot be called.
 
     References:
         Hayou, Ghosh, Yu, LoRA+: Efficient low rank adaptation of large models, ICML 2024.
@@ -45,6 +45,11 @@ def lora_plus(
         [-0.5, -0.5, -2.0]
     """
     validation.require_positive("ratio", ratio)
+    if not callable(optimizer):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}; expected a constructor, "
+            "such as optax.adamw"
+        )
 
     def rule(position: int, update: Array, factor: Array, partner: Array) -> Array:
         return update * ratio if position else update

@@ -14,6 +14,8 @@ References:
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
@@ -115,7 +117,9 @@ def precgd(
         >>> bool(solution.history[-1] < 1e-9)
         True
     """
-    validation.require_positive("learning_rate", learning_rate)
+    validation.require_scalar(
+        "learning_rate", learning_rate, 0, math.inf, open_low=True, schedule=True
+    )
     return optax.with_extra_args_support(
         optax.chain(
             scale_by_residual_gram(damping_scale, noise_level, spec=spec),

@@ -11,6 +11,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.sparse
 from jax.experimental import sparse
@@ -102,10 +103,19 @@ REFUSED = [
     (lambda: Nystroem(kernel=["rbf"]).fit(a), "kernel is .'rbf'.; expected one of"),
     (lambda: Nystroem(gamma="scale").fit(a), "gamma is 'scale'; expected a number"),
     (lambda: Nystroem(gamma=[1.0, 2.0]).fit(a), "gamma is a list; expected a number"),
-    (lambda: Nystroem(gamma=abs).fit(a), "gamma is .*abs.*; expected a finite number"),
+    (lambda: Nystroem(gamma=abs).fit(a), "gamma is a function; expected a number"),
     (lambda: Nystroem(lambda x, y: x @ y, kernel_params=3).fit(a), "kernel_params is 3; expected"),
+    *(
+        (lambda wrap=wrap: wrap(1e-4), "inner is a float; expected an optax transformation")
+        for wrap in (nys.nora_plus, nys.lora_p, nys.reflora, nys.reflora_s)
+    ),
+    (lambda: nys.nora_plus(optax.sgd), "inner is a function; expected an optax transformation"),
+    (lambda: nys.lora_plus(optax.sgd(0.1)), "optimizer is a .*; expected a constructor"),
+    (lambda: nys.scale_by_gram(lambda count: 0.1), "damping is a function; expected a number"),
 ]
 ACCEPTED = [
+    lambda: nys.scaled_gd(optax.constant_schedule(0.5)),
+    lambda: nys.precgd(optax.constant_schedule(0.5)),
     lambda: one_pass(a, jnp.asarray(3)),
     lambda: one_pass(a, np.int64(3), key=jax.random.PRNGKey(0)),
     lambda: pivoted_cholesky(kernel, jnp.asarray(3)),
