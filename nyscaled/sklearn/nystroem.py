@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import cast, no_type_check
@@ -193,15 +192,9 @@ def _polynomial(gamma: Number, coef0: Number, degree: Number, x: Point, y: Point
 
 
 def _number(name: str, value: object) -> float:
-    """A parameter as a finite number that is not negative."""
+    """Return a parameter as a finite number that is not negative."""
     require_nonnegative(name, value)
-    try:
-        number = float(cast(float, value))
-    except (TypeError, ValueError):  # of an array with axes, and of a function
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is {value!r}; expected a finite number")
-    return number
+    return float(cast(float, value))
 
 
 def _inverse(x: float, dtype: np.dtype) -> float:
