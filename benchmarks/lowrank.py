@@ -215,7 +215,7 @@ def threads() -> None:
     print("\nProcessor time in the 50 ms after a factorization returned, median of 20 calls\n")
     print("| side |" + "".join(f" {name}, ms |" for name in functions))
     print("|---|" + "---|" * len(functions))
-    for side in (32, 64, 96, 128, 192):
+    for side in (32, 62, 64, 96, 128, 192):
         x = jnp.asarray(rng.standard_normal((side, side)), jnp.float32)
         print(f"| {side} |", end="")
         for fn in functions.values():

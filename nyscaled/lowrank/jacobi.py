@@ -1,10 +1,9 @@
 """The block Jacobi eigenvalue method, whose eigendecompositions are small.
 
-LAPACK's eigendecomposition of 64 columns or more wakes the threads of its BLAS on CPUs (of more
-than 64 on those with AVX-512). They go on spinning for tens of milliseconds beside XLA's products.
-Here LAPACK sees two blocks of columns at a time, and the rest is products. A sweep diagonalizes all
-pairs of blocks. In the end what is off the diagonal falls quadratically: three to seven sweeps are
-enough.
+LAPACK's eigendecomposition of 64 columns or more wakes the threads of its BLAS on CPUs (on some, of
+65 or more). They go on spinning for tens of milliseconds beside XLA's products. Here LAPACK sees
+two blocks of columns at a time, and the rest is products. A sweep diagonalizes all pairs of blocks.
+In the end what is off the diagonal falls quadratically: three to seven sweeps are enough.
 
 References:
     Golub and Van Loan, Matrix Computations, section 8.5.

@@ -50,10 +50,10 @@ def truncate(
     cut = rounding(max(left.shape[0], right.shape[0]), s.dtype)
     live = ~(s[:rank] <= cut * s[0])  # NaN shows
     whole = norm(jnp.append(s, error))
-    cut_values = jnp.concatenate([jnp.where(live, 0, s[:rank]), s[rank:]])
-    left_out = norm(jnp.append(cut_values, error))
+    tail = jnp.concatenate([jnp.where(live, 0, s[:rank]), s[rank:]])
+    left_out = norm(jnp.append(tail, error))
     otherwise = Status.RANK_REACHED if tol is None else Status.MAX_RANK
-    rest = norm(cut_values) if whole_range else left_out
+    rest = norm(tail) if whole_range else left_out
     status = jnp.where(rest <= cut * whole, Status.EXACT, otherwise)
     if tol is not None:
         status = jnp.where(left_out <= tol * whole, Status.CONVERGED, status)
