@@ -149,7 +149,7 @@ def require_nonnegative(name: str, value: Any) -> None:
 
 def require_transformation(name: str, value: object) -> None:
     """Raise ValueError unless `value` is an optax transformation."""
-    if not (hasattr(value, "init") and hasattr(value, "update")):
+    if not all(callable(getattr(value, name, None)) for name in ("init", "update")):
         raise ValueError(
             f"{name} is a {type(value).__name__}; expected an optax transformation, such as "
             "optax.sgd(0.1)"

@@ -111,6 +111,8 @@ REFUSED = [
     ),
     (lambda: nys.nora_plus(optax.sgd), "inner is a function; expected an optax transformation"),
     (lambda: nys.lora_plus(optax.sgd(0.1)), "optimizer is a .*; expected a constructor"),
+    (lambda: nys.lora_plus(lambda rate: rate), "what optimizer returns is a float; expected an"),
+    (lambda: nys.nora_plus(optax.GradientTransformation), "inner is a type; expected an optax"),
     (lambda: nys.scale_by_gram(lambda count: 0.1), "damping is a function; expected a number"),
 ]
 ACCEPTED = [

@@ -69,8 +69,8 @@ def of_rank(
     dimensions = blocks * width
     if dimensions >= n:  # the space would be complete: n columns at once take fewer products
         width, dimensions, one_sided = n, n, False
-    elif dimensions - width < QUIET < dimensions:
-        dimensions = QUIET
+    elif blocks > 1 and QUIET < dimensions <= QUIET + width // 2:
+        dimensions = QUIET  # less than the last products give, for a faster core
     # Leaving one column out of a complete space says nothing of the space.
     probes = PROBES if passes > 2 or width == n else 0
     plan = _Plan(rank, width, dimensions, one_sided, probes, transposed, jackknife)

@@ -89,7 +89,7 @@ def of_rank(
             right = extend(None, product)
             triples = core_svd(adjoint(product) @ right)
             error = estimate.probed_error(left, probed, random_scale(a.shape[1]))
-            return truncate(left, triples, right, error, rank, run.count)
+            return truncate(left, triples, right, error, rank, run.count, whole_range=True)
         del left
     del image  # arrays with m rows are what takes memory
     newest = right = _grown(None, start, a.dtype)

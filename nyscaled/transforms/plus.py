@@ -32,7 +32,8 @@ def lora_plus(
         spec: which leaves are pairs. `pair_spec` if None.
 
     Raises:
-        ValueError: as `scale_by_gram`, on ratio ≤ 0, and if `optimizer` cannot be called.
+        ValueError: as `scale_by_gram`, on ratio ≤ 0, and if `optimizer` does not return a
+            transformation.
 
     References:
         Hayou, Ghosh, Yu, LoRA+: Efficient low rank adaptation of large models, ICML 2024.
@@ -51,8 +52,11 @@ def lora_plus(
             "such as optax.adamw"
         )
 
+    inner = optimizer(learning_rate)
+    validation.require_transformation("what optimizer returns", inner)
+
     def rule(position: int, update: Array, factor: Array, partner: Array) -> Array:
         return update * ratio if position else update
 
     scaled = pairwise(lambda state, **extra_args: rule, pair_spec if spec is None else spec)
-    return optax.with_extra_args_support(optax.chain(optimizer(learning_rate), scaled))
+    return optax.with_extra_args_support(optax.chain(inner, scaled))
