@@ -16,7 +16,7 @@ print(float(f.error_estimate), float(jnp.linalg.norm(a - f.left * f.singular_val
 
 # region tol
 g = nys.factorize(a, tol=0.1, key=key)  # ‖A − Â‖_F ≤ 0.1 ‖A‖_F
-print(len(g.singular_values), float(g.relative_error), nys.lowrank.Status(int(g.status)).name)
+print(len(g.singular_values), float(g.relative_error), g.status.name)
 # endregion tol
 
 # region gradient

@@ -146,7 +146,7 @@ def main(config: Config) -> None:
                     "rank": len(f.singular_values),
                     "least rank": int(np.sum(best > tol)),
                     "error": relative_error(a, f, norm),
-                    "status": nys.lowrank.Status(int(f.status)).name,
+                    "status": f.status.name,
                 }
             )
         curves[name], notes[name] = series, by_tolerance

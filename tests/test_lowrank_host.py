@@ -95,7 +95,7 @@ def test_every_form_has_the_same_factorization(form):
     np.testing.assert_allclose(f.singular_values, values[:K], atol=1e-5 * values[0])
     product = np.asarray((f.left * f.singular_values) @ f.right.T)
     np.testing.assert_allclose(product, dense, atol=1e-5 * values[0])
-    assert int(f.status) == nys.lowrank.Status.EXACT
+    assert f.status is nys.lowrank.Status.EXACT
 
 
 @pytest.mark.parametrize("options", [{"rank": 2}, {"tol": 0.1}])

@@ -116,7 +116,7 @@ def test_an_exact_rank_is_found_to_rounding(height):
     assert np.linalg.norm(naive(a, 0) - a) > 0.01 * size  # the control
     assert f.error_estimate <= 1e-5 * size
     assert int(f.numerical_rank) == 5
-    assert int(f.status) == nys.lowrank.Status.EXACT
+    assert f.status is nys.lowrank.Status.EXACT
     assert int(f.passes) == 1
 
 

@@ -189,7 +189,7 @@ def test_nystrom_returns_its_eigenvectors(kernel):
     error = np.linalg.norm(difference(a, psd))
     assert error - 1e-3 < float(psd.error_estimate) == float(jnp.sum(f.residual))
     assert int(psd.passes) == 0
-    assert int(psd.status) == Status.RANK_REACHED
+    assert psd.status is Status.RANK_REACHED
 
 
 def test_a_kernel_matrix_of_more_than_the_numerical_rank_and_its_eigenvalues():

@@ -63,7 +63,7 @@ def row(
     shares = (np.asarray(low_rank.singular_values, float) / size) ** 2
     left_out = (float(low_rank.error_estimate) / size) ** 2
     errors = np.sqrt(np.append(np.cumsum(shares[::-1])[::-1], 0) + left_out)
-    status = Status(int(low_rank.status))
+    status = Status(low_rank.status)
     exact = status is Status.EXACT
     rank = min(low_rank.left.shape[1], max_rank or low_rank.left.shape[1])
     if rank < len(shares):

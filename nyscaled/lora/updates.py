@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from nyscaled.checkpoints import peft
 from nyscaled.lora.adapter import Adapter
@@ -77,7 +77,7 @@ def from_updates(
     layer: Layer,
     updates: Sequence[peft.Update | None],
     rank_stabilized: bool,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[Weights, float]:
     """Return the layer's factors, placed as its kernel is, and their α.
 

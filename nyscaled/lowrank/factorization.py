@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import SupportsIndex
 
 import jax
@@ -20,7 +21,7 @@ from nyscaled.lowrank.arguments import (
 from nyscaled.lowrank.explicit import with_auto_axes
 from nyscaled.lowrank.host import HostMatrix, as_input
 from nyscaled.lowrank.products import require_adjoint
-from nyscaled.lowrank.result import LowRank
+from nyscaled.lowrank.result import LowRank, Status
 from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.lowrank.streamed import StreamedMatrix
 from nyscaled.matrices import Operator, as_shape, is_scipy
@@ -135,6 +136,7 @@ def factorize(
         require_sound(result)
         if float(result.norm_estimate) == 0 and _has_entries(source, a):
             require_digits(0.0, result.norm_estimate.dtype)
+        result = dataclasses.replace(result, status=Status(int(result.status)))
     return result
 
 

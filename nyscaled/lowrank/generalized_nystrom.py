@@ -113,7 +113,7 @@ def one_pass(
     require_sound(result)
     if float(result.norm_estimate) == 0 and not is_zero:  # XLA takes the smallest numbers as zero
         require_digits(0.0, dtype)
-    return result
+    return dataclasses.replace(result, status=Status(int(result.status)))
 
 
 @functools.partial(jax.jit, static_argnames="rank")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import SupportsIndex
 
@@ -131,7 +132,8 @@ def nystrom(
             )
         require_unset("A is a KernelMatrix; expected a rank only", max_rank=max_rank, **options)
         result = _of_kernel(pivoted_cholesky(a, rank, key=key))
-        if validation.is_concrete(result) and int(result.status) == int(Status.NON_FINITE):
+        result = _named(result)
+        if result.status is Status.NON_FINITE:
             raise ValueError(f"A has eigenvalues beyond {a.dtype}; expected a smaller kernel")
         return result
     a = as_input("A", a, key)
@@ -162,14 +164,22 @@ def nystrom(
             _require_sound(a, key)
             times = compiled(a).times
         result = of_tolerance(a, times, key, tolerance, limit)
-    if validation.is_concrete(result) and int(result.status) == int(Status.NON_FINITE):
+    result = _named(result)
+    if result.status is Status.NON_FINITE:
         raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
-    if validation.is_concrete(result) and int(result.status) == int(Status.INDEFINITE):
+    if result.status is Status.INDEFINITE:
         raise ValueError(
             "A is not positive semidefinite: its compression to a subspace has an eigenvalue that "
             "is negative beyond rounding; expected a PSD matrix (nys.factorize takes any)"
         )
     return result
+
+
+def _named(result: PSDApproximation) -> PSDApproximation:
+    """The result with a `Status`, if its numbers are known."""
+    if not validation.is_concrete(result):
+        return result
+    return dataclasses.replace(result, status=Status(int(result.status)))
 
 
 def _require_sound(a: LinearMap, key: Key[Array, ""]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
@@ -20,7 +22,7 @@ class PSDApproximation:
             `linalg.KernelMatrix` it is the trace of the difference, which is at least that norm.
         numerical_rank: how many eigenvalues are not rounding.
         passes: how many thin products with A were made; 0 for a `linalg.KernelMatrix`.
-        status: an int of `Status`.
+        status: a `lowrank.Status`, or its integer under jit and vmap.
         deviations: with `jackknife=True`, estimates (r,) of how far each vector would move under
             another key: the standard deviation of uuᴴ in the Frobenius norm, which is at most
             1; an estimate above 1 says that the vector is not determined.
@@ -41,7 +43,7 @@ class PSDApproximation:
     error_estimate: Float[Array, "*batch"]
     numerical_rank: Int[Array, "*batch"]
     passes: Int[Array, "*batch"]
-    status: Int[Array, "*batch"]
+    status: Any
     deviations: Float[Array, "*batch r"] | None = None
     pivots: Int[Array, "*batch r"] | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ from nyscaled._pytree import pytree_dataclass
 
 
 class Status(Outcome):
-    """How a factorization ended; in a `LowRank`, an array of integers.
+    """How a factorization ended; under jit and vmap, an array of integers.
 
     Examples:
         >>> Status.EXACT.message
@@ -54,7 +54,7 @@ class LowRank:
         norm_estimate: an estimate of ‖A‖_F, in units of A.
         numerical_rank: how many singular values are not rounding.
         passes: how many thin products with A or Aᴴ were made.
-        status: an int of `Status`.
+        status: a `Status`, or its integer under jit and vmap.
         deviations: `Deviations` of the singular vectors, if they were asked for.
 
     Examples:
@@ -62,8 +62,8 @@ class LowRank:
         >>> f = nys.factorize(jnp.diag(jnp.array([3.0, 2.0, 1.0])), rank=2)
         >>> bool(jnp.allclose(f.singular_values, jnp.array([3.0, 2.0])))
         True
-        >>> f"{float(f.error_estimate):.2f}"
-        '1.00'
+        >>> f"{float(f.error_estimate):.2f}, {f.status.name}"
+        '1.00, RANK_REACHED'
     """
 
     left: Inexact[Array, "*batch m r"]
@@ -73,7 +73,7 @@ class LowRank:
     norm_estimate: Float[Array, "*batch"]
     numerical_rank: Int[Array, "*batch"]
     passes: Int[Array, "*batch"]
-    status: Int[Array, "*batch"]
+    status: Any
     deviations: Deviations | None = None
 
     @property

@@ -160,13 +160,9 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             low_rank = factorize(
                 X, rank, tol=self.tol, key=key, passes=self.passes, max_rank=max_rank
             )
-            low_rank = jax.tree.map(np.asarray, low_rank)
-        status = Status(int(low_rank.status))
-        if status is Status.NON_FINITE:
-            raise ValueError(status.message)
-        if status is Status.MAX_RANK:
-            warnings.warn(status.message, ConvergenceWarning, stacklevel=4)
-        return low_rank
+        if low_rank.status is Status.MAX_RANK:
+            warnings.warn(low_rank.status.message, ConvergenceWarning, stacklevel=4)
+        return jax.tree.map(np.asarray, low_rank)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -13,8 +13,6 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
 from jaxtyping import Array
 
@@ -68,7 +66,7 @@ def scale_by_gram(
     return pairwise(lambda state, **extra_args: rule, spec, init_state)
 
 
-def require_step_size(learning_rate: Any) -> None:
+def require_step_size(learning_rate: object) -> None:
     """Raise ValueError if a known learning rate is outside (0, 1], where ScaledGD is defined."""
     validation.require_scalar("learning_rate", learning_rate, 0, 1, open_low=True, schedule=True)
 
