@@ -69,8 +69,13 @@ class Asymmetric:
 
     @full_precision
     def gradient(self, factors: Factors) -> Factors:
-        """Return (X(YᵀY) − AY, Y(XᵀX) − AᵀX), with no m×n intermediate."""
+        """Return (RY, RᵀX), where R = XYᵀ − A; with no m×n intermediate if A is not dense."""
         x, y = as_factors(factors)
+        if isinstance(self.a, jax.Array):
+            # In a difference of sums the rounding would be that of A, not of R, and ScaledGD
+            # multiplies it by κ.
+            residual = x @ y.T - self.a
+            return Factors(residual @ y, transpose_times(residual, x))
         return Factors(x @ (y.T @ y) - self.a @ y, y @ (x.T @ x) - transpose_times(self.a, x))
 
     def optimum(self, rank: int) -> Factors:

@@ -76,7 +76,9 @@ class Symmetric:
     @reads(x=as_array)
     @full_precision
     def gradient(self, x: Float[Array, "m r"]) -> Float[Array, "m r"]:
-        """Return ∇f(X) = X(XᵀX) − AX, with no m×m intermediate."""
+        """Return ∇f(X) = (XXᵀ − A)X, with no m×m intermediate if A is not dense."""
+        if isinstance(self.a, jax.Array):  # as in `Asymmetric.gradient`
+            return (x @ x.T - self.a) @ x
         return x @ (x.T @ x) - self.a @ x
 
     def optimum(self, rank: int) -> Float[Array, "m r"]:
