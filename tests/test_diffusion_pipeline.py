@@ -140,9 +140,20 @@ def test_images_are_those_of_diffusers(pipe):
     assert images.max() <= 1
 
 
+def test_images_inside_of_jit_leave_the_pipeline_as_it_is(pipe):
+    def images(key):
+        return nys.diffusion.generate(pipe, ["dog"], key=key, steps=2)
+
+    key = jax.random.key(0)
+    inside, outside = jax.jit(images)(key), images(key)
+    close(inside, outside)
+    assert jax.vmap(images)(jax.random.split(key)).shape == (2, *outside.shape)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"guidance": 1e40}, r"guidance is 1e\+40; expected a number in"),
         ({"key": 0}, "key is 0; expected one key"),
         ({"guidance": np.ones(2)}, "guidance is array.*; expected one number"),
         ({"noise": np.full((1, 4, 4, 4), np.nan, "f")}, "noise has NaN or Inf entries"),

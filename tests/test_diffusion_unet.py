@@ -104,6 +104,21 @@ def test_remat_changes_no_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
 
 
+def test_remat_takes_a_model_from_outside_and_advances_dropout():
+    unet = nys.diffusion.load_unet(FOLDER / "bk", remat=True)
+    values = expected("bk", "unet")
+    x, context = values["latents"][:1, :4, :4], values["context"][:1]
+
+    def mean(x):
+        return jnp.mean(unet(x, 7, context))
+
+    assert jnp.isfinite(jax.jit(jax.grad(mean))(x)).all()
+    options = {"rank": 2, "alpha": 2, "init": "nora", "dropout": 0.5, "key": jax.random.key(0)}
+    nys.lora.apply(unet, targets=r".*attn1.to_q", **options)
+    once, again = (nnx.jit(lambda unet: unet(x, 7, context))(unet) for _ in range(2))
+    assert not np.array_equal(once, again)
+
+
 @pytest.mark.long
 def test_bfloat16_is_near():
     values = expected("bk", "unet")

@@ -12,12 +12,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from nyscaled.diffusion.autoencoder import Autoencoder
-from nyscaled.diffusion.pipeline import Pipeline
+from nyscaled.diffusion.pipeline import Pipeline, parts, quiet_parts
 from nyscaled.diffusion.samplers import sample
 from nyscaled.diffusion.schedule import Latents, Schedule
 from nyscaled.diffusion.unet import UNet
 from nyscaled.matrices import as_array
-from nyscaled.validation import require_at_least, require_finite, require_key
+from nyscaled.validation import (
+    is_concrete,
+    require_count,
+    require_finite,
+    require_key,
+    require_scalar,
+)
 
 
 def generate(
@@ -63,9 +69,9 @@ def generate(
         (1, 512, 512, 3)
     """
     key = require_key("key", key)
-    if np.ndim(guidance) != 0:
-        raise ValueError(f"guidance is {guidance!r:.80}; expected one number")
-    require_at_least("guidance", guidance, 0)
+    if np.ndim(guidance) != 0 or not is_concrete(guidance):
+        raise ValueError(f"guidance is {guidance!r:.80}; expected one number, which is known")
+    require_scalar("guidance", guidance, 0, float(jnp.finfo(jnp.float32).max), open_low=False)
     context = pipe.encode_texts(prompts)
     if guidance != 1:
         context = jnp.concatenate([pipe.encode_texts([negative] * len(prompts)), context])
@@ -80,9 +86,16 @@ def generate(
         )
     fresh = jax.random.fold_in(key, 1) if sampler == "ddpm" else None
     latents = _sampled(
-        pipe.unet, noise, context, jnp.float32(guidance), fresh, pipe.schedule, steps, sampler
+        *quiet_parts(pipe.unet),
+        noise,
+        context,
+        jnp.float32(guidance),
+        fresh,
+        schedule=pipe.schedule,
+        steps=require_count("steps", steps, 1),
+        sampler=sampler,
     )
-    return _decoded(pipe.autoencoder, latents)
+    return _decoded(*parts(pipe.autoencoder), latents)
 
 
 def _latent_size(pipe: Pipeline, size: object) -> tuple[int, int]:
@@ -101,21 +114,23 @@ def _latent_size(pipe: Pipeline, size: object) -> tuple[int, int]:
     return height, width
 
 
-@functools.partial(nnx.jit, static_argnames=("schedule", "steps", "sampler"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("schedule", "steps", "sampler"))
 def _sampled(
-    unet: UNet,
+    graphdef: nnx.GraphDef[UNet],
+    state: nnx.State,
     noise: Latents,
     context: Array,
     guidance: Array,
     key: Array | None,
+    *,
     schedule: Schedule,
     steps: int,
     sampler: str,
 ) -> Latents:
-    unet = nnx.view(unet, deterministic=True, raise_if_not_found=False)  # no dropout of adapters
     guided = len(context) > len(noise)
 
     def predict(x: Latents, time: Array) -> Latents:
+        unet = nnx.merge(graphdef, state)  # made in the loop, whose trace it belongs to
         if not guided:
             return unet(x, time, context)
         without, prompted = jnp.split(unet(jnp.concatenate([x, x]), time, context), 2)
@@ -124,7 +139,7 @@ def _sampled(
     return sample(predict, schedule, noise, steps=steps, sampler=sampler, key=key)
 
 
-@nnx.jit
-def _decoded(autoencoder: Autoencoder, latents: Latents) -> Array:
-    images = autoencoder.decode(latents).astype(jnp.float32)
+@functools.partial(jax.jit, static_argnums=0)
+def _decoded(graphdef: nnx.GraphDef[Autoencoder], state: nnx.State, latents: Latents) -> Array:
+    images = nnx.merge(graphdef, state).decode(latents).astype(jnp.float32)
     return jnp.clip(images / 2 + 0.5, 0, 1)

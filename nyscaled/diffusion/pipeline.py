@@ -7,7 +7,9 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -30,6 +32,8 @@ from nyscaled.models.tokenizers.tokenizer import FILE, Tokenizer
 INDEX, CLASS = "model_index.json", "StableDiffusionPipeline"
 SCHEDULE = "scheduler_config.json"
 ABSENT = [None, None]
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +83,31 @@ class Pipeline:
         """
         length = self.text_encoder.config.max_position_embeddings
         tokens = text_tokens(self.tokenizer, texts, length)
-        return _encoded(self.text_encoder, jnp.asarray(tokens))
+        return _encoded(*quiet_parts(self.text_encoder), jnp.asarray(tokens))
 
 
-@nnx.jit
-def _encoded(text_encoder: TextEncoder, tokens: Array) -> Array:
-    quiet = nnx.view(text_encoder, deterministic=True, raise_if_not_found=False)
-    return quiet(tokens)  # without dropout of adapters
+def quiet_parts(model: M) -> tuple[nnx.GraphDef[M], nnx.State]:
+    """Return a model without dropout of adapters, split: `nnx.jit` would change it in a trace.
+
+    Args:
+        model: the model.
+    """
+    return parts(nnx.view(model, deterministic=True, raise_if_not_found=False))
+
+
+def parts(model: M) -> tuple[nnx.GraphDef[M], nnx.State]:
+    """Return a model split into its structure and its arrays.
+
+    Args:
+        model: the model.
+    """
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.as_pure(state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encoded(graphdef: nnx.GraphDef[TextEncoder], state: nnx.State, tokens: Array) -> Array:
+    return nnx.merge(graphdef, state)(tokens)
 
 
 def load(

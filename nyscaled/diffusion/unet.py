@@ -75,8 +75,35 @@ class Block(nnx.Module):
             context: rows of the texts.
         """
         resnet, attention = self.resnets[i], self.attentions[i] if self.attends else None
-        run = nnx.remat(_layer) if self.remat else _layer
+        run = _again if self.remat else _layer
         return split_batch(run(resnet, attention, x, time, context))
+
+
+def _again(
+    resnet: ResnetBlock2D,
+    attention: Transformer2DModel | None,
+    x: Image,
+    time: Features,
+    context: Text,
+) -> Image:
+    """What `_layer` returns, computed again in the backward pass.
+
+    Unlike `nnx.remat` this takes modules from outside of the trace: only counters of random
+    streams, as dropout has them, are written back.
+    """
+    modules = nnx.List([resnet] if attention is None else [resnet, attention])
+    graphdef, random, rest = nnx.split(modules, nnx.RngState, ...)
+
+    @jax.checkpoint
+    def run(random: nnx.State, rest: nnx.State, *inputs: Array) -> tuple[Array, nnx.State]:
+        resnet, *attentions = nnx.merge(graphdef, random, rest, copy=True)
+        x = _layer(resnet, attentions[0] if attentions else None, *inputs)
+        return x, nnx.as_pure(nnx.state([resnet, *attentions], nnx.RngState))
+
+    x, random = run(nnx.as_pure(random), nnx.as_pure(rest), x, time, context)
+    if jax.tree.leaves(random):
+        nnx.update([resnet, *([] if attention is None else [attention])], random)
+    return x
 
 
 def _layer(
