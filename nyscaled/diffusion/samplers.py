@@ -207,8 +207,9 @@ def _before(schedule: Schedule, steps: int, times: np.ndarray, last: float) -> n
     return np.where(earlier >= 0, schedule.exact_alphas[np.maximum(earlier, 0)], last)
 
 
-def _final_alpha(schedule: Schedule) -> float:
-    return 1.0 if schedule.set_alpha_to_one else float(schedule.exact_alphas[0])
+def _final_alpha(schedule: Schedule, default: bool) -> float:
+    to_one = default if schedule.set_alpha_to_one is None else schedule.set_alpha_to_one
+    return 1.0 if to_one else float(schedule.exact_alphas[0])
 
 
 def _in_noise(
@@ -232,7 +233,7 @@ def _plain(time: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray | None 
 def _ddim(schedule: Schedule, steps: int) -> Table:
     times = _whole_times(schedule, steps)
     alphas = schedule.exact_alphas[times]
-    earlier = _before(schedule, steps, times, _final_alpha(schedule))
+    earlier = _before(schedule, steps, times, _final_alpha(schedule, default=True))
     ratio = np.sqrt(earlier / alphas)
     of_noise = np.sqrt(1 - earlier) - ratio * np.sqrt(1 - alphas)
     return _plain(times, *_in_noise(schedule, alphas, ratio, of_noise))
@@ -260,7 +261,7 @@ def _plms(schedule: Schedule, steps: int) -> Table:
         times, again[1] = np.insert(times, 1, times[1]), True
     start = np.where(again, times + stride, times)
     alphas = schedule.exact_alphas[start]
-    earlier = _before(schedule, steps, start, _final_alpha(schedule))
+    earlier = _before(schedule, steps, start, _final_alpha(schedule, default=False))
     ratio = np.sqrt(earlier / alphas)
     of_noise = (alphas - earlier) / (
         alphas * np.sqrt(1 - earlier) + np.sqrt(alphas * (1 - alphas) * earlier)

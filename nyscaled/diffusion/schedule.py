@@ -17,13 +17,15 @@ MOST_TIMES = 10**6  # a number for each is in memory; models have a thousand
 EPSILON, V = "epsilon", "v_prediction"
 SPACINGS = "leading", "linspace", "trailing"
 PNDM, DDIM, EULER, DDPM = (f"{name}Scheduler" for name in ("PNDM", "DDIM", "EulerDiscrete", "DDPM"))
+HEUN = "HeunDiscreteScheduler"
 # Of the same noise, with samplers that are not here.
 OTHERS = (
     *("DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"),
-    *("LMSDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"),
+    *("LMSDiscreteScheduler", "UniPCMultistepScheduler", HEUN),
 )
 # Of a file that lacks them; a schedule made without a file has those of Stable Diffusion.
 FILE_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+HEUN_DEFAULTS = {"beta_start": 0.00085, "beta_end": 0.012}
 
 Latents = Float[Array, "batch height width channels"]
 Steps = Int[Array, " batch"] | Int[np.ndarray, " batch"]
@@ -43,7 +45,8 @@ class Schedule(Settings):
         prediction_type: what the model predicts: ε ("epsilon"), or √ᾱ ε − √(1 − ᾱ) z
             ("v_prediction"; Salimans and Ho, 2022).
         steps_offset: what samplers add to times that are spaced as "leading".
-        set_alpha_to_one: whether DDIM and PLMS end at latents without noise, and not at time 0.
+        set_alpha_to_one: whether DDIM and PLMS end at latents without noise, and not at time 0;
+            None, which is that of a file without it, for DDIM only.
         timestep_spacing: how samplers choose times; None for "linspace" in Euler's method and
             "leading" in the others.
         scheduler: name of the class in diffusers that `scheduler_config.json` has.
@@ -55,7 +58,7 @@ class Schedule(Settings):
     """
 
     class_name = PNDM
-    # Of any of the classes; settings that are not here belong to samplers.
+    # Of any of the classes; settings that are not here are not read.
     fixed: ClassVar = {
         "trained_betas": (None,),
         "clip_sample": (False, None),
@@ -71,6 +74,18 @@ class Schedule(Settings):
         "final_sigmas_type": ("zero", None),
         "variance_type": ("fixed_small", None),
     }
+    # Those of `fixed` that only samplers read, with the classes in whose files they are checked:
+    # there the sampler of that name would differ.
+    sampling: ClassVar = {
+        "clip_sample": (),
+        "skip_prk_steps": (),
+        "thresholding": (DDIM, DDPM),
+        "use_karras_sigmas": (EULER,),
+        "use_exponential_sigmas": (EULER,),
+        "use_beta_sigmas": (EULER,),
+        "interpolation_type": (EULER,),
+        "final_sigmas_type": (EULER,),
+    }
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -78,7 +93,7 @@ class Schedule(Settings):
     beta_schedule: str = "scaled_linear"
     prediction_type: str = EPSILON
     steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    set_alpha_to_one: bool | None = False
     timestep_spacing: str | None = None
     scheduler: str = PNDM
 
@@ -114,14 +129,17 @@ class Schedule(Settings):
     def from_json(cls, config: JsonObject) -> Schedule:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the schedule of a file.
 
-        Samples are never clipped, also where `clip_sample` is missing and diffusers would clip:
-        that is for pixels.
+        Samples are never clipped, also where diffusers would clip: that is for pixels. PLMS has no
+        Runge-Kutta steps, whatever `skip_prk_steps` is. Other settings that only samplers read are
+        refused in the file of a sampler that is here and would differ, such as `use_karras_sigmas`
+        in that of Euler's method; in files of other classes they are not read.
 
         Args:
             config: what `scheduler_config.json` holds.
 
         Raises:
-            ValueError: on another kind of noise, and on settings of samplers that are not here.
+            ValueError: on another kind of noise, and on settings with which the sampler of the
+                file's class would differ.
         """
         named = config.get("_class_name")
         if named not in (PNDM, DDIM, EULER, DDPM, *OTHERS):
@@ -130,8 +148,11 @@ class Schedule(Settings):
                 f"{', '.join((PNDM, DDIM, EULER, DDPM, *OTHERS))}"
             )
         fields = {field.name for field in dataclasses.fields(cls)} - {"scheduler"}
-        ours = {name: config[name] for name in (fields | cls.fixed.keys()) if name in config}
-        missing = {**FILE_DEFAULTS, "steps_offset": 0, "set_alpha_to_one": named == DDIM}
+        unread = {name for name, classes in cls.sampling.items() if named not in classes}
+        read = (fields | cls.fixed.keys()) - unread
+        ours = {name: config[name] for name in read if name in config}
+        missing = {**FILE_DEFAULTS, "steps_offset": 0, "set_alpha_to_one": None}
+        missing |= HEUN_DEFAULTS if named == HEUN else {}
         values = {"_class_name": PNDM, **missing, **ours, "scheduler": named}
         return super().from_json(values)
 

@@ -73,6 +73,41 @@ def test_images_of_a_saved_pipeline(pipe, theirs, sampler, kind):
     close(images, expected)
 
 
+KINDS = (
+    *("PNDM", "DDIM", "EulerDiscrete", "DDPM", "DPMSolverMultistep", "EulerAncestralDiscrete"),
+    *("LMSDiscrete", "UniPCMultistep", "HeunDiscrete"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_of_a_file_that_states_all_defaults(kind):
+    """The same as that of a file without settings, and diffusers' own."""
+    scheduler = getattr(diffusers, f"{kind}Scheduler")()
+    stated = nys.diffusion.Schedule.from_json(json.loads(scheduler.to_json_string()))
+    plain = nys.diffusion.Schedule.from_json({"_class_name": f"{kind}Scheduler"})
+    np.testing.assert_array_equal(stated.exact_alphas, plain.exact_alphas)
+    np.testing.assert_allclose(plain.alphas, scheduler.alphas_cumprod, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_where_samplers_of_other_files_end(kind, sampler):
+    other = {"ddim": diffusers.DDIMScheduler, "plms": diffusers.PNDMScheduler}[sampler]
+    options = {"clip_sample": False} if sampler == "ddim" else {"skip_prk_steps": True}
+    plain = {"_class_name": f"{kind}Scheduler", "beta_start": 0.00085, "beta_end": 0.012}
+    theirs = other.from_config(plain, **options)
+    theirs.set_timesteps(5)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
+    ours = nys.diffusion.sample(
+        lambda x, time: jnp.sin(x), nys.diffusion.Schedule.from_json(plain), x, steps=5,
+        sampler=sampler,
+    )  # fmt: skip
+    latents = first(x)
+    for time in theirs.timesteps:
+        latents = theirs.step(torch.sin(latents), time, latents).prev_sample
+    close(first(ours), latents, 1e-5)
+
+
 def test_saved_models_are_those_that_were_read(theirs):
     original = diffusers.AutoencoderKL.from_pretrained(FOLDER / "sd1" / "vae")
     pairs = (
