@@ -69,7 +69,7 @@ def saved(tmp_path_factory):
     """Adapters of attention in a U-Net and a text encoder, and their file."""
     folder = tmp_path_factory.mktemp("saved")
     model = adapted(unet(), ATTENTION)
-    encoder = adapted(text_encoder(), r".*\.q_proj")
+    encoder = adapted(text_encoder(), r".*\.(q|k|v|out)_proj")
     nys.lora.save_diffusers(model, folder, text_encoder=encoder)
     return folder, updates(model), updates(encoder)
 
@@ -114,7 +114,7 @@ def renamed(saved, folder, rename, metadata=None):
 
 def script(key):
     key = key.replace("lora_A", "lora.down").replace("lora_B", "lora.up")
-    return key.replace("q_proj.lora.", "q_proj.lora_linear_layer.")
+    return key.replace("_proj.lora.", "_proj.lora_linear_layer.")
 
 
 def processors(key):
@@ -122,6 +122,15 @@ def processors(key):
         return None
     key = script(key).removeprefix("unet.").replace(".to_out.0.", ".to_out.")
     return re.sub(r"\.(to_\w+)\.lora\.", r".processor.\1_lora.", key)
+
+
+def attention_of_2023(key):
+    """Of text encoders; the U-Net's names then are those of `processors`, which have no text."""
+    key = script(key)
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out"}
+    return re.sub(
+        r"\.(q|k|v|out)_proj\.lora_linear_layer\.", lambda m: f".{names[m[1]]}_lora.", key
+    )
 
 
 def kohya(key):
@@ -132,7 +141,7 @@ def kohya(key):
             return short + module.replace(".", "_") + "." + side
 
 
-@pytest.mark.parametrize("rename", [str, script, processors, kohya])
+@pytest.mark.parametrize("rename", [str, script, processors, attention_of_2023, kohya])
 def test_all_namings_are_the_same_adapters(saved, rename, tmp_path):
     folder, of_unet, of_encoder = saved
     renamed(folder, tmp_path, rename)

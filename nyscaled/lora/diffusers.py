@@ -92,10 +92,11 @@ def load_diffusers(
 ) -> dict[str, Adapted]:
     """Put the adapters of a file of diffusers, or of kohya's programs, into a U-Net, in place.
 
-    All namings are read, key by key: PEFT's, those of diffusers' scripts and of its attention
-    processors, and kohya's with its α. α is that of the file: a tensor, the metadata of diffusers,
-    or the rank. diffusers only warns of tensors without a layer, of one factor without the other,
-    and of missing components in names. Here these are errors, and then nothing has been changed.
+    All namings are read, key by key: PEFT's, those of diffusers' scripts, of its attention
+    processors and of its text encoders in 2023, and kohya's with its α. α is that of the file: a
+    tensor, the metadata of diffusers, or the rank. diffusers only warns of tensors without a layer,
+    of one factor without the other, and of missing components in names. Here these are errors, and
+    then nothing has been changed.
 
     Args:
         unet: a U-Net of `nys.diffusion`.

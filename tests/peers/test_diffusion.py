@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -254,6 +255,30 @@ def test_adapters_of_diffusers_here(theirs, unet, targets, tmp_path):
     ours = nnx.clone(unet)
     nys.lora.load_diffusers(ours, tmp_path)
     close(first(run(ours)), run_theirs(model), 1e-5)
+
+
+def test_adapters_of_a_text_encoder_of_2023(pipe, theirs, tmp_path):
+    generator = np.random.default_rng(5)
+    width = pipe.text_encoder.config.hidden_size
+    tensors = {
+        f"text_encoder.text_model.encoder.layers.0.self_attn.to_{layer}_lora.{side}.weight": (
+            generator.normal(size=shape).astype(np.float32)
+        )
+        for layer in ("q", "k", "v", "out")
+        for side, shape in (("down", (2, width)), ("up", (width, 2)))
+    }
+    file, encoder = tmp_path / "pytorch_lora_weights.safetensors", nnx.clone(pipe.text_encoder)
+    safetensors.numpy.save_file(tensors, file)
+    assert len(nys.lora.load_diffusers(pipe.unet, file, text_encoder=encoder)) == 4
+    tokens = jnp.asarray(text_tokens(pipe.tokenizer, TEXTS, 77))
+    theirs.load_lora_weights(tmp_path)
+    try:
+        with torch.no_grad():
+            states = theirs.text_encoder(torch.tensor(np.asarray(tokens)))[0]
+    finally:
+        theirs.unload_lora_weights()
+    close(encoder(tokens), states, 1e-5)
+    assert np.abs(encoder(tokens) - pipe.text_encoder(tokens)).max() > 0.01
 
 
 def test_adapters_of_a_run_in_diffusers(pipe, theirs, tmp_path):
