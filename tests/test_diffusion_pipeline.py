@@ -237,6 +237,14 @@ def test_a_pipeline_with_adapters_leaves_the_folder_as_it_is(pipe, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_pipeline_without_values_is_not_saved(tmp_path):
+    pipe = nys.diffusion.outline(FOLDER / "sd1")
+    for model in (pipe, pipe.unet):
+        with pytest.raises(ValueError, match="has shapes in place of values; expected that of `lo"):
+            nys.diffusion.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_models_that_do_not_fit_are_refused(pipe, small):
     config = nys.diffusion.TextEncoderConfig(hidden_size=8)
     other = nys.diffusion.TextEncoder.outline(config, Numerics())

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -203,6 +204,11 @@ def _schedule(path: Path) -> Schedule:
         raise ValueError(f"{path}: {files.brief(error)}") from None
 
 
+def _require_values(what: str, model: nnx.Module) -> None:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(model))):
+        raise ValueError(f"{what} has shapes in place of values; expected that of `load`")
+
+
 def save(
     model: Pipeline | nnx.Module,
     folder: str | os.PathLike[str],
@@ -222,7 +228,8 @@ def save(
             index.
 
     Raises:
-        ValueError: on variables beside the models' own parameters, such as adapters.
+        ValueError: on variables beside the models' own parameters, such as adapters, and on a
+            pipeline of `outline`.
         OSError: if a file cannot be written.
 
     Examples:
@@ -241,6 +248,7 @@ def save(
         (['config.json', 'diffusion_pytorch_model.safetensors'], True)
     """
     if isinstance(model, Component):
+        _require_values("the model", model)
         save_component(model, folder, max_shard_size)
         return
     if not isinstance(model, Pipeline):
@@ -249,6 +257,7 @@ def save(
     models = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.text_encoder}
     for part in models.values():  # before a file is written
         places(part)
+        _require_values("the pipeline", part)
     for name, part in models.items():
         save_component(part, path / name, max_shard_size)
     with swap.replacing(path / "tokenizer", tokenizer_files(model.tokenizer), last=FILE):
