@@ -102,6 +102,18 @@ def test_text_encoder_has_its_own_names(saved):
         nys.lora.load_diffusers(unet(), folder)
 
 
+def test_adapters_of_the_text_encoder_alone_are_written_again(saved, tmp_path):
+    folder, _, of_encoder = saved
+    renamed(folder, tmp_path, lambda key: key if "text" in key else None)
+    model, encoder, again = unet(), text_encoder(), text_encoder()
+    nys.lora.load_diffusers(model, tmp_path, text_encoder=encoder)
+    nys.lora.save_diffusers(model, tmp_path / "again", text_encoder=encoder)
+    nys.lora.load_diffusers(model, tmp_path / "again", text_encoder=again)
+    require_equal(of_encoder, updates(again))
+    with pytest.raises(ValueError, match=r"adapter is 'other'; the model has .'default'"):
+        nys.lora.save_diffusers(model, tmp_path, text_encoder=encoder, name="other")
+
+
 def renamed(saved, folder, rename, metadata=None):
     """The file with other names; `rename` maps a key to one, or to None."""
     tensors = safetensors.numpy.load_file(saved / FILE)
@@ -246,7 +258,7 @@ def test_merged_and_missing_adapters_are_refused(tmp_path):
     with pytest.raises(ValueError, match="adapter is 'other'"):
         nys.lora.save_diffusers(model, tmp_path, name="other")
     nys.lora.merge(model)
-    with pytest.raises(ValueError, match="merged into the kernel"):
+    with pytest.raises(ValueError, match=r"unet\.down_blocks.* is merged into the kernel"):
         nys.lora.save_diffusers(model, tmp_path)
     with pytest.raises(ValueError, match="there is no"):
         nys.lora.load_diffusers(unet(), tmp_path)
@@ -292,7 +304,9 @@ def test_other_models_and_embeddings_are_not_saved(tmp_path):
         nys.lora.save_diffusers(encoder, tmp_path)
     tables = text_encoder()
     nys.lora.apply(tables, 2, targets=".*token_embedding", embeddings=True, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="is an embedding; expected linear layers"):
+    with pytest.raises(
+        ValueError, match=r"text_encoder\..*token_embedding is an embedding; expected linear"
+    ):
         nys.lora.save_diffusers(adapted(unet()), tmp_path, text_encoder=tables)
     assert not list(tmp_path.iterdir())
 
