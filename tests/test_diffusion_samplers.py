@@ -143,6 +143,20 @@ def test_times_that_are_not_in_the_schedule_are_refused(times, prediction):
             use()
 
 
+@pytest.mark.parametrize("name", ["noisy", "target"])
+def test_latents_noise_and_times_must_go_together(name):
+    use = inspect.unwrap(getattr(nys.diffusion.Schedule, name))
+    clean, times = jnp.asarray(GOLDEN["noise"]), jnp.array([3, 700])
+    for latents, noise, of, message in (
+        (clean, clean[:1], times, "noise has shape"),
+        (clean, clean, times[:1], r"and times \(1,\); expected"),
+        (clean[0], clean[0], times, "latents is float32 of shape"),
+        (clean, clean.astype(int), times, "noise is int32 of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use(schedule(), latents, noise, of)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_files_of_diffusers_are_read_and_written(sampler):
     file = FOLDER / "samplers" / sampler / "scheduler_config.json"
@@ -229,6 +243,8 @@ def test_other_samplers_and_steps_are_refused():
     noise = jnp.asarray(GOLDEN["noise"])
     with pytest.raises(ValueError, match="key is None"):
         nys.diffusion.sample(toy, schedule(), noise, sampler="ddpm")
+    with pytest.raises(ValueError, match=r"predict returned shape .*; expected"):
+        nys.diffusion.sample(lambda x, time: x[:1], schedule(), noise)
     with pytest.raises(ValueError, match="sampler is 'heun'"):
         table(schedule(), "heun", 5)
     for steps, message in (

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from nyscaled.diffusion.schedule import EPSILON, Latents, Schedule
-from nyscaled.validation import require_count
+from nyscaled.matrices import as_array
+from nyscaled.validation import require_count, require_key
 
 Predict = Callable[[Latents, Array], Latents]
 Numbers = Float[np.ndarray, " steps"]
@@ -67,7 +68,7 @@ def table(schedule: Schedule, sampler: str, steps: int) -> Table:
     if steps > schedule.num_train_timesteps:
         raise ValueError(f"steps is {steps}; expected at most {schedule.num_train_timesteps}")
     makers = {"ddim": _ddim, "plms": _plms, "euler": _euler, "ddpm": _ddpm}
-    if sampler not in makers:
+    if not isinstance(sampler, str) or sampler not in makers:
         raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(makers)}")
     return makers[sampler](schedule, steps)
 
@@ -96,8 +97,8 @@ def sample(
         key: PRNG key of the noise that "ddpm" adds.
 
     Raises:
-        ValueError: on another sampler, on a number of steps that there are not times for, and on
-            "ddpm" without a key.
+        ValueError: on another sampler, on a number of steps that there are not times for, on
+            "ddpm" without a key, and on predictions of another shape than the latents'.
 
     Examples:
         >>> noise = jnp.ones((1, 2, 2, 1))
@@ -147,7 +148,9 @@ def _run(
     """Return the last latents, and those after each call of the model if they are kept."""
     if key is None and numbers.c.any():
         raise ValueError("key is None; expected a PRNG key, as 'ddpm' adds noise")
-    noise = jnp.asarray(noise)
+    if key is not None:
+        key = require_key("key", key)
+    noise = as_array("noise", noise)
     if noise.ndim != 4 or not jnp.issubdtype(noise.dtype, jnp.floating):
         raise ValueError(
             f"noise is {noise.dtype} of shape {noise.shape}; expected floats (batch, height, "
@@ -161,7 +164,10 @@ def _run(
         x, before, earlier = carry
         i, row = each
         scaled = jnp.multiply(row.scale, x).astype(dtype)
-        prediction = predict(scaled, jnp.asarray(row.time)).astype(jnp.float32)
+        prediction = as_array("the prediction", predict(scaled, jnp.asarray(row.time)))
+        if prediction.shape != x.shape:
+            raise ValueError(f"predict returned shape {prediction.shape}; expected {x.shape}")
+        prediction = prediction.astype(jnp.float32)
         predictions = jnp.concatenate([prediction[None], earlier])
         # Not a matrix product, which accelerators round.
         weights = jnp.reshape(row.weights, (-1, 1, 1, 1, 1))

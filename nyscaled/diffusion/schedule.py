@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from nyscaled.checkpoints.files import JsonObject
 from nyscaled.diffusion.settings import Settings
+from nyscaled.matrices import as_array
 from nyscaled.validation import is_concrete
 
 MOST_TIMES = 10**6  # a number for each is in memory; models have a thousand
@@ -186,9 +187,10 @@ class Schedule(Settings):
             times: time of each of them, from 0 to `num_train_timesteps` − 1.
 
         Raises:
-            ValueError: on other times.
+            ValueError: on other times, and on arrays of which not all have that many images.
         """
         signal, scale = self._parts(times)
+        latents, noise = as_batch(latents, noise, times)
         return signal * latents + scale * noise
 
     def target(self, latents: Latents, noise: Latents, times: Steps) -> Latents:
@@ -200,9 +202,10 @@ class Schedule(Settings):
             times: time of each of them.
 
         Raises:
-            ValueError: on times that the schedule does not have.
+            ValueError: as `noisy` does.
         """
         self._index(times)
+        latents, noise = as_batch(latents, noise, times)
         if self.prediction_type == EPSILON:
             return noise
         signal, scale = self._parts(times)
@@ -239,3 +242,29 @@ class Schedule(Settings):
         parts = (jnp.asarray(np.sqrt(x), jnp.float32)[index] for x in (alphas, 1 - alphas))
         signal, scale = (part[:, None, None, None] for part in parts)
         return signal, scale
+
+
+def as_batch(latents: ArrayLike, noise: ArrayLike, times: ArrayLike) -> tuple[Array, Array]:
+    """Return latents and noise as arrays of one shape, in which each image has its time.
+
+    Args:
+        latents: latents of images.
+        noise: the noise of each.
+        times: the time of each.
+
+    Raises:
+        ValueError: on arrays that are not floats, and on other shapes.
+    """
+    latents, noise = as_array("latents", latents), as_array("noise", noise)
+    for name, x in (("latents", latents), ("noise", noise)):
+        if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {x.shape}; expected floats (batch, height, width, "
+                "channels)"
+            )
+    if noise.shape != latents.shape or np.shape(times) != latents.shape[:1]:
+        raise ValueError(
+            f"noise has shape {noise.shape} and times {np.shape(times)}; expected {latents.shape} "
+            f"and {latents.shape[:1]}, as latents"
+        )
+    return latents, noise
