@@ -19,7 +19,12 @@ from nyscaled.checkpoints import files, hub, swap
 from nyscaled.checkpoints.folder import SHARD_SIZE
 from nyscaled.diffusion.autoencoder import Autoencoder
 from nyscaled.diffusion.component import Component, places
-from nyscaled.diffusion.loading import load_component, save_component
+from nyscaled.diffusion.loading import (
+    load_component,
+    require_no_file,
+    require_variant,
+    save_component,
+)
 from nyscaled.diffusion.schedule import Schedule
 from nyscaled.diffusion.settings import require_class
 from nyscaled.diffusion.text_encoder import TextEncoder
@@ -182,15 +187,12 @@ def _loaded(
 
 def _located(folder: str | os.PathLike[str], revision: str | None, variant: str | None) -> Path:
     path = files.as_folder(folder)
+    require_variant(variant)  # before it is a name on the hub
     if not path.exists() and isinstance(folder, str) and hub.is_id(folder):
         return hub.fetch_pipeline(folder, revision, variant)
     if revision is not None:
         raise ValueError(f"{folder} is not from the hub; expected no revision, got {revision!r}")
-    if path.is_file():
-        raise ValueError(
-            f"{path} is a file; expected a folder in the form of diffusers (single files are not "
-            "supported: diffusers' `from_single_file` and `save_pretrained` convert them)"
-        )
+    require_no_file(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; expected one with {INDEX}")
     return path
