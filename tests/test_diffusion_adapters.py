@@ -69,7 +69,7 @@ def saved(tmp_path_factory):
     """Adapters of attention in a U-Net and a text encoder, and their file."""
     folder = tmp_path_factory.mktemp("saved")
     model = adapted(unet(), ATTENTION)
-    encoder = adapted(text_encoder(), r".*\.q_proj")
+    encoder = adapted(text_encoder(), r".*\.(q|k|v|out)_proj")
     nys.lora.save_diffusers(model, folder, text_encoder=encoder)
     return folder, updates(model), updates(encoder)
 
@@ -102,6 +102,18 @@ def test_text_encoder_has_its_own_names(saved):
         nys.lora.load_diffusers(unet(), folder)
 
 
+def test_adapters_of_the_text_encoder_alone_are_written_again(saved, tmp_path):
+    folder, _, of_encoder = saved
+    renamed(folder, tmp_path, lambda key: key if "text" in key else None)
+    model, encoder, again = unet(), text_encoder(), text_encoder()
+    nys.lora.load_diffusers(model, tmp_path, text_encoder=encoder)
+    nys.lora.save_diffusers(model, tmp_path / "again", text_encoder=encoder)
+    nys.lora.load_diffusers(model, tmp_path / "again", text_encoder=again)
+    require_equal(of_encoder, updates(again))
+    with pytest.raises(ValueError, match=r"adapter is 'other'; the model has .'default'"):
+        nys.lora.save_diffusers(model, tmp_path, text_encoder=encoder, name="other")
+
+
 def renamed(saved, folder, rename, metadata=None):
     """The file with other names; `rename` maps a key to one, or to None."""
     tensors = safetensors.numpy.load_file(saved / FILE)
@@ -114,7 +126,7 @@ def renamed(saved, folder, rename, metadata=None):
 
 def script(key):
     key = key.replace("lora_A", "lora.down").replace("lora_B", "lora.up")
-    return key.replace("q_proj.lora.", "q_proj.lora_linear_layer.")
+    return key.replace("_proj.lora.", "_proj.lora_linear_layer.")
 
 
 def processors(key):
@@ -122,6 +134,15 @@ def processors(key):
         return None
     key = script(key).removeprefix("unet.").replace(".to_out.0.", ".to_out.")
     return re.sub(r"\.(to_\w+)\.lora\.", r".processor.\1_lora.", key)
+
+
+def attention_of_2023(key):
+    """Of text encoders; the U-Net's names then are those of `processors`, which have no text."""
+    key = script(key)
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out"}
+    return re.sub(
+        r"\.(q|k|v|out)_proj\.lora_linear_layer\.", lambda m: f".{names[m[1]]}_lora.", key
+    )
 
 
 def kohya(key):
@@ -132,7 +153,7 @@ def kohya(key):
             return short + module.replace(".", "_") + "." + side
 
 
-@pytest.mark.parametrize("rename", [str, script, processors, kohya])
+@pytest.mark.parametrize("rename", [str, script, processors, attention_of_2023, kohya])
 def test_all_namings_are_the_same_adapters(saved, rename, tmp_path):
     folder, of_unet, of_encoder = saved
     renamed(folder, tmp_path, rename)
@@ -237,7 +258,7 @@ def test_merged_and_missing_adapters_are_refused(tmp_path):
     with pytest.raises(ValueError, match="adapter is 'other'"):
         nys.lora.save_diffusers(model, tmp_path, name="other")
     nys.lora.merge(model)
-    with pytest.raises(ValueError, match="merged into the kernel"):
+    with pytest.raises(ValueError, match=r"unet\.down_blocks.* is merged into the kernel"):
         nys.lora.save_diffusers(model, tmp_path)
     with pytest.raises(ValueError, match="there is no"):
         nys.lora.load_diffusers(unet(), tmp_path)
@@ -283,7 +304,9 @@ def test_other_models_and_embeddings_are_not_saved(tmp_path):
         nys.lora.save_diffusers(encoder, tmp_path)
     tables = text_encoder()
     nys.lora.apply(tables, 2, targets=".*token_embedding", embeddings=True, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="is an embedding; expected linear layers"):
+    with pytest.raises(
+        ValueError, match=r"text_encoder\..*token_embedding is an embedding; expected linear"
+    ):
         nys.lora.save_diffusers(adapted(unet()), tmp_path, text_encoder=tables)
     assert not list(tmp_path.iterdir())
 

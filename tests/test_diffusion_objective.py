@@ -119,6 +119,7 @@ def test_training_of_adapters_lowers_the_loss_and_leaves_the_base():
         {"noise": jnp.ones((1, 4, 4, 4))},
         {"latents": jnp.ones((0, 4, 4, 4)), "noise": jnp.ones((0, 4, 4, 4)), "times": TIMES[:0]},
         {"latents": jnp.ones((2, 4, 4, 4), int)},
+        {"latents": jnp.ones(()), "prior_rows": 1},
         {"noise": np.ones((2, 4, 4, 4), bool)},
         {"noise": np.ones((2, 4, 4, 4), object)},
         {"times": jnp.array([3])},

@@ -248,6 +248,33 @@ def test_a_pipeline_with_adapters_leaves_the_folder_as_it_is(pipe, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("read", ["load", "outline", "load_unet"])
+def test_a_variant_without_a_name_is_refused(read):
+    with pytest.raises(ValueError, match="variant is ''; expected a text such as 'fp16', or None"):
+        getattr(nys.diffusion, read)(FOLDER / "sd1", variant="")
+
+
+@pytest.mark.parametrize("read", ["load", "load_unet"])
+def test_a_single_file_is_refused(read):
+    with pytest.raises(
+        ValueError, match=r"json is a file; expected a folder .* `from_single_file`"
+    ):
+        getattr(nys.diffusion, read)(FOLDER / "sd1" / "model_index.json")
+
+
+def test_a_unet_is_not_read_from_the_hub():
+    with pytest.raises(ValueError, match="as load_unet reads nothing from the hub"):
+        nys.diffusion.load_unet("CompVis/nothing")
+
+
+def test_a_pipeline_without_values_is_not_saved(tmp_path):
+    pipe = nys.diffusion.outline(FOLDER / "sd1")
+    for model in (pipe, pipe.unet):
+        with pytest.raises(ValueError, match="has shapes in place of values; expected that of `lo"):
+            nys.diffusion.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_models_that_do_not_fit_are_refused(pipe, small):
     config = nys.diffusion.TextEncoderConfig(hidden_size=8)
     other = nys.diffusion.TextEncoder.outline(config, Numerics())

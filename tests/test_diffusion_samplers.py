@@ -143,6 +143,20 @@ def test_times_that_are_not_in_the_schedule_are_refused(times, prediction):
             use()
 
 
+@pytest.mark.parametrize("name", ["noisy", "target"])
+def test_latents_noise_and_times_must_go_together(name):
+    use = inspect.unwrap(getattr(nys.diffusion.Schedule, name))
+    clean, times = jnp.asarray(GOLDEN["noise"]), jnp.array([3, 700])
+    for latents, noise, of, message in (
+        (clean, clean[:1], times, "noise has shape"),
+        (clean, clean, times[:1], r"and times \(1,\); expected"),
+        (clean[0], clean[0], times, "latents is float32 of shape"),
+        (clean, clean.astype(int), times, "noise is int32 of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use(schedule(), latents, noise, of)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_files_of_diffusers_are_read_and_written(sampler):
     file = FOLDER / "samplers" / sampler / "scheduler_config.json"
@@ -150,7 +164,7 @@ def test_files_of_diffusers_are_read_and_written(sampler):
     own = nys.diffusion.Schedule.from_json(config)
     np.testing.assert_array_equal(own.exact_alphas, schedule().exact_alphas)
     assert (own.steps_offset, own.timestep_spacing) == (1, config.get("timestep_spacing"))
-    assert own.set_alpha_to_one is config.get("set_alpha_to_one", False)
+    assert own.set_alpha_to_one is config.get("set_alpha_to_one")
     assert nys.diffusion.Schedule.from_json(own.to_json()) == own
     assert own.to_json()["_class_name"] == config["_class_name"]
 
@@ -158,8 +172,46 @@ def test_files_of_diffusers_are_read_and_written(sampler):
 def test_missing_settings_are_those_of_diffusers():
     own = nys.diffusion.Schedule.from_json({"_class_name": "DDIMScheduler"})
     assert (own.beta_start, own.beta_end, own.beta_schedule) == (0.0001, 0.02, "linear")
-    assert (own.set_alpha_to_one, own.steps_offset) == (True, 0)
+    assert (own.set_alpha_to_one, own.steps_offset) == (None, 0)
     assert own.exact_alphas[-1] == pytest.approx(np.prod(1 - np.linspace(1e-4, 0.02, 1000)))
+
+
+@pytest.mark.parametrize(
+    ("name", "stated"),
+    [
+        ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}),
+        ("DDPMScheduler", {"clip_sample": True, "variance_type": "fixed_small"}),
+        ("PNDMScheduler", {"skip_prk_steps": False, "clip_sample": None}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "thresholding": True}),
+        ("LMSDiscreteScheduler", {"use_beta_sigmas": True, "use_exponential_sigmas": True}),
+        ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+    ],
+)
+def test_settings_of_samplers_that_are_never_run_are_not_read(name, stated):
+    plain = nys.diffusion.Schedule.from_json({"_class_name": name})
+    assert nys.diffusion.Schedule.from_json({"_class_name": name, **stated}) == plain
+    assert nys.diffusion.Schedule.from_json(plain.to_json()) == plain
+
+
+@pytest.mark.parametrize("name", ["DDIM", "PNDM", "EulerDiscrete", "DDPM", "HeunDiscrete"])
+def test_where_a_sampler_ends_by_default_depends_on_the_sampler(name):
+    """As in diffusers' from_config: DDIM at latents without noise, PLMS at time 0."""
+    plain = {"_class_name": f"{name}Scheduler"}
+    for sampler, end in (("ddim", True), ("plms", False)):
+        own, stated, other = (
+            table(nys.diffusion.Schedule.from_json(plain | each), sampler, STEPS).a
+            for each in ({}, {"set_alpha_to_one": end}, {"set_alpha_to_one": not end})
+        )
+        np.testing.assert_array_equal(own, stated)
+        assert own[-1] != other[-1]
+
+
+def test_a_file_of_heuns_method_has_its_own_default_noise():
+    own = nys.diffusion.Schedule.from_json({"_class_name": "HeunDiscreteScheduler"})
+    assert (own.beta_start, own.beta_end, own.beta_schedule) == (0.00085, 0.012, "linear")
+
+
+EULER = {"_class_name": "EulerDiscreteScheduler"}
 
 
 @pytest.mark.parametrize(
@@ -171,12 +223,15 @@ def test_missing_settings_are_those_of_diffusers():
         ({"beta_end": 2.0}, "expected 0 < beta_start"),
         ({"beta_end": 0.99}, "ᾱ falls from .* to 0; expected"),
         ({"beta_start": 1e-30, "beta_end": 1e-20}, "ᾱ falls from 1 to 1; expected"),
-        ({"clip_sample": True}, "clip_sample is True"),
+        ({"thresholding": True}, "thresholding is True"),
+        ({"timestep_type": "continuous"}, "timestep_type is 'continuous'"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
         ({"trained_betas": [0.1]}, "trained_betas is"),
         ({"steps_offset": -1}, "steps_offset is -1"),
         ({"timestep_spacing": "log"}, "timestep_spacing is 'log'"),
-        ({"interpolation_type": "log_linear"}, "interpolation_type is 'log_linear'"),
+        ({**EULER, "interpolation_type": "log_linear"}, "interpolation_type is 'log_linear'"),
+        ({**EULER, "use_karras_sigmas": True}, "use_karras_sigmas is True"),
+        ({**EULER, "final_sigmas_type": "sigma_min"}, "final_sigmas_type is 'sigma_min'"),
     ],
 )
 def test_other_noise_is_refused(changes, message):
@@ -188,6 +243,8 @@ def test_other_samplers_and_steps_are_refused():
     noise = jnp.asarray(GOLDEN["noise"])
     with pytest.raises(ValueError, match="key is None"):
         nys.diffusion.sample(toy, schedule(), noise, sampler="ddpm")
+    with pytest.raises(ValueError, match=r"predict returned shape .*; expected"):
+        nys.diffusion.sample(lambda x, time: x[:1], schedule(), noise)
     with pytest.raises(ValueError, match="sampler is 'heun'"):
         table(schedule(), "heun", 5)
     for steps, message in (

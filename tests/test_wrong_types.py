@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,12 @@ from nyscaled.sklearn import Nystroem
 a = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
 x = np.ones((5, 2), np.float32)
 kernel = nys.linalg.KernelMatrix(nys.linalg.kernels.gaussian(), jnp.asarray(a))
+PIPELINE = "tests/fixtures/diffusion/sd1"
+latents, schedule = jnp.ones((1, 2, 2, 1)), nys.diffusion.Schedule()
+
+
+def sampled(**options):
+    return nys.diffusion.sample(lambda x, time: x, schedule, latents, steps=2, **options)
 
 
 def operator():
@@ -113,6 +120,12 @@ REFUSED = [
     (lambda: nys.lora_plus(optax.sgd(0.1)), "optimizer is a .*; expected a constructor"),
     (lambda: nys.lora_plus(lambda rate: rate), "what optimizer returns is a float; expected an"),
     (lambda: nys.nora_plus(optax.GradientTransformation), "inner is a type; expected an optax"),
+    *(
+        (lambda fn=fn: fn(nys.diffusion.outline(PIPELINE), "nowhere"), "unet is a Pipeline; expec")
+        for fn in (nys.lora.save_diffusers, nys.lora.load_diffusers)
+    ),
+    (lambda: sampled(sampler=["ddim"]), "sampler is .'ddim'.; expected one of"),
+    (lambda: sampled(sampler="ddpm", key=0), "key is 0; expected one key"),
     (lambda: nys.scale_by_gram(lambda count: 0.1), "damping is a function; expected a number"),
 ]
 ACCEPTED = [
@@ -152,5 +165,6 @@ sys.exit("\n".join(faults) or 0)
 @pytest.mark.long
 def test_arguments_of_other_types_are_a_value_error():
     code = [sys.executable, "-c", CASES + CHECKS]
-    result = subprocess.run(code, capture_output=True, text=True)
+    root = Path(__file__).parents[1]
+    result = subprocess.run(code, capture_output=True, text=True, cwd=root)
     assert result.returncode == 0, result.stderr

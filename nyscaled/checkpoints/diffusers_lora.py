@@ -32,9 +32,11 @@ CONFIG, SCALINGS = "lora_adapter_metadata", "scalings"  # in the metadata
 _KEYS = (
     re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight"),
     re.compile(r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<side>down|up)\.weight"),
-    # The attention processors of 2023.
-    re.compile(r"(?P<module>.+)\.processor(?P<layer>\.to_\w+)_lora\.(?P<side>down|up)\.weight"),
+    # The attention processors of 2023, and the text encoder's attention then.
+    re.compile(r"(?P<module>.+?)(\.processor)?(?P<layer>\.to_\w+)_lora\.(?P<side>down|up)\.weight"),
 )
+# How the text encoder calls its layers that had the U-Net's names in 2023.
+_TEXT_LAYERS = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out": ".out_proj"}
 # Of programs beside diffusers; dots of the module became underscores.
 _FLAT = re.compile(
     r"lora_(?P<component>unet|te)_(?P<module>.+)\.(?P<side>lora_down\.weight|lora_up\.weight|alpha)"
@@ -156,7 +158,10 @@ def _parsed(
             f"{path} has {files.brief(key)}, which is not a name of an adapter of diffusers or "
             "kohya (folders of PEFT are read by `load_peft`)"
         )
-    module = match["module"] + (match.groupdict().get("layer") or "")
+    layer = match.groupdict().get("layer") or ""
+    if match["module"].startswith(f"{TEXT}."):
+        layer = _TEXT_LAYERS.get(layer, layer)
+    module = match["module"] + layer
     module = f"{module}.0" if module.endswith(".to_out") else module
     component, dot, rest = module.partition(".")
     if component == "text_encoder_2":

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from nyscaled.checkpoints import files, swap
+from nyscaled.checkpoints import files, hub, swap
 from nyscaled.checkpoints.folder import Folder, open_folder, write
 from nyscaled.diffusion.component import Component, matched, places
 from nyscaled.diffusion.settings import Settings
@@ -75,13 +75,37 @@ def load_unet(
         True
     """
     path = files.as_folder(folder)
+    require_no_file(path)
+    if not path.exists() and isinstance(folder, str) and hub.is_id(folder):
+        raise ValueError(
+            f"{folder} is not a folder; expected one, as load_unet reads nothing from the hub "
+            "(`load` does)"
+        )
+    path = path / UNET if (path / UNET).is_dir() else path
+    return load_component(UNet, path, variant, Numerics(dtype, compute_dtype, remat), mesh)
+
+
+def require_no_file(path: Path) -> None:
+    """Raise ValueError if a path is that of a file.
+
+    Args:
+        path: where a folder is expected.
+    """
     if path.is_file():
         raise ValueError(
             f"{path} is a file; expected a folder in the form of diffusers (single files are not "
             "supported: diffusers' `from_single_file` and `save_pretrained` convert them)"
         )
-    path = path / UNET if (path / UNET).is_dir() else path
-    return load_component(UNet, path, variant, Numerics(dtype, compute_dtype, remat), mesh)
+
+
+def require_variant(variant: str | None) -> None:
+    """Raise ValueError unless `variant` can be a part of the names of files.
+
+    Args:
+        variant: what the user passed.
+    """
+    if variant is not None and (not isinstance(variant, str) or not variant):
+        raise ValueError(f"variant is {variant!r}; expected a text such as 'fp16', or None")
 
 
 def load_component(
@@ -106,6 +130,7 @@ def load_component(
     Raises:
         ValueError: as `load_unet` does.
     """
+    require_variant(variant)
     if mesh is not None:
         require_mesh(mesh)
     stem = model_class.stem if variant is None else f"{model_class.stem}.{variant}"

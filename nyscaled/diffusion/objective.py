@@ -7,8 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nyscaled.diffusion.schedule import EPSILON, Latents, Schedule, Steps
-from nyscaled.matrices import as_array
+from nyscaled.diffusion.schedule import EPSILON, Latents, Schedule, Steps, as_batch
 from nyscaled.validation import require_count, require_nonnegative, require_positive
 
 Text = Float[Array, "batch length features"]
@@ -39,9 +38,9 @@ def denoising_loss(
         context: what `Pipeline.encode_texts` returns for the text of each image.
         noise: numbers from the normal distribution.
         times: time of each image, from 0 to `schedule.num_train_timesteps` − 1.
-        min_snr: γ of Hang et al., 2023, who found 5 to be good. The error at each time is divided
-            by the signal-to-noise ratio where that is larger, and multiplied by γ. None for
-            equal weights.
+        min_snr: γ of Hang et al., 2023, who found 5 to be good. The error at each time is
+            multiplied by min(SNR, γ)/SNR, for v by min(SNR, γ)/(SNR + 1), where SNR is the
+            signal-to-noise ratio. None for equal weights.
         prior_rows: number of the last images that show the class, and not the subject (Ruiz et al.,
             2023). The loss is then the sum of the means over both kinds.
         prior_weight: factor of the mean over the images of the class.
@@ -60,24 +59,13 @@ def denoising_loss(
     """
     require_count("prior_rows", prior_rows)
     require_nonnegative("prior_weight", prior_weight)
-    latents, noise = as_array("latents", latents), as_array("noise", noise)
+    latents, noise = as_batch(latents, noise, times)
     if prior_rows and prior_rows >= len(latents):
         raise ValueError(
             f"prior_rows is {prior_rows} of {len(latents)}; expected one image of the subject at "
             "least"
         )
-    for name, x in (("latents", latents), ("noise", noise)):
-        if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} is {x.dtype} of shape {x.shape}; expected floats (batch, height, width, "
-                "channels)"
-            )
     times = jnp.asarray(times)
-    if noise.shape != latents.shape or times.shape != latents.shape[:1]:
-        raise ValueError(
-            f"noise has shape {noise.shape} and times {times.shape}; expected {latents.shape} and "
-            f"{latents.shape[:1]}, as latents"
-        )
     prediction = predict(schedule.noisy(latents, noise, times), times, context)
     target = schedule.target(latents, noise, times).astype(jnp.float32)
     if prediction.shape != target.shape:

@@ -20,7 +20,12 @@ from nyscaled.checkpoints import files, hub, swap
 from nyscaled.checkpoints.folder import SHARD_SIZE
 from nyscaled.diffusion.autoencoder import Autoencoder
 from nyscaled.diffusion.component import Component, places
-from nyscaled.diffusion.loading import load_component, save_component
+from nyscaled.diffusion.loading import (
+    load_component,
+    require_no_file,
+    require_variant,
+    save_component,
+)
 from nyscaled.diffusion.schedule import Schedule
 from nyscaled.diffusion.settings import require_class
 from nyscaled.diffusion.text_encoder import TextEncoder
@@ -203,15 +208,12 @@ def _loaded(
 
 def _located(folder: str | os.PathLike[str], revision: str | None, variant: str | None) -> Path:
     path = files.as_folder(folder)
+    require_variant(variant)  # before it is a name on the hub
     if not path.exists() and isinstance(folder, str) and hub.is_id(folder):
         return hub.fetch_pipeline(folder, revision, variant)
     if revision is not None:
         raise ValueError(f"{folder} is not from the hub; expected no revision, got {revision!r}")
-    if path.is_file():
-        raise ValueError(
-            f"{path} is a file; expected a folder in the form of diffusers (single files are not "
-            "supported: diffusers' `from_single_file` and `save_pretrained` convert them)"
-        )
+    require_no_file(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; expected one with {INDEX}")
     return path
@@ -223,6 +225,11 @@ def _schedule(path: Path) -> Schedule:
         return Schedule.from_json(config)
     except ValueError as error:
         raise ValueError(f"{path}: {files.brief(error)}") from None
+
+
+def _require_values(what: str, model: nnx.Module) -> None:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(model))):
+        raise ValueError(f"{what} has shapes in place of values; expected that of `load`")
 
 
 def save(
@@ -244,7 +251,8 @@ def save(
             index.
 
     Raises:
-        ValueError: on variables beside the models' own parameters, such as adapters.
+        ValueError: on variables beside the models' own parameters, such as adapters, and on a
+            pipeline of `outline`.
         OSError: if a file cannot be written.
 
     Examples:
@@ -263,6 +271,7 @@ def save(
         (['config.json', 'diffusion_pytorch_model.safetensors'], True)
     """
     if isinstance(model, Component):
+        _require_values("the model", model)
         save_component(model, folder, max_shard_size)
         return
     if not isinstance(model, Pipeline):
@@ -271,6 +280,7 @@ def save(
     models = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.text_encoder}
     for part in models.values():  # before a file is written
         places(part)
+        _require_values("the pipeline", part)
     for name, part in models.items():
         save_component(part, path / name, max_shard_size)
     with swap.replacing(path / "tokenizer", tokenizer_files(model.tokenizer), last=FILE):

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from nyscaled.diffusion.schedule import EPSILON, Latents, Schedule
-from nyscaled.validation import require_count
+from nyscaled.matrices import as_array
+from nyscaled.validation import require_count, require_key
 
 Predict = Callable[[Latents, Array], Latents]
 Numbers = Float[np.ndarray, " steps"]
@@ -67,7 +68,7 @@ def table(schedule: Schedule, sampler: str, steps: int) -> Table:
     if steps > schedule.num_train_timesteps:
         raise ValueError(f"steps is {steps}; expected at most {schedule.num_train_timesteps}")
     makers = {"ddim": _ddim, "plms": _plms, "euler": _euler, "ddpm": _ddpm}
-    if sampler not in makers:
+    if not isinstance(sampler, str) or sampler not in makers:
         raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(makers)}")
     return makers[sampler](schedule, steps)
 
@@ -96,8 +97,8 @@ def sample(
         key: PRNG key of the noise that "ddpm" adds.
 
     Raises:
-        ValueError: on another sampler, on a number of steps that there are not times for, and on
-            "ddpm" without a key.
+        ValueError: on another sampler, on a number of steps that there are not times for, on
+            "ddpm" without a key, and on predictions of another shape than the latents'.
 
     Examples:
         >>> noise = jnp.ones((1, 2, 2, 1))
@@ -147,7 +148,9 @@ def _run(
     """Return the last latents, and those after each call of the model if they are kept."""
     if key is None and numbers.c.any():
         raise ValueError("key is None; expected a PRNG key, as 'ddpm' adds noise")
-    noise = jnp.asarray(noise)
+    if key is not None:
+        key = require_key("key", key)
+    noise = as_array("noise", noise)
     if noise.ndim != 4 or not jnp.issubdtype(noise.dtype, jnp.floating):
         raise ValueError(
             f"noise is {noise.dtype} of shape {noise.shape}; expected floats (batch, height, "
@@ -161,7 +164,10 @@ def _run(
         x, before, earlier = carry
         i, row = each
         scaled = jnp.multiply(row.scale, x).astype(dtype)
-        prediction = predict(scaled, jnp.asarray(row.time)).astype(jnp.float32)
+        prediction = as_array("the prediction", predict(scaled, jnp.asarray(row.time)))
+        if prediction.shape != x.shape:
+            raise ValueError(f"predict returned shape {prediction.shape}; expected {x.shape}")
+        prediction = prediction.astype(jnp.float32)
         predictions = jnp.concatenate([prediction[None], earlier])
         # Not a matrix product, which accelerators round.
         weights = jnp.reshape(row.weights, (-1, 1, 1, 1, 1))
@@ -207,8 +213,9 @@ def _before(schedule: Schedule, steps: int, times: np.ndarray, last: float) -> n
     return np.where(earlier >= 0, schedule.exact_alphas[np.maximum(earlier, 0)], last)
 
 
-def _final_alpha(schedule: Schedule) -> float:
-    return 1.0 if schedule.set_alpha_to_one else float(schedule.exact_alphas[0])
+def _final_alpha(schedule: Schedule, default: bool) -> float:
+    to_one = default if schedule.set_alpha_to_one is None else schedule.set_alpha_to_one
+    return 1.0 if to_one else float(schedule.exact_alphas[0])
 
 
 def _in_noise(
@@ -232,7 +239,7 @@ def _plain(time: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray | None 
 def _ddim(schedule: Schedule, steps: int) -> Table:
     times = _whole_times(schedule, steps)
     alphas = schedule.exact_alphas[times]
-    earlier = _before(schedule, steps, times, _final_alpha(schedule))
+    earlier = _before(schedule, steps, times, _final_alpha(schedule, default=True))
     ratio = np.sqrt(earlier / alphas)
     of_noise = np.sqrt(1 - earlier) - ratio * np.sqrt(1 - alphas)
     return _plain(times, *_in_noise(schedule, alphas, ratio, of_noise))
@@ -260,7 +267,7 @@ def _plms(schedule: Schedule, steps: int) -> Table:
         times, again[1] = np.insert(times, 1, times[1]), True
     start = np.where(again, times + stride, times)
     alphas = schedule.exact_alphas[start]
-    earlier = _before(schedule, steps, start, _final_alpha(schedule))
+    earlier = _before(schedule, steps, start, _final_alpha(schedule, default=False))
     ratio = np.sqrt(earlier / alphas)
     of_noise = (alphas - earlier) / (
         alphas * np.sqrt(1 - earlier) + np.sqrt(alphas * (1 - alphas) * earlier)

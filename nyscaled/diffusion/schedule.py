@@ -11,19 +11,22 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from nyscaled.checkpoints.files import JsonObject
 from nyscaled.diffusion.settings import Settings
+from nyscaled.matrices import as_array
 from nyscaled.validation import is_concrete
 
 MOST_TIMES = 10**6  # a number for each is in memory; models have a thousand
 EPSILON, V = "epsilon", "v_prediction"
 SPACINGS = "leading", "linspace", "trailing"
 PNDM, DDIM, EULER, DDPM = (f"{name}Scheduler" for name in ("PNDM", "DDIM", "EulerDiscrete", "DDPM"))
+HEUN = "HeunDiscreteScheduler"
 # Of the same noise, with samplers that are not here.
 OTHERS = (
     *("DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"),
-    *("LMSDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"),
+    *("LMSDiscreteScheduler", "UniPCMultistepScheduler", HEUN),
 )
 # Of a file that lacks them; a schedule made without a file has those of Stable Diffusion.
 FILE_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+HEUN_DEFAULTS = {"beta_start": 0.00085, "beta_end": 0.012}
 
 Latents = Float[Array, "batch height width channels"]
 Steps = Int[Array, " batch"] | Int[np.ndarray, " batch"]
@@ -43,7 +46,8 @@ class Schedule(Settings):
         prediction_type: what the model predicts: ε ("epsilon"), or √ᾱ ε − √(1 − ᾱ) z
             ("v_prediction"; Salimans and Ho, 2022).
         steps_offset: what samplers add to times that are spaced as "leading".
-        set_alpha_to_one: whether DDIM and PLMS end at latents without noise, and not at time 0.
+        set_alpha_to_one: whether DDIM and PLMS end at latents without noise, and not at time 0;
+            None, which is that of a file without it, for DDIM only.
         timestep_spacing: how samplers choose times; None for "linspace" in Euler's method and
             "leading" in the others.
         scheduler: name of the class in diffusers that `scheduler_config.json` has.
@@ -55,7 +59,7 @@ class Schedule(Settings):
     """
 
     class_name = PNDM
-    # Of any of the classes; settings that are not here belong to samplers.
+    # Of any of the classes; settings that are not here are not read.
     fixed: ClassVar = {
         "trained_betas": (None,),
         "clip_sample": (False, None),
@@ -71,6 +75,18 @@ class Schedule(Settings):
         "final_sigmas_type": ("zero", None),
         "variance_type": ("fixed_small", None),
     }
+    # Those of `fixed` that only samplers read, with the classes in whose files they are checked:
+    # there the sampler of that name would differ.
+    sampling: ClassVar = {
+        "clip_sample": (),
+        "skip_prk_steps": (),
+        "thresholding": (DDIM, DDPM),
+        "use_karras_sigmas": (EULER,),
+        "use_exponential_sigmas": (EULER,),
+        "use_beta_sigmas": (EULER,),
+        "interpolation_type": (EULER,),
+        "final_sigmas_type": (EULER,),
+    }
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -78,7 +94,7 @@ class Schedule(Settings):
     beta_schedule: str = "scaled_linear"
     prediction_type: str = EPSILON
     steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    set_alpha_to_one: bool | None = False
     timestep_spacing: str | None = None
     scheduler: str = PNDM
 
@@ -114,14 +130,17 @@ class Schedule(Settings):
     def from_json(cls, config: JsonObject) -> Schedule:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the schedule of a file.
 
-        Samples are never clipped, also where `clip_sample` is missing and diffusers would clip:
-        that is for pixels.
+        Samples are never clipped, also where diffusers would clip: that is for pixels. PLMS has no
+        Runge-Kutta steps, whatever `skip_prk_steps` is. Other settings that only samplers read are
+        refused in the file of a sampler that is here and would differ, such as `use_karras_sigmas`
+        in that of Euler's method; in files of other classes they are not read.
 
         Args:
             config: what `scheduler_config.json` holds.
 
         Raises:
-            ValueError: on another kind of noise, and on settings of samplers that are not here.
+            ValueError: on another kind of noise, and on settings with which the sampler of the
+                file's class would differ.
         """
         named = config.get("_class_name")
         if named not in (PNDM, DDIM, EULER, DDPM, *OTHERS):
@@ -130,8 +149,11 @@ class Schedule(Settings):
                 f"{', '.join((PNDM, DDIM, EULER, DDPM, *OTHERS))}"
             )
         fields = {field.name for field in dataclasses.fields(cls)} - {"scheduler"}
-        ours = {name: config[name] for name in (fields | cls.fixed.keys()) if name in config}
-        missing = {**FILE_DEFAULTS, "steps_offset": 0, "set_alpha_to_one": named == DDIM}
+        unread = {name for name, classes in cls.sampling.items() if named not in classes}
+        read = (fields | cls.fixed.keys()) - unread
+        ours = {name: config[name] for name in read if name in config}
+        missing = {**FILE_DEFAULTS, "steps_offset": 0, "set_alpha_to_one": None}
+        missing |= HEUN_DEFAULTS if named == HEUN else {}
         values = {"_class_name": PNDM, **missing, **ours, "scheduler": named}
         return super().from_json(values)
 
@@ -165,9 +187,10 @@ class Schedule(Settings):
             times: time of each of them, from 0 to `num_train_timesteps` − 1.
 
         Raises:
-            ValueError: on other times.
+            ValueError: on other times, and on arrays of which not all have that many images.
         """
         signal, scale = self._parts(times)
+        latents, noise = as_batch(latents, noise, times)
         return signal * latents + scale * noise
 
     def target(self, latents: Latents, noise: Latents, times: Steps) -> Latents:
@@ -179,9 +202,10 @@ class Schedule(Settings):
             times: time of each of them.
 
         Raises:
-            ValueError: on times that the schedule does not have.
+            ValueError: as `noisy` does.
         """
         self._index(times)
+        latents, noise = as_batch(latents, noise, times)
         if self.prediction_type == EPSILON:
             return noise
         signal, scale = self._parts(times)
@@ -218,3 +242,29 @@ class Schedule(Settings):
         parts = (jnp.asarray(np.sqrt(x), jnp.float32)[index] for x in (alphas, 1 - alphas))
         signal, scale = (part[:, None, None, None] for part in parts)
         return signal, scale
+
+
+def as_batch(latents: ArrayLike, noise: ArrayLike, times: ArrayLike) -> tuple[Array, Array]:
+    """Return latents and noise as arrays of one shape, in which each image has its time.
+
+    Args:
+        latents: latents of images.
+        noise: the noise of each.
+        times: the time of each.
+
+    Raises:
+        ValueError: on arrays that are not floats, and on other shapes.
+    """
+    latents, noise = as_array("latents", latents), as_array("noise", noise)
+    for name, x in (("latents", latents), ("noise", noise)):
+        if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {x.shape}; expected floats (batch, height, width, "
+                "channels)"
+            )
+    if noise.shape != latents.shape or np.shape(times) != latents.shape[:1]:
+        raise ValueError(
+            f"noise has shape {noise.shape} and times {np.shape(times)}; expected {latents.shape} "
+            f"and {latents.shape[:1]}, as latents"
+        )
+    return latents, noise

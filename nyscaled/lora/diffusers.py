@@ -19,6 +19,7 @@ from nyscaled.lora.names import resolve
 from nyscaled.lora.view import Layer
 
 CLASSES = {UNET: "UNet2DConditionModel", TEXT: "CLIPTextModel"}
+WHAT = {UNET: "U-Net", TEXT: "text encoder"}
 TO_NAME = resolve(None, nnx.Module())  # module paths are the names in files
 
 
@@ -39,11 +40,13 @@ def save_diffusers(
     Args:
         unet: a U-Net of `nys.diffusion` with adapters.
         folder: the folder; made if missing. Its file is replaced at the end.
-        text_encoder: a text encoder of `nys.diffusion` with adapters of the same name, or None.
+        text_encoder: a text encoder of `nys.diffusion`, or None. The adapters may be in one of the
+            two models only.
         name: name of the set.
 
     Raises:
-        ValueError: on an unknown adapter, one that is merged, and entries that are not finite.
+        ValueError: on another model, a name that neither has an adapter of, an adapter that is
+            merged, and entries that are not finite.
         OSError: if the file cannot be written.
 
     Examples:
@@ -58,22 +61,24 @@ def save_diffusers(
     saved: dict[str, Mapping[str, Update]] = {}
     owners: dict[str, Adapter] = {}
     pointwise: set[str] = set()
-    for component, model in _components(unet, text_encoder).items():
-        adapted = inject.adapted_layers(model)
-        inject.require_name(adapted, name)
-        layers = {path: layer for path, layer in adapted.items() if name in layer.adapters}
+    models = _components(unet, text_encoder)
+    adapted = {component: inject.adapted_layers(model) for component, model in models.items()}
+    every = {f"{c}.{path}": layer for c, own in adapted.items() for path, layer in own.items()}
+    inject.require_name(every, name)
+    for component, model in models.items():
+        layers = {p: layer for p, layer in adapted[component].items() if name in layer.adapters}
         if tables := [path for path, layer in layers.items() if isinstance(layer, nnx.Embed)]:
             raise ValueError(
-                f"{tables[0]} is an embedding; expected linear layers, as only those have names in "
-                "diffusers' files"
+                f"{component}.{tables[0]} is an embedding; expected linear layers, as only those "
+                "have names in diffusers' files"
             )
         adapters = {path: layer.adapters[name] for path, layer in layers.items()}
         for path, adapter in adapters.items():
             if adapter.merged:
                 raise ValueError(
-                    f"{path}: {name!r} is merged into the kernel; expected it unmerged"
+                    f"{component}.{path}: {name!r} is merged into the kernel; expected it unmerged"
                 )
-            updates.sides(path, layers[path])
+            updates.sides(f"{component}.{path}", layers[path])
         saved[component], own = peft.own_updates(layers, adapters, TO_NAME, stabilized=False)
         owners |= {f"{component}.{module}": adapter for module, adapter in own.items()}
         is_pointwise = getattr(model, "is_pointwise", None)
@@ -92,10 +97,11 @@ def load_diffusers(
 ) -> dict[str, Adapted]:
     """Put the adapters of a file of diffusers, or of kohya's programs, into a U-Net, in place.
 
-    All namings are read, key by key: PEFT's, those of diffusers' scripts and of its attention
-    processors, and kohya's with its α. α is that of the file: a tensor, the metadata of diffusers,
-    or the rank. diffusers only warns of tensors without a layer, of one factor without the other,
-    and of missing components in names. Here these are errors, and then nothing has been changed.
+    All namings are read, key by key: PEFT's, those of diffusers' scripts, of its attention
+    processors and of its text encoders in 2023, and kohya's with its α. α is that of the file: a
+    tensor, the metadata of diffusers, or the rank. diffusers only warns of tensors without a layer,
+    of one factor without the other, and of missing components in names. Here these are errors, and
+    then nothing has been changed.
 
     Args:
         unet: a U-Net of `nys.diffusion`.
@@ -148,6 +154,10 @@ def load_diffusers(
 def _components(unet: nnx.Module, text_encoder: nnx.Module | None) -> dict[str, nnx.Module]:
     models = {UNET: unet} if text_encoder is None else {UNET: unet, TEXT: text_encoder}
     for component, model in models.items():
+        if not isinstance(model, nnx.Module):
+            raise ValueError(
+                f"{component} is a {type(model).__name__}; expected a {WHAT[component]}"
+            )
         known = getattr(getattr(model, "config_class", None), "class_name", CLASSES[component])
         if known != CLASSES[component]:
             raise ValueError(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -71,6 +72,41 @@ def test_images_of_a_saved_pipeline(pipe, theirs, sampler, kind):
         pipe, TEXTS, noise=noise, key=jax.random.key(0), steps=5, guidance=3.0, sampler=sampler
     )
     close(images, expected)
+
+
+KINDS = (
+    *("PNDM", "DDIM", "EulerDiscrete", "DDPM", "DPMSolverMultistep", "EulerAncestralDiscrete"),
+    *("LMSDiscrete", "UniPCMultistep", "HeunDiscrete"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_of_a_file_that_states_all_defaults(kind):
+    """The same as that of a file without settings, and diffusers' own."""
+    scheduler = getattr(diffusers, f"{kind}Scheduler")()
+    stated = nys.diffusion.Schedule.from_json(json.loads(scheduler.to_json_string()))
+    plain = nys.diffusion.Schedule.from_json({"_class_name": f"{kind}Scheduler"})
+    np.testing.assert_array_equal(stated.exact_alphas, plain.exact_alphas)
+    np.testing.assert_allclose(plain.alphas, scheduler.alphas_cumprod, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_where_samplers_of_other_files_end(kind, sampler):
+    other = {"ddim": diffusers.DDIMScheduler, "plms": diffusers.PNDMScheduler}[sampler]
+    options = {"clip_sample": False} if sampler == "ddim" else {"skip_prk_steps": True}
+    plain = {"_class_name": f"{kind}Scheduler", "beta_start": 0.00085, "beta_end": 0.012}
+    theirs = other.from_config(plain, **options)
+    theirs.set_timesteps(5)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
+    ours = nys.diffusion.sample(
+        lambda x, time: jnp.sin(x), nys.diffusion.Schedule.from_json(plain), x, steps=5,
+        sampler=sampler,
+    )  # fmt: skip
+    latents = first(x)
+    for time in theirs.timesteps:
+        latents = theirs.step(torch.sin(latents), time, latents).prev_sample
+    close(first(ours), latents, 1e-5)
 
 
 def test_saved_models_are_those_that_were_read(theirs):
@@ -219,6 +255,30 @@ def test_adapters_of_diffusers_here(theirs, unet, targets, tmp_path):
     ours = nnx.clone(unet)
     nys.lora.load_diffusers(ours, tmp_path)
     close(first(run(ours)), run_theirs(model), 1e-5)
+
+
+def test_adapters_of_a_text_encoder_of_2023(pipe, theirs, tmp_path):
+    generator = np.random.default_rng(5)
+    width = pipe.text_encoder.config.hidden_size
+    tensors = {
+        f"text_encoder.text_model.encoder.layers.0.self_attn.to_{layer}_lora.{side}.weight": (
+            generator.normal(size=shape).astype(np.float32)
+        )
+        for layer in ("q", "k", "v", "out")
+        for side, shape in (("down", (2, width)), ("up", (width, 2)))
+    }
+    file, encoder = tmp_path / "pytorch_lora_weights.safetensors", nnx.clone(pipe.text_encoder)
+    safetensors.numpy.save_file(tensors, file)
+    assert len(nys.lora.load_diffusers(pipe.unet, file, text_encoder=encoder)) == 4
+    tokens = jnp.asarray(text_tokens(pipe.tokenizer, TEXTS, 77))
+    theirs.load_lora_weights(tmp_path)
+    try:
+        with torch.no_grad():
+            states = theirs.text_encoder(torch.tensor(np.asarray(tokens)))[0]
+    finally:
+        theirs.unload_lora_weights()
+    close(encoder(tokens), states, 1e-5)
+    assert np.abs(encoder(tokens) - pipe.text_encoder(tokens)).max() > 0.01
 
 
 def test_adapters_of_a_run_in_diffusers(pipe, theirs, tmp_path):

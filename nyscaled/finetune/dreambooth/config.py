@@ -29,7 +29,8 @@ DTYPES = ("float32", "bfloat16")
 class Config:
     """Settings of a run; the text below each is its help on the command line.
 
-    The defaults are those of the paper: rank 4, 500 steps of one image, a constant rate of 1e-4.
+    The defaults are those of Li, Zhang, Mokhtari and He (2025, their Table 3): rank 4, 500 steps of
+    one image, a constant rate of 1e-4.
     """
 
     task: str = TASK
