@@ -189,3 +189,16 @@ def test_spectra_that_would_broadcast_and_starts_with_too_few_columns_are_refuse
         dynamics.pair_step(nys.Factors(phi, phi), SIGMA, 0.5)
     with pytest.raises(ValueError, match=r"phi0 has shape \(4, 3\); expected .* r ≥ r_A"):
         dynamics.symmetric_errors(phi[:, :3], SPECTRUM, 0.5, 2)
+
+
+@pytest.mark.parametrize("num_steps", [4, 12])
+def test_derivatives_of_errors_at_one_half_are_those_nearby(num_steps):
+    phi0 = jax.random.normal(jax.random.key(0), (2, 2))
+
+    def total(phi0, learning_rate):
+        return dynamics.symmetric_errors(
+            phi0, jnp.array([1.0, 0.1]), learning_rate, num_steps
+        ).sum()
+
+    at, nearby = (jax.grad(total, (0, 1))(phi0, eta) for eta in (0.5, 0.5 + 1e-4))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-2), at, nearby)

@@ -67,3 +67,18 @@ def test_residual_of_a_solution_is_at_rounding():
     a, _ = psd()
     problem = nys.problems.Symmetric(a)
     assert problem.residual(problem.optimum(R)) < 5e-6
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_scaled_gd_by_a_dense_gradient_ends_at_rounding_for_every_condition(kind):
+    spectrum, keys = jnp.geomspace(1, 1e-4, 3), jax.random.split(jax.random.key(0))
+    if kind == "symmetric":
+        a, _ = nys.spectra.psd(keys[0], 60, spectrum)
+        problem, start = nys.problems.Symmetric(a), nys.initializers.nystrom(keys[1], a, 3)
+    else:
+        a = nys.spectra.rectangular(keys[0], 60, 40, spectrum)[0]
+        problem = nys.problems.Asymmetric(a)
+        start = nys.initializers.nystrom_factors(keys[1], a, 3)
+    step = nys.solvers.gradient_step(problem, nys.scaled_gd(0.5))
+    solution = nys.solvers.run(step, start, 60, record=problem.residual)
+    assert solution.history[-1] <= (1e-6 if kind == "symmetric" else 1e-4)

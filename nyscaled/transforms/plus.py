@@ -23,7 +23,7 @@ def lora_plus(
     """LoRA+: learning rate η for the first factor of each pair and ratio·η for the second.
 
     Every other leaf has η. The optimizer's update must be proportional to its learning rate, as it
-    is for all of optax's that have one; decay of weights is then scaled too.
+    is for SGD, Adam and their kin, and not for optax's fromage and lbfgs. Decay is scaled too.
 
     Args:
         optimizer: constructor of the optimizer, `optax.adamw` say.

@@ -101,7 +101,7 @@ def last(random: bool, factor: float) -> tuple[float, int]:
     "η = O(1/(κ³‖A‖_F)): ‖X_tY_tᵀ − A‖_F ≤ O(1/κ²) after O(κ³√r log κ) steps",
     hypotheses=f"{RUNS}; Nyström start, any ξ; η = 1/(κ³‖A‖_F), T₁ = ⌈log(9κ²‖A‖_F)/η⌉ steps: the "
     "log 9 is for σ_r(B_1) = ησ_r(Σ), which no ξ can raise",
-    removes="η of the order of 1/(κ³‖A‖_F)",
+    removes="a number of steps of the order of 1/η",
     instead="a tenth of that step size, with the same number of steps",
     factor=0.1,
 )

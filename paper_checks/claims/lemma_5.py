@@ -219,8 +219,8 @@ _distances = jax.jit(jax.vmap(nys.optimality.distance, in_axes=(0, None)))
     "for every r, and below r^{3/4} for r > 16",
     source="ours",
     derivation="lemma-5",
-    hypotheses="σ_1(A) = 1; 50 random weak optima each of r = 1, 4, 8, 17, 30, r_A = 34, κ = 2, "
-    "100",
+    hypotheses="σ_1(A) = 1; 50 random weak optima in range(A) each of r = 1, 4, 8, 17, 30, r_A = "
+    "34, κ = 2, 100",
     removes="weak optimality",
     instead="the same points times 3",
     stretch=3.0,

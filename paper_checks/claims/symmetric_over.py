@@ -88,7 +88,7 @@ def equation_28(damping: float = 0.0) -> Measured:
     "thm-5-phase1",
     "(26), η = O(1/(κ³‖A‖_F)): ‖X_tX_tᵀ − A‖_F ≤ O(1/κ²) after O(κ³√r log κ) steps",
     hypotheses=f"over-parametrized, Nyström start with σ_r(B_0) ≥ σ_r(Σ)/3. {PHASE_ONE['over']}",
-    removes="the step size of phase 1",
+    removes="a step size below 1",
     instead="η = 1, at which every d moves to 1/d and back",
     step_size=1.0,
 )

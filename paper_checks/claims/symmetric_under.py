@@ -56,8 +56,8 @@ def _optimum(a: Any, rank: int) -> Any:
 
 @claim(
     "def-1",
-    "weak optimality XᵀA†X = I_r: the measure is the ‖XᵀA†X − I‖_F of its definition, zero exactly "
-    "on {Q Σ^{1/2} V : VᵀV = I}",
+    "weak optimality XᵀA†X = I_r: the measure is the ‖XᵀA†X − I‖_F of its definition, in "
+    "range(A) zero exactly on {Q Σ^{1/2} V : VᵀV = I}",
     hypotheses="A† by NumPy; m = 60, r_A = 8, r = 1, 3, 5, 8, κ = 2, 100, 1e4; 20 points each",
     removes="weak optimality",
     instead="the same points scaled by 1.01",

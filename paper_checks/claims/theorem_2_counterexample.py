@@ -162,8 +162,8 @@ def interval(count: int, total: int) -> tuple[float, float]:
 
 @claim(
     "thm-2-failure-frequency",
-    "Gaussian starts break (17) too, at r = 1 and at r = 2: each with a probability that is ≥ "
-    "5e-6 at confidence 97.5 %",
+    "Gaussian directions, scaled to σ_r(B_0) = 1/3, break (17) too, at r = 1 and at r = 2: each "
+    "with a probability that is ≥ 5e-6 at confidence 97.5 %",
     source="ours",
     derivation="theorem-2",
     hypotheses="geometric spectra, κ = 1e2, 1e4, 1e6; r_A = r + 1, 8, 12; ξ such that σ_r(B_0) = "

@@ -168,7 +168,7 @@ def phase_one(regime: Regime, step_size: float | None = None) -> Measured:
     "η = O(1/(κ³‖A‖_F)): ‖X_tX_tᵀ − A‖_F ≤ O(1/κ²) after O(κ³√r log κ) steps",
     hypotheses="exactly parametrized, Nyström start with σ_r(B_0) ≥ σ_r(Σ)/3. "
     f"{PHASE_ONE['exact']}",
-    removes="the step size of phase 1",
+    removes="a step size below 1",
     instead="η = 1, at which every d moves to 1/d and back",
     step_size=1.0,
 )
