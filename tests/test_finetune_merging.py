@@ -28,10 +28,11 @@ def root(tmp_path_factory):
     return folder
 
 
-def adapted(model, folder, targets, init="lora", **options):
+def adapted(model, folder, targets, init="lora", embeddings=False, **options):
     """Put adapters whose update is not zero into a model, and save them."""
+    key = jax.random.key(1)
     layers = nys.lora.apply(
-        model, rank=2, alpha=3, targets=targets, init=init, key=jax.random.key(1)
+        model, rank=2, alpha=3, targets=targets, init=init, embeddings=embeddings, key=key
     )
     for layer in layers.values():
         b = layer.adapters["default"].lora_b
@@ -77,6 +78,25 @@ def test_a_merged_folder_is_the_model_merged_in_memory(root, tmp_path, init, tar
         x.nbytes for x in safetensors.numpy.load_file(base / "model.safetensors").values()
     )
     assert max(sizes) == largest
+
+
+def test_the_update_of_a_head_that_is_saved_beside_its_factors_is_added(root, tmp_path):
+    """PEFT saves the weights of a targeted head or embedding too."""
+    base, adapter = root / "llama", tmp_path / "adapter"
+    adapted(nys.models.load(base)[0], adapter, "lm_head|embed_tokens", embeddings=True)
+    own = safetensors.numpy.load_file(base / "model.safetensors")
+    path = adapter / "adapter_model.safetensors"
+    values = safetensors.numpy.load_file(path)
+    for name in ("lm_head", "model.embed_tokens"):
+        values[f"base_model.model.{name}.base_layer.weight"] = own[f"{name}.weight"] + 1
+    safetensors.numpy.save_file(values, path, metadata={"format": "pt"})
+    done = nys.finetune.export(base, adapter, tmp_path / "out")
+    assert (done.merged, done.replaced) == (2, 2)
+    model = nys.models.load(base)[0]
+    nys.lora.load_peft(model, adapter)
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    assert_same(model, tmp_path / "out")
 
 
 def test_a_narrow_base_stays_narrow(root, tmp_path):

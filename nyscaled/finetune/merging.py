@@ -170,9 +170,11 @@ def _merged(
         if name in saved.whole:
             with np.errstate(over="ignore"):
                 value = saved.whole[name].astype(dtype)
-            yield name, _finite(f"{name} of the adapter", value)
-            continue
-        value, update = source.read(names[name]), saved.updates.get(name.removesuffix(".weight"))
+            _finite(f"{name} of the adapter", value)
+        else:
+            value = source.read(names[name])
+        # PEFT saves the weight of a targeted head or embedding beside its factors.
+        update = saved.updates.get(name.removesuffix(".weight"))
         yield name, value if update is None else _with_update(name, value, update, saved)
 
 
