@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.sparse
+from flax import nnx
 from jax.experimental import sparse
 
 import nyscaled as nys
@@ -28,6 +29,10 @@ kernel = nys.linalg.KernelMatrix(nys.linalg.kernels.gaussian(), jnp.asarray(a))
 
 def operator():
     return HostOperator(lambda x: a @ x, lambda y: a.T @ y, a.shape, a.dtype)
+
+
+net = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+nys.lora.apply(net, 2, targets=".*", key=jax.random.key(0))
 
 
 class Foreign:  # a matrix whose dtype NumPy does not know, as those of torch
@@ -113,6 +118,11 @@ REFUSED = [
     (lambda: nys.lora_plus(optax.sgd(0.1)), "optimizer is a .*; expected a constructor"),
     (lambda: nys.lora_plus(lambda rate: rate), "what optimizer returns is a float; expected an"),
     (lambda: nys.nora_plus(optax.GradientTransformation), "inner is a type; expected an optax"),
+    (lambda: nys.lora.activate(net, None), "names is None; expected a sequence of names"),
+    (lambda: nys.lora.activate(net, [1]), "a name is 1; expected a string"),
+    (lambda: nys.lora.activate(net, [None]), "a name is None; expected a string"),
+    (lambda: nys.lora.activate(net, rows=[["default"]]), "a name is .'default'.; expected a"),
+    (lambda: nys.lora.activate(net, rows=3), "rows is 3; expected a sequence of names"),
     (lambda: nys.scale_by_gram(lambda count: 0.1), "damping is a function; expected a number"),
 ]
 ACCEPTED = [
