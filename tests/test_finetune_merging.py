@@ -160,6 +160,50 @@ def test_values_that_the_dtype_of_the_base_does_not_hold_are_refused(root, tmp_p
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_what_changes_a_tied_embedding_is_written_from_memory(root, tmp_path):
+    """By the calls that the message names."""
+    base, adapter = tmp_path / "tied", tmp_path / "adapter"
+    write_model(base, "gemma")
+    adapted(nys.models.load(base)[0], adapter, "embed_tokens", embeddings=True)
+    steps = "load_peft, model.untie.., nys.lora.merge, nys.lora.remove and nys.models.save"
+    with pytest.raises(ValueError, match=f"expected nys.lora.{steps}"):
+        nys.finetune.export(base, adapter, tmp_path / "out")
+    model = nys.models.load(base)[0]
+    nys.lora.load_peft(model, adapter)
+    tokens = np.arange(1, 9)[None]
+    expected = model(tokens)
+    model.untie()
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    nys.models.save(model, tmp_path / "out")
+    read = assert_same(model, tmp_path / "out")
+    np.testing.assert_allclose(read(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_tokens_are_written_from_memory(root, tmp_path):
+    base, adapter = root / "llama", tmp_path / "adapter"
+    adapted(nys.models.load(base)[0], adapter, ".*q_proj")
+    path = adapter / "adapter_model.safetensors"
+    values = safetensors.numpy.load_file(path)
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    width = nys.models.load(base)[0].config.hidden_size
+    values[name] = np.ones((1, width), np.float32)
+    safetensors.numpy.save_file(values, path, metadata={"format": "pt"})
+    config = adapter / "adapter_config.json"
+    fields = json.loads(config.read_text()) | {"trainable_token_indices": {"embed_tokens": [3]}}
+    config.write_text(json.dumps(fields))
+    steps = "load_peft, nys.lora.merge, nys.lora.remove and nys.models.save"
+    with pytest.raises(ValueError, match=f"rows of single tokens; expected nys.lora.{steps}"):
+        nys.finetune.export(base, adapter, tmp_path / "out")
+    model = nys.models.load(base)[0]
+    nys.lora.load_peft(model, adapter)
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    nys.models.save(model, tmp_path / "out")
+    read = assert_same(model, tmp_path / "out")
+    np.testing.assert_array_equal(read.embed_tokens.embedding[...][3], np.ones(width))
+
+
 def test_an_encoder_gets_its_head(root, tmp_path):
     encoder = nys.models.load(root / "bert")[0]
     model = BertClassifier(encoder, CLASSES, rngs=nnx.Rngs(3))
