@@ -222,6 +222,14 @@ def test_a_run_says_its_template(files, tmp_path):
         ({"options": ["--harness", "none", "--data", "none"], "task": None}, "nyscaled[eval]"),
         ({"options": ["--harness", "x"]}, "task is 'sst2'; expected none with --harness"),
         (
+            {"options": ["--harness", "x", "--generated"], "task": None},
+            "generated is True; expected none with --harness",
+        ),
+        (
+            {"options": ["--harness", "x", "--allow-cut", "0.5"], "task": None},
+            "allow_cut is 0.5; expected none with --harness",
+        ),
+        (
             {"options": ["--harness", "x"], "model": "encoder", "task": None},
             "the model is an encoder; expected a",
         ),

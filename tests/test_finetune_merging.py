@@ -28,10 +28,11 @@ def root(tmp_path_factory):
     return folder
 
 
-def adapted(model, folder, targets, init="lora", **options):
+def adapted(model, folder, targets, init="lora", embeddings=False, **options):
     """Put adapters whose update is not zero into a model, and save them."""
+    key = jax.random.key(1)
     layers = nys.lora.apply(
-        model, rank=2, alpha=3, targets=targets, init=init, key=jax.random.key(1)
+        model, rank=2, alpha=3, targets=targets, init=init, embeddings=embeddings, key=key
     )
     for layer in layers.values():
         b = layer.adapters["default"].lora_b
@@ -77,6 +78,25 @@ def test_a_merged_folder_is_the_model_merged_in_memory(root, tmp_path, init, tar
         x.nbytes for x in safetensors.numpy.load_file(base / "model.safetensors").values()
     )
     assert max(sizes) == largest
+
+
+def test_the_update_of_a_head_that_is_saved_beside_its_factors_is_added(root, tmp_path):
+    """PEFT saves the weights of a targeted head or embedding too."""
+    base, adapter = root / "llama", tmp_path / "adapter"
+    adapted(nys.models.load(base)[0], adapter, "lm_head|embed_tokens", embeddings=True)
+    own = safetensors.numpy.load_file(base / "model.safetensors")
+    path = adapter / "adapter_model.safetensors"
+    values = safetensors.numpy.load_file(path)
+    for name in ("lm_head", "model.embed_tokens"):
+        values[f"base_model.model.{name}.base_layer.weight"] = own[f"{name}.weight"] + 1
+    safetensors.numpy.save_file(values, path, metadata={"format": "pt"})
+    done = nys.finetune.export(base, adapter, tmp_path / "out")
+    assert (done.merged, done.replaced) == (2, 2)
+    model = nys.models.load(base)[0]
+    nys.lora.load_peft(model, adapter)
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    assert_same(model, tmp_path / "out")
 
 
 def test_a_narrow_base_stays_narrow(root, tmp_path):
@@ -138,6 +158,50 @@ def test_values_that_the_dtype_of_the_base_does_not_hold_are_refused(root, tmp_p
     with pytest.raises(ValueError, match=f"{what} is not finite in float16"):
         nys.finetune.export(base, adapter, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_what_changes_a_tied_embedding_is_written_from_memory(root, tmp_path):
+    """By the calls that the message names."""
+    base, adapter = tmp_path / "tied", tmp_path / "adapter"
+    write_model(base, "gemma")
+    adapted(nys.models.load(base)[0], adapter, "embed_tokens", embeddings=True)
+    steps = "load_peft, model.untie.., nys.lora.merge, nys.lora.remove and nys.models.save"
+    with pytest.raises(ValueError, match=f"expected nys.lora.{steps}"):
+        nys.finetune.export(base, adapter, tmp_path / "out")
+    model = nys.models.load(base)[0]
+    nys.lora.load_peft(model, adapter)
+    tokens = np.arange(1, 9)[None]
+    expected = model(tokens)
+    model.untie()
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    nys.models.save(model, tmp_path / "out")
+    read = assert_same(model, tmp_path / "out")
+    np.testing.assert_allclose(read(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_tokens_are_written_from_memory(root, tmp_path):
+    base, adapter = root / "llama", tmp_path / "adapter"
+    adapted(nys.models.load(base)[0], adapter, ".*q_proj")
+    path = adapter / "adapter_model.safetensors"
+    values = safetensors.numpy.load_file(path)
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    width = nys.models.load(base)[0].config.hidden_size
+    values[name] = np.ones((1, width), np.float32)
+    safetensors.numpy.save_file(values, path, metadata={"format": "pt"})
+    config = adapter / "adapter_config.json"
+    fields = json.loads(config.read_text()) | {"trainable_token_indices": {"embed_tokens": [3]}}
+    config.write_text(json.dumps(fields))
+    steps = "load_peft, nys.lora.merge, nys.lora.remove and nys.models.save"
+    with pytest.raises(ValueError, match=f"rows of single tokens; expected nys.lora.{steps}"):
+        nys.finetune.export(base, adapter, tmp_path / "out")
+    model = nys.models.load(base)[0]
+    nys.lora.load_peft(model, adapter)
+    nys.lora.merge(model)
+    nys.lora.remove(model)
+    nys.models.save(model, tmp_path / "out")
+    read = assert_same(model, tmp_path / "out")
+    np.testing.assert_array_equal(read.embed_tokens.embedding[...][3], np.ones(width))
 
 
 def test_an_encoder_gets_its_head(root, tmp_path):

@@ -252,6 +252,9 @@ def test_modules_to_save_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=match):
             save(model, tmp_path, modules_to_save=[path])
+    with pytest.raises(ValueError, match="modules_to_save is 'norm'; expected a sequence of paths"):
+        save(model, tmp_path, modules_to_save="norm")
+    save(model, tmp_path, modules_to_save=None)
 
 
 def test_a_norm_is_meant_by_the_end_of_its_name(tmp_path):

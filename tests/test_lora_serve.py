@@ -116,6 +116,38 @@ def test_several_adapters_serve_from_one_base_together_and_row_by_row():
     assert not np.allclose(outputs["english"], outputs["french"], atol=1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS + 1])
+def test_rows_are_those_of_the_batch(rows):
+    model = net()
+    apply(model)
+    nys.lora.activate(model, rows=["default"] * rows)
+    with pytest.raises(ValueError, match=f"the input has {ROWS} rows; expected {rows}, as `rows`"):
+        call(model)
+
+
+def test_an_input_without_rows():
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    apply(model)
+    nys.lora.activate(model, rows=["default"] * 4)
+    with pytest.raises(ValueError, match="the input has 0 rows; expected 4"):
+        model(jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "message"),
+    [
+        ("default", ["default"], "names is 'default' and rows is .'default'.; expected one of"),
+        ((), [], r"names is \(\) and rows is \[\]; expected one of the two, and a row at least"),
+        ((), "default", "rows is 'default'; expected a sequence of names"),
+    ],
+)
+def test_rows_refused(names, rows, message):
+    model = net()
+    apply(model)
+    with pytest.raises(ValueError, match=message):
+        nys.lora.activate(model, names, rows=rows)
+
+
 def test_switching_adapters_compiles_nothing():
     model, _ = served()
     traces = []

@@ -36,10 +36,11 @@ def test_rows_of_ones_own():
     model = load("llama")
     old, width = model.embed_tokens.embedding.shape
     rows = np.arange(2 * width, dtype=np.float64).reshape(2, width)
-    resize_token_embeddings(model, old + 2, rows=rows, head_rows=-rows)
+    resize_token_embeddings(model, np.int64(old + 2), rows=rows, head_rows=-rows)
     np.testing.assert_array_equal(model.embed_tokens.embedding[...][old:], rows)
     np.testing.assert_array_equal(model.lm_head.kernel[...][:, old:].T, -rows)
     assert model.embed_tokens.embedding.dtype == jnp.float32
+    assert type(model.config.vocab_size) is int
 
 
 def test_bert_and_its_classifier():

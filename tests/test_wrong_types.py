@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.sparse
+from flax import nnx
 from jax.experimental import sparse
 
 import nyscaled as nys
@@ -35,6 +36,10 @@ def sampled(**options):
 
 def operator():
     return HostOperator(lambda x: a @ x, lambda y: a.T @ y, a.shape, a.dtype)
+
+
+net = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+nys.lora.apply(net, 2, targets=".*", key=jax.random.key(0))
 
 
 class Foreign:  # a matrix whose dtype NumPy does not know, as those of torch
@@ -126,6 +131,11 @@ REFUSED = [
     ),
     (lambda: sampled(sampler=["ddim"]), "sampler is .'ddim'.; expected one of"),
     (lambda: sampled(sampler="ddpm", key=0), "key is 0; expected one key"),
+    (lambda: nys.lora.activate(net, None), "names is None; expected a sequence of names"),
+    (lambda: nys.lora.activate(net, [1]), "a name is 1; expected a string"),
+    (lambda: nys.lora.activate(net, [None]), "a name is None; expected a string"),
+    (lambda: nys.lora.activate(net, rows=[["default"]]), "a name is .'default'.; expected a"),
+    (lambda: nys.lora.activate(net, rows=3), "rows is 3; expected a sequence of names"),
     (lambda: nys.scale_by_gram(lambda count: 0.1), "damping is a function; expected a number"),
 ]
 ACCEPTED = [

@@ -93,11 +93,11 @@ def run(config: Config) -> int:
     for name in ("examples", "batch_size", "max_length"):
         if getattr(config, name) is not None:
             require_count(name, getattr(config, name), low=1)
-    for name in ("task", "template", "split", "max_length") if config.harness is not None else ():
-        if getattr(config, name) is not None:
+    for name in ("task", "template", "split", "max_length", "generated", "allow_cut"):
+        value = getattr(config, name)
+        if config.harness is not None and value != getattr(Config, name):
             raise ValueError(
-                f"{name} is {getattr(config, name)!r}; expected none with --harness, whose tasks "
-                "have their own"
+                f"{name} is {value!r}; expected none with --harness, whose tasks have their own"
             )
     if config.split not in (None, "train", "dev", "test"):
         raise ValueError(

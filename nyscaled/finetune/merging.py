@@ -27,7 +27,7 @@ from nyscaled.models.opening import open_weights
 BLOCK = 2**24
 """Most entries of an update that are in memory at one time."""
 TIED = "embed_tokens", "lm_head"
-INSTEAD = "expected nys.lora.load_peft and nys.lora.merge, which change both in memory"
+INSTEAD = "nys.lora.merge, nys.lora.remove and nys.models.save"
 
 
 class Exported(NamedTuple):
@@ -123,13 +123,15 @@ def export(
 def _require_plain(adapter: Path, outline: LanguageModel, saved: Saved) -> None:
     """Refuse what a change of single tensors does not say."""
     if saved.tokens:
-        raise ValueError(f"{adapter} has rows of single tokens; {INSTEAD}")
+        raise ValueError(
+            f"{adapter} has rows of single tokens; expected nys.lora.load_peft, {INSTEAD}"
+        )
     modules = {*saved.updates, *(name.rpartition(".")[0] for name in saved.whole)}
     changed = sorted(m for m in modules if m.rpartition(".")[2] in TIED)
     if changed and getattr(outline.config, "tie_word_embeddings", False):
         raise ValueError(
             f"{adapter} changes {', '.join(changed)}, and the head of the model is its embedding; "
-            f"{INSTEAD}"
+            f"expected nys.lora.load_peft, model.untie(), {INSTEAD}"
         )
 
 
@@ -170,9 +172,11 @@ def _merged(
         if name in saved.whole:
             with np.errstate(over="ignore"):
                 value = saved.whole[name].astype(dtype)
-            yield name, _finite(f"{name} of the adapter", value)
-            continue
-        value, update = source.read(names[name]), saved.updates.get(name.removesuffix(".weight"))
+            _finite(f"{name} of the adapter", value)
+        else:
+            value = source.read(names[name])
+        # PEFT saves the weight of a targeted head or embedding beside its factors.
+        update = saved.updates.get(name.removesuffix(".weight"))
         yield name, value if update is None else _with_update(name, value, update, saved)
 
 

@@ -127,6 +127,12 @@ class Adapter(nnx.Module):
         hidden = c.down(x, a[...].astype(dtype))
         gate = (self.scaling * self.gate[...]).astype(dtype)
         if gate.ndim:
+            count = hidden.shape[0] if hidden.ndim > 1 else 0
+            if count != gate.size:
+                raise ValueError(
+                    f"the input has {count} rows; expected {gate.size}, as `rows` of "
+                    "`nys.lora.activate`"
+                )
             gate = gate.reshape(-1, *(1,) * (hidden.ndim - 1))
         return c.up(gate * hidden, b[...].astype(dtype))
 

@@ -29,7 +29,7 @@ def save_peft(
     base_model: str | os.PathLike[str],
     name: str = "default",
     names: Names = None,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: Sequence[str] | None = (),
     task_type: str | None = None,
     alpha: float | None = None,
 ) -> None:
@@ -54,7 +54,8 @@ def save_peft(
             of stacks.
         modules_to_save: paths of layers that were trained themselves (a new head, an embedding,
             norms), or of modules that hold such layers, to be saved whole. PEFT takes an end of a
-            name for the name (`head` for `pre_head`): such layers are saved too.
+            name for the name (`head` for `pre_head`): such layers are saved too. Biases of adapted
+            layers (PEFT's `bias`) are not saved.
         task_type: PEFT's name of the task, such as "CAUSAL_LM", or None. For "SEQ_CLS", "TOKEN_CLS"
             and "QUESTION_ANS" PEFT requires the head in the folder, trained or not.
         alpha: α, for s = α/r, of adapters that flax or qwix have put in, which are saved too. None
@@ -75,6 +76,8 @@ def save_peft(
         ...     sorted(os.listdir(folder))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    if isinstance(modules_to_save, str):
+        raise ValueError(f"modules_to_save is {modules_to_save!r}; expected a sequence of paths")
     adapted = inject.adapted_layers(model)
     layers = {p: m for p, m in adapted.items() if name in m.adapters}
     others = foreign.find(model, alpha)
@@ -97,7 +100,7 @@ def save_peft(
         saved,
         base_model=base_model,
         others=_other_names(model, to_name, saved),
-        whole=whole_modules.tensors(model, modules_to_save, to_name),
+        whole=whole_modules.tensors(model, modules_to_save or (), to_name),
         rank_stabilized=stabilized,
         # One field for all layers, which matters in training only.
         dropout=max((a.dropout.rate for a in adapters.values() if a.dropout), default=0.0),
@@ -162,10 +165,11 @@ def load_peft(
 
     Modules that were saved whole, and what PEFT saves of the base (embeddings, rows of tokens,
     heads, biases), replace those of the model, for all its adapters. `save_peft` then writes of
-    them only what its `modules_to_save` names. A head that is the embedding gets its own weights
-    where PEFT would separate the two. PEFT only warns of a tensor without a layer and of a targeted
-    layer without tensors. Here these are errors, as is a configuration of more than plain LoRA, and
-    then nothing has been changed.
+    them only what its `modules_to_save` names, and no biases of adapted layers, which
+    `nys.models.save` keeps after `merge` and `remove`. A head that is the embedding gets its own
+    weights where PEFT would separate the two. PEFT only warns of a tensor without a layer and of a
+    targeted layer without tensors. Here these are errors, as is a configuration of more than plain
+    LoRA, and then nothing has been changed.
 
     The layers of a stack share one rank and one scaling. Layers that the file leaves out get zero
     factors, smaller ranks get zero columns, and other scalings go into b. Zero factors and columns

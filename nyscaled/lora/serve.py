@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,10 +28,11 @@ def activate(
         rows: in place of `names`, the set for each row of the batch (None for the base): one call
             then serves several adapters from one W_0 (A.3). The batch is the input's first axis.
             A change from sets to rows, or of the number of rows, changes shapes and compiles once.
+            A call with another number of rows is a ValueError.
 
     Raises:
-        ValueError: on an unknown name, and on rows for a layer with batch axes (experts), whose
-            input has another first axis. Nothing has been changed then.
+        ValueError: on an unknown name, names beside rows, no rows, and rows for a layer with batch
+            axes (experts), whose input has another first axis. Nothing has been changed then.
 
     Examples:
         >>> import jax, nyscaled as nys
@@ -41,8 +43,17 @@ def activate(
         >>> activate(model, rows=["english", None, "french"])
     """
     layers = adapted_layers(model)
-    active = [names] if isinstance(names, str) else list(names)
-    for name in {n for n in (*active, *(rows or ())) if n is not None}:
+    active = [names] if isinstance(names, str) else _listed("names", names)
+    if rows is not None:
+        rows = _listed("rows", rows)
+        if active or not rows:
+            raise ValueError(
+                f"names is {names!r:.80} and rows is {rows!r:.80}; expected one of the two, and a "
+                "row at least"
+            )
+    for name in (*active, *(n for n in rows or () if n is not None)):
+        if not isinstance(name, str):
+            raise ValueError(f"a name is {name!r:.80}; expected a string")
         require_name(layers, name)
     for path, layer in layers.items():
         if rows is not None and roles_of(layer).batch:
@@ -55,6 +66,12 @@ def activate(
             gate = jnp.asarray(value, adapter.gate.dtype)
             # In place, for functions that hold the model, as those of nnx.cached_partial do.
             adapter.gate.set_value(jnp.broadcast_to(gate, (*adapter.stack, *gate.shape)))
+
+
+def _listed(what: str, names: Any) -> list[Any]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(f"{what} is {names!r:.80}; expected a sequence of names")
+    return list(names)
 
 
 def merge(model: nnx.Module, name: str = "default", *, alpha: float | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float
 
-from nyscaled.models.config import LARGEST
+from nyscaled.validation import require_count
 
 
 def resize_token_embeddings(
     model: Any,
-    size: int,
+    size: SupportsIndex,
     *,
     rows: Float[ArrayLike, "new width"] | None = None,
     head_rows: Float[ArrayLike, "new width"] | None = None,
@@ -46,8 +46,7 @@ def resize_token_embeddings(
         >>> model.embed_tokens.embedding.shape, model.lm_head.kernel.shape, model.config.vocab_size
         ((18, 8), (8, 18), 18)
     """
-    if type(size) is not int or not 0 < size <= LARGEST:
-        raise ValueError(f"size is {size!r}; expected a positive integer, the number of tokens")
+    size = require_count("size", size, low=1)
     owner = getattr(model, "bert", model)
     if not hasattr(owner, "embed_tokens") and not hasattr(owner, "embeddings"):
         raise ValueError(f"model is a {type(model).__name__}; expected one of this package")

@@ -221,8 +221,18 @@ def _rounded(length: int) -> int:
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
+def _rectangular(name: str, rows: Any) -> np.ndarray:
+    try:
+        return np.asarray(rows)
+    except ValueError as error:
+        raise ValueError(
+            f"the rows of {name} have different lengths; expected one length, padded, with a mask"
+        ) from error
+
+
 def _prompt(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens, mask = np.asarray(tokens), None if mask is None else np.asarray(mask)
+    tokens = _rectangular("tokens", tokens)
+    mask = None if mask is None else _rectangular("mask", mask)
     if mask is not None and mask.dtype.kind not in "biuf":
         raise ValueError(f"mask is {mask.dtype}; expected True where there is a token")
     mask = np.ones(tokens.shape, bool) if mask is None else mask > 0
@@ -259,11 +269,12 @@ def _stops(stop_tokens: int | Sequence[int] | None) -> np.ndarray:
 
 def _count(name: str, value: Any, *, least: int = 1, most: float = LARGEST) -> int:
     try:
-        number = operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
     if not least <= number <= most:
-        raise ValueError(f"{name} is {value!r:.80}; expected an integer of at least {least}")
+        end = "" if math.isinf(most) else f" and at most {most}"
+        raise ValueError(f"{name} is {value!r:.80}; expected an integer of at least {least}{end}")
     return number
 
 

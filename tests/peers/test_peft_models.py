@@ -219,6 +219,18 @@ def test_peft_computes_what_was_trained_here(init, base, tmp_path):
     close(call(model), expected)
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head", "embed_tokens"]])
+def test_what_peft_saved_is_exported(targets, base, tmp_path):
+    """PEFT saves the weights of a targeted head or embedding beside its factors."""
+    folder, _ = base
+    if theirs(folder).config.tie_word_embeddings and len(targets) > 1:
+        pytest.skip("the head is the embedding: such an adapter is not exported")
+    their = trained(theirs(folder), target_modules=targets, init_lora_weights=False)
+    quietly(their.save_pretrained, tmp_path / "theirs")
+    quietly(nys.finetune.export, folder, tmp_path / "theirs", tmp_path / "out")
+    close(logits(theirs(tmp_path / "out")), logits(their))
+
+
 def _paths(model):
     return {".".join(map(str, path)) for path, _ in nnx.iter_modules(model)}
 
