@@ -117,7 +117,7 @@ def _latent_size(pipe: Pipeline, size: object) -> tuple[int, int]:
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("schedule", "steps", "sampler"))
 def _sampled(
     graphdef: nnx.GraphDef[UNet],
-    state: nnx.State,
+    state: object,
     noise: Latents,
     context: Array,
     guidance: Array,
@@ -140,6 +140,6 @@ def _sampled(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decoded(graphdef: nnx.GraphDef[Autoencoder], state: nnx.State, latents: Latents) -> Array:
+def _decoded(graphdef: nnx.GraphDef[Autoencoder], state: object, latents: Latents) -> Array:
     images = nnx.merge(graphdef, state).decode(latents).astype(jnp.float32)
     return jnp.clip(images / 2 + 0.5, 0, 1)

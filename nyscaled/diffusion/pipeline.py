@@ -91,7 +91,7 @@ class Pipeline:
         return _encoded(*quiet_parts(self.text_encoder), jnp.asarray(tokens))
 
 
-def quiet_parts(model: M) -> tuple[nnx.GraphDef[M], nnx.State]:
+def quiet_parts(model: M) -> tuple[nnx.GraphDef[M], object]:
     """Return a model without dropout of adapters, split: `nnx.jit` would change it in a trace.
 
     Args:
@@ -100,7 +100,7 @@ def quiet_parts(model: M) -> tuple[nnx.GraphDef[M], nnx.State]:
     return parts(nnx.view(model, deterministic=True, raise_if_not_found=False))
 
 
-def parts(model: M) -> tuple[nnx.GraphDef[M], nnx.State]:
+def parts(model: M) -> tuple[nnx.GraphDef[M], object]:
     """Return a model split into its structure and its arrays.
 
     Args:
@@ -111,7 +111,7 @@ def parts(model: M) -> tuple[nnx.GraphDef[M], nnx.State]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encoded(graphdef: nnx.GraphDef[TextEncoder], state: nnx.State, tokens: Array) -> Array:
+def _encoded(graphdef: nnx.GraphDef[TextEncoder], state: object, tokens: Array) -> Array:
     return nnx.merge(graphdef, state)(tokens)
 
 

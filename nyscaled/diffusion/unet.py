@@ -91,18 +91,16 @@ def _again(
     Unlike `nnx.remat` this takes modules from outside of the trace: only counters of random
     streams, as dropout has them, are written back.
     """
-    modules = nnx.List([resnet] if attention is None else [resnet, attention])
+    modules = resnet, attention
     graphdef, random, rest = nnx.split(modules, nnx.RngState, ...)
 
     @jax.checkpoint
-    def run(random: nnx.State, rest: nnx.State, *inputs: Array) -> tuple[Array, nnx.State]:
-        resnet, *attentions = nnx.merge(graphdef, random, rest, copy=True)
-        x = _layer(resnet, attentions[0] if attentions else None, *inputs)
-        return x, nnx.as_pure(nnx.state([resnet, *attentions], nnx.RngState))
+    def run(random: object, rest: object, *inputs: Array) -> tuple[Array, object]:
+        made = nnx.merge(graphdef, random, rest, copy=True)
+        return _layer(*made, *inputs), nnx.as_pure(nnx.state(made, nnx.RngState))
 
     x, random = run(nnx.as_pure(random), nnx.as_pure(rest), x, time, context)
-    if jax.tree.leaves(random):
-        nnx.update([resnet, *([] if attention is None else [attention])], random)
+    nnx.update(modules, random)
     return x
 
 

@@ -50,7 +50,7 @@ def require_sound(result: LowRank) -> None:
     Args:
         result: a factorization, whose entries are known.
     """
-    if int(result.status) == Status.NON_FINITE:
+    if Status(int(result.status)) is Status.NON_FINITE:
         raise ValueError("A has NaN or Inf entries, or its products overflow; expected finite ones")
     if size := float(result.norm_estimate):
         require_digits(size, result.norm_estimate.dtype)
