@@ -93,12 +93,15 @@ def scaled_step(
     The update is (1−η)X + ηA X(XᵀX)†, with the dual taken from an orthonormal factor: float32 does
     not lose accuracy with κ, and over a product with A it costs O(m r²). The numerical rank is
     decided once, by `init`: exactly and under-parametrized starts keep all columns; the zero
-    directions of an over-parametrized Nyström start are cut. At Y_0 = 0 the left factor does not
+    directions of an over-parametrized Nyström start are cut. A start that has less rank than
+    columns for another reason, such as a column twice, is (26) only if the others are zero: use
+    `gradient_step` with `scaled_gd(η, pseudo_inverse=True)`. At Y_0 = 0 the left factor does not
     change, X_1 = X_0, as in (6a).
 
     Args:
         problem: `problems.Symmetric` or `problems.Asymmetric`.
-        learning_rate: η in (0, 1], or a schedule of the step count. On (1) 0.5 is quadratic; on
+        learning_rate: η in (0, 1], or a schedule of the step count, whose values are not checked,
+            as those of traced numbers are not. On (1) 0.5 is quadratic; on
             (4) 1 is exact in one step (Theorems 3, 6).
         damping: λ ≥ 0 of ScaledGD(λ), in units of XᵀX; the rank is not cut where it is positive.
 
