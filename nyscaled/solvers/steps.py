@@ -94,7 +94,7 @@ def scaled_step(
     not lose accuracy with κ, and over a product with A it costs O(m r²). The numerical rank is
     decided once, by `init`: exactly and under-parametrized starts keep all columns; the zero
     directions of an over-parametrized Nyström start are cut. A start that has less rank than
-    columns for another reason, such as a column twice, is (26) only if the others are zero: use
+    columns for another reason, because a column stands twice, say, does not follow (26): for it use
     `gradient_step` with `scaled_gd(η, pseudo_inverse=True)`. At Y_0 = 0 the left factor does not
     change, X_1 = X_0, as in (6a).
 
