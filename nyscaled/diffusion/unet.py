@@ -79,13 +79,7 @@ class Block(nnx.Module):
         return split_batch(run(resnet, attention, x, time, context))
 
 
-def _again(
-    resnet: ResnetBlock2D,
-    attention: Transformer2DModel | None,
-    x: Image,
-    time: Features,
-    context: Text,
-) -> Image:
+def _again(resnet: ResnetBlock2D, attention: Transformer2DModel | None, *inputs: Array) -> Image:
     """What `_layer` returns, computed again in the backward pass.
 
     Unlike `nnx.remat` this takes modules from outside of the trace: only counters of random
@@ -99,7 +93,7 @@ def _again(
         made = nnx.merge(graphdef, random, rest, copy=True)
         return _layer(*made, *inputs), nnx.as_pure(nnx.state(made, nnx.RngState))
 
-    x, random = run(nnx.as_pure(random), nnx.as_pure(rest), x, time, context)
+    x, random = run(nnx.as_pure(random), nnx.as_pure(rest), *inputs)
     nnx.update(modules, random)
     return x
 
