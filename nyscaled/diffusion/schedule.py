@@ -131,9 +131,9 @@ class Schedule(Settings):
         """Return the schedule of a file.
 
         Samples are never clipped, also where diffusers would clip: that is for pixels. PLMS has no
-        Runge-Kutta steps, whatever `skip_prk_steps` is. Other settings that only samplers read are
-        refused in the file of a sampler that is here and would differ, such as `use_karras_sigmas`
-        in that of Euler's method; in files of other classes they are not read.
+        Runge-Kutta steps, also where `skip_prk_steps` is false. Other settings that only samplers
+        read are refused in the file of a sampler that is here and would differ, such as
+        `use_karras_sigmas` in that of Euler's method; in files of other classes they are not read.
 
         Args:
             config: what `scheduler_config.json` holds.
