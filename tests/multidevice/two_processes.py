@@ -30,10 +30,17 @@ def deviation(fn, a, axis_type=AxisType.Auto):
     """By how much the result differs from that of this process for the whole matrix."""
     leaves, expected = jax.tree.leaves(fn(shared(a, axis_type))), jax.tree.leaves(fn(a))
     return max(
-        float(np.max(np.abs(np.asarray(part.data) - np.asarray(y)[part.index])))
+        float(np.max(np.abs(np.asarray(part) - np.asarray(y)[index])))
         for x, y in zip(leaves, expected, strict=True)
-        for part in x.addressable_shards
+        for part, index in parts(x)
     )
+
+
+def parts(x):
+    """What this process has of a leaf, with its place; of the status all."""
+    if not isinstance(x, jax.Array):
+        return [(x, ())]
+    return [(part.data, part.index) for part in x.addressable_shards]
 
 
 a = matrix(M, N, 0.7 ** np.arange(N))
