@@ -115,6 +115,9 @@ def test_remat_takes_a_model_from_outside_and_advances_dropout():
     assert jnp.isfinite(jax.jit(jax.grad(mean))(x)).all()
     options = {"rank": 2, "alpha": 2, "init": "nora", "dropout": 0.5, "key": jax.random.key(0)}
     nys.lora.apply(unet, targets=r".*attn1.to_q", **options)
+    quiet = nnx.view(unet, deterministic=True, raise_if_not_found=False)
+    assert jnp.isfinite(jax.jit(lambda x: quiet(x, 7, context))(x)).all()
+    assert not any(jax.tree.leaves(nnx.state(unet, nnx.RngCount)))
     nnx.jit(lambda unet: unet(x, 7, context))(unet)
     counts = jax.tree.leaves(nnx.state(unet, nnx.RngCount))
     assert counts

@@ -158,11 +158,18 @@ class Schedule(Settings):
         return super().from_json(values)
 
     def to_json(self) -> JsonObject:
-        """Return what `scheduler_config.json` is to hold."""
+        """Return what `scheduler_config.json` is to hold.
+
+        Settings of samplers that are not here are not written; `clip_sample` and `skip_prk_steps`
+        are, as the samplers here have them.
+        """
         values = super().to_json()
         values["_class_name"] = values.pop("scheduler")
         if values["timestep_spacing"] is None:  # each class of diffusers has its own default
             del values["timestep_spacing"]
+        for name, classes in self.sampling.items():
+            if classes and self.scheduler not in classes:  # not read: it may have another value
+                del values[name]
         return {name: value for name, value in values.items() if value is not None}
 
     @property

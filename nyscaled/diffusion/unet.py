@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -83,18 +85,22 @@ def _again(resnet: ResnetBlock2D, attention: Transformer2DModel | None, *inputs:
     """What `_layer` returns, computed again in the backward pass.
 
     Unlike `nnx.remat` this takes modules from outside of the trace: only counters of random
-    streams, as dropout has them, are written back.
+    streams, as dropout has them, are written back, and only where numbers were drawn.
     """
     modules = resnet, attention
+    drawn: list[bool] = []
     graphdef, random, rest = nnx.split(modules, nnx.RngState, ...)
 
     @jax.checkpoint
     def run(random: object, rest: object, *inputs: Array) -> tuple[Array, object]:
         made = nnx.merge(graphdef, random, rest, copy=True)
-        return _layer(*made, *inputs), nnx.as_pure(nnx.state(made, nnx.RngState))
+        x, after = _layer(*made, *inputs), nnx.as_pure(nnx.state(made, nnx.RngState))
+        drawn.append(any(map(operator.is_not, jax.tree.leaves(after), jax.tree.leaves(random))))
+        return x, after
 
     x, random = run(nnx.as_pure(random), nnx.as_pure(rest), *inputs)
-    nnx.update(modules, random)
+    if any(drawn):
+        nnx.update(modules, random)
     return x
 
 

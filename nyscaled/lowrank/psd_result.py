@@ -22,7 +22,8 @@ class PSDApproximation:
             `linalg.KernelMatrix` it is the trace of the difference, which is at least that norm.
         numerical_rank: how many eigenvalues are not rounding.
         passes: how many thin products with A were made; 0 for a `linalg.KernelMatrix`.
-        status: a `lowrank.Status`, or its integer under jit and vmap.
+        status: a `lowrank.Status`; an array of its integer after jit, vmap and other
+            transformations of JAX.
         deviations: with `jackknife=True`, estimates (r,) of how far each vector would move under
             another key: the standard deviation of uuᴴ in the Frobenius norm, which is at most
             1; an estimate above 1 says that the vector is not determined.

@@ -54,7 +54,8 @@ class LowRank:
         norm_estimate: an estimate of ‖A‖_F, in units of A.
         numerical_rank: how many singular values are not rounding.
         passes: how many thin products with A or Aᴴ were made.
-        status: a `Status`, or its integer under jit and vmap.
+        status: a `Status`; an array of its integer after jit, vmap and other transformations
+            of JAX.
         deviations: `Deviations` of the singular vectors, if they were asked for.
 
     Examples:
