@@ -91,6 +91,7 @@ def test_narrow_integers_are_indices_of_a_large_matrix():
         np.testing.assert_array_equal(gradient, found[-1])
 
 
+@pytest.mark.long
 def test_masks_of_equal_size_in_a_batch():
     truth = normal(1, (M, R)) / M**0.5
 

@@ -303,7 +303,7 @@ def test_injected_schedule_acts():
         assert_close(actual, one_update(nys.scaled_gd(rate, 0.1), params))
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("alias", [nys.nora_plus, nys.lora_p])
 def test_injected_damping_of_an_alias_acts_as_a_constant_and_as_a_schedule(alias):
     params, inner = PARAMS["lora"](), optax.sgd(0.5)

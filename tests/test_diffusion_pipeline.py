@@ -140,6 +140,7 @@ def test_images_are_those_of_diffusers(pipe):
     assert images.max() <= 1
 
 
+@pytest.mark.long
 def test_images_inside_of_jit_leave_the_pipeline_as_it_is(pipe):
     def images(key):
         return nys.diffusion.generate(pipe, ["dog"], key=key, steps=2)

@@ -51,8 +51,8 @@ def test_outputs_are_those_of_diffusers(name):
     close(nnx.jit(unet_of(name))(*inputs), values["noise"], 3e-5)
 
 
-@pytest.mark.long_beyond(1)
 @pytest.mark.parametrize("name", REAL)
+@pytest.mark.long_beyond(1)
 def test_names_and_shapes_are_those_of_real_checkpoints(name):
     config, count, parameters = REAL[name]
     config = nys.diffusion.UNetConfig.from_json({"_class_name": "UNet2DConditionModel", **config})
@@ -104,6 +104,7 @@ def test_remat_changes_no_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
 
 
+@pytest.mark.long
 def test_remat_takes_a_model_from_outside_and_advances_dropout():
     unet = nys.diffusion.load_unet(FOLDER / "bk", remat=True)
     values = expected("bk", "unet")

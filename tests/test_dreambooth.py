@@ -183,6 +183,7 @@ def test_a_run_that_goes_on_elsewhere_is_refused(root, tmp_path):
         nys.finetune.dreambooth.run(settings(root, out=out, resume=True))
 
 
+@pytest.mark.long
 def test_a_run_goes_on_only_as_it_began(root, tmp_path):
     out, model = tmp_path / "out", tmp_path / "model"
     shutil.copytree(root / "out", out)
@@ -242,6 +243,7 @@ def test_a_damaged_record_is_refused(root, record, message, tmp_path):
         nys.finetune.dreambooth.run(settings(root, out=out, resume=True))
 
 
+@pytest.mark.long
 def test_changed_images_are_refused(root, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(root / "images", images)

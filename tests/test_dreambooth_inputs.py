@@ -164,6 +164,7 @@ def test_images_are_upright_and_in_rgb(tmp_path):
     assert read(tmp_path / "gray.jpg", 10).pixels.shape == (10, 20, 3)
 
 
+@pytest.mark.long
 def test_images_that_cannot_be_read_are_refused(root, tmp_path, monkeypatch):
     def refused(message, **options):
         with pytest.raises(ValueError, match=message):

@@ -59,6 +59,7 @@ def test_any_expression_matches_as_in_re(pattern, name):
     assert expression.match(name) == (re.match(pattern, name) is not None)
 
 
+@pytest.mark.long
 def test_steps_are_bounded_and_shared():
     budget = Budget(10_000)
     many = [Expression(f"(.*.*)*[{i}]", budget=budget) for i in range(20)]

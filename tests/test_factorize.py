@@ -51,9 +51,9 @@ def test_more_passes_come_closer(a):
     assert [int(nys.factorize(a, RANK, passes=p).passes) for p in (2, 3, 5)] == [2, 3, 5]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(M, N), (N, M)], ids=["tall", "wide"])
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64])
-@pytest.mark.long_beyond(2)
 def test_an_odd_number_of_passes(shape, dtype):
     """The projection is onto the shorter side, and images that are rounding are taken apart."""
     for s in (np.geomspace(1, 1e-6, N), 0.5 ** np.arange(N), np.where(np.arange(N) < 20, 1.0, 0)):
@@ -115,10 +115,10 @@ def few_values(kind, m, n):
     return (rows @ columns).astype(np.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(1000, 8), (8, 1000), (4000, 60)], ids=str)
 @pytest.mark.parametrize("kind", ["ones", "blocks", "one-hot", "steps"])
 @pytest.mark.parametrize("options", [{"rank": 6}, {"rank": 6, "passes": 2}, {"tol": 1e-4}], ids=str)
-@pytest.mark.long_beyond(1)
 def test_sums_of_numbers_of_one_sign(kind, shape, options):
     """Their Gram matrices have errors that grow with the number of rows."""
     a = few_values(kind, *shape)
@@ -162,8 +162,8 @@ def test_the_estimate_of_an_exact_rank_is_not_that_of_probes_in_the_basis():
     assert 2 in passes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", [jnp.asarray, nys.lowrank.RowBlocks])
-@pytest.mark.long_beyond(1)
 def test_a_rank_that_is_exact_but_for_rounding_is_said_for_every_key(form):
     """Of some keys the first block shows it; its own estimate may lie on either side of a limit."""
     a = form(matrix(M, N, np.where(np.arange(N) < 6, 1.0, 5e-7)))
@@ -172,8 +172,8 @@ def test_a_rank_that_is_exact_but_for_rounding_is_said_for_every_key(form):
     assert nys.factorize(a, 5).status is Status.RANK_REACHED
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("passes", [3, 4])
-@pytest.mark.long_beyond(1)
 def test_one_block_and_two_of_more_than_64_columns(a, passes):
     rank = 64
     factorize = functools.partial(nys.factorize, rank=rank, passes=passes)

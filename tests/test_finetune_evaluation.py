@@ -152,6 +152,7 @@ def test_one_pass_per_prompt(monkeypatch):
     assert evaluation._with_shared_prompt(equal) == Encoded((1, 2), ((3,), (4,)), 1)
 
 
+@pytest.mark.long
 def test_encoders():
     texts = ["a b c", "d", "e f g h a", "b b", "c a", "h g"] * 2
     rows = [

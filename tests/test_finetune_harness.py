@@ -27,6 +27,7 @@ def test_log_likelihoods_are_those_of_the_whole_text():
     assert log_likelihoods(causal(), []) == []
 
 
+@pytest.mark.long
 def test_greedy_continuations():
     prompt = tuple(characters().encode("It was").ids)
     best = max(range(270), key=lambda i: log_likelihoods(causal(), [(prompt, (i,))])[0].log_p)

@@ -45,6 +45,7 @@ def test_the_folder_of_a_run(root):
     assert modes == {(root / "new").stat().st_mode}
 
 
+@pytest.mark.long
 def test_the_adapter_is_that_of_the_lowest_validation_loss(root):
     """It is loaded into a fresh base, and gives the loss of the result."""
     out = root / "out"
@@ -59,14 +60,15 @@ def test_the_adapter_is_that_of_the_lowest_validation_loss(root):
     assert total / count == pytest.approx(result["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
         {"base": "bert_encoder", "method": "lora"},
-        pytest.param({"method": "pissa", "dropout": 0.1}, marks=pytest.mark.long),
-        pytest.param({"method": "full"}, marks=pytest.mark.long),
-        pytest.param({"method": "lora-one"}, marks=pytest.mark.long),
-        pytest.param({"base": "bert_encoder", "method": "linear-probe"}, marks=pytest.mark.long),
+        {"method": "pissa", "dropout": 0.1},
+        {"method": "full"},
+        {"method": "lora-one"},
+        {"base": "bert_encoder", "method": "linear-probe"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )  # fmt: skip

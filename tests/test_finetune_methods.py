@@ -166,6 +166,7 @@ def test_starts_from_batches_are_made_without_dropout():
         assert not any(m.deterministic for m in dropouts)  # as before
 
 
+@pytest.mark.long
 def test_lora_rite_clips_and_decays():
     params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.full((2, 4), 0.1)}
     grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params)

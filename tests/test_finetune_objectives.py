@@ -67,6 +67,7 @@ def test_tokens_are_those_of_the_answer_or_all(log_p, loss_on):
     assert float(count) == number
 
 
+@pytest.mark.long
 def test_examples_with_fewer_candidates():
     data = examples(4, answers=PHRASES)
     fewer = [*examples(1, answers=PHRASES[1:]), *data]

@@ -103,6 +103,7 @@ def test_prompts_of_the_rows_have_no_template(tmp_path):
     assert prompt["name"] == "alpaca"
 
 
+@pytest.mark.long
 def test_no_weight_is_read_before_the_memory_is_known(tmp_path):
     config = settings(tmp_path)
     (weights,) = (tmp_path / "llama").glob("*.safetensors")

@@ -228,6 +228,7 @@ def test_a_run_goes_on_without_what_identifies_its_base(unfinished):
     assert (unfinished.out / "adapter" / "base.json").exists()
 
 
+@pytest.mark.long
 def test_a_base_that_gives_another_loss_is_refused(unfinished):
     """Although nothing else says that it is another one."""
     (unfinished.out / "base.json").unlink()

@@ -105,6 +105,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
         np.testing.assert_array_equal(new, old)
 
 
+@pytest.mark.long
 def test_dropout_is_a_function_of_the_step_and_off_in_validation():
     parts, _ = adapted("pissa", dropout=0.5)
     step, batch = program(parts, method="pissa"), made("tokens", PHRASES).batch(ROWS)
@@ -121,6 +122,7 @@ def test_dropout_is_a_function_of_the_step_and_off_in_validation():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.long
 def test_a_narrow_base_has_wide_adapters_and_moments():
     model, _ = nys.models.load(model_cases.MODELS / "llama", dtype=jnp.bfloat16)
     method = nys.finetune.method("full")

@@ -71,7 +71,7 @@ def test_nor_do_other_functions(name):
     assert not batched
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["scaled_over", "pair", "qdwh", "gradient_pseudo"])
 def test_nor_do_gradients(name):
     def loss(root):

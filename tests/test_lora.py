@@ -124,6 +124,7 @@ def test_patterns_with_ranks_of_their_own_and_alpha():
     assert model.layers.query.adapters["default"].scaling == 2
 
 
+@pytest.mark.long
 def test_dropout_acts_in_training_and_not_in_evaluation():
     model = net()
     apply(model, dropout=0.5)

@@ -19,7 +19,7 @@ CASES = {
 }
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_derivatives_are_those_of_the_einsum(case):
     up, batch, outputs, shape = CASES[case]

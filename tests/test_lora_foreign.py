@@ -63,7 +63,7 @@ CASES = {
 }
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_saved_and_loaded_where_the_base_is_plain(case, tmp_path):
     make, base, alpha = CASES[case]

@@ -65,6 +65,7 @@ def test_bad_input_is_named_and_changes_nothing(case):
         assert nnx.graphdef(model) == nnx.graphdef(net())
 
 
+@pytest.mark.long
 def test_kernels_that_cannot_be_read_are_named():
     model = net()
     model.blocks[0].up.kernel[...] = model.blocks[0].up.kernel[...].at[0, 0].set(jnp.nan)

@@ -31,6 +31,7 @@ def draws(a, passes):
     return jax.lax.map(one, jax.random.split(jax.random.key(1), DRAWS))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("spectrum", "passes"), CASES)
 def test_how_often_an_estimate_is_below_the_error(spectrum, passes):
     """Leaving out (two passes) or probes (more): rarely below half of it, and right on average."""
@@ -48,8 +49,8 @@ def test_the_count_can_fail():
     assert np.mean(0.5 * estimates < 0.5 * errors) > 0.3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("passes", [2, 3, 4])
-@pytest.mark.long_beyond(1)
 def test_deviations_are_those_of_other_keys(passes):
     """The jackknife is biased upwards: within a factor of 8 of the spread, and not far below it."""
     a = jnp.asarray(matrix(M, N, SPECTRA["harmonic"](N)))

@@ -46,8 +46,8 @@ def test_a_wide_matrix_and_too_many_columns():
     assert error(a, f) < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tol", [0.3, 0.05, 1e-7])
-@pytest.mark.long_beyond(1)
 def test_a_tolerance_is_met(tol):
     s = 0.9 ** np.arange(N)
     a, size = matrix(M, N, s), np.linalg.norm(s)

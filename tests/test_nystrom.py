@@ -76,7 +76,7 @@ HOST = {
 }
 
 
-@pytest.mark.long_beyond(2)
+@pytest.mark.long
 @pytest.mark.parametrize("form", HOST)
 @pytest.mark.parametrize("options", [{"rank": RANK}, {"tol": 0.1}])
 def test_matrices_that_jax_does_not_hold(form, options, tmp_path):
@@ -99,6 +99,7 @@ def test_an_operator_without_arrays_of_its_own_is_traced(function):
     np.testing.assert_allclose(estimate(2.0), 2 * function(operator, rank=RANK).error_estimate)
 
 
+@pytest.mark.long
 def test_a_stream_is_read_once_per_pass():
     """Whether it is Hermitian, finite and not zero is seen in the first pass."""
     a = np.asarray(matrix("squares"))
@@ -127,7 +128,7 @@ def hermitian(values=(3.0, 2.0, 1.0, 0.5, 0.01)):
     return jnp.asarray((basis * np.array(values, np.float32)) @ basis.conj().T), basis
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("passes", [1, 3])
 def test_a_hermitian_matrix_is_multiplied_by_adjoints(passes):
     a, basis = hermitian()

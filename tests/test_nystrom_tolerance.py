@@ -51,6 +51,7 @@ def test_the_estimate_is_rarely_below_the_error():
     assert np.mean(ratios) < 1.2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tol", [0.5, 0.1])
 def test_all_eigenvalues_are_equal(tol):
     """The Krylov space of the identity does not grow by itself."""

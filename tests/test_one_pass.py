@@ -205,8 +205,8 @@ def test_a_stream_is_read_once():
     assert a.passes == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [1, 4, RANK + 1])
-@pytest.mark.long_beyond(1)
 def test_few_rows_and_few_columns(rows):
     a = matrix("1/i")[:rows, :10]
     for b in (a, a.T):
@@ -215,6 +215,7 @@ def test_few_rows_and_few_columns(rows):
         assert error(f, b) <= 1.05 * np.linalg.svd(b)[1][1:].sum() + 1e-5
 
 
+@pytest.mark.long
 def test_errors_near_the_largest_number_are_finite():
     """The norm of the products that measure the error is beyond it."""
     a = np.linalg.qr(np.random.default_rng(0).standard_normal((12, 12)))[0]

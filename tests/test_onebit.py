@@ -44,7 +44,7 @@ def exact_loss(problem, point):
     return weight * problem.noise_scale**2 * divergence
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("kind", CASES)
 def test_loss_and_gradient_follow_their_definitions_where_frequencies_are_0_or_1(kind):
     problem, _, point = case(kind, trials=3)

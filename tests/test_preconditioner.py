@@ -70,6 +70,7 @@ def test_steps_fall_to_what_the_condition_number_allows():
     assert error_after(steps, small) > 1e-2
 
 
+@pytest.mark.long
 def test_it_solves_with_a_kernel_matrix():
     a = KernelMatrix(kernels.gaussian(1.0), normal(2, (SIZE, 2)))
     inverse = nystrom_preconditioner(nys.nystrom(a, 60), 1e-3)

@@ -64,7 +64,7 @@ def prefixed(name, virtual_tokens=VIRTUAL):
     return model
 
 
-@pytest.mark.long_beyond(2)
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["llama", "opt", *(n for n in DECODERS if n not in ("llama", "opt"))]
 )

@@ -122,8 +122,8 @@ def test_it_is_compiled_once():
 # --- Rounding ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**60])
-@pytest.mark.long_beyond(1)
 def test_a_numerical_rank_below_the_rank_is_returned_and_rounding_is_no_pivot(scale):
     """100 copies of each of 3 points, then a kernel whose eigenvalues fall below rounding."""
     points = jnp.repeat(jnp.array([[0.0], [1.0], [5.0]]), 100, axis=0)

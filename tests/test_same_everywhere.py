@@ -67,6 +67,7 @@ def test_report_does_not_change_with_the_instruction_set(isa, blas, threads):
     check(*command, threads=threads, OPENBLAS_NUM_THREADS=str(threads), **flags)
 
 
+@pytest.mark.long
 def test_the_perturbation_moves_products_by_an_ulp():
     code = (
         "import perturb, jax, jax.numpy as jnp; f = lambda a: a @ a; a = jnp.full((4, 4), 0.3);"

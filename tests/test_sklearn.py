@@ -139,6 +139,7 @@ def test_random_state(sparse):
     assert np.array_equal(fit(None), first)
 
 
+@pytest.mark.long
 def test_pickle_clone_and_names(digits):
     svd = TruncatedSVD(3, random_state=0).fit(digits)
     again = pickle.loads(pickle.dumps(svd))
@@ -287,6 +288,7 @@ def test_nystroem_explains_a_smooth_kernel_to_rounding(points):
         assert ours.relative_error_ < least
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
 @pytest.mark.parametrize("gamma", [0, 1e-320])
 def test_nystroem_with_a_constant_kernel(points, kernel, gamma):

@@ -116,7 +116,7 @@ def inverse_gram_run(a, x, num_steps):
     return lax.fori_loop(0, num_steps, body, x)
 
 
-@pytest.mark.long_beyond(2)
+@pytest.mark.long
 @pytest.mark.parametrize("kappa", [1e2, 1e3, 1e4, 1e5])
 def test_float32_floor_does_not_depend_on_the_condition_number(kappa):
     a, _ = psd(int(kappa), ill_conditioned(kappa), m=1000)

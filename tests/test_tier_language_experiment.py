@@ -44,6 +44,7 @@ def test_upper_layers_over_states_are_the_whole_model(settings):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_halves_refuse_models_that_they_cannot_cut(settings):
     model = adapter_data.load(settings[0].model)[0]
     for upper in (0, 2):

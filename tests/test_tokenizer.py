@@ -80,7 +80,7 @@ def swapped():
 TEXT = st.lists(st.sampled_from([*WORDS, "x"]), max_size=9).map(" ".join)
 
 
-@pytest.mark.long_beyond(1)
+@pytest.mark.long
 @pytest.mark.parametrize("make", [words, bare, swapped])
 @hypothesis.given(TEXT, TEXT, st.integers(3, 20))
 @hypothesis.settings(max_examples=200)

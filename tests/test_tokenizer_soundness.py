@@ -114,6 +114,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.long
 def test_a_map_that_announces_gigabytes_does_not_end_the_process(tmp_path):
     pytest.importorskip("resource")
     document = json.loads(tokenizers.Tokenizer(models.BPE()).to_str())

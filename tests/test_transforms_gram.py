@@ -81,6 +81,7 @@ def test_over_parametrized_gradient_descent_converges_with_the_pseudo_inverse():
     assert errors[-1] < 1e-5 < errors[0]
 
 
+@pytest.mark.long
 def test_spec_may_put_the_axes_anywhere():
     """Heads as a batch axis in the middle, the long side split over two axes, rank first."""
     a, b = normal(1, (2, 5, 3, 4)), normal(2, (7, 3, 2))
@@ -175,6 +176,7 @@ def test_nora_plus_names_an_orphan_and_requires_positive_damping():
         nys.nora_plus(optax.sgd(1.0), damping=0.0)
 
 
+@pytest.mark.long
 def test_default_dampings_are_those_of_the_papers():
     # Columns so small that the damping decides.
     x, y = 1e-3 * normal(1, (M, R)), 1e-3 * normal(2, (N, R))
@@ -193,6 +195,7 @@ def test_default_dampings_are_those_of_the_papers():
     chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_factor_with_fewer_rows_than_its_rank_has_a_pseudo_inverse_and_is_else_refused():
     """As an adapter of rank 6 on a layer of 4 outputs has."""
     x, y = normal(1, (M, 6)), normal(2, (4, 6))
@@ -207,6 +210,7 @@ def test_a_factor_with_fewer_rows_than_its_rank_has_a_pseudo_inverse_and_is_else
     nys.scaled_gd(0.5, damping=0.1).init(nys.Factors(x, y))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("m", "n", "r", "rank"), [(2, 5, 3, 1), (3, 5, 4, 2), (2, 2, 5, 2)])
 def test_pseudo_inverses_of_factors_of_fewer_rows_and_of_less_rank(m, n, r, rank):
     common = normal(0, (rank, r))

@@ -74,6 +74,7 @@ def test_an_orphan_is_named(lonely):
         nys.nora_plus(optax.sgd(1.0)).init(params)
 
 
+@pytest.mark.long
 def test_kept_kernel_axes_are_the_flattened_matrix():
     x, y, gx, gy = (normal(i, s) for i, s in enumerate([(12, 2), (2, 20), (12, 2), (2, 20)]))
     tx = nys.scale_by_gram()
@@ -111,6 +112,7 @@ def test_pairs_of_equal_shapes_share_one_call_and_agree_with_single_ones():
         chex.assert_trees_all_close(actual[k], alone(grads[k], params[k]), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_pairs_of_equal_shapes_and_other_layouts_or_dtypes_do_not_mix():
     a, b = normal(1, (4, 4)), normal(2, (4, 4))
     params = {"f": nys.Factors(a, b), "l": {"lora_a": a, "lora_b": b}}

@@ -110,6 +110,7 @@ def test_adam_does_depend_on_the_factors():
     assert np.abs(moved(a @ MIX, b @ np.linalg.inv(MIX).T) - moved(a, b)).max() > 0.05
 
 
+@pytest.mark.long
 def test_gradients_of_another_size_give_the_same_steps():
     params = PARAMS["factors"]()
     tx = nys.lora_rite(RATE)
