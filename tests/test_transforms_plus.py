@@ -60,9 +60,11 @@ def test_schedules_and_injected_numbers_act():
     chex.assert_trees_all_close(steps(tx), steps(two), rtol=1e-5)
 
 
-def test_a_ratio_that_is_not_positive_is_refused():
+def test_rates_that_go_uphill_are_refused():
     with pytest.raises(ValueError, match=r"ratio is 0; expected a number in \(0, inf\)"):
         nys.lora_plus(optax.sgd, RATE, 0.0)
+    with pytest.raises(ValueError, match=r"learning_rate is -1; expected a number in \[0, inf\)"):
+        nys.lora_plus(optax.sgd, -1.0)
 
 
 def test_a_preconditioner_may_be_inside():

@@ -123,12 +123,14 @@ REFUSED = [
     ),
     (lambda: nys.nora_plus(optax.sgd), "inner is a function; expected an optax transformation"),
     (lambda: nys.lora_plus(optax.sgd(0.1)), "optimizer is a .*; expected a constructor"),
+    (lambda: nys.lora_plus(optax.sgd, None), "learning_rate is None; expected a number"),
     (lambda: nys.lora_plus(lambda rate: rate), "what optimizer returns is a float; expected an"),
     (lambda: nys.nora_plus(optax.GradientTransformation), "inner is a type; expected an optax"),
     *(
         (lambda fn=fn: fn(nys.diffusion.outline(PIPELINE), "nowhere"), "unet is a Pipeline; expec")
         for fn in (nys.lora.save_diffusers, nys.lora.load_diffusers)
     ),
+    (lambda: nys.diffusion.Schedule().signal_to_noise("ab"), "times is a str; expected a dense"),
     (lambda: sampled(sampler=["ddim"]), "sampler is .'ddim'.; expected one of"),
     (lambda: sampled(sampler="ddpm", key=0), "key is 0; expected one key"),
     (lambda: nys.lora.activate(net, None), "names is None; expected a sequence of names"),

@@ -232,7 +232,7 @@ class Schedule(Settings):
 
     def _index(self, times: ArrayLike) -> Array:
         """Times that are known to be in the schedule; JAX would take the nearest of others."""
-        index, count = jnp.asarray(times), self.num_train_timesteps
+        index, count = as_array("times", times), self.num_train_timesteps
         if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
             raise ValueError(
                 f"times are {index.dtype} of shape {index.shape}; expected integers (batch,)"

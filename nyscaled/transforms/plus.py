@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import optax
@@ -27,13 +28,13 @@ def lora_plus(
 
     Args:
         optimizer: constructor of the optimizer, `optax.adamw` say.
-        learning_rate: η, or an optax schedule.
+        learning_rate: η, not negative, or an optax schedule.
         ratio: learning rate of b over that of a, positive.
         spec: which leaves are pairs. `pair_spec` if None.
 
     Raises:
-        ValueError: as `scale_by_gram`, on ratio ≤ 0, and if `optimizer` does not return a
-            transformation.
+        ValueError: as `scale_by_gram`, on η < 0, on ratio ≤ 0, and if `optimizer` does not return
+            a transformation.
 
     References:
         Hayou, Ghosh, Yu, LoRA+: Efficient low rank adaptation of large models, ICML 2024.
@@ -45,6 +46,9 @@ def lora_plus(
         >>> [float(x.ravel()[0]) for x in jax.tree.leaves(updates)]
         [-0.5, -0.5, -2.0]
     """
+    validation.require_scalar(
+        "learning_rate", learning_rate, 0, math.inf, open_low=False, schedule=True
+    )
     validation.require_positive("ratio", ratio)
     if not callable(optimizer):
         raise ValueError(
