@@ -150,7 +150,7 @@ def main(config: Config) -> None:
                 }
             )
         curves[name], notes[name] = series, by_tolerance
-        axes.plot(*series["best"], label="best", **PREDICTION)
+        axes.plot(*series["best"], label="best", **PREDICTION | {"zorder": 3})  # on six products
         for i, (label, marker) in enumerate(
             (("two products", 0), ("six products", 1), ("six products, estimate", 6))
         ):

@@ -13,7 +13,7 @@ from experiments.lib.comparison import Endpoint
 from experiments.lib.curves import Curve
 from experiments.lib.paired_study import BLOCK, TUNING_SEED, PairedStudy
 from experiments.lib.style import COLOURS, MARKERS, look_of
-from experiments.lib.subject_methods import BASE, RATES, ROWS
+from experiments.lib.subject_methods import BASE, ROWS
 from experiments.lib.tuning import Point
 
 
@@ -27,8 +27,8 @@ def tuned(study: PairedStudy) -> dict[str, Curve]:
             own = study.identity(label, point, line["subject"], TUNING_SEED)
             if own.items() <= line.items():
                 points.setdefault(line["rate"], []).append(line["instance"])
-        rates = sorted(rate for rate in points if rate in RATES)
-        if rates:
+        if points:
+            rates = sorted(points)
             curves[label] = Curve(rates, [float(np.mean(points[rate])) for rate in rates])
     return curves
 

@@ -1,4 +1,7 @@
-"""One protocol of tuning for all methods: as many short runs, and the best two in full length."""
+"""One protocol of tuning for all methods: short runs, and the best two in full length.
+
+A method has seven short runs, and one or two more if its best learning rate is at an end.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class Grid:
         """Return the last points of the screening: other second numbers at the best learning rate.
 
         A method without a choice has two learning rates between those of the grid instead, so that
-        all methods have as many runs.
+        it has as many of these.
         """
         if len(self.numbers) > 1:
             return [Point(best.rate, number) for number in self.numbers[1:]]
