@@ -148,7 +148,7 @@ def of_tolerance(a: StreamedMatrix, key: Key[Array, ""], tol: float, max_rank: i
         newest = _grown(right, gram[:, : limit - count], a.dtype)
         right = jnp.concatenate([right, newest], axis=1)
     if count == m < n and not enough:
-        # AᴴAx has lost directions of small singular values to rounding; of the left none is missing.
+        # AᴴAx has lost directions of small singular values to rounding; the left has all.
         projection, error = _from_left(run, projection.left, probed)
         triples = core_svd(projection.core)
         error = float(error)
