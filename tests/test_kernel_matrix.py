@@ -90,6 +90,19 @@ def test_length_scales_are_positive_numbers(kernel):
     assert kernel(jnp.bfloat16(2)).length_scale == 2
 
 
+@pytest.mark.parametrize("shape", [(1,), (2,), (3, 1), (50, 1), (1, 3)])
+def test_length_scales_of_other_shapes_are_refused(shape):
+    kernel, points = kernels.gaussian(jnp.ones(shape)), POINTS[3]
+    message = r"length_scale has shape .* 3 coordinates; expected a number or \(3,\)"
+    for call in (
+        lambda: KernelMatrix(kernel, points),
+        lambda: kernels.evaluate(kernel, points, points),
+        lambda: kernel(points[0], points[1]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_it_is_a_matrix_for_all_that_takes_products():
     a = KernelMatrix(Partial(plain), POINTS[3])
     norm = nys.linalg.spectral_norm(a)

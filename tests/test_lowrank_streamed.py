@@ -47,6 +47,23 @@ def test_a_wide_matrix_and_too_many_columns():
 
 
 @pytest.mark.long
+def test_all_rows_of_a_wide_matrix_lose_nothing_to_the_square_of_a():
+    """In single precision AᴴA has lost the directions of σ_i = 0.3^i beyond the first seven."""
+    s = 0.3 ** np.arange(50)
+    a, size = matrix(50, 80, s), np.linalg.norm(s)
+    f = nys.factorize(blocks(a), tol=1e-5)
+    assert f.status is Status.CONVERGED
+    assert len(f.singular_values) <= 12  # the least is 10
+    assert error(a, f) <= 1.2e-5 * size
+    source = blocks(a)
+    f = nys.factorize(source, 50, passes=2)
+    assert int(f.passes) == source.passes == 2
+    assert f.status is Status.EXACT
+    assert error(a, f) <= 5e-6 * size
+    assert float(f.error_estimate) <= 5e-6 * size
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("tol", [0.3, 0.05, 1e-7])
 def test_a_tolerance_is_met(tol):
     s = 0.9 ** np.arange(N)

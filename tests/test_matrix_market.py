@@ -42,3 +42,11 @@ def test_broken_matrix_market_is_refused(tmp_path, body):
     path.write_text(f"%%MatrixMarket matrix coordinate real general\n{body}")
     with pytest.raises(ValueError):  # noqa: PT011  # NumPy's words differ
         matrix_market.read(path)
+
+
+@pytest.mark.parametrize("symmetry", ["general", "symmetric", "skew-symmetric", "hermitian"])
+def test_sizes_without_their_entries_take_no_memory(tmp_path, symmetry):
+    path = tmp_path / "a.mtx"
+    path.write_text(f"%%MatrixMarket matrix array real {symmetry}\n9999999 9999999\n1\n")
+    with pytest.raises(ValueError, match=r"it has 1 entries; expected [0-9]+ of 1 numbers"):
+        matrix_market.read(path)

@@ -120,10 +120,11 @@ def _dense(
     if header.symmetry == "general":
         _require_body(body, m * n, FIELDS[header.field])
         return _values(header, body).reshape(n, m).T
-    strict = header.symmetry == "skew-symmetric"
+    offset = int(header.symmetry == "skew-symmetric")
+    # Before any array is made: the sizes of a broken file may be large.
+    _require_body(body, n * (n + 1 - 2 * offset) // 2, FIELDS[header.field])
     # Columns of the lower triangle lie one after another: rows of the upper one.
-    columns, rows = np.triu_indices(n, int(strict))
-    _require_body(body, len(rows), FIELDS[header.field])
+    columns, rows = np.triu_indices(n, offset)
     values = _values(header, body)
     matrix = np.zeros((m, n), values.dtype)
     matrix[columns, rows] = _mirrored(header, values)

@@ -48,7 +48,7 @@ class StationaryKernel:
 
     def __call__(self, x: Float[Array, " d"], y: Float[Array, " d"]) -> Scalar:
         """Return k(x, y)."""
-        return self.profile(jnp.sum(self._part((x - y) / self.length_scale)))
+        return self.profile(jnp.sum(self._part((x - y) / self._lengths(x))))
 
     @full_precision
     def block(self, x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
@@ -62,7 +62,7 @@ class StationaryKernel:
             x: points (m, d).
             y: points (n, d).
         """
-        x, y = x / self.length_scale, y / self.length_scale
+        x, y = x / self._lengths(x), y / self._lengths(x)
         if self.part == "squares" and x.shape[1] > _DIFFERENCES:
             center = jnp.mean(x if len(x) > len(y) else y, axis=0)
             x, y = x - center, y - center
@@ -79,6 +79,16 @@ class StationaryKernel:
         for column, row in zip(columns, rows, strict=True):
             total = total + self._part(column[:, None] - row)
         return self.profile(total)
+
+    def _lengths(self, x: Float[Array, "*n d"]) -> ArrayLike:
+        """ℓ of points; ValueError on other shapes, which would broadcast against coordinates."""
+        shape = jnp.shape(self.length_scale)
+        if shape not in ((), x.shape[-1:]):
+            raise ValueError(
+                f"length_scale has shape {shape} for points of {x.shape[-1]} coordinates; expected "
+                f"a number or {x.shape[-1:]}"
+            )
+        return self.length_scale
 
     def _part(self, difference: Array) -> Array:
         return difference * difference if self.part == "squares" else jnp.abs(difference)

@@ -82,13 +82,11 @@ def of_rank(
     run, block, probes = _start(a, key, width)
     image, start = run.both(jnp.concatenate([block, probes], axis=1), width)
     probed = image[:, width:]
-    if passes > 2 and not jackknife:
+    if (passes > 2 or width == len(image)) and not jackknife:
         left, exact = _range(image[:, :width], probed)
         if bool(exact):
-            product = run.adjoint_image(left)
-            right = extend(None, product)
-            triples = core_svd(adjoint(product) @ right)
-            error = estimate.probed_error(left, probed, random_scale(a.shape[1]))
+            (left, core, right), error = _from_left(run, left, probed)
+            triples = core_svd(core)
             return truncate(left, triples, right, error, rank, run.count, whole_range=True)
         del left
     del image  # arrays with m rows are what takes memory
@@ -149,6 +147,11 @@ def of_tolerance(a: StreamedMatrix, key: Key[Array, ""], tol: float, max_rank: i
             break
         newest = _grown(right, gram[:, : limit - count], a.dtype)
         right = jnp.concatenate([right, newest], axis=1)
+    if count == m < n and not enough:
+        # AᴴAx has lost directions of small singular values to rounding; the left has all.
+        projection, error = _from_left(run, projection.left, probed)
+        triples = core_svd(projection.core)
+        error = float(error)
     rank = max(1, min(smallest_rank(triples[1], error, tol), max_rank))
     left, _, right = projection
     return truncate(left, triples, right, error, rank, run.count, tol)
@@ -194,6 +197,16 @@ def _range(
     left = extend(None, images)
     missing, whole = estimate.left_out(left, probed)
     return left, missing <= rounding(len(images), images.dtype) * whole
+
+
+def _from_left(
+    run: _Pass, left: Inexact[Array, "m k"], probed: Inexact[Array, "m s"]
+) -> tuple[Projection, Scalar]:
+    """QQᴴA = Q C Pᴴ of a basis Q, by one more pass, and an estimate of ‖A − QQᴴA‖_F."""
+    product = run.adjoint_image(left)
+    right = extend(None, product)
+    error = estimate.probed_error(left, probed, random_scale(len(right)))
+    return Projection(left, adjoint(product) @ right, right), error
 
 
 @jax.jit
