@@ -60,6 +60,13 @@ def test_pseudo_inverse_form_is_the_pseudo_inverse_of_a_deficient_factor():
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_pseudo_inverse_keeps_small_columns_that_are_not_rounding():
+    x, g = jnp.eye(M)[:, :2] * jnp.array([1.0, 1e-5]), normal(3, (M, 2))
+    np.testing.assert_allclose(
+        updates(nys.scale_by_gram_pinv(), g, x), g * jnp.array([1.0, 1e10]), rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("pseudo_inverse", [False, True])
 def test_left_factor_does_not_move_while_the_right_one_is_zero(pseudo_inverse):
     a, _, _ = rectangular()
