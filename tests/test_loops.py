@@ -117,6 +117,9 @@ def test_staircase_lowers_the_step_size_level_by_level():
 def test_levels_of_no_steps_are_refused():  # optax makes them a constant step size
     with pytest.raises(ValueError, match=r"every is 0; expected a number in \[1, inf\)"):
         nys.solvers.staircase(every=0)
+    for name in ("initial", "factor"):
+        with pytest.raises(ValueError, match=rf"{name} is 0; expected a number in \(0, inf\)"):
+            nys.solvers.staircase(**{name: 0})
 
 
 @pytest.mark.long
