@@ -297,6 +297,14 @@ def test_measurement_maps_of_others_are_traced_once():
     with pytest.raises(ValueError, match=r"Halves.forward is \(5, 12\) float32; expected"):
         nys.problems.Sensing(Halves(jnp.ones((5, 1))), b)
 
+    @pytree_dataclass
+    class Taller(Halves):
+        def adjoint(self, weights):
+            return jnp.ones((M + 1, M)) * weights
+
+    with pytest.raises(ValueError, match=r"Taller.adjoint @ x is \(13, 2\) float32; expected"):
+        nys.problems.Sensing(Taller(b), b)
+
 
 def test_gradients_of_another_shape_are_refused_before_they_broadcast():
     with pytest.raises(ValueError, match=r"gradient has shape \(12, 1\); expected \(12, 2\)"):
