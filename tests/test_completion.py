@@ -115,6 +115,11 @@ def test_projection_bounds_rows_and_leaves_incoherent_factors_alone():
     np.testing.assert_allclose(found.left[1:], factors.left[1:], rtol=1e-6)
     new = np.sqrt(M) * np.linalg.norm(np.asarray(found.left[0] @ factors.right.T))
     np.testing.assert_allclose(new, bound, rtol=1e-4)
+    shares = bound / (np.sqrt(N) * np.linalg.norm(product, axis=0))
+    assert min(shares) < 0.9 < 1 < max(shares)
+    np.testing.assert_allclose(
+        found.right, factors.right * np.minimum(shares, 1)[:, None], rtol=1e-4, atol=1e-6
+    )
     x = factors.right
     chex.assert_trees_all_equal(completion.project_incoherent(x, 1e6), x)
     zeros = jnp.zeros((M, R))
@@ -142,6 +147,7 @@ ONES = jnp.ones(2)
     ("make", "expected"),
     [
         (lambda: completion.observed([0, 1], [0], ONES, (2, 2)), "do not go together"),
+        (lambda: completion.observed(ONES[:0], ONES[:0], ONES[:0], (2, 2)), "do not go together"),
         (lambda: completion.observed([0, 2], [0, 1], ONES, (2, 2)), "rows are 0 … 2"),
         (lambda: completion.observed([0, 1], [-1, 1], ONES, (2, 2)), "columns are -1 … 1"),
         (lambda: completion.observed([0.0, 1.0], [0, 1], ONES, (2, 2)), "expected integers"),

@@ -179,10 +179,16 @@ def test_nystrom_iterates_never_leave_the_range():
 def test_spectra_that_would_broadcast_and_starts_with_too_few_columns_are_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     phi = jnp.eye(R)
-    for step in (dynamics.phi_step, dynamics.phi_step_over, dynamics.core_step):
+    for read in (
+        lambda spectrum: dynamics.phi_step(phi, spectrum, 0.5),
+        lambda spectrum: dynamics.phi_step_over(phi, spectrum, 0.5),
+        lambda spectrum: dynamics.core_step(phi, spectrum, 0.5),
+        lambda spectrum: dynamics.weak_gram(phi, spectrum),
+        lambda spectrum: dynamics.symmetric_errors(phi, spectrum, 0.5, 2),
+    ):
         for spectrum in (SIGMA, SPECTRUM[:1]):
             with pytest.raises(ValueError, match=r"spectrum has shape .*; expected \(4,\)"):
-                step(phi, spectrum, 0.5)
+                read(spectrum)
     with pytest.raises(ValueError, match=r"expected \(4,\)"):
         dynamics.weak_gram_step(phi, phi, SIGMA, 0.5)
     with pytest.raises(ValueError, match=r"expected \(4,\)"):

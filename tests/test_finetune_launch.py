@@ -107,6 +107,12 @@ def test_a_batch_is_not_larger_than_the_data(root, micro, shape, capsys):
     assert "batch_size is 64 and there are 40 examples to train on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("settled", "steps"), [({}, 500), ({"checkpoint_every": 700}, 700)])
+def test_no_more_than_500_steps_are_between_checkpoints_unless_asked_for(root, settled, steps):
+    config = settings(root, steps=2000, eval_every=1000, **settled)
+    assert launch.prepare(config).plan.checkpoint_every == steps
+
+
 @pytest.mark.long
 def test_reflora_balances_in_a_short_run(root):
     """A share of the steps passes as in LoRA: one of twelve, ten of two thousand."""

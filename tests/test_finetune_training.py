@@ -154,3 +154,5 @@ def test_schedules():
         assert [float(rate(step)) for step in (0, 1, 2)] == [1.0, 2.0, 2.0]
     assert [float(rate(6)) for rate in rates] == pytest.approx([2.0, 1.0, 1.0])
     assert [float(rate(10)) for rate in rates] == pytest.approx([2.0, 0.0, 0.0])
+    rising = schedules.schedule("linear", 2.0, 4, 4)
+    assert [float(rising(step)) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]

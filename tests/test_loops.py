@@ -62,6 +62,10 @@ def test_run_until_makes_no_step_where_none_is_needed_and_no_more_than_allowed()
     x0 = nys.initializers.nystrom(jax.random.key(1), a, R)
     cut = nys.solvers.run_until(step, x0, problem.residual, tol=0.0, max_steps=4)
     assert (cut.status, int(cut.num_steps)) == (Status.MAX_STEPS, 4)
+    equal = nys.solvers.run_until(step, x0, lambda x: 0.5, tol=0.5)
+    assert (equal.status, int(equal.num_steps)) == (Status.CONVERGED, 0)
+    endless = nys.solvers.run_until(step, x0, lambda x: 0.5, tol=0.0)
+    assert (endless.status, int(endless.num_steps)) == (Status.MAX_STEPS, 1000)
 
 
 def test_run_of_no_steps_returns_the_start():
@@ -113,6 +117,9 @@ def test_staircase_lowers_the_step_size_level_by_level():
 def test_levels_of_no_steps_are_refused():  # optax makes them a constant step size
     with pytest.raises(ValueError, match=r"every is 0; expected a number in \[1, inf\)"):
         nys.solvers.staircase(every=0)
+    for name in ("initial", "factor"):
+        with pytest.raises(ValueError, match=rf"{name} is 0; expected a number in \(0, inf\)"):
+            nys.solvers.staircase(**{name: 0})
 
 
 @pytest.mark.long

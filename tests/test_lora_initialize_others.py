@@ -168,6 +168,14 @@ BAD_TREES = {
         {"kernel": kernel(), "lora_a": A[1:], "lora_b": B},
         r"\(23, 4\).*over the kernel \(24, 16\)",
     ),
+    "two readings": (
+        {
+            "kernel": jnp.ones((2, 4, 4)),
+            "lora_a": jnp.ones((4, 1)),
+            "lora_b": jnp.ones((1, 2, 4)),
+        },
+        r"over the kernel \(2, 4, 4\) in 2 ways; expected one",
+    ),
     "ranks": ({"kernel": kernel(), "lora_a": A, "lora_b": B[1:]}, "do not go together"),
     "integers": (
         {"kernel": jnp.ones((M, N), int), "lora_a": A, "lora_b": B},

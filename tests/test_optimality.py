@@ -79,6 +79,13 @@ def test_residual_space_is_what_lies_outside_of_the_basis():
     np.testing.assert_allclose(found, 1e-4 * jnp.linalg.norm(complement), rtol=0.01)
 
 
+@pytest.mark.parametrize(("size", "expected"), [(1e-25, 1.0), (1e15, 2e30)])
+def test_residual_in_basis_of_a_factor_far_from_the_size_of_the_matrix(size, expected):
+    basis = jnp.eye(M)[:, :R]
+    found = optimality.residual_in_basis(size * basis, basis, jnp.full(R, 0.5))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.long
 @given(seeds, st.permutations([1e-5, 1e-2, 0.7, 1.5]))
 def test_principal_angles_small_and_large_are_found(seed, angles):

@@ -63,6 +63,8 @@ def test_rank_one_measurements_give_the_same_run_as_their_matrices():
     ("make", "expected"),
     [
         (lambda: phase.RankOne(jnp.ones(3)), r"expected \(p, m\)"),
+        (lambda: phase.RankOne(jnp.ones((0, 3))), r"expected \(p, m\)"),
+        (lambda: phase.RankOne(jnp.full((4, 3), jnp.nan)), "vectors has NaN"),
         (lambda: phase.gaussian(KEY, M, (1.0, -1.0), P), "positive"),
         (lambda: phase.gaussian(KEY, M, (1.0,), 0), "num_measurements is 0"),
         (lambda: phase.gaussian(KEY, M, (1.0,), P, -1.0), "noise is -1"),

@@ -109,6 +109,7 @@ def key_and(*args, make=sensing.gaussian, **kwargs):
     ("make", "expected"),
     [
         (lambda: nys.problems.Sensing(jnp.ones((3, 4)), jnp.ones(3)), r"expected \(p, m, n\)"),
+        (lambda: nys.problems.Sensing(jnp.ones((3, 0, 4)), jnp.ones(3)), r"expected \(p, m, n\)"),
         (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4), int), jnp.ones(3)), "dtype int32"),
         (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4)), jnp.ones(4)), r"expected \(3,\)"),
         (lambda: nys.problems.Sensing(jnp.ones((3, 4, 4)), jnp.ones(3, int)), "int32"),

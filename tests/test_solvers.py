@@ -233,6 +233,10 @@ def test_init_cuts_the_zero_directions_of_an_over_parametrized_start_only(rank, 
     chex.assert_trees_all_equal(undamped.factors, x0)
 
 
+def test_default_step_size_is_the_quadratic_one():
+    assert nys.solvers.scaled_step(nys.problems.Symmetric(jnp.eye(3))).learning_rate == 0.5
+
+
 def test_direction_that_is_tiny_in_the_start_but_large_in_a_is_not_cut():
     a, _ = psd()
     x0 = normal(1, (M, R)) * jnp.array([1.0, 1.0, 1.0, 1e-9])

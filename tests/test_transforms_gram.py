@@ -60,6 +60,13 @@ def test_pseudo_inverse_form_is_the_pseudo_inverse_of_a_deficient_factor():
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_pseudo_inverse_keeps_small_columns_that_are_not_rounding():
+    x, g = jnp.eye(M)[:, :2] * jnp.array([1.0, 1e-5]), normal(3, (M, 2))
+    np.testing.assert_allclose(
+        updates(nys.scale_by_gram_pinv(), g, x), g * jnp.array([1.0, 1e10]), rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("pseudo_inverse", [False, True])
 def test_left_factor_does_not_move_while_the_right_one_is_zero(pseudo_inverse):
     a, _, _ = rectangular()
@@ -164,9 +171,11 @@ def test_nora_plus_keeps_the_gradient_of_the_started_factor_on_either_side():
     params = {"lora_a": jnp.zeros((9, 3)), "lora_b": normal(2, (3, 7))}
     grads = {"lora_a": normal(3, (9, 3)), "lora_b": normal(4, (3, 7))}
     tx = nys.scale_by_normalized_gram()
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, state = tx.update(grads, tx.init(params), params)
     np.testing.assert_array_equal(updates["lora_b"], grads["lora_b"])
     assert not np.allclose(updates["lora_a"], grads["lora_a"])
+    updates, _ = tx.update(grads, state, params)  # the partner is still zero: M = λI
+    np.testing.assert_allclose(updates["lora_b"], grads["lora_b"] / 3**0.5, rtol=1e-5)
 
 
 def test_nora_plus_names_an_orphan_and_requires_positive_damping():
@@ -182,14 +191,15 @@ def test_default_dampings_are_those_of_the_papers():
     x, y = 1e-3 * normal(1, (M, R)), 1e-3 * normal(2, (N, R))
     gx, gy = normal(3, (M, R)), normal(4, (N, R))
     params, grads = nys.Factors(x, y), nys.Factors(gx, gy)
-    tx = nys.nora_plus(optax.sgd(1.0))
-    _, state = tx.update(grads, tx.init(params), params)
-    actual, _ = tx.update(grads, state, params)
     gram_y, gram_x = inverse_gram(y, 1e-6), inverse_gram(x, 1e-6)
     expected = nys.Factors(
         -gx @ gram_y / np.linalg.norm(gram_y), -gy @ gram_x / np.linalg.norm(gram_x)
     )
-    chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-5)
+    plain = optax.chain(nys.scale_by_normalized_gram(), optax.sgd(1.0))
+    for tx in (nys.nora_plus(optax.sgd(1.0)), plain):
+        _, state = tx.update(grads, tx.init(params), params)
+        actual, _ = tx.update(grads, state, params)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-5)
     actual = updates(nys.lora_p(optax.sgd(1.0)), grads, nys.Factors(30 * x, 30 * y))
     expected = nys.Factors(-gx @ inverse_gram(30 * y, 1e-2), -gy @ inverse_gram(30 * x, 1e-2))
     chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-4)

@@ -13,6 +13,7 @@ import pytest
 from cases import normal
 from flax import linen, nnx
 from flax.core import FrozenDict
+from test_transforms_gram import updates
 
 import nyscaled as nys
 from nyscaled import FactorSpec
@@ -123,6 +124,21 @@ def test_pairs_of_equal_shapes_and_other_layouts_or_dtypes_do_not_mix():
     for k in params:
         alone, _ = tx.update(params[k], tx.init(params[k]), params[k])
         chex.assert_trees_all_close(actual[k], alone)
+    same = {"full": params["f"], "half": params["f"]}
+    grads = {"full": params["f"], "half": params["half"]}
+    chex.assert_trees_all_equal_dtypes(updates(tx, grads, same), grads)
+
+
+def test_equal_leaves_share_one_call_where_batch_axes_are_counted_from_the_end():
+    params, grads = normal(1, (2, 3, 9, 2)), normal(2, (2, 3, 9, 2))
+    of_one = FactorSpec(batch_axes=(-3,))
+    actual = updates(
+        nys.scale_by_gram(spec={"a": of_one, "b": of_one}),
+        *({"a": x[0], "b": x[1]} for x in (grads, params)),
+    )
+    for i, k in enumerate("ab"):
+        alone = updates(nys.scale_by_gram(), grads[i], params[i])
+        chex.assert_trees_all_close(actual[k], alone, rtol=1e-4)
 
 
 @pytest.mark.long
@@ -194,7 +210,10 @@ def test_boxes_and_frozen_dicts_of_linen_are_looked_into():
         chex.assert_trees_all_equal(jax.tree.leaves(actual), jax.tree.leaves(expected))
 
 
-@pytest.mark.parametrize("spec", [FactorSpec(rank_axis=2), FactorSpec(batch_axes=(1,))])
+@pytest.mark.parametrize(
+    "spec",
+    [FactorSpec(rank_axis=2), FactorSpec(rank_axis=-3), FactorSpec(batch_axes=(1,))],
+)
 def test_axes_that_a_leaf_does_not_have_are_named(spec):
     with pytest.raises(ValueError, match=r"leaf params has 2 axes, .* expected different axes"):
         nys.scale_by_gram(spec=spec).init(jnp.ones((6, 2)))
@@ -227,6 +246,10 @@ def test_a_tree_without_pairs_is_refused(make):  # the names are those of torch
         (
             {"lora_a": jnp.ones((3, 9, 2)), "lora_b": jnp.ones((2, 2, 7))},
             "lora_a.* and .*lora_b.* do not go together.*same batch axes",
+        ),
+        (
+            {"lora_a": jnp.ones((9, 0)), "lora_b": jnp.ones((0, 7))},
+            "lora_a.* and .*lora_b.* do not go together.*same rank ≥ 1",
         ),
     ],
 )

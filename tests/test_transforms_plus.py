@@ -60,6 +60,11 @@ def test_schedules_and_injected_numbers_act():
     chex.assert_trees_all_close(steps(tx), steps(two), rtol=1e-5)
 
 
+def test_defaults_are_the_documented_ones():
+    actual = steps(nys.lora_plus(optax.sgd))
+    chex.assert_trees_all_equal(actual, steps(nys.lora_plus(optax.sgd, 2e-4, 16.0)))
+
+
 def test_rates_that_go_uphill_are_refused():
     with pytest.raises(ValueError, match=r"ratio is 0; expected a number in \(0, inf\)"):
         nys.lora_plus(optax.sgd, RATE, 0.0)

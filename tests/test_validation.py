@@ -274,7 +274,13 @@ def test_learning_rate_outside_of_its_interval(eta):
 
 @pytest.mark.parametrize(
     ("eta", "shown"),
-    [("0.5", "'0.5'"), (None, "None"), (1j, "complex"), (jnp.ones(3), r"shape \(3,\)")],
+    [
+        ("0.5", "'0.5'"),
+        (None, "None"),
+        (True, "True"),
+        (1j, "complex"),
+        (jnp.ones(3), r"shape \(3,\)"),
+    ],
 )
 def test_learning_rate_that_is_not_a_number(eta, shown):
     build = inspect.unwrap(nys.scaled_gd)  # without the tests' check of annotations
