@@ -35,6 +35,8 @@ This was written down before the runs, and is what the script does.
   the directions of trained weights matter, NoRA is better than both controls here.
 - Added after the first rows: LoRA, NoRA and the controls at one learning rate. One run for each
   point of the tuning had chosen a three times higher rate for NoRA than for LoRA.
+- Added last: a run of the tuning at a still higher rate for each row, since three rows had chosen
+  the highest. No row can choose this one.
 
 The record has the stable ranks of the adapted layers, beside those of Gaussian matrices of the same
 shapes.
@@ -57,7 +59,13 @@ from experiments.lib import comparison
 from experiments.lib.comparison import Endpoint
 from experiments.lib.config import command_line
 from experiments.lib.files import write_atomically
-from experiments.lib.paired_study import PairedStudy, RunsConfig
+from experiments.lib.paired_study import (
+    TUNED,
+    TUNING_SEED,
+    OutOfTimeError,
+    PairedStudy,
+    RunsConfig,
+)
 from experiments.lib.record import save
 from experiments.lib.stable_ranks import kernels, quartiles
 from experiments.lib.subject_figure import curves_of, draw, tuned
@@ -67,9 +75,13 @@ from experiments.lib.subject_methods import ROWS as ALL
 from experiments.lib.subject_runs import Job, Outcome
 from experiments.lib.terrain_runs import TARGETS, Plan, Terrain, jacksboro, train
 from experiments.lib.terrain_unet import Sizes, TerrainUNet, load
+from experiments.lib.tuning import Point
 
 HIGH_RATE = 3.16e-2
 """The highest learning rate of the tuning, which some rows chose and others did not."""
+
+ABOVE = 0.1
+"""A learning rate above that, which no row can choose."""
 
 METHODS = {name: ALL[name] for name in (BASE, "NoRA", "NoRA+", "PiSSA", "OLoRA")}
 ROWS = METHODS | CONTROLS
@@ -134,6 +146,17 @@ class Study(PairedStudy):
         config = self.config
         plan = Plan(config.steps, config.batch_size, config.side, config.levels)
         return train(self.unet, self.terrain, jobs, plan, before=final and label == BASE)
+
+    def everything(self) -> bool:
+        """Make the runs that are missing, also those above; return whether all are there."""
+        complete = super().everything()
+        for label in [x for x in self.options.rows or self.rows if x in self.rows]:
+            try:
+                point = Point(ABOVE, self.rows[label].first)
+                self.lines(label, [point], self.split.tuning[:TUNED], [TUNING_SEED])
+            except OutOfTimeError:
+                complete = False
+        return complete
 
 
 def study_of(config: Config) -> Study:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from experiment_cases import ROOT, read_errors, record
 
+from experiments.lib.methods import scores
+
 
 @pytest.fixture(scope="module")
 def panels(tmp_path_factory):
@@ -54,3 +56,11 @@ def test_committed_record_shows_the_claims():
     how = json.loads((ROOT / "figures" / "precgd.json").read_text())
     assert not how["config"]["quick"]
     assert_claims(read_errors(ROOT / "figures" / "precgd.csv"))
+
+
+def test_of_runs_that_end_at_rounding_the_first_there_is_the_best():
+    early, late = [1.0, 1e-13, 3e-16, 4e-16], [1.0, 1e-3, 1e-13, 1e-17]
+    back, never = [1.0, 1e-13, 1e-13, 1e-9], [1.0, 1e-2, 1e-4, 1e-11]
+    scored = scores(np.array([early, late, never, back]))
+    assert (np.diff(scored) > 0).all()
+    np.testing.assert_array_equal(scored[2:], [1e-11, 1e-9])

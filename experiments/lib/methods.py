@@ -16,6 +16,8 @@ from experiments.lib import sweep
 RANK, DAMPING, START = 2, 0.01, 1e-3
 KAPPA, KAPPAS = 10.0, (1.0, 10.0, 1e2, 1e3, 1e4)
 NOISES = (1e-1, 1e-2, 1e-3, 1e-4)
+ROUNDING = 1e-12
+"""Below this, smaller errors are not better."""
 
 Make = Callable[[Any, Any], optax.GradientTransformation]
 """A transform for a step size and the loss at the truth."""
@@ -67,8 +69,8 @@ def tuned(
 ) -> list[sweep.Best]:
     """Return ‖XXᵀ − M‖_F/‖M‖_F by iteration, (trial, iteration), at each case's best step size.
 
-    The best step size has the least median of the last errors. A run that overflowed counts as
-    infinitely far.
+    The best step size has the least median of the last errors, and of those at rounding it comes
+    there first. A run that overflowed counts as infinitely far.
 
     Args:
         name: the method.
@@ -94,7 +96,18 @@ def tuned(
         problems, targets, noises, starts, jnp.asarray(rates)
     )
     errors = np.swapaxes(np.nan_to_num(np.asarray(errors), nan=np.inf), 1, 2)
-    return [sweep.best(of_case, np.median(of_case[..., -1], axis=1)) for of_case in errors]
+    return [sweep.best(of_case, np.median(scores(of_case), axis=1)) for of_case in errors]
+
+
+def scores(errors: np.ndarray) -> np.ndarray:
+    """Return the last error of runs, or a number below `ROUNDING` that grows with their time to it.
+
+    Args:
+        errors: errors by iteration, (…, iteration).
+    """
+    below = np.cumprod((errors <= ROUNDING)[..., ::-1], axis=-1).sum(axis=-1)
+    share = 1 - below / errors.shape[-1]
+    return np.where(below > 0, share * ROUNDING, errors[..., -1])
 
 
 def floor(m: int, count: int) -> float:
