@@ -18,6 +18,7 @@ FLOORS = {
     "_pytree": 0,
     "_files": 0,
     "matrices": 0,
+    "operators": 0,
     "numerics": 0,
     "lapack": 0,
     "linalg": 0,

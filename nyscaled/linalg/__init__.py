@@ -16,7 +16,8 @@ from nyscaled.linalg.thin import (
     orthonormalize,
     pinv,
 )
-from nyscaled.matrices import Operator, symmetric_part
+from nyscaled.matrices import symmetric_part
+from nyscaled.operators import Operator
 
 __all__ = [
     "Compressed",

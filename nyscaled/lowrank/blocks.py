@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 
 from nyscaled.lowrank.host_arrays import HOST_DTYPES, as_dtype
 from nyscaled.lowrank.stored import file_of, require_bytes, store_of
-from nyscaled.matrices import as_shape, is_scipy, require_floating
+from nyscaled.matrices import is_scipy, require_floating
+from nyscaled.operators import as_shape
 from nyscaled.typing import MatrixLike
 
 _ALIGNMENT = 64  # bytes, of which XLA asks

@@ -24,7 +24,8 @@ from nyscaled.lowrank.products import require_adjoint
 from nyscaled.lowrank.result import LowRank, Status
 from nyscaled.lowrank.stream import RowBlocks
 from nyscaled.lowrank.streamed import StreamedMatrix
-from nyscaled.matrices import Operator, as_shape, is_scipy
+from nyscaled.matrices import is_scipy
+from nyscaled.operators import Operator, as_shape
 from nyscaled.typing import LinearMap, MatrixLike, Number
 from nyscaled.validation import (
     is_concrete,

@@ -43,7 +43,8 @@ from nyscaled.lowrank.host_arrays import (
     require_outside_of_jit,
 )
 from nyscaled.lowrank.host_operator import HostOperator
-from nyscaled.matrices import Operator, as_matrix, is_scipy, require_floating
+from nyscaled.matrices import as_matrix, is_scipy, require_floating
+from nyscaled.operators import Operator
 from nyscaled.typing import LinearMap, MatrixLike
 from nyscaled.validation import is_concrete
 

@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Inexact
 
-from nyscaled.matrices import as_shape, require_floating
+from nyscaled.matrices import require_floating
+from nyscaled.operators import as_shape
 from nyscaled.typing import MatrixLike
 from nyscaled.validation import is_concrete
 

@@ -16,7 +16,7 @@ from nyscaled.lowrank.host_arrays import (
     as_dtype,
     require_host,
 )
-from nyscaled.matrices import as_shape
+from nyscaled.operators import as_shape
 
 Product = Callable[[HostArray], HostArray]
 

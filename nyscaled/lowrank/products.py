@@ -17,8 +17,9 @@ from nyscaled.lowrank.host import HostMatrix
 from nyscaled.lowrank.host_arrays import HOST_DTYPES, all_finite
 from nyscaled.lowrank.host_operator import Sample, require_agreement
 from nyscaled.lowrank.stream import RowBlocks
-from nyscaled.matrices import Operator, transpose_times
+from nyscaled.matrices import transpose_times
 from nyscaled.numerics import at_least_float32, full_precision
+from nyscaled.operators import Operator
 from nyscaled.typing import LinearMap
 
 Product = Callable[[Inexact[Array, "n k"]], Inexact[Array, "m k"]]

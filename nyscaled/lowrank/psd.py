@@ -36,8 +36,8 @@ from nyscaled.lowrank.psd_adaptive import of_tolerance
 from nyscaled.lowrank.psd_compression import compress, truncate
 from nyscaled.lowrank.psd_result import PSDApproximation
 from nyscaled.lowrank.result import Status, with_fixed_signs
-from nyscaled.matrices import Operator, as_shape
 from nyscaled.numerics import full_precision, normalized, shift
+from nyscaled.operators import Operator, as_shape
 from nyscaled.typing import LinearMap, MatrixLike, Number
 
 

@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import validation
 from nyscaled._pytree import field, pytree_dataclass
-from nyscaled.matrices import as_array, as_shape
+from nyscaled.matrices import as_array
 from nyscaled.numerics import clipped, full_precision, normalized, root, shift
+from nyscaled.operators import as_shape
 from nyscaled.problems._points import both
 from nyscaled.problems.sensing import Sensing
 from nyscaled.typing import Factors, Scalar

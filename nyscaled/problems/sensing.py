@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Key
 
 from nyscaled import linalg, validation
 from nyscaled._pytree import field, pytree_dataclass
-from nyscaled.matrices import as_array, require_traced, transpose_times
+from nyscaled.matrices import as_array, transpose_times
 from nyscaled.numerics import full_precision, norm, normalized, shift
+from nyscaled.operators import require_traced
 from nyscaled.problems._points import both
 from nyscaled.spectra import random_factor
 from nyscaled.typing import Factors, LinearMap, MeasurementMap, Number, Params, Scalar, Values
