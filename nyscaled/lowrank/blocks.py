@@ -74,6 +74,8 @@ def as_rows(
     path = None
     if is_scipy(source):
         source = cast(MatrixLike, source).tocsr()
+    if isinstance(source, jax.Array):  # JAX refuses slices of one that is split over Explicit axes
+        source = as_array(source, "rows of the source")
     if isinstance(source, SlicedRows):
         label, file = _label(source), file_of(source)
         path = store_of(source) if file is None else file.path

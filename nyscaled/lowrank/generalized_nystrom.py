@@ -170,7 +170,7 @@ def _blocks(a: MatrixLike | Iterable[HostArray]) -> Iterator[HostArray]:
     if isinstance(a, RowBlocks):
         return a.blocks()
     if hasattr(a, "shape"):
-        return RowBlocks(np.asarray(a) if isinstance(a, jax.Array) else a).blocks()
+        return RowBlocks(a).blocks()
     if not isinstance(a, Iterable):
         raise ValueError(f"the stream is a {type(a).__name__}; expected row blocks, or a matrix")
     return ahead(_alike(each(lambda: a, "the stream")))

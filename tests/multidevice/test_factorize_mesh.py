@@ -199,6 +199,13 @@ def test_a_mesh_with_explicit_axes(a):
         jax.jit(by_rank)(b)
 
 
+def test_row_blocks_of_a_matrix_on_a_mesh_with_explicit_axes(a):
+    explicit = split("both", axis_type=AxisType.Explicit)
+    stream = nys.lowrank.RowBlocks(jax.device_put(a, explicit), block_bytes=a.nbytes // 8)
+    x = np.eye(N, RANK, dtype=np.float32)
+    np.testing.assert_allclose(stream.times(x), a[:, :RANK], atol=1e-6)
+
+
 @pytest.mark.long
 def test_for_a_tolerance_what_travels_does_not_grow_with_the_rows(tmp_path):
     flags = (
