@@ -281,6 +281,7 @@ def test_outputs_are_the_same(tmp_path):
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_adapters_of_alpha_0_are_written_and_read(saved, tmp_path):
     config = {"unet.r": 2, "unet.lora_alpha": 0, "unet.target_modules": ["to_q", "to_out.0"]}
     metadata = {"lora_adapter_metadata": json.dumps(config)}

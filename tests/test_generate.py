@@ -198,6 +198,7 @@ def test_each_token_has_a_draw_of_its_own():
     assert np.mean(first == second) < 0.5
 
 
+@pytest.mark.long
 def test_prompts_and_new_tokens_may_take_all_positions():
     """The prompt is longer than what NumPy sorts by insertion, which keeps the order of equals."""
     model = load("opt_post")

@@ -92,6 +92,7 @@ def test_pissa_is_the_best_approximation_balanced(niter):
     np.testing.assert_allclose(start.a.T @ start.a, start.b @ start.b.T, atol=1e-5)
 
 
+@pytest.mark.long
 def test_pissa_without_iterations_is_exact_at_the_rank_of_its_sketch():
     """Which has 8 columns more than the start."""
     u, s, vt = np.linalg.svd(kernel())

@@ -139,6 +139,7 @@ def test_dynamic_scaling_begins_beyond_the_positions_of_training(tmp_path):
     np.testing.assert_allclose(call(dynamic, tokens), call(grown, tokens), atol=2e-5)
 
 
+@pytest.mark.long
 def test_dynamic_scaling_is_by_the_longest_row(tmp_path):
     settings = {"type": "dynamic", "factor": 2.0}
     model = model_with(tmp_path, rope_scaling=settings, max_position_embeddings=6)
