@@ -100,6 +100,8 @@ def test_text_encoder_has_its_own_names(saved):
     require_equal(of_encoder, updates(encoder))
     with pytest.raises(ValueError, match="adapters of text_encoder"):
         nys.lora.load_diffusers(unet(), folder)
+    with pytest.raises(ValueError, match="has an adapter named 'default'"):
+        nys.lora.load_diffusers(model, folder, text_encoder=encoder)
 
 
 def test_adapters_of_the_text_encoder_alone_are_written_again(saved, tmp_path):
@@ -277,6 +279,19 @@ def test_outputs_are_the_same(tmp_path):
     )
     one, two = (nnx.jit(each)(latents, jnp.array(5), context) for each in (model, again))
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_adapters_of_alpha_0_are_written_and_read(saved, tmp_path):
+    config = {"unet.r": 2, "unet.lora_alpha": 0, "unet.target_modules": ["to_q", "to_out.0"]}
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    renamed(saved[0], tmp_path, lambda key: None if "text" in key else key, metadata)
+    model, again = unet(), unet()
+    nys.lora.load_diffusers(model, tmp_path)
+    nys.lora.save_diffusers(model, tmp_path / "again")
+    nys.lora.load_diffusers(again, tmp_path / "again")
+    assert updates(again).keys() == updates(model).keys()
+    assert not any(np.any(value) for value in updates(again).values())
 
 
 def test_patterns_with_the_prefix_of_transformers_4_are_read(tmp_path):

@@ -1,5 +1,6 @@
 """Scores of models: candidates against a plain loop, generated text, and metrics."""
 
+import dataclasses
 import functools
 
 import jax
@@ -218,15 +219,15 @@ def test_metrics_of_generated_text(monkeypatch):
         assert result.predictions[0].answer == text
     task = by_name("gsm8k")
     examples = task.examples(
-        [row(instruction="Q" * (9 - i), output="x", answer="5.0") for i in (1, 2)]
+        [row(instruction="Q" * (9 - i), output="x", answer="5.0") for i in (1, 2, 3, 4)]
     )
-    spoken(monkeypatch, "2 + 3. The answer is: 5.\n#### 6", "so it is 5")
+    spoken(monkeypatch, "2 + 3. The answer is: 5.\n#### 6", "so it is 5", "#### 5", "it is 5")
     result = evaluate(causal(), characters(), examples, task)
     values = {name: score.value for name, score in result.scores.items()}
     assert values == {
-        "accuracy (marker)": 0.5,
-        "accuracy (hashes)": 0.0,
-        "accuracy (last)": 0.5,
+        "accuracy (marker)": 0.25,
+        "accuracy (hashes)": 0.25,
+        "accuracy (last)": 0.75,
         "without marker": 0.5,
     }
     task = by_name("squad")
@@ -235,6 +236,10 @@ def test_metrics_of_generated_text(monkeypatch):
     result = evaluate(causal(), characters(), task.examples([row(**fields)]), task)
     assert result.predictions[0].answer == "the car"
     assert result.scores["f1"].value == pytest.approx(2 / 3)
+    several = dataclasses.replace(task, stop="\nQ")  # of which no token ends a text by itself
+    spoken(monkeypatch, "the car\nor no\nQuestion: no")
+    result = evaluate(causal(), characters(), task.examples([row(**fields)]), several)
+    assert result.predictions[0].answer == "the car\nor no"
 
 
 def test_generated_text_has_room_beside_the_prompt(monkeypatch):

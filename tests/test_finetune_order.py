@@ -33,6 +33,28 @@ def test_windows_waste_less_than_shuffled_batches():
     assert 8 * run.longest().sum() < 0.8 * 8 * shuffled.max(axis=1).sum()
 
 
+def test_short_batches_do_not_come_first():
+    longest = order.Order(LENGTHS[:128], 8, seed=0).longest().tolist()
+    assert longest != sorted(longest)
+
+
+def test_rows_without_an_example_have_no_length():
+    run = order.Order((*(1,) * 128, 50), 8, seed=0)
+    assert sorted(run.longest()) == [*(1,) * 16, 50]
+
+
+def test_examples_of_one_length_keep_their_order():
+    """Which sorting algorithms differ in, on one machine and on another."""
+    lengths = (6, 5) * 500
+    falling = [[*range(0, 1000, 2), *range(1, 1000, 2)]]
+    np.testing.assert_array_equal(order.by_length(lengths, 1000), falling)
+    run = order.Order(lengths, 100, seed=0)
+    shuffled = np.random.default_rng([0, 0]).permutation(1000)
+    rising = np.concatenate([shuffled[shuffled % 2 == 1], shuffled[shuffled % 2 == 0]])
+    batches = [run.rows(step).tolist() for step in range(10)]
+    assert sorted(batches) == sorted(rising.reshape(-1, 100).tolist())
+
+
 def test_a_batch_by_length_has_the_longest_first():
     rows = order.by_length([3, 9, 4], 2)
     np.testing.assert_array_equal(rows, [[1, 2], [0, order.NONE]])

@@ -279,7 +279,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(root, tmp_path, monk
 
 
 def test_a_run_stops_early(root, tmp_path, monkeypatch):
-    losses = iter([1.0, 0.5, 0.7, 0.6, 0.1])
+    losses = iter([1.0, 1.1, 0.5, 0.5, 0.6, 0.1])
     validate = loop.Plan.validate
     monkeypatch.setattr(
         loop.Plan,
@@ -288,7 +288,7 @@ def test_a_run_stops_early(root, tmp_path, monkeypatch):
     )
     config = settings(root, out=tmp_path / "out", eval_every=2, patience=2)
     result = nys.finetune.run(config)
-    assert (result.steps, result.best_step) == (8, 4)
+    assert (result.steps, result.best_step) == (10, 6)
 
 
 RUN = """

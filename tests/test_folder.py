@@ -52,6 +52,11 @@ def test_tensors_are_read_as_they_are(kind, request):
             ask("c")
 
 
+def test_tensors_come_in_the_order_of_the_index(sharded):
+    index(sharded, {"b": SHARDS[1], "a": SHARDS[0]})
+    assert open_folder(sharded).names == ("b", "a")
+
+
 @pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
 def test_tensors_in_blocks_of_rows(kind, tmp_path, monkeypatch):
     value = np.arange(42).reshape(7, 3, 2).astype(kind)

@@ -168,6 +168,7 @@ CHANCES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
         (1.0, None, 1e-6, [1]),
         (1.0, None, 0.0, [1]),
         (1e-30, None, None, [1]),
+        (1e-50, 3, None, [1]),  # 0 in float32
         (1.0, 2, 0.6, [1]),  # 0.4/0.65 > 0.6: top_p reads what top_k left
     ],
 )
@@ -182,12 +183,30 @@ def test_draws_have_the_chances_asked_for(temperature, top_k, top_p, kept):
         None if top_k is None else jnp.int32(top_k),
         None if top_p is None else jnp.float32(top_p),
     )
-    logits = jnp.broadcast_to(jnp.log(CHANCES) + 3.0, (draws, 5))
+    logits = jnp.broadcast_to(jnp.log(CHANCES) + 30.0, (draws, 5))
     drawn = np.asarray(jax.jit(choose)(logits, sampling, 0))
     got = np.bincount(drawn, minlength=5) / draws
     assert (got[expected == 0] == 0).all()
     deviation = np.sqrt(expected * (1 - expected) / draws)
     assert (np.abs(got - expected) <= 4 * deviation).all()
+
+
+def test_each_token_has_a_draw_of_its_own():
+    logits = jnp.zeros((50, 32))
+    sampling = Sampling(KEY, jnp.float32(1), None, None)
+    first, second = (choose(logits, sampling, i) for i in range(2))
+    assert np.mean(first == second) < 0.5
+
+
+@pytest.mark.long
+def test_prompts_and_new_tokens_may_take_all_positions():
+    """The prompt is longer than what NumPy sorts by insertion, which keeps the order of equals."""
+    model = load("opt_post")
+    row = np.random.default_rng(0).integers(3, 32, (1, 40))
+    tokens, mask = np.pad(row, ((0, 0), (0, 8))), np.arange(48)[None] < 40
+    new = nys.models.generate(model, tokens, mask, max_new_tokens=24, stop_tokens=NONE)
+    logits = call(model, np.hstack([row, new]))
+    np.testing.assert_array_equal(np.argmax(logits, -1)[:, 39:-1], new)
 
 
 def test_equal_logits_stay_together():

@@ -153,6 +153,18 @@ def test_dropout_is_of_the_trained_factors_input_and_not_of_the_subtracted_start
     np.testing.assert_allclose(model(x), expected, atol=1e-5)
 
 
+def test_an_embedding_has_no_dropout():
+    """It would drop tokens."""
+    model = nnx.Sequential(nnx.Embed(WIDTH, WIDTH, rngs=nnx.Rngs(0)))
+    tokens = jnp.arange(WIDTH)
+    base = model(tokens)
+    apply(model, dropout=0.9, embeddings=True)
+    adapter = model.layers[0].adapters["default"]
+    adapter.lora_b[...] += 1
+    expected = base + adapter.lora_a[...] @ adapter.lora_b[...]
+    np.testing.assert_allclose(model(tokens), expected, atol=1e-5)
+
+
 @pytest.mark.long
 def test_adapters_have_a_dtype_of_their_own_over_a_bfloat16_base():
     model = net(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)

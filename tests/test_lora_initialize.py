@@ -92,6 +92,16 @@ def test_pissa_is_the_best_approximation_balanced(niter):
     np.testing.assert_allclose(start.a.T @ start.a, start.b @ start.b.T, atol=1e-5)
 
 
+@pytest.mark.long
+def test_pissa_without_iterations_is_exact_at_the_rank_of_its_sketch():
+    """Which has 8 columns more than the start."""
+    u, s, vt = np.linalg.svd(kernel())
+    s[R + 8 :] = 0
+    start = inits.pissa(KEY, jnp.asarray((u[:, : len(s)] * s) @ vt), R, 2.0, niter=0)
+    best = (u[:, :R] * s[:R]) @ vt[:R]
+    np.testing.assert_allclose(product(start, 2.0), best, atol=1e-5)
+
+
 def test_milora_is_the_part_of_the_smallest_singular_values_balanced():
     w = kernel()
     start = inits.milora(KEY, w, R, 2.0)

@@ -16,6 +16,7 @@ from peft_cases import (
 )
 
 import nyscaled as nys
+from nyscaled.checkpoints.peft_config import Rules
 
 
 @pytest.fixture
@@ -45,6 +46,10 @@ CONFIGS = {
         "expected a list in target_modules",
     ),
     "pattern without layers": ({"layers_pattern": "h"}, "expected layers_to_transform"),
+    "pattern and no layer": (
+        {"layers_pattern": "h", "layers_to_transform": []},
+        "expected layers_to_transform",
+    ),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "megatron": ({"megatron_config": {"a": 1}}, "megatron_config"),
@@ -174,6 +179,29 @@ def test_configuration_without_effect(fields, folder):
     edit_config(folder, **fields)
     nys.lora.load_peft(actual, folder, names=NAMES)
     np.testing.assert_array_equal(actual(X), expected(X))
+
+
+def test_empty_fields_and_the_case_of_all_linear(folder):
+    last = {"target_modules": ["up", "down", "heads", "out", "0", "1"]}
+    edit_config(folder, lora_dropout=None, layers_to_transform=[], **last)
+    assert set(nys.lora.load_peft(Model(), folder, names=NAMES)) == set(NAMES)
+    start = {"init_lora_weights": "orthogonal", "trainable_token_indices": []}
+    edit_config(folder, target_modules="All-Linear", **start)
+    assert set(nys.lora.load_peft(Model(), folder, names=NAMES)) == set(NAMES)
+
+
+def test_whole_names_and_layers_of_a_number():
+    """A whole name in target_modules counts in every layer; a pattern that is a name, too."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "rank_pattern": {"w+x": 4}}
+    config |= {
+        "target_modules": ["h.0.fc", "up"],
+        "layers_to_transform": [1],
+        "layers_pattern": "h",
+    }
+    rules = Rules(config)
+    targeted = [rules.is_targeted(name) for name in ("h.0.fc", "h.0.up", "h.1.up", "up.0.fc")]
+    assert targeted == [True, False, True, False]
+    assert (rules.rank("w+x"), rules.rank("wwx"), rules.rank("w-x")) == (4, 4, 2)
 
 
 def test_patterns_are_read_as_peft_does(folder):

@@ -30,6 +30,10 @@ CASES = {
     "alphas": {"layers.0.up": update("up", 2), "layers.1.up": update("up", 2, 7.0)},
     "ranks of one scaling": {"layers.0.up": update("up", 2), "layers.1.up": update("up", 4, 6.0)},
     "a negative alpha": {"layers.0.up": update("up", 1, -4.0), "layers.1.up": update("up", 3)},
+    "a negative alpha and 0": {
+        "layers.0.up": update("up", 1, -4.0),
+        "layers.1.up": update("up", 3, 0.0),
+    },
     "alpha 0": {"layers.0.up": update("up", 1, 0.0), "layers.1.up": update("up", 3, 0.0)},
 }
 

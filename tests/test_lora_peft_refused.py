@@ -83,6 +83,8 @@ def test_products_and_narrow_dtypes_are_checked(folder):
     narrow = Model()
     narrow.out.dtype = jnp.float16
     refused(folder, "or float16, in which the layer computes", model=narrow)
+    edit_tensors(folder, replaced("out", "B", lambda b: np.full_like(b, 1e-6)))
+    refused(folder, "or float16, in which the layer computes", model=narrow)
     large = replaced("out", "A", lambda a: np.full_like(a, 1e30))
     edit_tensors(folder, lambda t: replaced("out", "B", lambda b: np.full_like(b, 1e30))(large(t)))
     refused(folder, "the update of out is finite in the file and not")

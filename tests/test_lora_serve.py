@@ -175,6 +175,18 @@ def test_a_function_that_holds_the_model_sees_which_adapters_are_active():
         np.testing.assert_allclose(run(inputs()), outputs[name], atol=1e-6)
 
 
+def test_sums_with_a_narrow_kernel_are_rounded_once():
+    """1 + 2⁻⁸ + 2⁻¹⁷ is nearer to 1 + 2⁻⁷ in bfloat16, and the update in bfloat16 is 2⁻⁸."""
+    model = nnx.Sequential(nnx.Linear(1, 1, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    layer = model.layers[0]
+    layer.kernel[...] = jnp.ones((1, 1), jnp.bfloat16)
+    adapter = apply(model, rank=1)["layers.0"].adapters["default"]
+    adapter.lora_a[...] = jnp.ones((1, 1))
+    adapter.lora_b[...] = jnp.full((1, 1), 2.0**-8 + 2.0**-17)
+    nys.lora.merge(model)
+    assert float(layer.kernel[0, 0]) == 1 + 2**-7
+
+
 class Shared(nnx.Module):
     """Two layers with one kernel."""
 

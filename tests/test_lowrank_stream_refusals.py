@@ -67,7 +67,7 @@ def test_a_stream_that_changes_between_passes(change):
     elif change == "order of rows":
         dense[[20, 21]] = dense[[21, 20]]
     elif change == "order of columns":
-        dense[16:24] = dense[16:24, ::-1]
+        dense[16:24] = np.roll(dense[16:24], 2, axis=1)  # words of eight bytes stay whole
     else:
         dense[16:24] = 0
     with pytest.raises(ValueError, match="rows 16 … 24 of a ndarray changed between two passes"):

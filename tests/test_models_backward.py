@@ -115,6 +115,14 @@ def test_attention_to_nothing_is_finite():
     assert np.isfinite(out).all()
 
 
+def test_what_is_hidden_stays_so_beside_very_small_logits():
+    query = jnp.full((1, 1, 1, 4), 1e3)
+    value = normal(0, 1, 2, 1, 4)
+    seen = jnp.array([[True, False]])
+    out = blocks.attend(query, jnp.full((1, 2, 1, 4), -1e3), value, seen, causal=False)
+    np.testing.assert_array_equal(out[0, 0], value[0, 0, 0])
+
+
 def test_gelu_is_that_of_jax():
     x = jnp.concatenate([3 * normal(0, 200), jnp.array([-40.0, -1e4, 0.0, 1e-30, 40.0, 1e4])])
     assert_same(blocks.gelu, lambda x: jax.nn.gelu(x, approximate=False), x)

@@ -48,6 +48,24 @@ def test_llama3_without_a_ramp():
     assert np.isfinite(scaled).all()
 
 
+def test_yarn_where_few_rotations_are_slow():
+    """The ramp ends at most at the width of a head less one, beyond the list of its pairs."""
+    _, scaling = rope.read_rope(
+        {"rope_theta": 10.0, "rope_scaling": YARN | {"original_max_position_embeddings": 1000}},
+        LONGEST,
+    )
+    slowed = np.clip((np.arange(4) - 2) / (7 - 2), 0, 1)  # of 4·log(1000/64π)/log 10 = 2.8 and 8.8
+    expected = 10.0 ** (-np.arange(4) / 4) * (1 - slowed + slowed / 4)
+    np.testing.assert_allclose(rope.inverse_frequencies(8, 10.0, scaling), expected)
+
+
+def test_zeros_stand_for_the_ends_of_yarn():
+    """As they do in transformers."""
+    zeros = {"beta_fast": 0, "beta_slow": 0}
+    read = [rope.read_rope({"rope_scaling": YARN | other}, LONGEST) for other in ({}, zeros)]
+    assert read[0] == read[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -119,6 +137,16 @@ def test_dynamic_scaling_begins_beyond_the_positions_of_training(tmp_path):
     theta = 1e4 * (2 * 8 / 6 - 1) ** (4 / 2)
     grown = model_with(tmp_path, rope_scaling=None, rope_theta=theta)
     np.testing.assert_allclose(call(dynamic, tokens), call(grown, tokens), atol=2e-5)
+
+
+@pytest.mark.long
+def test_dynamic_scaling_is_by_the_longest_row(tmp_path):
+    settings = {"type": "dynamic", "factor": 2.0}
+    model = model_with(tmp_path, rope_scaling=settings, max_position_embeddings=6)
+    tokens = np.tile(np.arange(3, 11), (2, 1))
+    mask = np.arange(8) >= np.array([[0], [4]])
+    x, _ = model.hidden(tokens, mask, model.new_cache(2, 8))
+    np.testing.assert_allclose(model.logits(x)[:1], call(model, tokens[:1]), atol=2e-5)
 
 
 @pytest.mark.long

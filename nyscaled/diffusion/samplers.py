@@ -254,9 +254,7 @@ def _ddpm(schedule: Schedule, steps: int) -> Table:
     of_x = np.sqrt(alpha) * (1 - earlier) / (1 - alphas) + of_clean / np.sqrt(alphas)
     of_noise = -of_clean * np.sqrt((1 - alphas) / alphas)
     variance = (1 - earlier) / (1 - alphas) * (1 - alpha)
-    return _plain(
-        times, *_in_noise(schedule, alphas, of_x, of_noise), np.sqrt(variance) * (times > 0)
-    )
+    return _plain(times, *_in_noise(schedule, alphas, of_x, of_noise), np.sqrt(variance))
 
 
 def _plms(schedule: Schedule, steps: int) -> Table:

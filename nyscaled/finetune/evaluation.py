@@ -287,9 +287,7 @@ def _with_shared_prompt(encoded: Encoded) -> Encoded:
     means of log-probabilities then lose the same.
     """
     first = encoded.answers[0]
-    if len(first) == 1 or any(
-        len(answer) != len(first) or answer[:-1] != first[:-1] for answer in encoded.answers
-    ):
+    if len(first) == 1 or any(answer[:-1] != first[:-1] for answer in encoded.answers):
         return encoded
     answers = tuple(answer[-1:] for answer in encoded.answers)
     return dataclasses.replace(encoded, prompt=encoded.prompt + first[:-1], answers=answers)
