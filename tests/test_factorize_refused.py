@@ -37,6 +37,10 @@ BAD = {
         {"rank": 1, "oversampling": 0, "jackknife": True},
         "jackknife is True for 1 column",
     ),
+    "jackknife of all columns": (
+        {"rank": 4, "oversampling": 0, "passes": 2, "jackknife": True},
+        "jackknife is True for rank 4 of 4 columns; expected a rank below 4",
+    ),
 }
 
 

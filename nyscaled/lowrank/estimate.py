@@ -108,12 +108,20 @@ def jackknife(
         start: the coordinates of AΩ in the first block of Q.
         rank: how many singular vectors are looked at.
 
+    Raises:
+        ValueError: if C has no more than `rank` rows, so that a replicate has too few vectors.
+
     References:
         Epperly and Tropp, Efficient error and variance estimation for randomized matrix
         computations, SIAM J. Sci. Comput. 46, 2024.
     """
     u, _, vh = triples
     width = start.shape[1]
+    if len(core) <= rank:
+        raise ValueError(
+            f"jackknife is True for rank {rank} of {len(core)} columns; expected a rank below "
+            f"{len(core)}: it leaves out one column at a time"
+        )
     others = (jnp.arange(width)[:, None] + 1 + jnp.arange(width - 1)) % width
     padded = jnp.pad(start, ((0, core.shape[0] - width), (0, 0)))
 
