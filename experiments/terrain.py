@@ -81,7 +81,7 @@ HIGH_RATE = 3.16e-2
 """The highest learning rate of the tuning, which some rows chose and others did not."""
 
 ABOVE = 0.1
-"""A learning rate above that, which no row can choose."""
+"""A learning rate above `HIGH_RATE`, which no row can choose."""
 
 METHODS = {name: ALL[name] for name in (BASE, "NoRA", "NoRA+", "PiSSA", "OLoRA")}
 ROWS = METHODS | CONTROLS
@@ -148,7 +148,7 @@ class Study(PairedStudy):
         return train(self.unet, self.terrain, jobs, plan, before=final and label == BASE)
 
     def everything(self) -> bool:
-        """Make the runs that are missing, also those above; return whether all are there."""
+        """Make the runs that are missing, also those at `ABOVE`; return whether all are there."""
         complete = super().everything()
         for label in [x for x in self.options.rows or self.rows if x in self.rows]:
             try:

@@ -47,10 +47,10 @@ def require_traced(
         raise ValueError(f"{name} {got}") from error
     if not isinstance(result, jax.ShapeDtypeStruct):
         raise ValueError(f"{name} is a {type(result).__name__}; expected an array {shape}")
-    wanted = result.dtype if dtype is None else dtype
-    if (result.shape, result.dtype) != (shape, wanted):
+    expected = result.dtype if dtype is None else dtype
+    if (result.shape, result.dtype) != (shape, expected):
         got = f"{result.shape} {result.dtype}"
-        raise ValueError(f"{name} is {got}; expected {shape} {wanted}")
+        raise ValueError(f"{name} is {got}; expected {shape} {expected}")
     return result.dtype
 
 
