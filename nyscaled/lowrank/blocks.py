@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from nyscaled.lowrank.explicit import on_auto_axes
 from nyscaled.lowrank.host_arrays import HOST_DTYPES, as_dtype
 from nyscaled.lowrank.stored import file_of, require_bytes, store_of
 from nyscaled.matrices import is_scipy, require_floating
@@ -74,8 +75,8 @@ def as_rows(
     path = None
     if is_scipy(source):
         source = cast(MatrixLike, source).tocsr()
-    if isinstance(source, jax.Array):  # JAX refuses slices of one that is split over Explicit axes
-        source = as_array(source, "rows of the source")
+    if isinstance(source, jax.Array):
+        source = on_auto_axes(source)
     if isinstance(source, SlicedRows):
         label, file = _label(source), file_of(source)
         path = store_of(source) if file is None else file.path

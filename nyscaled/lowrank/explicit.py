@@ -35,12 +35,26 @@ def with_auto_axes(fn: Callable[_P, _R]) -> Callable[_P, _R]:
                 "(pass axis_types to jax.make_mesh, or call inside of jax.sharding.auto_axes)"
             )
         mesh: Mesh = leaves[0].sharding.mesh
-        auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+        auto = _auto(mesh)
         with jax.set_mesh(auto):
             result = _placed(call, auto)()
         return _placed(result, mesh)
 
     return wrapped
+
+
+def on_auto_axes(a: jax.Array) -> jax.Array:
+    """Return `a` on a mesh with Auto axes, where JAX takes any slice of it: the same buffers."""
+    if not _is_explicit(a) or not is_concrete(a):
+        return a
+    sharding = a.sharding
+    assert isinstance(sharding, NamedSharding)
+    assert isinstance(sharding.mesh, Mesh)
+    return _placed(a, _auto(sharding.mesh))
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
 def _is_explicit(leaf: object) -> bool:
