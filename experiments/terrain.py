@@ -150,7 +150,7 @@ class Study(PairedStudy):
     def everything(self) -> bool:
         """Make the runs that are missing, also those at `ABOVE`; return whether all are there."""
         complete = super().everything()
-        for label in [x for x in self.options.rows or self.rows if x in self.rows]:
+        for label in self.labels:
             try:
                 point = Point(ABOVE, self.rows[label].first)
                 self.lines(label, [point], self.split.tuning[:TUNED], [TUNING_SEED])

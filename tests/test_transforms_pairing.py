@@ -137,8 +137,8 @@ def test_equal_leaves_share_one_call_where_batch_axes_are_counted_from_the_end()
         *({"a": x[0], "b": x[1]} for x in (grads, params)),
     )
     for i, k in enumerate("ab"):
-        alone = updates(nys.scale_by_gram(), grads[i], params[i])
-        chex.assert_trees_all_close(actual[k], alone, rtol=1e-4)
+        single = updates(nys.scale_by_gram(), grads[i], params[i])
+        chex.assert_trees_all_close(actual[k], single, rtol=1e-4)
 
 
 @pytest.mark.long

@@ -157,10 +157,14 @@ class PairedStudy(abc.ABC):
         self.chosen[label] = min(losses, key=losses.__getitem__)
         return self.chosen[label]
 
+    @property
+    def labels(self) -> list[str]:
+        """The rows whose missing runs are made, in their order."""
+        return [label for label in self.options.rows or self.rows if label in self.rows]
+
     def everything(self) -> bool:
         """Make the runs that are missing; return whether all are there."""
-        labels = [x for x in self.options.rows or self.rows if x in self.rows]
-        test = self.split.test
+        labels, test = self.labels, self.split.test
         seeds = [self.options.seed + i for i in range(self.options.seeds)]
         complete = True
         for label in labels:

@@ -103,7 +103,7 @@ def draw(
         xscale="log", xlabel="learning rate", ylabel="mean squared error", title=f"(c) {tuning}"
     )
     errors = np.concatenate([curve.y for curve in curves["tuning"].values()])
-    if errors.max() > 4 * errors.min():  # rates at which training failed
+    if not errors.max() <= 4 * errors.min():  # rates at which training failed
         axes[2].set_yscale("log")
     title = f"(d) loss of {BLOCK} steps at the chosen\nlearning rate, difference to {BASE}"
     axes[3].set(xlabel="step", ylabel="difference · 10³", title=title)
