@@ -44,6 +44,17 @@ def test_broken_matrix_market_is_refused(tmp_path, body):
         matrix_market.read(path)
 
 
+@pytest.mark.parametrize("field", ["real", "complex"])
+def test_matrices_without_entries(tmp_path, field):
+    path, head = tmp_path / "a.mtx", "%%MatrixMarket matrix"
+    path.write_text(f"{head} array {field} skew-symmetric\n1 1\n")
+    np.testing.assert_array_equal(matrix_market.read(path), [[0]])
+    path.write_text(f"{head} array {field} general\n0 3\n")
+    assert matrix_market.read(path).shape == (0, 3)
+    path.write_text(f"{head} coordinate {field} general\n2 3 0\n")
+    np.testing.assert_array_equal(matrix_market.read(path).toarray(), np.zeros((2, 3)))
+
+
 @pytest.mark.parametrize("symmetry", ["general", "symmetric", "skew-symmetric", "hermitian"])
 def test_sizes_without_their_entries_take_no_memory(tmp_path, symmetry):
     path = tmp_path / "a.mtx"

@@ -52,7 +52,7 @@ def read(path: Path) -> Inexact[np.ndarray, "m n"] | scipy.sparse.csr_array:
             raise ValueError(f"its line of sizes is {line.strip()[:80]!r}")
         # An empty body is what loadtxt warns of.
         lines = [line for line in file if line.strip() and not line.startswith("%")]
-        body = np.loadtxt(lines, ndmin=2, comments=None) if lines else np.zeros((0, 0))
+        body = np.loadtxt(lines, ndmin=2, comments=None) if lines else np.zeros((0, 4))
     m, n = sizes[:2]
     if header.symmetry != "general" and m != n:
         raise ValueError(f"it is {header.symmetry} and has the shape {(m, n)}")
@@ -97,7 +97,6 @@ def _sparse(
     header: _Header, body: Inexact[np.ndarray, "count c"], m: int, n: int, count: int
 ) -> scipy.sparse.csr_array:
     _require_body(body, count, 2 + FIELDS[header.field])
-    body = body if count else np.zeros((0, 4))
     inside = np.all((body[:, :2] >= 1) & (body[:, :2] <= (m, n)))
     places = body[:, :2].astype(np.int64) - 1 if inside else np.zeros((0, 2))
     if not inside or np.any(places + 1 != body[:, :2]):
